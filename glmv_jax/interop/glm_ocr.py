@@ -1,0 +1,134 @@
+"""GLM-OCR (transformers `glm_ocr`): its config and its table of tensors, MTP layer included.
+
+Names and shapes: transformers `glm_ocr/modeling_glm_ocr.py`; the MTP layer (one after the last) as vLLM and SGLang read
+it. transformers drops that layer, so a checkpoint written by it has none: `has_mtp` says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from glmv_jax.interop.table import Entry, convolution, fused, matrix, same
+from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
+from glmv_jax.models.decoder import DecoderConfig
+from glmv_jax.models.mtp import MTPConfig
+from glmv_jax.models.vlm import VLMConfig
+from glmv_jax.typing import UserError
+
+
+def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float32") -> VLMConfig:
+    """VLMConfig from the contents of config.json. UserError for another model_type or an unsupported rotary type."""
+    if hf.get("model_type") != "glm_ocr":
+        raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not glm_ocr")
+    v, t = hf["vision_config"], hf["text_config"]
+    rope = t["rope_parameters"]
+    if rope.get("rope_type", "default") != "default":
+        raise UserError(f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'")
+    vision = CogViTConfig(
+        depth=v["depth"], width=v["hidden_size"], heads=v["num_heads"], mlp=v["intermediate_size"],
+        patch=v["patch_size"], temporal_patch=v["temporal_patch_size"], channels=v["in_channels"],
+        rope_theta=(v.get("rope_parameters") or {}).get("rope_theta", 1e4), norm_eps=v["rms_norm_eps"], dtype=dtype,
+    )  # fmt: skip
+    merger = MergerConfig(vision.width, v["out_hidden_size"], v["out_hidden_size"] * v["in_channels"], dtype=dtype)
+    head_dim = t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"]
+    decoder = DecoderConfig(
+        vocab=t["vocab_size"], depth=t["num_hidden_layers"], width=t["hidden_size"], heads=t["num_attention_heads"],
+        kv_heads=t["num_key_value_heads"], head_dim=head_dim, mlp=t["intermediate_size"],
+        rope_theta=rope["rope_theta"], rope_split=tuple(rope.get("mrope_section", (8, 12, 12))),
+        rotary_fraction=rope.get("partial_rotary_factor", 1.0), norm_eps=t["rms_norm_eps"],
+        tied=bool(hf.get("tie_word_embeddings", False)), dtype=dtype,
+    )  # fmt: skip
+    return VLMConfig(vision, merger, decoder, MTPConfig(decoder) if has_mtp else None)
+
+
+def table(cfg: VLMConfig) -> list[Entry]:
+    """Every tensor of the family for a model of this config."""
+    return [*_vision(cfg.vision), *_merger(), *_decoder(cfg.decoder), *(_mtp(cfg.decoder) if cfg.mtp else ())]
+
+
+def duplicates(cfg: VLMConfig) -> list[str]:
+    """Tensors of the MTP layer, and of a tied head, that repeat others; they may be present and are not read."""
+    layer = f"model.language_model.layers.{cfg.decoder.depth}."
+    names = [layer + "embed_tokens.weight", layer + "shared_head.head.weight"]
+    return names + (["lm_head.weight"] if cfg.decoder.tied else [])
+
+
+def _vision(cfg: CogViTConfig) -> list[Entry]:
+    hf, ours, n = "model.visual.blocks.{i}.", "vision/blocks/", cfg.depth
+    qkv = lambda leaf: tuple(f"{ours}attention/{p}/{leaf}" for p in "qkv")  # noqa: E731
+    entries = [
+        Entry(hf + "attn.qkv.weight", qkv("kernel"), fused(3), n),
+        Entry(hf + "attn.qkv.bias", qkv("bias"), fused(3, same), n),
+        Entry(hf + "attn.q_norm.weight", (ours + "attention/q_norm/scale",), same, n),
+        Entry(hf + "attn.k_norm.weight", (ours + "attention/k_norm/scale",), same, n),
+        Entry(hf + "norm1.weight", (ours + "norm1/scale",), same, n),
+        Entry(hf + "norm2.weight", (ours + "norm2/scale",), same, n),
+        *_linear(hf + "attn.proj", ours + "attention/o", n),
+    ]
+    for name in ("gate", "up", "down"):
+        entries += _linear(f"{hf}mlp.{name}_proj", f"{ours}mlp/{name}", n)
+    # Conv3d over (C, T, y, x): our patch vector holds them in that very order.
+    patch = convolution((0, 1, 2, 3), (cfg.temporal_patch, cfg.patch, cfg.patch))
+    return entries + [
+        Entry("model.visual.patch_embed.proj.weight", ("vision/patch_embed/kernel",), patch),
+        Entry("model.visual.patch_embed.proj.bias", ("vision/patch_embed/bias",), same),
+        Entry("model.visual.post_layernorm.weight", ("vision/norm/scale",), same),
+    ]
+
+
+def _merger() -> list[Entry]:
+    hf, ours = "model.visual.merger.", "merger/"
+    # Conv2d 2x2 over channels: our input is four neighbours (y, x) side by side, channels inside.
+    entries = [
+        Entry("model.visual.downsample.weight", (ours + "downsample/kernel",), convolution((1, 2, 0), (2, 2))),
+        Entry("model.visual.downsample.bias", (ours + "downsample/bias",), same),
+        Entry(hf + "proj.weight", (ours + "proj/kernel",), matrix),
+        Entry(hf + "post_projection_norm.weight", (ours + "norm/scale",), same),
+        Entry(hf + "post_projection_norm.bias", (ours + "norm/bias",), same),
+    ]
+    return entries + [Entry(f"{hf}{n}_proj.weight", (f"{ours}mlp/{n}/kernel",), matrix) for n in ("gate", "up", "down")]
+
+
+def _block(hf: str, ours: str, layers: int | None) -> list[Entry]:
+    norms = {
+        "input_layernorm": "norm1",
+        "post_self_attn_layernorm": "post_norm1",
+        "post_attention_layernorm": "norm2",
+        "post_mlp_layernorm": "post_norm2",
+    }
+    entries = [Entry(f"{hf}{t}.weight", (f"{ours}{o}/scale",), same, layers) for t, o in norms.items()]
+    entries += [
+        Entry(f"{hf}self_attn.{p}_proj.weight", (f"{ours}attention/{p}/kernel",), matrix, layers) for p in "qkvo"
+    ]
+    gate_up = (f"{ours}mlp/gate/kernel", f"{ours}mlp/up/kernel")
+    return entries + [
+        Entry(hf + "mlp.gate_up_proj.weight", gate_up, fused(2), layers),
+        Entry(hf + "mlp.down_proj.weight", (f"{ours}mlp/down/kernel",), matrix, layers),
+    ]
+
+
+def _decoder(cfg: DecoderConfig) -> list[Entry]:
+    hf = "model.language_model."
+    entries = _block(hf + "layers.{i}.", "decoder/blocks/", cfg.depth) + [
+        Entry(hf + "embed_tokens.weight", ("decoder/embed/embedding",), same),
+        Entry(hf + "norm.weight", ("decoder/norm/scale",), same),
+    ]
+    return entries + ([] if cfg.tied else [Entry("lm_head.weight", ("decoder/head",), matrix)])
+
+
+def _mtp(cfg: DecoderConfig) -> list[Entry]:
+    hf = f"model.language_model.layers.{cfg.depth}."
+    return _block(hf, "mtp/block/", None) + [
+        Entry(hf + "enorm.weight", ("mtp/enorm/scale",), same),
+        Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
+        Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),
+        Entry(hf + "shared_head.norm.weight", ("mtp/norm/scale",), same),
+    ]
+
+
+def _linear(hf: str, ours: str, layers: int | None) -> list[Entry]:
+    return [
+        Entry(hf + ".weight", (ours + "/kernel",), matrix, layers),
+        Entry(hf + ".bias", (ours + "/bias",), same, layers),
+    ]

@@ -1,0 +1,121 @@
+"""One declarative table a model family: our parameter paths beside Hugging Face's tensor names, and the transform between.
+
+`to_params` and `to_tensors` read the same table, so the two directions cannot drift apart. A layer number is written
+"{i}" in their name; ours are stacked on the first dimension. Every tensor must be accounted for, both ways.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from glmv_jax.typing import Params, UserError
+
+Arrays = tuple[np.ndarray, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Transform:
+    """load: their tensor -> our arrays; save: our arrays -> their tensor."""
+
+    load: Callable[[np.ndarray], Arrays]
+    save: Callable[[Arrays], np.ndarray]
+
+
+same = Transform(lambda t: (t,), lambda a: a[0])
+matrix = Transform(lambda t: (t.T,), lambda a: a[0].T)  # torch Linear [O, I] <-> kernel [I, O]
+
+
+def fused(parts: int, inner: Transform = matrix) -> Transform:
+    """`parts` equal blocks of rows of one tensor are as many arrays of ours (qkv, gate_up)."""
+
+    def load(tensor: np.ndarray) -> Arrays:
+        return tuple(inner.load(block)[0] for block in np.split(tensor, parts))
+
+    return Transform(load, lambda arrays: np.concatenate([inner.save((a,)) for a in arrays]))
+
+
+def convolution(order: Sequence[int], kernel: Sequence[int]) -> Transform:
+    """A strided convolution [O, C, *kernel] as a matrix over flattened inputs.
+
+    order: permutation of (C, *kernel) that gives the order in which our input vector holds them; `kernel` their sizes.
+    """
+    axes = [1 + o for o in order] + [0]
+
+    def save(arrays: Arrays) -> np.ndarray:
+        matrix_IO = arrays[0]
+        channels = matrix_IO.shape[0] // int(np.prod(kernel))
+        sizes = (channels, *kernel)
+        shaped = matrix_IO.reshape(*(sizes[o] for o in order), -1)
+        return shaped.transpose(np.argsort(axes))
+
+    return Transform(lambda t: (t.transpose(axes).reshape(-1, t.shape[0]),), save)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """theirs: tensor name, "{i}" for the layer. ours: slash paths. layers: how many, None when there is no "{i}"."""
+
+    theirs: str
+    ours: tuple[str, ...]
+    transform: Transform
+    layers: int | None = None
+
+
+def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore: Sequence[str] = ()) -> Params:
+    """Our nested dict from their tensors.
+
+    Raises UserError for a tensor that is missing, or that no entry and no name in `ignore` accounts for.
+    """
+    params: Params = {}
+    used = set(ignore)
+    for entry in table:
+        names = [entry.theirs.format(i=i) for i in range(entry.layers or 1)]
+        missing = [n for n in names if n not in tensors]
+        if missing:
+            raise UserError(f"checkpoint: tensor {missing[0]} is missing (and {len(missing) - 1} like it)")
+        used.update(names)
+        loaded = [entry.transform.load(np.asarray(tensors[n])) for n in names]
+        for position, path in enumerate(entry.ours):
+            arrays = [one[position] for one in loaded]
+            _set(params, path, np.stack(arrays) if entry.layers is not None else np.ascontiguousarray(arrays[0]))
+    unknown = sorted(set(tensors) - used)
+    if unknown:
+        raise UserError(f"checkpoint: {len(unknown)} tensors have no place in this family, the first is {unknown[0]}")
+    return params
+
+
+def to_tensors(table: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
+    """Their tensors from our nested dict; UserError when a parameter of ours is in no entry."""
+    flat = flatten(params)
+    tensors: dict[str, np.ndarray] = {}
+    for entry in table:
+        arrays = tuple(np.asarray(flat.pop(path)) for path in entry.ours)
+        if entry.layers is None:
+            tensors[entry.theirs] = np.ascontiguousarray(entry.transform.save(arrays))
+            continue
+        for i in range(entry.layers):
+            layer = entry.transform.save(tuple(a[i] for a in arrays))
+            tensors[entry.theirs.format(i=i)] = np.ascontiguousarray(layer)
+    if flat:
+        raise UserError(f"export: parameter {sorted(flat)[0]} has no Hugging Face name in this family")
+    return tensors
+
+
+def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": x}} -> {"a/b": x}."""
+    flat: dict[str, Any] = {}
+    for key, value in params.items():
+        path = f"{prefix}{key}"
+        flat.update(flatten(value, path + "/") if isinstance(value, dict) else {path: value})
+    return flat
+
+
+def _set(params: Params, path: str, value: np.ndarray) -> None:
+    *folders, leaf = path.split("/")
+    for folder in folders:
+        params = params.setdefault(folder, {})
+    params[leaf] = value

@@ -1,0 +1,29 @@
+"""Models as plain functions over plain nested dicts; the only folder that knows Flax."""
+
+from glmv_jax.models import cogvit, decoder, mtp, two_tower, vlm
+from glmv_jax.models.api import abstract_params, count, init_params, logical_axes
+from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
+from glmv_jax.models.decoder import DecoderConfig
+from glmv_jax.models.mtp import MTPConfig
+from glmv_jax.models.two_tower import PoolConfig, TextConfig, TwoTowerConfig
+from glmv_jax.models.vlm import VLMConfig
+
+__all__ = [
+    "CogViTConfig",
+    "DecoderConfig",
+    "MTPConfig",
+    "MergerConfig",
+    "PoolConfig",
+    "TextConfig",
+    "TwoTowerConfig",
+    "VLMConfig",
+    "abstract_params",
+    "cogvit",
+    "count",
+    "decoder",
+    "init_params",
+    "logical_axes",
+    "mtp",
+    "two_tower",
+    "vlm",
+]

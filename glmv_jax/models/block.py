@@ -1,0 +1,126 @@
+"""One transformer block and one `stack()` for every tower: CogViT, the text tower, the GLM decoder, the MTP head."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU
+from glmv_jax.parallel.remat import policy
+from glmv_jax.parallel.rules import constrain
+
+# One layer's keys and values while decoding: k, v [B, S, G, K]; the stack holds them as [L, B, S, G, K].
+LayerCache = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """The numbers of one block. `rotate` is the rotation of rope.py that pairs this tower's dimensions."""
+
+    width: int
+    heads: int
+    mlp: int
+    kv_heads: int = 0  # 0: as many as heads
+    head_dim: int = 0  # 0: width / heads
+    bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False  # a norm after attention and after the MLP too, before the residual sum (GLM decoders)
+    norm_eps: float = 1e-5
+    swiglu_limit: float | None = None
+    rotate: Callable = rope_lib.rotate_half
+    dtype: str = "float32"
+
+    @property
+    def k(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def g(self) -> int:
+        return self.kv_heads or self.heads
+
+    def flops(self, keys: float) -> float:
+        """Multiply-adds x 2 of one token through the forward pass when it sees `keys` keys."""
+        matrices = self.width * self.k * (2 * self.heads + 2 * self.g) + 3 * self.width * self.mlp
+        return 2 * matrices + 4 * keys * self.heads * self.k
+
+
+class Attention(nn.Module):
+    cfg: BlockConfig
+
+    @nn.compact
+    def __call__(
+        self, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: LayerCache | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        c = self.cfg
+        B, T, _ = x_BTD.shape
+        project = lambda name, n, axis: Linear(n * c.k, ("embed", axis), c.bias, c.dtype, name=name)(x_BTD)  # noqa: E731
+        q_BTHK = project("q", c.heads, "heads").reshape(B, T, c.heads, c.k)
+        k_BTGK = project("k", c.g, "kv_heads").reshape(B, T, c.g, c.k)
+        v_BTGK = project("v", c.g, "kv_heads").reshape(B, T, c.g, c.k)
+        if c.qk_norm:
+            q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
+            k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
+        q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
+        if cache is not None:
+            # Each row writes at its own next slot (the query's slots are consecutive within a row).
+            write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0))
+            start_B = query.slots[:, 0]
+            k_BTGK = write(cache["k"], k_BTGK.astype(cache["k"].dtype), start_B)
+            v_BTGK = write(cache["v"], v_BTGK.astype(cache["v"].dtype), start_B)
+            cache = {"k": k_BTGK, "v": v_BTGK}
+        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
+        out_BTD = Linear(c.width, ("heads", "embed"), c.bias, c.dtype, name="o")(out_BTHK.reshape(B, T, -1))
+        return out_BTD, cache
+
+
+class Block(nn.Module):
+    """x += Attn(norm(x)); x += SwiGLU(norm(x)), with optional norms on the two branches' outputs."""
+
+    cfg: BlockConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, rope, query: Span, key: Span):
+        c = self.cfg
+        norm = lambda name: RMSNorm("norm", c.norm_eps, name=name)  # noqa: E731
+        with jax.named_scope("attention"):
+            branch, cache = Attention(c, name="attention")(norm("norm1")(x_BTD), rope, query, key, cache)
+            x_BTD = x_BTD + (norm("post_norm1")(branch) if c.post_norms else branch)
+        with jax.named_scope("mlp"):
+            branch = SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, name="mlp")(norm("norm2")(x_BTD))
+            x_BTD = x_BTD + (norm("post_norm2")(branch) if c.post_norms else branch)
+        return constrain(x_BTD, "batch", "length", "activation"), cache
+
+
+def stack(
+    cfg: BlockConfig, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None
+) -> tuple[jax.Array, Any]:
+    """`depth` blocks as one scan, parameters stacked on a leading "layers" axis under the name "blocks".
+
+    Call it inside a compact module. cache: {"k", "v"} [L, B, S, G, K] or None; the updated one is returned.
+    """
+    block = Block
+    if remat != "none":
+        block = nn.remat(block, policy=policy(remat), prevent_cse=False)
+    scanned = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+        out_axes=0,
+        length=depth,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )
+    return scanned(cfg, name="blocks")(x_BTD, cache, rope, query, key)
+
+
+def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerCache:
+    """Zeros for `depth` layers, `batch` rows and `length` slots."""
+    shape = (depth, batch, length, cfg.g, cfg.k)
+    return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype)}

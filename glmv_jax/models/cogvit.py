@@ -1,0 +1,134 @@
+"""CogViT, the vision encoder, and the merger that carries its patches into the language model's width.
+
+The public form is transformers' `GlmOcrVisionModel`: RMSNorm, biases, QK-norm before 2-D rotary positions, SwiGLU, one
+attention segment a frame, no position table and no class token. 24 blocks of the `l` size hold 403,024,896 parameters.
+Patches come in 2x2 merge-block order (`typing.VisionInput`), so the stride-2 convolution of the public code is a dense
+layer over four neighbouring rows. Stages 1 and 2 use the trunk alone; the VLM puts the merger on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.block import BlockConfig, stack
+from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
+from glmv_jax.parallel.rules import constrain
+from glmv_jax.typing import VisionInput
+
+
+@dataclasses.dataclass(frozen=True)
+class CogViTConfig:
+    """Defaults are the public 403M encoder (GLM-OCR's vision_config)."""
+
+    depth: int = 24
+    width: int = 1024
+    heads: int = 16
+    mlp: int = 4096
+    patch: int = 14
+    temporal_patch: int = 2
+    channels: int = 3
+    rope_theta: float = 1e4
+    norm_eps: float = 1e-5
+    swiglu_limit: float | None = None
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def patch_dim(self) -> int:
+        return self.channels * self.temporal_patch * self.patch**2
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            self.width, self.heads, self.mlp, bias=True, qk_norm=True, norm_eps=self.norm_eps,
+            swiglu_limit=self.swiglu_limit, rotate=rope_lib.rotate_half, dtype=self.dtype,
+        )  # fmt: skip
+
+    def flops(self, patches: int) -> float:
+        """Forward FLOPs of one row of `patches` patches that all see each other."""
+        return patches * (2 * self.patch_dim * self.width + self.depth * self.block.flops(patches))
+
+    def module(self) -> nn.Module:
+        return CogViT(self)
+
+    def example(self) -> tuple:
+        return (_example_rows(self.patch_dim),)
+
+
+class CogViT(nn.Module):
+    cfg: CogViTConfig
+
+    @nn.compact
+    def __call__(
+        self, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D: jax.Array | None = None
+    ) -> jax.Array:
+        """Patch features [B, P, D] after the final norm. Where mask_BP is true the patch's embedding is replaced by
+        mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
+        c = self.cfg
+        x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(vision.patches)
+        if mask_BP is not None:
+            x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
+        x_BPD = constrain(x_BPD, "batch", "length", "activation")
+        rope = rope_lib.axial(vision.yx, c.block.k, c.rope_theta)
+        span = Span(vision.frame)
+        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span)
+        return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergerConfig:
+    """Defaults are GLM-OCR's: 4 x 1024 -> 1536, MLP 4608 (the public code's out_hidden_size * in_channels)."""
+
+    in_width: int = 1024
+    width: int = 1536
+    hidden: int = 4608
+    norm_eps: float = 1e-5
+    swiglu_limit: float | None = None
+    dtype: str = "float32"
+
+    def flops(self, patches: int) -> float:
+        return 2 * patches / 4 * (4 * self.in_width * self.width + self.width**2 + 3 * self.width * self.hidden)
+
+    def module(self) -> nn.Module:
+        return Merger(self)
+
+    def example(self) -> tuple:
+        return (jnp.zeros((1, 4, self.in_width)),)
+
+
+class Merger(nn.Module):
+    """Four neighbouring patches to one visual token: dense 2x2 downsample, projection, LayerNorm, GELU, SwiGLU."""
+
+    cfg: MergerConfig
+
+    @nn.compact
+    def __call__(self, x_BPD: jax.Array) -> jax.Array:
+        """[B, P, in_width] in merge-block order -> [B, P / 4, width]."""
+        c = self.cfg
+        B, P, D = x_BPD.shape
+        x_BMD = Linear(c.width, ("merge", "projection"), True, c.dtype, name="downsample")(x_BPD.reshape(B, P // 4, 4 * D))
+        x_BMD = Linear(c.width, ("embed", "projection"), False, c.dtype, name="proj")(x_BMD)
+        x_BMD = jax.nn.gelu(LayerNorm(c.norm_eps, name="norm")(x_BMD), approximate=False)
+        return SwiGLU(c.hidden, c.width, False, c.swiglu_limit, c.dtype, name="mlp")(x_BMD)
+
+
+def _example_rows(patch_dim: int) -> VisionInput:
+    return VisionInput(jnp.zeros((1, 4, patch_dim)), jnp.zeros((1, 4, 2), jnp.int32), jnp.ones((1, 4), jnp.int32))
+
+
+def apply(
+    cfg: CogViTConfig, params: dict, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D=None
+) -> jax.Array:
+    """Patch features [B, P, D] after the final norm; see CogViT."""
+    return CogViT(cfg).apply({"params": params}, vision, mask_BP, mask_token_D)
+
+
+def merge(cfg: MergerConfig, params: dict, x_BPD: jax.Array) -> jax.Array:
+    """Visual tokens [B, P / 4, width] from patch features; see Merger."""
+    return Merger(cfg).apply({"params": params}, x_BPD)

@@ -1,0 +1,98 @@
+"""The dense GLM decoder, as in GLM-OCR's text model: grouped-query attention, rotary sections, norms on both sides of
+each branch. Source: transformers `glm_ocr/modeling_glm_ocr.py` (GlmOcrTextModel)."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.block import BlockConfig, empty_cache, stack
+from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param
+from glmv_jax.parallel.rules import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Defaults are the released GLM-OCR text model without its MTP layer.
+
+    rope_split: how many of the rotary_dim / 2 frequencies belong to (time, height, width).
+    """
+
+    vocab: int = 59392
+    depth: int = 16
+    width: int = 1536
+    heads: int = 16
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp: int = 4608
+    rope_theta: float = 1e4
+    rope_split: tuple[int, int, int] = (16, 24, 24)
+    rotary_fraction: float = 1.0
+    norm_eps: float = 1e-5
+    tied: bool = False  # the output head is the embedding table
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            self.width, self.heads, self.mlp, self.kv_heads, self.head_dim, post_norms=True, norm_eps=self.norm_eps,
+            rotate=rope_lib.rotate_pairs, dtype=self.dtype,
+        )  # fmt: skip
+
+    def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
+        rotary_dim = int(self.head_dim * self.rotary_fraction)
+        return rope_lib.sections(positions_BT3, rotary_dim, self.rope_theta, tuple(self.rope_split))
+
+    def flops(self, tokens: float, keys: float) -> float:
+        """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
+        return tokens * (self.depth * self.block.flops(keys) + 2 * self.width * self.vocab)
+
+    def module(self) -> nn.Module:
+        return Decoder(self)
+
+    def example(self) -> tuple:
+        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
+        return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
+
+
+class Decoder(nn.Module):
+    """Embedded inputs to hidden states. The table and the head are parameters here, read by `embed` and `logits`."""
+
+    cfg: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: Any):
+        c = self.cfg
+        Embedding(c.vocab, c.width, name="embed")()
+        if not c.tied:
+            param(self, "head", fan_in, (c.width, c.vocab), ("embed", "vocab"))
+        x_BTD = constrain(x_BTD.astype(c.dtype), "batch", "length", "activation")
+        x_BTD, cache = stack(c.block, c.depth, c.remat, x_BTD, c.rope(positions_BT3), query, key, cache)
+        return RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache
+
+
+def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:
+    """Rows of the embedding table [B, T, D], float32."""
+    return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0)
+
+
+def apply(cfg: DecoderConfig, params: dict, x_BTD, positions_BT3, query: Span, key: Span, cache=None):
+    """(hidden after the final norm, hidden before it, cache), all [B, T, D]."""
+    return Decoder(cfg).apply({"params": params}, x_BTD, positions_BT3, query, key, cache)
+
+
+def logits(cfg: DecoderConfig, params: dict, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] float32 from hidden states after a norm (the final one, or the MTP head's own)."""
+    head_DV = params["embed"]["embedding"].T if cfg.tied else params["head"]
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+
+
+def layer_cache(cfg: DecoderConfig, batch: int, length: int) -> dict:
+    return empty_cache(cfg.block, cfg.depth, batch, length)

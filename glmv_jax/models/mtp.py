@@ -1,0 +1,125 @@
+"""Multimodal multi-token prediction (GLM-5V-Turbo, section 2.2): one extra layer, applied K times with one set of weights.
+
+    x = eh_proj([enorm(e), hnorm(h_prev)]) ;  h = block(x) ;  logits = head(norm(h))
+
+Depth k = 1..K at position i: e is the embedding of t_{i+k}, h_prev the hidden state of depth k - 1 (depth 0 is the
+backbone's), the rotary position is the (time, height, width) triple of t_{i+k}, and the target is t_{i+k+1}. The
+embedding table and the output head are the backbone's. Layer and weight names follow the released checkpoints.
+
+What the head sees where t_{i+k} is an image placeholder is the ablation, three functions of one signature:
+`embeddings` the visual embedding that entered the backbone, `masked` nothing (the position is no key either),
+`image_token` one shared learnable vector: the placeholder's own row of the table, which the backbone never reads
+(visual tokens overwrite it), so its only gradient is this head's. The paper adopts the last.
+The paper does not say whether h_prev is taken before or after the final norm, nor which positions it feeds: `h_prev` is
+a field, and the position triple of the token embedded is our choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models.block import Block, BlockConfig
+from glmv_jax.models.decoder import DecoderConfig
+from glmv_jax.models.layers import Linear, RMSNorm
+from glmv_jax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MTPConfig:
+    """depth K of prediction; option: which of OPTIONS; h_prev: "post_norm" or "pre_norm" (see the file's head)."""
+
+    decoder: DecoderConfig
+    depth: int = 1
+    option: str = "image_token"
+    h_prev: str = "post_norm"
+
+    def __post_init__(self) -> None:
+        if self.option not in OPTIONS:
+            raise UserError(f"mtp.option={self.option!r} is not known; choose one of {', '.join(OPTIONS)}")
+        if self.h_prev not in ("post_norm", "pre_norm"):
+            raise UserError(f"mtp.h_prev={self.h_prev!r} is not known; choose post_norm or pre_norm")
+
+    def flops(self, tokens: float, keys: float) -> float:
+        d = self.decoder
+        return self.depth * tokens * (d.block.flops(keys) + 4 * d.width**2 + 2 * d.width * d.vocab)
+
+    def module(self) -> nn.Module:
+        return MTPLayer(self.decoder.block)
+
+    def example(self) -> tuple:
+        x = jnp.zeros((1, 2, self.decoder.width))
+        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
+        return x, x, self.decoder.rope(jnp.zeros((1, 2, 3), jnp.int32)), span, span
+
+
+class MTPLayer(nn.Module):
+    cfg: BlockConfig
+
+    @nn.compact
+    def __call__(self, e_BTD, h_BTD, rope, query: Span, key: Span):
+        """(h, norm(h)): what the next depth is fed before and after the norm."""
+        c = self.cfg
+        norm = lambda name: RMSNorm("norm", c.norm_eps, name=name)  # noqa: E731
+        x = jnp.concatenate([norm("enorm")(e_BTD), norm("hnorm")(h_BTD)], axis=-1).astype(c.dtype)
+        x = Linear(c.width, ("merge", "projection"), False, c.dtype, name="eh_proj")(x)
+        x, _ = Block(c, name="block")(x, None, rope, query, key)
+        return x, norm("norm")(x)
+
+
+class HeadInput(NamedTuple):
+    """What an option chooses from, all of the token embedded: [B, T, D], [B, T, D], [B, T]."""
+
+    table: jax.Array  # rows of the embedding table (the placeholder's own row at images)
+    merged: jax.Array  # what entered the backbone (visual embeddings at images)
+    is_image: jax.Array
+
+
+def embeddings(x: HeadInput) -> tuple[jax.Array, jax.Array]:
+    """Option 1: visual embeddings as they entered the backbone. Returns (e_BTD, which positions are keys)."""
+    return x.merged, jnp.ones_like(x.is_image)
+
+
+def masked(x: HeadInput) -> tuple[jax.Array, jax.Array]:
+    """Option 2: text-only MTP; images give no embedding and are no keys."""
+    return jnp.where(x.is_image[..., None], 0.0, x.table), ~x.is_image
+
+
+def image_token(x: HeadInput) -> tuple[jax.Array, jax.Array]:
+    """Option 3: the shared `<|image|>` row at every visual position, positions kept."""
+    return x.table, jnp.ones_like(x.is_image)
+
+
+OPTIONS: dict[str, Callable[[HeadInput], tuple[jax.Array, jax.Array]]] = {
+    "embeddings": embeddings,
+    "masked": masked,
+    "image_token": image_token,
+}
+
+
+def apply(cfg: MTPConfig, params: dict, h_BTD: jax.Array, inputs: HeadInput, tokens: Any) -> list[jax.Array]:
+    """Normed hidden states [B, T, D] of depths 1..K, ready for the backbone's head.
+
+    h_BTD: the backbone's hidden state, as cfg.h_prev says. tokens: TokenInput of the row. Entries within k positions of
+    the end of a segment embed a token of the next one: they are finite, no valid position attends to them (they come
+    later in their own segment), and the loss must leave them out (`losses.mtp`).
+    """
+    layer = cfg.module()
+    hidden = []
+    slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
+    for k in range(1, cfg.depth + 1):
+        shifted = jax.tree.map(lambda a: jnp.roll(a, -k, axis=1), inputs)
+        e_BTD, is_key_BT = OPTIONS[cfg.option](shifted)
+        rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
+        query = Span(tokens.segments, slots_BT)
+        key = Span(jnp.where(is_key_BT, tokens.segments, -1), slots_BT)
+        pre_BTD, post_BTD = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
+        h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD
+        hidden.append(post_BTD)
+    return hidden

@@ -1,0 +1,181 @@
+"""Stage 2: CogViT and a text tower meeting in one embedding space, with a learnt temperature and bias.
+
+The paper names neither CogViT's text tower nor its pooling. Here both sides pool with an attention probe (SigLIP's MAP
+head) and the text tower is the same block, bidirectional, with learned positions.
+params: {"vision", "image_head", "text", "text_head", "scale"}; "vision" is the trunk that stages 1 and 3 share.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.models import cogvit
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.block import BlockConfig, stack
+from glmv_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, normal, param
+from glmv_jax.typing import Params, VisionInput
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    vocab: int
+    length: int
+    depth: int
+    width: int
+    heads: int
+    mlp: int
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def block(self) -> BlockConfig:
+        return BlockConfig(
+            self.width, self.heads, self.mlp, qk_norm=True, norm_eps=self.norm_eps,
+            rotate=rope_lib.no_rotation, dtype=self.dtype,
+        )  # fmt: skip
+
+    def flops(self, tokens: int) -> float:
+        return tokens * self.depth * self.block.flops(tokens)
+
+    def module(self) -> nn.Module:
+        return TextTower(self)
+
+    def example(self) -> tuple:
+        return (jnp.ones((1, self.length), jnp.int32),)
+
+
+class TextTower(nn.Module):
+    """Features [B, T, D] of token rows; id 0 is padding and is not seen."""
+
+    cfg: TextConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+        c = self.cfg
+        table_VD = Embedding(c.vocab, c.width, std=c.width**-0.5, name="embed")()
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
+        x_BTD += Embedding(c.length, c.width, "position", c.width**-0.5, name="position")()[: tokens_BT.shape[1]]
+        span = Span((tokens_BT != 0).astype(jnp.int32))
+        x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD.astype(c.dtype), None, span, span)
+        return RMSNorm("norm", c.norm_eps, name="norm")(x_BTD)
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolConfig:
+    """An attention probe over a tower's features, an MLP, and a projection to the shared width."""
+
+    width: int
+    heads: int
+    mlp: int
+    out: int
+    norm_eps: float = 1e-5
+    dtype: str = "float32"
+
+    def module(self) -> nn.Module:
+        return Pool(self)
+
+    def example(self) -> tuple:
+        return jnp.zeros((1, 2, self.width)), jnp.ones((1, 2), bool)
+
+
+class Pool(nn.Module):
+    cfg: PoolConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
+        """[B, E], not normalised. MAP head: out = attn(probe, x); out += mlp(norm(out))."""
+        c = self.cfg
+        B, T, D = x_BTD.shape
+        K = c.width // c.heads
+        probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
+        linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
+        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, K)
+        k, v = (linear(name)(x_BTD).reshape(B, T, c.heads, K) for name in ("k", "v"))
+        one = Span(jnp.ones((B, 1), jnp.int32))
+        out_BD = attention(q, k, v, one, Span(valid_BT.astype(jnp.int32))).reshape(B, D)
+        out_BD = linear("o", ("heads", "embed"))(out_BD)
+        out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(RMSNorm("norm", c.norm_eps, name="norm")(out_BD))
+        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BD)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScaleConfig:
+    """t = log temperature (log 10) and bias (-10), SigLIP's initial values."""
+
+    log_scale: float = math.log(10.0)
+    bias: float = -10.0
+
+    def module(self) -> nn.Module:
+        return Scale(self)
+
+    def example(self) -> tuple:
+        return ()
+
+
+class Scale(nn.Module):
+    cfg: ScaleConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[jax.Array, jax.Array]:
+        constant = nn.initializers.constant
+        return (
+            param(self, "log_scale", constant(self.cfg.log_scale), (), ()),
+            param(self, "bias", constant(self.cfg.bias), (), ()),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoTowerConfig:
+    vision: cogvit.CogViTConfig
+    text: TextConfig
+    image_head: PoolConfig
+    text_head: PoolConfig
+    scale: ScaleConfig = ScaleConfig()
+
+    def parts(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+
+    def flops(self, patches: int, tokens: int) -> float:
+        """Forward FLOPs of one pair."""
+        return self.vision.flops(patches) + self.text.flops(tokens)
+
+
+class TwoTowerOutput(NamedTuple):
+    """Unit embeddings [B, E] float32, and the scalars of the sigmoid loss (scale = exp(log_scale))."""
+
+    image: jax.Array
+    text: jax.Array
+    scale: jax.Array
+    bias: jax.Array
+
+
+def embed_image(cfg: TwoTowerConfig, params: Params, vision: VisionInput) -> jax.Array:
+    """Unit embeddings [B, E], one image a row."""
+    features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
+    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, vision.frame > 0))
+
+
+def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    """Unit embeddings [B, E]; id 0 is padding."""
+    features_BTD = TextTower(cfg.text).apply({"params": params["text"]}, tokens_BT)
+    return _unit(Pool(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, tokens_BT != 0))
+
+
+def apply(cfg: TwoTowerConfig, params: Params, vision: VisionInput, tokens_BT: jax.Array) -> TwoTowerOutput:
+    log_scale, bias = Scale(cfg.scale).apply({"params": params["scale"]})
+    return TwoTowerOutput(
+        embed_image(cfg, params, vision), embed_text(cfg, params, tokens_BT), jnp.exp(log_scale), bias
+    )
+
+
+def _unit(x_BE: jax.Array) -> jax.Array:
+    x = x_BE.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

@@ -1,0 +1,114 @@
+"""The vision-language model: CogViT, merger, GLM decoder, MTP head, over packed rows of text and patches.
+
+params: {"vision", "merger", "decoder", "mtp"}; the first two are what stages 1 and 2 trained, under the same names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import cogvit, decoder, mtp
+from glmv_jax.typing import Params, TokenInput, VisionInput
+
+
+@dataclasses.dataclass(frozen=True)
+class VLMConfig:
+    vision: cogvit.CogViTConfig
+    merger: cogvit.MergerConfig
+    decoder: decoder.DecoderConfig
+    mtp: mtp.MTPConfig | None = None
+
+    def __post_init__(self) -> None:
+        if self.merger.in_width != self.vision.width or self.merger.width != self.decoder.width:
+            raise ValueError(
+                f"widths do not meet: vision {self.vision.width} -> merger {self.merger.in_width} -> "
+                f"{self.merger.width} -> decoder {self.decoder.width}"
+            )
+
+    def parts(self) -> dict[str, Any]:
+        parts = {"vision": self.vision, "merger": self.merger, "decoder": self.decoder}
+        return parts | ({"mtp": self.mtp} if self.mtp else {})
+
+    def flops(self, tokens: float, keys: float, rows: int, patches: int) -> float:
+        """Forward FLOPs of `tokens` text positions and `rows` rows of `patches` patches."""
+        total = self.decoder.flops(tokens, keys) + rows * (self.vision.flops(patches) + self.merger.flops(patches))
+        return total + (self.mtp.flops(tokens, keys) if self.mtp else 0)
+
+
+class VLMOutput(NamedTuple):
+    """hidden, prenorm: [B, T, D] after and before the final norm; merged: [B, T, D] what entered the backbone."""
+
+    hidden: jax.Array
+    prenorm: jax.Array
+    merged: jax.Array
+    cache: dict | None
+
+
+def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Array:
+    """Visual tokens [B, M, D] of rows of patches."""
+    features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
+    return cogvit.merge(cfg.merger, params["merger"], features_BPD)
+
+
+def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: TokenInput) -> jax.Array:
+    """Inputs of the backbone [B, T, D]: table rows, with visual token image_row[b, t] of row b where that is >= 0."""
+    x_BTD = decoder.embed(params["decoder"], tokens.tokens)
+    if visual_BMD is None:
+        return x_BTD
+    rows_BT1 = jnp.maximum(tokens.image_row, 0)[..., None]
+    picked_BTD = jnp.take_along_axis(visual_BMD, rows_BT1, axis=1).astype(x_BTD.dtype)
+    return jnp.where(tokens.image_row[..., None] >= 0, picked_BTD, x_BTD)
+
+
+def apply(
+    cfg: VLMConfig, params: Params, vision: VisionInput | None, tokens: TokenInput, cache: dict | None = None
+) -> VLMOutput:
+    """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
+
+    cache: {"k", "v"} [L, B, S, G, K] and "length" [B], the slots each row has filled. Position t of row b takes slot
+    length[b] + t and sees the slots up to its own; the returned length has grown by T. Segments do not count then. A
+    caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
+    padding's slots before anything can see them.
+    """
+    visual_BMD = None if vision is None else encode_images(cfg, params, vision)
+    merged_BTD = embed(cfg, params, visual_BMD, tokens)
+    B, T = tokens.tokens.shape
+    if cache is None:
+        slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        query = key = Span(tokens.segments, slots_BT)
+        layers = None
+    else:
+        slots = cache["k"].shape[2]
+        one = jnp.ones((), jnp.int32)
+        query = Span(jnp.broadcast_to(one, (B, T)), cache["length"][:, None] + jnp.arange(T))
+        key = Span(jnp.broadcast_to(one, (B, slots)), jnp.broadcast_to(jnp.arange(slots), (B, slots)))
+        layers = {"k": cache["k"], "v": cache["v"]}
+    hidden, prenorm, layers = decoder.apply(
+        cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, layers
+    )
+    if cache is not None:
+        cache = layers | {"length": cache["length"] + T}
+    return VLMOutput(hidden, prenorm, merged_BTD, cache)
+
+
+def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
+    """[B, T, V] float32."""
+    return decoder.logits(cfg.decoder, params["decoder"], hidden_BTD)
+
+
+def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInput) -> list[jax.Array]:
+    """Normed hidden states [B, T, D] of MTP depths 1..K; `logits` turns each into predictions of t_{i+k+1}."""
+    table_BTD = decoder.embed(params["decoder"], tokens.tokens)
+    inputs = mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0)
+    h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
+    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
+
+
+def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:
+    """An empty cache of `length` slots for `batch` rows; see `apply`."""
+    return decoder.layer_cache(cfg.decoder, batch, length) | {"length": jnp.zeros((batch,), jnp.int32)}

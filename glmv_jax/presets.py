@@ -1,0 +1,79 @@
+"""Model sizes by name, as ConfigDicts that an experiment can override key by key, and the way from there to models/.
+
+`nano` trains on two CPU cores in minutes; `l` is the public 403M CogViT with GLM-OCR's language model. The full GLM-5
+decoder is another family.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from glmv_jax.typing import UserError
+
+VISION: dict[str, dict[str, Any]] = {
+    "nano": dict(depth=4, width=128, heads=4, mlp=352, patch=8),
+    "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full"),
+}
+TEXT: dict[str, dict[str, Any]] = {
+    "nano": dict(vocab=4096, length=16, depth=2, width=128, heads=4, mlp=352),
+    "l": dict(vocab=151552, length=64, depth=24, width=1024, heads=16, mlp=4096, dtype="bfloat16", remat="full"),
+}
+DECODER: dict[str, dict[str, Any]] = {
+    "nano": dict(
+        vocab=4096, depth=4, width=128, heads=4, kv_heads=2, head_dim=32, mlp=352, rope_split=(4, 6, 6)
+    ),
+    "l": dict(
+        vocab=59392, depth=16, width=1536, heads=16, kv_heads=8, head_dim=128, mlp=4608, rope_split=(16, 24, 24),
+        dtype="bfloat16", remat="full",
+    ),
+}  # fmt: skip
+EMBEDDING = {"nano": 128, "l": 1024}
+
+
+def _pick(table: dict[str, dict[str, Any]], size: str) -> ConfigDict:
+    if size not in table:
+        raise UserError(f"size={size!r} is not known; choose one of {', '.join(table)}")
+    return ConfigDict(table[size])
+
+
+def vision(size: str) -> ConfigDict:
+    """The trunk alone (stage 1)."""
+    return ConfigDict({"vision": _pick(VISION, size)})
+
+
+def two_tower(size: str) -> ConfigDict:
+    """Stage 2: vision, text, and the width they meet in."""
+    return ConfigDict({"vision": _pick(VISION, size), "text": _pick(TEXT, size), "embedding": EMBEDDING[size]})
+
+
+def vlm(size: str) -> ConfigDict:
+    """Stages 3 to 5."""
+    mtp = dict(depth=1, option="image_token", h_prev="post_norm")
+    return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
+
+
+def build_vision(cfg: ConfigDict) -> Any:
+    from glmv_jax import models
+
+    return models.CogViTConfig(**cfg.vision)
+
+
+def build_two_tower(cfg: ConfigDict) -> Any:
+    from glmv_jax import models
+
+    vision_cfg, text = models.CogViTConfig(**cfg.vision), models.TextConfig(**cfg.text)
+    pool = lambda tower: models.PoolConfig(  # noqa: E731
+        tower.width, tower.heads, tower.mlp, cfg.embedding, tower.norm_eps, tower.dtype
+    )
+    return models.TwoTowerConfig(vision_cfg, text, pool(vision_cfg), pool(text))
+
+
+def build_vlm(cfg: ConfigDict) -> Any:
+    from glmv_jax import models
+
+    vision_cfg, decoder = models.CogViTConfig(**cfg.vision), models.DecoderConfig(**cfg.decoder)
+    # The merger's MLP is three times its width, as in the public checkpoint.
+    merger = models.MergerConfig(vision_cfg.width, decoder.width, 3 * decoder.width, dtype=decoder.dtype)
+    return models.VLMConfig(vision_cfg, merger, decoder, models.MTPConfig(decoder, **cfg.mtp))

@@ -1,0 +1,61 @@
+"""Shared types and the legend of shape letters.
+
+Arrays carry their shape as a suffix of capital letters (`q_BTHK`). One legend for the whole package:
+
+    B  batch rows            T  tokens of a text row       S  keys a query can attend to
+    P  image patches         M  merged visual tokens (P / 4)
+    D  model width           F  MLP hidden width           V  vocabulary
+    H  query heads           G  key/value heads            K  width of one head
+    L  stacked layers        C  channels of a feature      E  embedding width (stage 2)
+    N  images or rollouts    I  input width of a matrix    O  output width of a matrix
+
+`Params` is a plain nested dict of arrays; `Axes` is the same tree with a tuple of logical axis names a leaf
+(the closed vocabulary is in `glmv_jax.parallel.axes`).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+Params: TypeAlias = dict[str, Any]
+Axes: TypeAlias = dict[str, Any]
+Batch: TypeAlias = dict[str, Any]
+
+
+class UserError(Exception):
+    """Something the person at the keyboard can mend: the message is one line, names the boundary and the remedy.
+
+    The command line prints it without a traceback and exits with 2; every other exception is a bug and is shown whole.
+    """
+
+
+class VisionInput(NamedTuple):
+    """Rows of image patches. Four consecutive patches are one 2x2 merge block, so any cut at a multiple of 4 is legal.
+
+    patches: [B, P, C*t*p*p] float, layout (channel, frame, y, x) inside a patch, normalised pixels.
+    yx:      [B, P, 2] int, patch coordinates inside its frame (row, column).
+    frame:   [B, P] int, 0 = padding; one id a frame (a still image is one frame): attention never crosses it.
+    """
+
+    patches: Any
+    yx: Any
+    frame: Any
+
+
+class TokenInput(NamedTuple):
+    """Rows of packed text.
+
+    tokens:      [B, T] int token ids.
+    positions:   [B, T, 3] int rotary positions (time, height, width); text has three equal numbers.
+    segments:    [B, T] int, 0 = padding; attention never crosses a segment.
+    image_row:   [B, T] int: for an `<|image|>` position the index, within the same batch row, of the merged visual
+                 token it takes; else -1.
+    loss_weight: [B, T] float, the weight of predicting the token AT this position (0 for prompts, images, padding),
+                 or None where no loss is taken.
+    """
+
+    tokens: Any
+    positions: Any
+    segments: Any
+    image_row: Any
+    loss_weight: Any = None

@@ -1,0 +1,186 @@
+"""Invariances of the language model: packed = alone, cached = parallel, scan = unrolled, and the MMTP rules.
+
+Parity with transformers is in tests/interop. Not covered here: long rows, bfloat16.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glmv_jax import models
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import api, block, decoder, vlm
+from glmv_jax.typing import TokenInput, UserError, VisionInput
+
+VISION = models.CogViTConfig(depth=2, width=32, heads=4, mlp=64, patch=4)
+DECODER = models.DecoderConfig(
+    vocab=64, depth=3, width=32, heads=4, kv_heads=2, head_dim=8, mlp=64, rope_split=(1, 1, 2)
+)
+
+
+def config(option: str = "image_token", depth: int = 2) -> models.VLMConfig:
+    return models.VLMConfig(VISION, models.MergerConfig(32, 32, 96), DECODER, models.MTPConfig(DECODER, depth, option))
+
+
+def weighted_sum(hidden_BTD) -> jax.Array:
+    """A scalar of normed hidden states (their sum of squares would be a constant)."""
+    return jnp.sum(hidden_BTD * jnp.sin(jnp.arange(hidden_BTD[0].size).reshape(hidden_BTD.shape[1:])))
+
+
+def text_rows(rng, batch: int, length: int) -> TokenInput:
+    tokens = jnp.array(rng.integers(1, 60, (batch, length)))
+    positions = jnp.broadcast_to(jnp.arange(length)[None, :, None], (batch, length, 3))
+    return TokenInput(tokens, positions, jnp.ones_like(tokens), -jnp.ones_like(tokens))
+
+
+def image_rows(rng, length: int = 12) -> tuple[VisionInput, TokenInput]:
+    """One row: 3 text tokens, 4 visual tokens (a 4x4-patch image), text."""
+    y, x = np.mgrid[0:4, 0:4]
+    order = np.stack([y, x], -1).reshape(2, 2, 2, 2, 2).transpose(0, 2, 1, 3, 4).reshape(16, 2)
+    patches = jnp.array(rng.normal(size=(1, 16, VISION.patch_dim)), jnp.float32)
+    vision = VisionInput(patches, jnp.array(order)[None], jnp.ones((1, 16), jnp.int32))
+    tokens = text_rows(rng, 1, length)
+    image_row = tokens.image_row.at[0, 3:7].set(jnp.arange(4))
+    return vision, tokens._replace(tokens=jnp.where(image_row >= 0, 63, tokens.tokens), image_row=image_row)
+
+
+def test_packed_documents_do_not_see_each_other():
+    cfg, rng = config(), np.random.default_rng(0)
+    params = api.init_params(cfg, jax.random.key(0))
+    tokens = text_rows(rng, 1, 12)
+    start = jnp.array([0] * 5 + [5] * 7)
+    packed = tokens._replace(
+        segments=jnp.array([[1] * 5 + [2] * 7]), positions=tokens.positions - start[None, :, None]
+    )
+    together = vlm.apply(cfg, params, None, packed).hidden
+    for piece in (slice(0, 5), slice(5, 12)):
+        one = TokenInput(*(None if a is None else a[:, piece] for a in packed))
+        alone = vlm.apply(cfg, params, None, one._replace(segments=jnp.ones_like(one.segments))).hidden
+        np.testing.assert_allclose(together[:, piece], alone, atol=1e-5)
+
+
+def test_cached_decoding_equals_one_parallel_pass():
+    """Right-padded prompts of unlike length, an image in one of them, then one token at a time."""
+    cfg, rng = config(), np.random.default_rng(1)
+    params = api.init_params(cfg, jax.random.key(0))
+    vision, row = image_rows(rng, 12)
+    vision = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a)]), vision)
+    tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), row, text_rows(rng, 1, 12))
+    whole = vlm.apply(cfg, params, vision, tokens).hidden
+    prompt, lengths = 9, jnp.array([9, 6])
+    cut = lambda a, b: TokenInput(*(None if x is None else x[:, a:b] for x in tokens))  # noqa: E731
+    out = vlm.apply(cfg, params, vision, cut(0, prompt), vlm.init_cache(cfg, 2, 16))
+    cache = out.cache | {"length": lengths}
+    for step in range(3):
+        at = lengths + step
+        pick = lambda a: jnp.take_along_axis(a, at.reshape(-1, *[1] * (a.ndim - 1)), axis=1)  # noqa: E731
+        next_token = TokenInput(*(None if x is None else pick(x) for x in tokens))
+        out = vlm.apply(cfg, params, None, next_token._replace(image_row=jnp.full((2, 1), -1)), cache)
+        cache = out.cache
+        np.testing.assert_allclose(out.hidden, pick(whole), atol=1e-5)
+    np.testing.assert_array_equal(cache["length"], lengths + 3)
+
+
+def test_scan_equals_unrolled():
+    cfg, rng = config(), np.random.default_rng(2)
+    params = api.init_params(cfg, jax.random.key(0))["decoder"]
+    x = jnp.array(rng.normal(size=(2, 7, 32)), jnp.float32)
+    span = Span(jnp.ones((2, 7), jnp.int32), jnp.broadcast_to(jnp.arange(7), (2, 7)))
+    positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
+    _, scanned, _ = decoder.apply(DECODER, params, x, positions, span, span)
+    for layer in range(DECODER.depth):
+        weights = jax.tree.map(lambda a: a[layer], params["blocks"])
+        x, _ = block.Block(DECODER.block).apply({"params": weights}, x, None, DECODER.rope(positions), span, span)
+    np.testing.assert_allclose(scanned, x, atol=1e-5)
+
+
+def test_remat_changes_memory_not_gradients():
+    rng = np.random.default_rng(3)
+    params = api.init_params(config(), jax.random.key(0))
+    tokens = text_rows(rng, 2, 8)
+
+    def grads(remat: str):
+        changed = dataclasses.replace(config(), decoder=dataclasses.replace(DECODER, remat=remat))
+        loss = lambda p: weighted_sum(vlm.apply(changed, p, None, tokens).hidden)  # noqa: E731
+        text = jax.jit(jax.grad(loss)).lower(params).as_text()
+        return jax.grad(loss)(params), text
+
+    plain, plain_text = grads("none")
+    for name in ("full", "dots"):
+        again, text = grads(name)
+        assert text != plain_text
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, again)
+
+
+def mtp_hidden(cfg, params, vision, tokens):
+    out = vlm.apply(cfg, params, vision, tokens)
+    return vlm.mtp_hidden(cfg, params, out, tokens)
+
+
+def test_mmtp_options_agree_without_images():
+    rng = np.random.default_rng(4)
+    params = api.init_params(config(), jax.random.key(0))
+    tokens = text_rows(rng, 2, 9)
+    text_only = mtp_hidden(config("masked"), params, None, tokens)
+    for option in ("embeddings", "image_token"):
+        for a, b in zip(mtp_hidden(config(option), params, None, tokens), text_only):
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("option,reaches", [("embeddings", True), ("masked", False), ("image_token", False)])
+def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
+    """The backbone's hidden states are cut off, so that only the MTP input is left as a way to the pixels."""
+    cfg, rng = config(option), np.random.default_rng(5)
+    params = api.init_params(cfg, jax.random.key(0))
+    vision, tokens = image_rows(rng)
+
+    def loss(patches):
+        out = vlm.apply(cfg, params, vision._replace(patches=patches), tokens)
+        out = out._replace(hidden=jax.lax.stop_gradient(out.hidden), prenorm=jax.lax.stop_gradient(out.prenorm))
+        return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens))
+
+    assert bool(jnp.any(jax.grad(loss)(vision.patches) != 0)) is reaches
+
+
+def test_shared_image_row_learns_only_through_option_3():
+    """The backbone never reads the placeholder's row of the table; the MTP head of option 3 does."""
+    rng = np.random.default_rng(6)
+    params = api.init_params(config(), jax.random.key(0))
+    vision, tokens = image_rows(rng)
+
+    def row_gradient(option: str, with_mtp: bool):
+        cfg = config(option)
+
+        def loss(p):
+            out = vlm.apply(cfg, p, vision, tokens)
+            extra = vlm.mtp_hidden(cfg, p, out, tokens) if with_mtp else []
+            return sum(weighted_sum(h[:, :8]) for h in [out.hidden, *extra])
+
+        return jax.grad(loss)(params)["decoder"]["embed"]["embedding"][63]
+
+    assert not jnp.any(row_gradient("image_token", False))
+    assert jnp.any(row_gradient("image_token", True))
+    assert not jnp.any(row_gradient("embeddings", True))
+
+
+def test_mtp_depth_2_reads_the_token_two_ahead():
+    """Depth k at position i embeds t_{i+k}: changing t_j moves depth k only at positions >= j - k."""
+    cfg, rng = config(), np.random.default_rng(7)
+    params = api.init_params(cfg, jax.random.key(0))
+    tokens = text_rows(rng, 1, 10)
+    out = vlm.apply(cfg, params, None, tokens)
+    changed = tokens._replace(tokens=tokens.tokens.at[0, 6].add(1))
+    before, after = (vlm.mtp_hidden(cfg, params, out, t) for t in (tokens, changed))
+    for k, (a, b) in enumerate(zip(before, after), start=1):
+        moved = np.flatnonzero(np.abs(np.asarray(a - b)[0, : 10 - k]).max(-1) > 0)
+        assert moved[0] == 6 - k
+
+
+def test_unknown_option_is_named():
+    with pytest.raises(UserError, match="image_tokens"):
+        models.MTPConfig(DECODER, option="image_tokens")

@@ -1,0 +1,111 @@
+"""Meshes and rules: loud about mistakes, and the same numbers on 1 and on 8 devices."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from glmv_jax import models, presets
+from glmv_jax.models import two_tower, vlm
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.typing import TokenInput, UserError, VisionInput
+
+needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
+
+
+def test_unknown_names_raise():
+    with pytest.raises(ValueError, match="embd"):
+        rules_lib.Rules({"embd": "fsdp"})
+    mesh = mesh_lib.make_mesh({"data": -1}, jax.devices()[:1])
+    with pytest.raises(ValueError, match="heds"):
+        rules_lib.PRESETS["data"].spec(("heds",), mesh)
+    with pytest.raises(UserError, match="tensr"):
+        mesh_lib.make_mesh({"tensr": 1})
+    with pytest.raises(UserError, match="fspd"):
+        rules_lib.preset("fspd")
+
+
+@needs_8
+def test_colliding_names_raise():
+    mesh = mesh_lib.make_mesh({"fsdp": 8})
+    with pytest.raises(ValueError, match="both land on mesh axis 'fsdp'"):
+        rules_lib.Rules({"embed": "fsdp", "mlp": "fsdp"}).spec(("embed", "mlp"), mesh)
+    assert rules_lib.PRESETS["fsdp"].spec(("layers", "embed", "mlp"), mesh) == P(None, "fsdp", None)
+
+
+@needs_8
+def test_mesh_and_batch_sizes_that_do_not_fit_are_named():
+    with pytest.raises(UserError, match="needs 6 devices but 8"):
+        mesh_lib.make_mesh({"data": 6})
+    with pytest.raises(UserError, match="batch=60 does not divide over 8 data shards; try 64"):
+        mesh_lib.check_batch(60, mesh_lib.make_mesh({"data": 8}))
+    with pytest.raises(UserError, match=r"head_test \(12,\)"):
+        mesh = mesh_lib.make_mesh({"tensor": 8})
+        rules_lib.PRESETS["fsdp_tensor"].shardings(
+            mesh, {"head_test": ("heads",)}, {"head_test": jax.ShapeDtypeStruct((12,), jnp.float32)}
+        )
+
+
+def vlm_case():
+    cfg = presets.build_vlm(presets.vlm("nano"))
+    rng = np.random.default_rng(0)
+    B, T, Pn = 8, 12, 16
+    yx = np.broadcast_to(np.stack(np.mgrid[0:4, 0:4], -1).reshape(16, 2), (B, Pn, 2))
+    vision = VisionInput(rng.normal(size=(B, Pn, 384)).astype(np.float32), yx, np.ones((B, Pn), np.int32))
+    image_row = np.full((B, T), -1)
+    image_row[:, 2:6] = np.arange(4)
+    positions = np.broadcast_to(np.arange(T)[None, :, None], (B, T, 3))
+    tokens = TokenInput(rng.integers(1, 4000, (B, T)), positions, np.ones((B, T), np.int32), image_row)
+
+    def loss(params, batch):
+        out = vlm.apply(cfg, params, *batch)
+        hidden = [out.hidden, *vlm.mtp_hidden(cfg, params, out, batch[1])]
+        return sum(jnp.mean(jax.nn.logsumexp(vlm.logits(cfg, params, h), -1)) for h in hidden)
+
+    return cfg, loss, (vision, tokens)
+
+
+def two_tower_case():
+    cfg = presets.build_two_tower(presets.two_tower("nano"))
+    _, _, (vision, tokens) = vlm_case()
+
+    def loss(params, batch):
+        out = two_tower.apply(cfg, params, *batch)
+        return jnp.mean(jax.nn.softplus(out.scale * out.image @ out.text.T + out.bias))
+
+    return cfg, loss, (vision, tokens.tokens)
+
+
+@needs_8
+@pytest.mark.parametrize("case", [vlm_case, two_tower_case])
+@pytest.mark.parametrize("preset,sizes", [("data", {"data": 8}), ("fsdp", {"data": 2, "fsdp": 4}), ("fsdp_tensor", {"fsdp": 4, "tensor": 2})])  # fmt: skip
+def test_one_and_eight_devices_agree(case, preset, sizes):
+    """Loss and every gradient of the nano model, to 1e-5, under each preset. Batches split over the data axes."""
+    cfg, loss, batch = case()
+    params = models.init_params(cfg, jax.random.key(0))
+    alone, alone_grads = jax.jit(jax.value_and_grad(loss))(params, batch)
+    mesh, rules = mesh_lib.make_mesh(sizes), rules_lib.preset(preset)
+    shardings = rules.shardings(mesh, models.logical_axes(cfg), models.abstract_params(cfg))
+    placed = jax.device_put(params, shardings)
+    if preset != "data":
+        assert any(not s.is_fully_replicated for s in jax.tree.leaves(shardings))
+    rows = jax.device_put(batch, rules_lib.batch_sharding(mesh))
+    with rules_lib.use(mesh, rules):
+        many, many_grads = jax.jit(jax.value_and_grad(loss))(placed, rows)
+    np.testing.assert_allclose(many, alone, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone_grads, many_grads)
+
+
+@needs_8
+def test_init_lands_sharded():
+    cfg = presets.build_vision(presets.vision("nano"))
+    mesh, rules = mesh_lib.make_mesh({"fsdp": 8}), rules_lib.preset("fsdp")
+    shardings = rules.shardings(mesh, models.logical_axes(cfg), models.abstract_params(cfg))
+    params = models.init_params(cfg, jax.random.key(0), shardings)
+    kernel = params["blocks"]["mlp"]["gate"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (4, 128 // 8, 352)
+    np.testing.assert_array_equal(kernel, models.init_params(cfg, jax.random.key(0))["blocks"]["mlp"]["gate"]["kernel"])
