@@ -149,11 +149,11 @@ class TwoTowerConfig:
 
 
 class TwoTowerOutput(NamedTuple):
-    """Unit embeddings [B, E] float32, and the scalars of the sigmoid loss (scale = exp(log_scale))."""
+    """Unit embeddings [B, E] float32, and the scalars of the sigmoid loss."""
 
     image: jax.Array
     text: jax.Array
-    scale: jax.Array
+    log_scale: jax.Array
     bias: jax.Array
 
 
@@ -171,9 +171,7 @@ def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax
 
 def apply(cfg: TwoTowerConfig, params: Params, vision: VisionInput, tokens_BT: jax.Array) -> TwoTowerOutput:
     log_scale, bias = Scale(cfg.scale).apply({"params": params["scale"]})
-    return TwoTowerOutput(
-        embed_image(cfg, params, vision), embed_text(cfg, params, tokens_BT), jnp.exp(log_scale), bias
-    )
+    return TwoTowerOutput(embed_image(cfg, params, vision), embed_text(cfg, params, tokens_BT), log_scale, bias)
 
 
 def _unit(x_BE: jax.Array) -> jax.Array:

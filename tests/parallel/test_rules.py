@@ -75,7 +75,7 @@ def two_tower_case():
 
     def loss(params, batch):
         out = two_tower.apply(cfg, params, *batch)
-        return jnp.mean(jax.nn.softplus(out.scale * out.image @ out.text.T + out.bias))
+        return jnp.mean(jax.nn.softplus(jnp.exp(out.log_scale) * out.image @ out.text.T + out.bias))
 
     return cfg, loss, (vision, tokens.tokens)
 
