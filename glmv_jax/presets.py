@@ -1,4 +1,4 @@
-"""Model sizes by name, as ConfigDicts that an experiment can override key by key, and the way from there to models/.
+"""Model sizes by name, as ConfigDicts that an experiment can override key by key; `models.build` makes models of them.
 
 `nano` trains on two CPU cores in minutes; `l` is the public 403M CogViT with GLM-OCR's language model. The full GLM-5
 decoder is another family.
@@ -54,26 +54,18 @@ def vlm(size: str) -> ConfigDict:
     return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
 
 
-def build_vision(cfg: ConfigDict) -> Any:
-    from glmv_jax import models
-
-    return models.CogViTConfig(**cfg.vision)
-
-
-def build_two_tower(cfg: ConfigDict) -> Any:
-    from glmv_jax import models
-
-    vision_cfg, text = models.CogViTConfig(**cfg.vision), models.TextConfig(**cfg.text)
-    pool = lambda tower: models.PoolConfig(  # noqa: E731
-        tower.width, tower.heads, tower.mlp, cfg.embedding, tower.norm_eps, tower.dtype
-    )
-    return models.TwoTowerConfig(vision_cfg, text, pool(vision_cfg), pool(text))
-
-
-def build_vlm(cfg: ConfigDict) -> Any:
-    from glmv_jax import models
-
-    vision_cfg, decoder = models.CogViTConfig(**cfg.vision), models.DecoderConfig(**cfg.decoder)
-    # The merger's MLP is three times its width, as in the public checkpoint.
-    merger = models.MergerConfig(vision_cfg.width, decoder.width, 3 * decoder.width, dtype=decoder.dtype)
-    return models.VLMConfig(vision_cfg, merger, decoder, models.MTPConfig(decoder, **cfg.mtp))
+def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
+    """What every experiment has: the keys that `train.loop` reads, at their defaults. Sections are added to it."""
+    cfg = ConfigDict(
+        dict(
+            stage=stage, seed=0, steps=steps, batch=batch,
+            init_from="",  # run directory of a finished run to start from
+            init_subtrees=(),  # only these parts of it, e.g. ("vision",)
+            mesh={"data": -1}, rules="data",
+            log_every=10, eval_every=0, save_every=100, keep=2,
+            max_seconds=0.0,  # stop when the steps have taken so long; 0: never
+            match_wall="",  # take max_seconds from the steps of this finished run
+        )
+    )  # fmt: skip
+    cfg.update(more)
+    return cfg

@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from glmv_jax import models, presets
+from glmv_jax.models import build
 from glmv_jax.parallel import axes
 
 
@@ -21,9 +22,9 @@ def test_the_403m_encoder():
 @pytest.mark.parametrize("size", ["nano", "l"])
 def test_presets_build_and_name_every_dimension(size):
     for cfg in (
-        presets.build_vision(presets.vision(size)),
-        presets.build_two_tower(presets.two_tower(size)),
-        presets.build_vlm(presets.vlm(size)),
+        build.vision(presets.vision(size)),
+        build.two_tower(presets.two_tower(size)),
+        build.vlm(presets.vlm(size)),
     ):
         shapes, names = models.abstract_params(cfg), models.logical_axes(cfg)
         is_names = lambda x: isinstance(x, tuple)  # noqa: E731

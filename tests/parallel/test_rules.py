@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax import models, presets
-from glmv_jax.models import two_tower, vlm
+from glmv_jax.models import build, two_tower, vlm
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import TokenInput, UserError, VisionInput
@@ -51,7 +51,7 @@ def test_mesh_and_batch_sizes_that_do_not_fit_are_named():
 
 
 def vlm_case():
-    cfg = presets.build_vlm(presets.vlm("nano"))
+    cfg = build.vlm(presets.vlm("nano"))
     rng = np.random.default_rng(0)
     B, T, Pn = 8, 12, 16
     yx = np.broadcast_to(np.stack(np.mgrid[0:4, 0:4], -1).reshape(16, 2), (B, Pn, 2))
@@ -70,7 +70,7 @@ def vlm_case():
 
 
 def two_tower_case():
-    cfg = presets.build_two_tower(presets.two_tower("nano"))
+    cfg = build.two_tower(presets.two_tower("nano"))
     _, _, (vision, tokens) = vlm_case()
 
     def loss(params, batch):
@@ -102,7 +102,7 @@ def test_one_and_eight_devices_agree(case, preset, sizes):
 
 @needs_8
 def test_init_lands_sharded():
-    cfg = presets.build_vision(presets.vision("nano"))
+    cfg = build.vision(presets.vision("nano"))
     mesh, rules = mesh_lib.make_mesh({"fsdp": 8}), rules_lib.preset("fsdp")
     shardings = rules.shardings(mesh, models.logical_axes(cfg), models.abstract_params(cfg))
     params = models.init_params(cfg, jax.random.key(0), shardings)

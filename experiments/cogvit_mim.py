@@ -1,0 +1,46 @@
+"""Stage 1: CogViT by masked-image distillation from a semantic and a texture teacher.
+
+    glmv train --config experiments/cogvit_mim.py:size=nano --workdir runs/mim --config.teachers.semantic.path=runs/teacher
+
+size=nano: two CPU cores, about two minutes. The semantic teacher is the image tower of a stage-2 run
+(experiments/cogvit_siglip.py:role=teacher), the texture teacher is HOG and needs no file.
+size=l:    the 403M encoder at 224 px, 90 of 256 patches masked, as in section 2.1 of the report. Steps, batch and rates
+are not published; those here are a start.
+"""
+
+from glmv_jax.config import parse_arg, presets
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, size="nano")
+    nano = arg.size == "nano"
+    steps, batch = (300, 64) if nano else (100_000, 4096)
+    cfg = presets.run("mim", steps, batch)
+    cfg.model = presets.vision(arg.size)
+    if not nano:
+        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+
+    cfg.data = {
+        "weights": {"natural": 0.8, "instruction": 0.1, "scientific": 0.1},
+        "size": 64 if nano else 224,
+        "mask_ratio": 0.35,
+        "mask_kind": "blockwise",
+        "workers": 0 if nano else 8,
+    }
+    cfg.teachers = {
+        "semantic": {"kind": "tower", "path": "", "weight": 1.0},
+        "texture": {"kind": "hog", "bins": 9, "weight": 1.0},
+    }
+    cfg.loss = {"on": "masked", "head_hidden": 256 if nano else 2048}
+
+    cfg.optim = {
+        "lr": 2e-3 if nano else 1e-3,
+        "clip": 1.0,
+        "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.05},
+        "groups": (
+            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.05}),
+            (r".*", {"kind": "adamw", "wd": 0.05}),
+        ),
+    }
+    cfg.eval = {"batches": 4}
+    return cfg

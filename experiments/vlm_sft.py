@@ -1,0 +1,51 @@
+"""Stage 4: supervised fine-tuning on questions and answers in the chat template.
+
+    glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft --config.init_from=runs/pretrain
+
+role=control: goes on with SFT from a finished SFT run for as long as an RL run took (the comparison of the quickstart):
+    glmv train --config experiments/vlm_sft.py:size=nano,role=control --workdir runs/sft_more \
+        --config.init_from=runs/sft --config.match_wall=runs/rl
+size=nano: two CPU cores, about three minutes.
+"""
+
+from glmv_jax.config import parse_arg, presets
+
+TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "chart")
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, size="nano", role="student")
+    nano = arg.size == "nano"
+    steps, batch = (300, 8) if nano else (10_000, 256)
+    cfg = presets.run("sft", steps, batch)
+    cfg.model = presets.vlm(arg.size)
+    if not nano:
+        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+
+    cfg.data = {
+        "weights": {task: 1.0 for task in TASKS},
+        "seed": 4,
+        "vocabulary": "",
+        "tokens": 256 if nano else 8192,
+        "patches": 448 if nano else 16_384,
+        "image_patches": 64 if nano else 4096,
+        "prompt_tokens": 48 if nano else 2048,
+        "workers": 0 if nano else 8,
+    }
+    cfg.loss = {"mtp": 0.3}
+    cfg.optim = {
+        "lr": 1e-3 if nano else 1e-4,
+        "clip": 1.0,
+        "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
+        "groups": (
+            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 0.5}),
+            (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5}),
+            (r"(decoder|mtp/block|merger)/.*/kernel", {"kind": "muon", "wd": 0.1}),
+            (r".*", {"kind": "adamw", "wd": 0.05}),
+        ),
+    }
+    cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
+    if arg.role == "control":
+        cfg.data.seed, cfg.steps = 6, 1_000_000
+        cfg.optim.lr, cfg.optim.schedule = 4e-4, {"warmup": 0, "decay": "constant"}
+    return cfg

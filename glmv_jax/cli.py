@@ -1,0 +1,307 @@
+"""The `glmv` command: thin, one function a subcommand, heavy modules imported only where they are used.
+
+What a person can mend (`UserError`, a full disk, a folder that may not be written) is one line on stderr and exit code
+2; Ctrl-C is 130; anything else is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterable
+
+from glmv_jax import __version__
+from glmv_jax.typing import UserError
+
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are one line, like every other error of the command."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code (0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    name = f"glmv {argv[0]}" if argv and argv[0] in _COMMANDS else "glmv"
+    try:
+        return _run(argv)
+    except UserError as error:
+        return _complain(name, " ".join(str(error).split()))
+    except BrokenPipeError:  # `glmv doctor | head`: the reader has gone, which is no error of ours
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        if error.errno not in _DISK_ERRORS:
+            raise
+        return _complain(name, f"{error.strerror}: {error.filename or 'disk'}; free space or choose another folder")
+    except KeyboardInterrupt:
+        print(f"\n{name}: stopped by Ctrl-C", file=sys.stderr)
+        return 130
+
+
+def _complain(name: str, message: str) -> int:
+    print(f"{name}: {message}", file=sys.stderr)
+    return 2
+
+
+def _run(argv: list[str]) -> int:
+    parser, options = _parser()
+    if not argv:
+        parser.print_help()
+        return 0
+    command, rest = argv[0], argv[1:]
+    if command not in (*_COMMANDS, "-h", "--help", "--version"):
+        raise UserError(f"no command {command!r}{_nearest(command, _COMMANDS)}")
+
+    overrides = [arg.removeprefix("--config.") for arg in rest if arg.startswith("--config.")]
+    rest = [arg for arg in rest if not arg.startswith("--config.")]
+    known = options.get(command, ["--help", "--version"])
+    for arg in rest:  # before argparse, which would rather complain of what a misspelt option leaves missing
+        option = arg.partition("=")[0]
+        if option.startswith("--") and option not in known:
+            raise UserError(f"unknown option {option!r}{_nearest(option, known)}")
+    if overrides and "--config" not in known:
+        raise UserError(f"this command takes no config, so no --config.{overrides[0]}")
+    args = parser.parse_args([command, *rest])
+    args.overrides = overrides
+    return args.function(args)
+
+
+def _nearest(word: str, known: Iterable[str]) -> str:
+    from glmv_jax.config import nearest
+
+    return nearest(word, known)
+
+
+# --- subcommands ------------------------------------------------------------------------------------------------------
+
+
+def train(args: argparse.Namespace) -> int:
+    """Runs or resumes one stage.
+
+    A run is one experiment file and one work directory. Called again with the same two it goes on from the last
+    checkpoint, or says that the stage is finished.
+
+      glmv train --config experiments/cogvit_mim.py:size=nano --workdir runs/mim
+      glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft \\
+          --config.init_from=runs/pretrain --config.optim.lr=3e-4
+
+    What follows the colon are the file's own arguments; --config.KEY=VALUE changes any value of the config
+    (`glmv show-config` lists them). A misspelt name stops at once and names the nearest.
+    """
+    cfg = _config(args)
+    workdir = os.path.abspath(args.workdir)
+    _check_workdir(workdir, cfg)
+    os.makedirs(workdir, exist_ok=True)
+    with _alone_in(workdir):
+        from glmv_jax.train import main as train_main
+
+        train_main.run(cfg, workdir)
+    return 0
+
+
+def generate(args: argparse.Namespace) -> int:
+    """Answers a prompt, with or without an image, with the model of the recipe's last finished stage.
+
+    Examples:
+
+      glmv generate --run runs/quickstart --image page.png --prompt "What does it say?"
+      glmv generate --run runs/quickstart --image cats.png --prompt "图中有几只猫？" --temperature 0.7 --seed 3
+    """
+    from glmv_jax.inference.generate import generate_from_run
+    from glmv_jax.train.checkpoint import quiet_orbax
+
+    quiet_orbax()
+    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    print(generate_from_run(args.run, _answering_model, args.image, args.prompt, **settings))
+    return 0
+
+
+def evaluate(args: argparse.Namespace) -> int:
+    """Evaluates a trained stage on its held-out data again and prints one number a line.
+
+    Example:
+
+      glmv eval --run runs/quickstart/sft
+    """
+    if not os.path.isfile(os.path.join(args.run, "config.json")):
+        raise UserError(f"{args.run} is no work directory of a stage (it has no config.json); give one, as RUN/sft")
+    from glmv_jax.train import main as train_main
+
+    for name, value in sorted(train_main.evaluate(os.path.abspath(args.run)).items()):
+        print(f"{name:<40} {value:.4f}")
+    return 0
+
+
+def report(args: argparse.Namespace) -> int:
+    """Prints the final table of a recipe and writes report.html beside its stages.
+
+      glmv report --run runs/quickstart
+
+    The page is one self-contained file. Stages that have not run are named as such, so it may be made at any time.
+    """
+    from glmv_jax.eval import report as eval_report
+
+    path = eval_report.write(args.run)
+    eval_report.show(args.run)
+    print(f"report: {path}")
+    return 0
+
+
+def doctor(args: argparse.Namespace) -> int:
+    """Says what this machine has (devices, memory, extras) and how to install what is missing.
+
+      glmv doctor
+
+    Exit code 0 when glmv_jax can work here, 1 when something that it needs is broken.
+    """
+    from glmv_jax import doctor as checks
+
+    return checks.main()
+
+
+def show_config(args: argparse.Namespace) -> int:
+    """Prints every value of a config, after the file's arguments and the overrides.
+
+    Example:
+
+      glmv show-config --config experiments/vlm_sft.py:size=nano --config.optim.lr=3e-4
+    """
+    from glmv_jax import config
+
+    for key, value in config.flat(_config(args)).items():
+        print(f"{key} = {value!r}")
+    return 0
+
+
+# --- helpers ----------------------------------------------------------------------------------------------------------
+
+
+def _config(args: argparse.Namespace):
+    from glmv_jax import config
+
+    return config.override(config.load(args.config), args.overrides)
+
+
+def _answering_model(folder):
+    """The model of a finished stage's work directory, with the tokenizer and image sizes that it was trained with."""
+    from glmv_jax.data.naflex import Patcher
+    from glmv_jax.data.tokenizer import Tokenizer
+    from glmv_jax.inference.generate import Model
+    from glmv_jax.models import build
+    from glmv_jax.train import checkpoint
+
+    cfg = checkpoint.load_config(folder)
+    model = build.vlm(cfg.model)
+    vision = model.vision
+    patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, max_patches=cfg.data.image_patches)
+    tokenizer = Tokenizer(cfg.data.vocabulary or None)
+    return Model(model, checkpoint.load_params(folder), tokenizer, patcher, chat=cfg.stage != "pretrain")
+
+
+def _check_workdir(workdir: str, cfg) -> None:
+    """Refuses a work directory that is a file, or that holds a run of another stage."""
+    import json
+
+    if os.path.lexists(workdir) and not os.path.isdir(workdir):
+        raise UserError(f"--workdir {workdir} is a file; give a folder")
+    path = os.path.join(workdir, "config.json")
+    if not os.path.exists(path):
+        return
+    try:
+        with open(path, encoding="utf-8") as file:
+            before = json.load(file).get("stage")
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); restore it, or give another --workdir") from None
+    if before != cfg.get("stage"):
+        raise UserError(
+            f"--workdir {workdir} holds a run of stage {before!r}, but the config is of stage {cfg.get('stage')!r}; "
+            "give another --workdir"
+        )
+
+
+@contextlib.contextmanager
+def _alone_in(workdir: str):
+    """Holds the work directory's lock; waits while another process (say, of a killed quickstart) is training there.
+
+    The lock is a record lock: it ends with its process, however that dies, and worker processes do not inherit it.
+    """
+    import fcntl
+
+    with open(os.path.join(workdir, ".lock"), "a+", encoding="ascii") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            holder = lock.read().strip() or "?"
+            print(f"waiting: process {holder} is training in {workdir} (Ctrl-C to give up)", flush=True)
+            fcntl.lockf(lock, fcntl.LOCK_EX)
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        yield
+
+
+_COMMANDS = {
+    "train": train,
+    "generate": generate,
+    "eval": evaluate,
+    "report": report,
+    "doctor": doctor,
+    "show-config": show_config,
+}
+
+_DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, one recipe.
+
+  glmv doctor                                          what this machine has and lacks
+  glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft
+  glmv report --run runs/quickstart                    the table and report.html
+  glmv COMMAND --help                                  each command, with examples
+"""
+
+
+def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
+    """The parser, and the options that each command knows."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = _Parser(prog="glmv", description=_DESCRIPTION, formatter_class=form, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"glmv_jax {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    subs = {}
+    for name, function in _COMMANDS.items():
+        first, _, rest = function.__doc__.partition("\n")
+        rest = "\n".join(line.removeprefix("    ") for line in rest.splitlines()).rstrip()
+        subs[name] = commands.add_parser(
+            name, help=first, description=f"{first}\n{rest}", formatter_class=form, allow_abbrev=False
+        )
+        subs[name].set_defaults(function=function)
+
+    for name in ("train", "show-config"):
+        subs[name].add_argument("--config", required=True, metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
+        subs[name].epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
+    subs["train"].add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
+
+    sub = subs["generate"]
+    sub.add_argument("--run", required=True, metavar="DIR", help="a recipe's run directory, as runs/quickstart")
+    sub.add_argument("--image", metavar="FILE", help="a picture in any format that Pillow reads")
+    sub.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after this many (default 64)")
+    sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, when the temperature is not 0")
+
+    subs["eval"].add_argument("--run", required=True, metavar="DIR", help="a stage's work directory")
+    subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
+
+    options = {name: list(sub._option_string_actions) for name, sub in subs.items()}
+    return parser, options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

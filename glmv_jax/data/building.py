@@ -1,0 +1,98 @@
+"""Samples to documents: the tokens, loss weights and patches of one training text, before packing.
+
+Two forms. `chat` (SFT, RL, evaluation) is the dialect of `chat.py`: loss on the answer and its stop token. `pretrain`
+is plain text, `[gMASK]<sop>{images}{prompt}\\n{answer}<|endoftext|>` with loss on the answer and the end; a caption or a
+plain text has no prompt, so all of its text is learnt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from glmv_jax.data import chat
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.records import Sample
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+    """One text with its images.
+
+    tokens int32 [T], loss_weight float32 [T], image_of_token int32 [T] (number of the image of an `<|image|>` token,
+    else -1), images: (patches float32 [P, C], yx int32 [P, 2]) each; source and id as in the sample.
+    """
+
+    tokens: np.ndarray
+    loss_weight: np.ndarray
+    image_of_token: np.ndarray
+    images: tuple[tuple[np.ndarray, np.ndarray], ...]
+    source: str
+    id: str
+
+    @property
+    def patches(self) -> int:
+        """Patches of all images together."""
+        return sum(len(patches) for patches, _ in self.images)
+
+
+@dataclasses.dataclass(frozen=True)
+class DocumentBuilder:
+    """Sample -> Document. `max_tokens` and `max_patches` are those of a row: what is longer raises UserError.
+
+    prompt_weight: loss weight of prompt tokens in the pretrain form (questions come from templates, so little is
+    learnt from them and much of the gradient would be theirs).
+    """
+
+    tokenizer: Tokenizer
+    patcher: Patcher
+    max_tokens: int
+    max_patches: int
+    prompt_weight: float = 0.0
+
+    def chat(self, sample: Sample) -> Document:
+        """Question and answer as a conversation, loss on the answer."""
+        answer = chat.boxed(sample.answer) if sample.boxed else sample.answer
+        return self._conversation(sample, [{"role": "assistant", "content": answer}])
+
+    def prompt(self, sample: Sample) -> Document:
+        """The question alone, ending in the generation prompt."""
+        return self._conversation(sample, [])
+
+    def pretrain(self, sample: Sample) -> Document:
+        """Images, then prompt and answer as plain text."""
+        images = self._images(sample)
+        writer = chat.Writer(self.tokenizer)
+        writer.special("[gMASK]", "<sop>")
+        for merged in self._merged(images):
+            writer.image(merged)
+        if sample.prompt:
+            writer.ids(self.tokenizer.encode(sample.prompt + "\n"), self.prompt_weight)
+        writer.ids(self.tokenizer.encode(sample.answer), 1.0)
+        writer.special("<|endoftext|>", weight=1.0)
+        return self._checked(writer.done(), images, sample)
+
+    def _conversation(self, sample: Sample, answer: list[dict]) -> Document:
+        images = self._images(sample)
+        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": sample.prompt}]
+        messages = [{"role": "user", "content": content}, *answer]
+        rendered = chat.render(messages, self.tokenizer, self._merged(images), generation_prompt=not answer)
+        return self._checked(rendered, images, sample)
+
+    def _images(self, sample: Sample) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
+        return tuple(self.patcher(image) for image in sample.images)
+
+    def _merged(self, images: tuple[tuple[np.ndarray, np.ndarray], ...]) -> list[int]:
+        return [len(patches) // self.patcher.merge**2 for patches, _ in images]
+
+    def _checked(self, rendered: chat.Rendered, images: tuple, sample: Sample) -> Document:
+        document = Document(rendered.tokens, rendered.loss_weight, rendered.image_of_token, images,
+                            sample.source, sample.id)
+        if len(document.tokens) > self.max_tokens:
+            raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; raise the row length")
+        if document.patches > self.max_patches:
+            raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the patch budget")
+        return document

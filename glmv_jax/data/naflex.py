@@ -1,0 +1,236 @@
+"""Images to rows of patches: loading, sizing, normalising, patch order, and back to a picture.
+
+Two sizing policies. `smart_resize` is GLM-OCR's (transformers 5 `models/glm46v/image_processing_pil_glm46v.py`):
+sides rounded to the merge factor, area inside a budget. `naflex_size` is SigLIP2's NaFlex (big_vision
+`pp/proj/image_text/ops_naflex.py`): the largest size of the native aspect ratio within a number of patches. Ours
+rounds sides to patch * merge, not to patch, so that whole 2x2 merge blocks exist.
+
+Patch rows come in merge-block order (H/2, W/2, 2, 2); a patch is the vector (C, T, ph, pw) of CLIP-normalised pixels,
+a still image being its frame twice (T = 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import pathlib
+import struct
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from glmv_jax.typing import UserError
+
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MAX_ASPECT = 200
+MAX_PIXELS = 1 << 26  # 67 million: an 8k page scan passes, a decompression bomb does not
+
+
+# ---------------------------------------------------------------------------------------------------------- loading
+
+
+def load_image(source: str | pathlib.Path | bytes | Image.Image, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Any picture file, its bytes, or a PIL image -> PIL RGB, upright (EXIF), transparency on white.
+
+    Raises UserError (one line) when the file is missing, is no image, is cut short or broken, or has more than
+    `max_pixels` pixels.
+    """
+    if isinstance(source, Image.Image):
+        return to_rgb(source)
+    name = "the image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        if image.width * image.height > max_pixels:
+            raise Image.DecompressionBombError
+        image.load()
+        return to_rgb(image)
+    except FileNotFoundError:
+        raise UserError(f"{name} does not exist; check the path") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise UserError(f"{name} cannot be read ({error.strerror}); give a readable picture file") from None
+    except Image.UnidentifiedImageError:
+        raise UserError(f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
+    except Image.DecompressionBombError:
+        raise UserError(f"{name} has more than {max_pixels:,} pixels; make it smaller first") from None
+    except (OSError, ValueError, SyntaxError, struct.error) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"{name} is broken or cut short ({reason}); copy or convert it again") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any Pillow mode -> RGB: EXIF rotation applied, transparency composed on white, 16-bit scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _deep_to_rgb(image)
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _deep_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey. Only 16-bit files say what white is; the others are fitted to 1, 255 or 65535."""
+    values = np.asarray(image, np.float64)
+    whites = [65535] if image.mode.startswith("I;16") else [255, 65535] if image.mode == "I" else [1, 255, 65535]
+    white = next((w for w in whites if values.max() <= w), whites[-1])
+    return Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8)).convert("RGB")
+
+
+# ----------------------------------------------------------------------------------------------------------- sizing
+
+
+def smart_resize(
+    height: int, width: int, *, factor: int = 28, frames: int = 2, temporal: int = 2,
+    min_pixels: int = 112 * 112, max_pixels: int = 14 * 14 * 2 * 2 * 2 * 6144,
+) -> tuple[int, int]:
+    """GLM-OCR's size: (height, width) in multiples of `factor`, temporal * height * width within the pixel budget.
+
+    A still image counts as two frames, so budgets count its pixels twice. Raises UserError beyond 200:1.
+    """
+    if min(height, width) < factor:
+        scale = max(factor / height, factor / width)
+        height, width = int(height * scale), int(width * scale)
+    _check_aspect(height, width)
+    new_h, new_w = round(height / factor) * factor, round(width / factor) * factor
+    new_t = round(frames / temporal) * temporal
+    if new_t * new_h * new_w > max_pixels:
+        beta = math.sqrt(frames * height * width / max_pixels)
+        new_h = max(factor, math.floor(height / beta / factor) * factor)
+        new_w = max(factor, math.floor(width / beta / factor) * factor)
+    elif new_t * new_h * new_w < min_pixels:
+        beta = math.sqrt(min_pixels / (frames * height * width))
+        new_h, new_w = math.ceil(height * beta / factor) * factor, math.ceil(width * beta / factor) * factor
+    return new_h, new_w
+
+
+@functools.lru_cache(maxsize=4096)
+def naflex_size(height: int, width: int, unit: int, max_units: int, eps: float = 1e-5) -> tuple[int, int]:
+    """The largest (height, width) in multiples of `unit` with at most `max_units` squares, aspect kept if it can be.
+
+    SigLIP2's binary search over the scale. With unit = patch it is SigLIP2's own size; ours is called with
+    unit = patch * merge and max_units = budget / merge**2.
+    """
+
+    def side(scale: float, size: int) -> int:
+        return max(unit, math.ceil(size * scale / unit) * unit)
+
+    low, high = eps / 10, 100.0
+    while high - low >= eps:
+        scale = (low + high) / 2
+        if (side(scale, height) // unit) * (side(scale, width) // unit) <= max_units:
+            low = scale
+        else:
+            high = scale
+    return side(low, height), side(low, width)
+
+
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise UserError(
+            f"an image of {width}x{height} pixels is more than {MAX_ASPECT} times as long as it is wide; crop it"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------- patches
+
+
+@functools.lru_cache(maxsize=4096)
+def grid_coordinates(rows: int, columns: int, merge: int = 2) -> np.ndarray:
+    """(row, column) of each patch in merge-block order. Returns a read-only int32 [rows * columns, 2]."""
+    y, x = np.mgrid[:rows, :columns]
+    yx_HW2 = np.stack([y, x], -1).reshape(rows // merge, merge, columns // merge, merge, 2)
+    yx_P2 = np.ascontiguousarray(yx_HW2.swapaxes(1, 2).reshape(-1, 2), np.int32)
+    yx_P2.flags.writeable = False
+    return yx_P2
+
+
+def normalise(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [..., 3] -> float32, CLIP mean and deviation."""
+    return (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
+
+
+def patchify(pixels_HW3: np.ndarray, patch: int, merge: int = 2, temporal: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [H, W, 3], sides multiples of patch * merge -> (patches float32 [P, 3*temporal*patch**2], yx int32 [P, 2]).
+    """
+    height, width, _ = pixels_HW3.shape
+    if height % (patch * merge) or width % (patch * merge):
+        raise UserError(f"image size {width}x{height} is no multiple of {patch * merge} (patch * merge); resize it")
+    rows, columns = height // patch, width // patch
+    blocks = normalise(pixels_HW3).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    frame = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+    patches = np.broadcast_to(frame, (*frame.shape[:5], temporal, patch, patch))
+    return patches.reshape(rows * columns, -1), grid_coordinates(rows, columns, merge)
+
+
+def unpatchify(patches_PC: np.ndarray, yx_P2: np.ndarray, patch: int) -> np.ndarray:
+    """The picture of one frame's patches (padding removed): uint8 [H, W, 3], the first of the temporal copies."""
+    rows, columns = yx_P2.max(0) + 1
+    first = patches_PC.reshape(len(patches_PC), 3, -1, patch, patch)[:, :, 0].transpose(0, 2, 3, 1)
+    pixels = np.clip(np.rint((first * CLIP_STD + CLIP_MEAN) * 255), 0, 255).astype(np.uint8)
+    canvas = np.zeros((rows, columns, patch, patch, 3), np.uint8)
+    canvas[yx_P2[:, 0], yx_P2[:, 1]] = pixels
+    return canvas.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Patcher:
+    """Image -> patches under one sizing policy.
+
+    patch, merge, temporal: the tower's patch side, merge block side and frames a patch.
+    max_patches:  the budget of one image (a multiple of merge**2).
+    min_patches:  only for `smart`: smaller images are enlarged to it.
+    policy:       "naflex" (fills the budget, native aspect ratio) or "smart" (GLM-OCR: keeps the size if it can).
+    resample:     "bicubic" (GLM) or "bilinear" (SigLIP2); both antialiased by Pillow.
+    """
+
+    patch: int = 8
+    merge: int = 2
+    temporal: int = 2
+    max_patches: int = 64
+    min_patches: int = 4
+    policy: str = "naflex"
+    resample: str = "bicubic"
+
+    def __post_init__(self):
+        if self.policy not in ("naflex", "smart"):
+            raise UserError(f"unknown image sizing policy {self.policy!r}; choose naflex or smart")
+        if self.max_patches < self.merge**2:
+            raise UserError(f"an image budget of {self.max_patches} patches is under one merge block; raise it")
+
+    @property
+    def channels(self) -> int:
+        """Length of a patch vector."""
+        return 3 * self.temporal * self.patch**2
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(height, width) in pixels that an image of this size is resized to."""
+        unit = self.patch * self.merge
+        if self.policy == "naflex":
+            _check_aspect(height, width)
+            return naflex_size(height, width, unit, self.max_patches // self.merge**2)
+        area = self.temporal * self.patch**2
+        new_h, new_w = smart_resize(height, width, factor=unit, frames=self.temporal, temporal=self.temporal,
+                                    min_pixels=self.min_patches * area, max_pixels=self.max_patches * area)
+        if new_h * new_w > self.max_patches * self.patch**2:  # a long thin image keeps one block of width
+            raise UserError(f"an image of {width}x{height} pixels is too thin for {self.max_patches} patches; crop it")
+        return new_h, new_w
+
+    def resize(self, image: Image.Image) -> Image.Image:
+        """The RGB image at its size under the policy."""
+        height, width = self.size(image.height, image.width)
+        if (width, height) == image.size:
+            return image
+        return image.resize((width, height), getattr(Image.Resampling, self.resample.upper()))
+
+    def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """PIL image -> (patches float32 [P, channels], yx int32 [P, 2]), P at most `max_patches`."""
+        rgb = image if image.mode == "RGB" else to_rgb(image)
+        return patchify(np.asarray(self.resize(rgb)), self.patch, self.merge, self.temporal)

@@ -1,0 +1,270 @@
+"""Batches of the five stages, as iterators with __next__, get_state, set_state and close.
+
+Everything is a function of (arguments, seed, index): sources are random-access, shuffled per epoch, mixed in exact
+proportions, guarded against broken records, made in worker processes if asked, and batched. The state is a small
+JSON-able dict; restored in a new process, with any number of workers, it gives the very next batch.
+
+Batch contract (NumPy; B rows of this shard, P patches, C = 3 * temporal * patch**2, T tokens; `VisionInput` and
+`TokenInput` in `glmv_jax.typing` say what the arrays mean):
+
+    mim      patches [B,P,C] f32, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
+             each row, image [B,S,S,3] uint8 (the crop, for teachers), source [B] i32 (index among the sources)
+    siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens [B,Tt] i32 (eos, pad),
+             concept [B] i32 (no two alike in a batch, over all shards), lang [B] i32 (index in LANGUAGES)
+    vlm      tokens [B,T] i32, positions [B,T,3] i32, segments [B,T] i32, image_row [B,T] i32, loss_weight [B,T] f32,
+             source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row)
+    prompts  the vlm arrays with one prompt a row, and length [B] i32, next_position [B] i32 (`packing.collate`),
+             samples: the list of B `records.Sample`
+
+Sharding: shard s of n reads its own part of every source (stage 2: its own concepts), so shards never share a record
+within an epoch. `batch` counts the rows of one shard.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+from PIL import Image
+
+from glmv_jax.data import emoji, masks
+from glmv_jax.data.building import Document, DocumentBuilder
+from glmv_jax.data.faults import FaultLog, Guarded
+from glmv_jax.data.mixture import Mixture
+from glmv_jax.data.naflex import Patcher, patchify, to_rgb
+from glmv_jax.data.packing import PackIterDataset, collate
+from glmv_jax.data.records import Pair, Sample
+from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, prefetched
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.typing import UserError
+
+LANGUAGES = emoji.LANGUAGES
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a stage reads: the arguments all stages share.
+
+    seed: of order, augmentation and masks.      shard, shards: this host's part.
+    workers: processes that make items (0: none).   ahead: batches made in advance, in a thread (0: none).
+    faults: file that broken records are logged to (JSONL), or None for standard error.
+    """
+
+    seed: int = 0
+    shard: int = 0
+    shards: int = 1
+    workers: int = 0
+    ahead: int = 2
+    faults: str | pathlib.Path | None = None
+
+    def __post_init__(self):
+        if not 0 <= self.shard < self.shards:
+            raise UserError(f"shard {self.shard} of {self.shards} does not exist; shards count from 0")
+
+    @property
+    def log(self) -> FaultLog:
+        """Where broken records go."""
+        return FaultLog(self.faults)
+
+    def endless(self, source: Any) -> grain.MapDataset:
+        """This shard's part of a source, shuffled anew in each epoch, without end."""
+        if len(source) < self.shards:
+            raise UserError(f"a source of {len(source)} records cannot be read by {self.shards} hosts; use fewer")
+        return grain.MapDataset.source(source)[self.shard::self.shards].shuffle(seed=self.seed % 2**32).repeat()
+
+    def guarded(self, source: Any, transform: Any, name: str) -> Guarded:
+        """A source with its transform, broken records replaced."""
+        return Guarded(source, transform, name=name, seed=self.seed, log=self.log)
+
+    def iterator(self, batches: grain.IterDataset) -> grain.DatasetIterator:
+        """The batches, made ahead if wished."""
+        return prefetched(batches, self.ahead) if self.ahead else iter(batches)
+
+
+def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
+    """One image padded to the budget: patches, yx and frame (1, and 0 on padding)."""
+    count, channels = patches_PC.shape
+    if count > budget:
+        raise UserError(f"an image of {count} patches does not fit a row of {budget}; raise the patch budget")
+    row = {"patches": np.zeros((budget, channels), np.float32), "yx": np.zeros((budget, 2), np.int32),
+           "frame": np.zeros(budget, np.int32)}
+    row["patches"][:count], row["yx"][:count], row["frame"][:count] = patches_PC, yx_P2, 1
+    return row
+
+
+# ------------------------------------------------------------------------------------------------------ stage 1: mim
+
+
+def mim_batches(
+    sources: Mapping[str, Any], weights: Mapping[str, float], *, batch: int, size: int = 64, patch: int = 8,
+    merge: int = 2, mask_ratio: float = 0.35, mask_kind: str = "blockwise", reading: Reading = Reading(),
+) -> grain.DatasetIterator:
+    """Masked crops. sources: name -> random access of (id, PIL image); the crop is the source's work.
+
+    An image of another size than size x size is resized to it. mask_kind: "blockwise" or "random".
+    """
+    if mask_kind not in ("blockwise", "random"):
+        raise UserError(f"unknown kind of mask {mask_kind!r}; choose blockwise or random")
+    transform = functools.partial(_mim_row, size=size, patch=patch, merge=merge, kind=mask_kind,
+                                  count=masks.count_for(mask_ratio, size // patch, size // patch))
+    names = list(sources)
+    rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)
+            for name, source in sources.items()}
+    items = grain.MapDataset.source(Mixture(rows, weights)).batch(batch, drop_remainder=True)
+    return reading.iterator(Stream(items, reading.workers))
+
+
+def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size: int, patch: int, merge: int,
+             kind: str, count: int, source: int) -> Rows:
+    image = to_rgb(record[1])
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BICUBIC)
+    pixels = np.asarray(image)
+    patches, yx = patchify(pixels, patch, merge)
+    mask = getattr(masks, kind)(rng, size // patch, size // patch, count)
+    return vision_row(patches, yx, len(patches)) | {
+        "mask": masks.in_row_order(mask, yx), "image": pixels, "source": np.int32(source)}
+
+
+# --------------------------------------------------------------------------------------------------- stage 2: siglip
+
+
+def siglip_batches(
+    pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, text_length: int = 16,
+    chinese: float = 0.5, texts: Mapping[str, float] | None = None, reading: Reading = Reading(),
+) -> grain.DatasetIterator:
+    """Image-text pairs, no concept twice in a batch.
+
+    pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
+    chinese: share of Chinese rows.
+    texts: shares of "name", "name+keywords" (some of them) and "keywords" (some, without the name).
+    """
+    texts = dict(texts or {"name": 0.5, "name+keywords": 0.3, "keywords": 0.2})
+    if set(texts) - set(_TEXTS):
+        raise UserError(f"unknown kind of text {sorted(set(texts) - set(_TEXTS))[0]!r}; choose from {', '.join(_TEXTS)}")
+    order = _ConceptEpochs(pairs, reading)
+    if batch > order.concepts:
+        raise UserError(f"a batch of {batch} needs as many concepts, this shard has {order.concepts}; lower the batch")
+    shares = np.array([texts.get(kind, 0.0) for kind in _TEXTS])
+    transform = functools.partial(_siglip_row, tokenizer=tokenizer, patcher=patcher, length=text_length,
+                                  chinese=chinese, shares=np.cumsum(shares / shares.sum()))
+    rows = Stream(reading.guarded(order, transform, "pairs"), reading.workers, chunk=32)
+    return reading.iterator(UniqueBatchIterDataset(rows, batch, "concept"))
+
+
+class _ConceptEpochs:
+    """This shard's concepts, all once an epoch in a new order: index i is (epoch, place in the epoch)."""
+
+    def __init__(self, pairs: Any, reading: Reading):
+        self.pairs, self.seed = pairs, reading.seed
+        numbers = [concept_number(emoji.load()[i].id) for i in pairs.indices]
+        self.members = [j for j, number in enumerate(numbers) if number % reading.shards == reading.shard]
+        self.concepts = len({numbers[j] for j in self.members})
+
+    def __len__(self) -> int:
+        return len(self.pairs) // len(self.pairs.indices) * len(self.members)
+
+    def __getitem__(self, i: int) -> Pair:
+        epoch, place = divmod(i, len(self.members))
+        place = grain.experimental.index_shuffle(
+            place, max_index=len(self.members) - 1, seed=(self.seed + epoch) % 2**32, rounds=4)
+        return self.pairs[epoch * len(self.pairs.indices) + self.members[place]]
+
+
+@functools.cache
+def _concept_numbers() -> dict[str, int]:
+    concepts = sorted({e.concept for e in emoji.load()})
+    place = {concept: number for number, concept in enumerate(concepts)}
+    return {e.id: place[e.concept] for e in emoji.load()}
+
+
+def concept_number(id_: str) -> int:
+    """The number of an emoji's concept: emoji that differ only in gender or direction share it."""
+    return _concept_numbers()[id_]
+
+
+_TEXTS = ("name", "name+keywords", "keywords")
+
+
+def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, patcher: Patcher, length: int,
+                chinese: float, shares: np.ndarray) -> Rows:
+    lang = int(rng.random() < chinese)
+    kind = _TEXTS[min(int(np.searchsorted(shares, rng.random(), side="right")), 2)]
+    text = pair_text(pair.texts[LANGUAGES[lang]], kind, rng)
+    return vision_row(*patcher(pair.image), patcher.max_patches) | {
+        "tokens": tokenizer.fixed(text, length), "concept": np.int32(concept_number(pair.id)), "lang": np.int32(lang)}
+
+
+def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:
+    """A text of a pair. With `rng` one to three of the keywords, in any order; without it all, in theirs."""
+    name, keywords = texts[0], list(texts[1:])
+    if rng is not None and keywords:
+        keywords = [keywords[i] for i in rng.permutation(len(keywords))[: rng.integers(1, 4)]]
+    if kind == "name" or not keywords:
+        return name
+    return ", ".join(keywords if kind == "keywords" else [name, *keywords])
+
+
+# --------------------------------------------------------------------------- stages 3 to 5: pretrain, sft, rl prompts
+
+
+def vlm_batches(
+    sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, form: str, batch: int,
+    reading: Reading = Reading(),
+) -> grain.DatasetIterator:
+    """Packed rows of builder.max_tokens tokens and builder.max_patches patches.
+
+    sources: name -> random access of `Sample`; their names are what `source` counts in. form: "pretrain" or "chat".
+    """
+    if form not in ("pretrain", "chat"):
+        raise UserError(f"unknown document form {form!r}; choose pretrain or chat")
+    names = list(sources)
+    documents = {name: reading.guarded(reading.endless(source), _Build(builder, form, name), name)
+                 for name, source in sources.items()}
+    stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
+    return reading.iterator(PackIterDataset(
+        stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
+        rows=batch, names=names, log=reading.log))
+
+
+def prompt_batches(
+    sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, batch: int,
+    reading: Reading = Reading(),
+) -> grain.DatasetIterator:
+    """Questions to sample answers for, one a row, with the samples they come from."""
+    names = list(sources)
+    pairs = {name: reading.guarded(reading.endless(source), _Build(builder, "prompt", name, keep=True), name)
+             for name, source in sources.items()}
+    collated = functools.partial(_collate_prompts, builder=builder, names=names)
+    items = grain.MapDataset.source(Mixture(pairs, weights)).batch(batch, drop_remainder=True, batch_fn=collated)
+    return reading.iterator(Stream(items, reading.workers))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Build:
+    """Sample -> Document under the mixture's name for its source; with `keep`, (Sample, Document)."""
+
+    builder: DocumentBuilder
+    form: str
+    name: str
+    keep: bool = False
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Document | tuple[Sample, Document]:
+        document = dataclasses.replace(getattr(self.builder, self.form)(sample), source=self.name)
+        return (sample, document) if self.keep else document
+
+
+def _collate_prompts(pairs: Sequence[tuple[Sample, Document]], *, builder: DocumentBuilder, names: Sequence[str]
+                     ) -> dict[str, Any]:
+    return collate_documents([document for _, document in pairs], builder, names) | {
+        "samples": [sample for sample, _ in pairs]}
+
+
+def collate_documents(documents: Sequence[Document], builder: DocumentBuilder, names: Sequence[str]) -> Rows:
+    """`packing.collate` at the builder's row size."""
+    return collate(documents, builder.max_tokens, builder.max_patches, builder.patcher.channels, names)

@@ -1,0 +1,60 @@
+"""Reading a bar chart: the value of a bar (1 to 6, a grid line a unit), or which bar is tallest or shortest."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from glmv_jax.data import drawing, fonts
+from glmv_jax.data.questions import scene
+from glmv_jax.data.records import Sample
+
+VALUE = {"en": ("Value of {}?", "How tall is {}?"), "zh": ("{}的值是多少？", "{}有多高？")}
+TALLEST = {"en": ("Tallest bar?", "Which bar is tallest?"), "zh": ("最高的是哪个？", "哪个柱子最高？")}
+SHORTEST = {"en": ("Shortest bar?", "Which bar is shortest?"), "zh": ("最低的是哪个？", "哪个柱子最低？")}
+CANVASES = ((64, 64), (80, 48))
+LABELS = "ABCD"
+MOST = 6
+LEFT, BOTTOM = 9, 10  # room for the numbers and for the labels, pixels
+
+
+def generate(rng: np.random.Generator, split: str) -> Sample:
+    lang, canvas = scene.language(rng), scene.choose(rng, CANVASES)
+    # Different heights, so that the tallest and the shortest are one bar each.
+    values = [int(v) + 1 for v in rng.permutation(MOST)[: int(rng.integers(3, len(LABELS) + 1))]]
+    picture = draw(canvas, values, split, rng)
+    facts = {"values": dict(zip(LABELS, values))}
+    if rng.random() < 0.5:
+        asked = int(rng.integers(len(values)))
+        prompt = scene.choose(rng, VALUE[lang]).format(LABELS[asked])
+        return scene.sample("chart", picture, prompt, str(values[asked]), lang, "numeric", **facts)
+    templates, value = (TALLEST, max(values)) if rng.random() < 0.5 else (SHORTEST, min(values))
+    answer = LABELS[values.index(value)]
+    facts["choices"] = list(LABELS[: len(values)])
+    return scene.sample("chart", picture, scene.choose(rng, templates[lang]), answer, lang, "exact", **facts)
+
+
+def draw(canvas: tuple[int, int], values: list[int], split: str, rng: np.random.Generator) -> Image.Image:
+    """Bars over their letters, a grid line at every unit, the even numbers at the left."""
+    width, height = canvas
+    picture = Image.new("RGB", canvas, drawing.background(split, rng))
+    pen = ImageDraw.Draw(picture)
+    unit = (height - BOTTOM - 3) // MOST
+    floor = height - BOTTOM
+    font = fonts.face(split, "en", rng, 9)
+    for value in range(MOST + 1):
+        y = floor - unit * value
+        pen.line((LEFT, y, width - 1, y), fill=(90, 90, 90) if value == 0 else (190, 190, 190))
+        if value % 2 == 0 and value:
+            pen.text((LEFT - 2, y), str(value), font=font, fill=(60, 60, 60), anchor="rm")
+    slot = (width - LEFT - 1) / len(values)
+    thickness = scene.choose(rng, (7, 9) if split == "train" else (8,))
+    one_colour = scene.choose(rng, tuple(drawing.COLOURS)) if rng.random() < 0.5 else ""
+    colours = [one_colour] * len(values) if one_colour else scene.distinct(rng, tuple(drawing.COLOURS), len(values))
+    for i, (value, colour) in enumerate(zip(values, colours)):
+        middle = round(LEFT + slot * (i + 0.5))
+        x = middle - thickness // 2
+        box = (x, floor - unit * value, x + thickness - 1, floor - 1)
+        pen.rectangle(box, fill=drawing.COLOURS[colour].shade(split, rng))
+        pen.text((middle, height - 1), LABELS[i], font=font, fill=(20, 20, 20), anchor="mb")
+    return picture

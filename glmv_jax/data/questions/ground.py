@@ -1,0 +1,31 @@
+"""The 2D box of a named object among 1 to 3: [[x1,y1,x2,y2]] in the 0..999 convention."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from glmv_jax.data import coordinates, drawing
+from glmv_jax.data.questions import scene
+from glmv_jax.data.records import Sample
+
+PROMPTS = {
+    "en": ("Where is the {}? Box.", "Box of the {}."),
+    "zh": ("{}在哪里？给出框。", "框出{}。"),
+}
+
+
+def generate(rng: np.random.Generator, split: str) -> Sample:
+    lang = scene.language(rng)
+    things, canvas = objects(rng, split)
+    prompt = scene.choose(rng, PROMPTS[lang]).format(things[0].name(lang))
+    box = scene.written_box(things[0], canvas)
+    picture = scene.paint(canvas, things, split, rng)
+    return scene.sample("ground", picture, prompt, coordinates.format_lists([box]), lang, "box", boxes=[box])
+
+
+def objects(rng: np.random.Generator, split: str) -> tuple[list[scene.Thing], tuple[int, int]]:
+    """1 to 3 large objects with different nouns and the size of their canvas; the first one is asked for."""
+    canvas, count = scene.choose(rng, scene.CANVASES), int(rng.integers(1, 4))
+    nouns = scene.nouns(rng, count, emoji_share=0.4)
+    colours = scene.distinct(rng, tuple(drawing.COLOURS), count) if nouns[0] in drawing.SHAPES else [""] * count
+    return scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (18, 32)), canvas

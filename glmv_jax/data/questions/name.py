@@ -1,0 +1,53 @@
+"""Naming an emoji in English or in Chinese; the prompt says in which.
+
+Only concepts of the training split that have a short name of one word in both languages: a small model cannot name what
+it was never told. Held-out pictures show the same concepts at other positions, sizes and on other backgrounds.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+from PIL import Image
+
+from glmv_jax.data import drawing, emoji
+from glmv_jax.data.questions import scene
+from glmv_jax.data.records import Sample
+
+# English names; those whose concept is held out are left out when the list is read.
+NAMES = """
+cat dog horse cow pig rabbit bear panda lion elephant giraffe zebra monkey mouse frog turtle snake fish shark whale
+octopus snail honeybee butterfly spider ant bird chicken duck owl penguin swan fox wolf koala camel deer bat
+banana pear peach lemon tangerine strawberry cherries watermelon pineapple tomato eggplant potato bread egg pizza
+hamburger popcorn cookie doughnut automobile bus taxi train bicycle airplane helicopter ship tractor motorcycle
+key bell umbrella pencil scissors hammer axe crown ring guitar violin trumpet drum camera telephone television battery
+bomb balloon anchor door chair bed basket broom ladder glasses scarf dress coat gloves
+sun cloud snowflake fire rainbow cactus rose tulip sunflower volcano robot ghost skull eye ear tooth foot bone brain
+baby house
+""".split()
+PROMPTS = {
+    "en": ("What is it? English.", "Name it in English.", "这是什么？用英文答。"),
+    "zh": ("这是什么？用中文答。", "用中文说出名称。", "Name it in Chinese."),
+}
+CANVASES = ((64, 64), (48, 48), (80, 48), (48, 80))
+
+
+@functools.cache
+def concepts() -> tuple[int, ...]:
+    """Indices of the emoji that are asked about."""
+    train = set(emoji.split("train"))
+    return tuple(i for i in map(emoji.find, NAMES) if i in train)
+
+
+def generate(rng: np.random.Generator, split: str) -> Sample:
+    index, lang = scene.choose(rng, concepts()), scene.language(rng)
+    canvas = scene.choose(rng, CANVASES)
+    picture = Image.new("RGB", canvas, drawing.background(split, rng))
+    corners = None
+    while corners is None:
+        stamp = emoji.stamp(index, int(rng.integers(30, min(canvas) - 1)))
+        corners = scene.place(rng, split, canvas, [stamp.size], gap=1)
+    emoji.paste(picture, stamp, *corners[0])
+    answer = emoji.load()[index].name(lang)
+    return scene.sample("name", picture, scene.choose(rng, PROMPTS[lang]), answer, lang, "exact", concept=index)

@@ -1,0 +1,174 @@
+"""From random access to iterators: worker processes, batches, and a state that is one number.
+
+An item is a function of its index, so where a stream stands is one index, whatever the number of workers: a
+checkpoint of a run with four workers resumes in one with none, and batches are the same.
+
+The workers are a standard process pool, not grain's `mp_prefetch`: that one needs absl's command line, takes 25 s to
+close when its pipe is full, and leaves its processes behind when the run is killed.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import multiprocessing.connection
+import os
+import threading
+from typing import Any
+
+import grain
+import numpy as np
+
+from glmv_jax.typing import UserError
+
+Rows = dict[str, np.ndarray]
+
+
+class Stream(grain.IterDataset):
+    """Items 0, 1, 2, ... of a random-access object, made in `workers` processes (0: in this one), in order.
+
+    chunk: items a worker makes at a time. Worker processes are spawned: they import this package (jax only because
+    grain does, never a backend) and get the object pickled. State: {"next_index": int}.
+    """
+
+    def __init__(self, items: Any, workers: int = 0, chunk: int = 1):
+        super().__init__()
+        self.items, self.workers, self.chunk = items, workers, chunk
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _StreamIterator(self)
+
+
+class _StreamIterator(grain.DatasetIterator):
+
+    def __init__(self, stream: Stream):
+        super().__init__()
+        self._stream = stream
+        self._next_index = 0
+        self._pool: _Pool | None = None
+
+    def __next__(self) -> Any:
+        stream = self._stream
+        if self._next_index >= len(stream.items):
+            raise StopIteration
+        if not stream.workers:
+            item = stream.items[self._next_index]
+        else:
+            if self._pool is None:
+                self._pool = _Pool(stream, self._next_index)
+            item = self._pool.take()
+        self._next_index += 1
+        return item
+
+    def get_state(self) -> dict[str, Any]:
+        return {"next_index": self._next_index}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.close()
+        self._next_index = int(state["next_index"])
+
+    def close(self) -> None:
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+
+class _Pool:
+    """Worker processes that make the items from an index on, a few chunks ahead."""
+
+    def __init__(self, stream: Stream, start: int):
+        self._stream, self._start = stream, start
+        self._executor = concurrent.futures.ProcessPoolExecutor(
+            stream.workers, multiprocessing.get_context("spawn"), _adopt, (stream.items,))
+        self._chunks: collections.deque[concurrent.futures.Future] = collections.deque()
+        self._ready: collections.deque[Any] = collections.deque()
+        for _ in range(2 * stream.workers):
+            self._ask()
+
+    def _ask(self) -> None:
+        stop = min(self._start + self._stream.chunk, len(self._stream.items))
+        if stop > self._start:
+            self._chunks.append(self._executor.submit(_make, self._start, stop))
+            self._start = stop
+
+    def take(self) -> Any:
+        """The next item."""
+        if not self._ready:
+            try:
+                self._ready.extend(self._chunks.popleft().result())
+            except concurrent.futures.process.BrokenProcessPool:
+                raise UserError("a data worker process died, most often for want of memory; "
+                                "use fewer workers and look above for its last words") from None
+            self._ask()
+        return self._ready.popleft()
+
+    def close(self) -> None:
+        """Ends the processes as soon as each has finished the chunk in hand."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+
+_items: Any = None  # in a worker: what it makes items of
+
+
+def _adopt(items: Any) -> None:
+    """Starts a worker. It ends with the process that started it, also when that one is killed."""
+    global _items
+    _items = items
+    parent = multiprocessing.parent_process()
+
+    def watch() -> None:
+        multiprocessing.connection.wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _make(start: int, stop: int) -> list[Any]:
+    return [_items[i] for i in range(start, stop)]
+
+
+class UniqueBatchIterDataset(grain.IterDataset):
+    """Batches of rows in which no two rows have the same `key`; a row that would repeat one is dropped.
+
+    Rows repeat only where an epoch ends inside a batch, so few are lost, and the state is the parent's.
+    """
+
+    def __init__(self, parent: grain.IterDataset, batch: int, key: str):
+        super().__init__(parent)
+        self.batch, self.key = batch, key
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _UniqueBatchIterator(self._parent.__iter__(), self)
+
+
+class _UniqueBatchIterator(grain.DatasetIterator):
+
+    def __init__(self, parent: grain.DatasetIterator, dataset: UniqueBatchIterDataset):
+        super().__init__(parent)
+        self._dataset = dataset
+
+    def __next__(self) -> Rows:
+        rows: dict[int, Rows] = {}
+        drawn = 0
+        while len(rows) < self._dataset.batch:
+            row = next(self._parent)
+            rows.setdefault(int(row[self._dataset.key]), row)
+            drawn += 1
+            if drawn > 100 * self._dataset.batch:
+                raise UserError(f"no {self._dataset.batch} rows of different {self._dataset.key} among {drawn}; "
+                                "lower the batch size")
+        return {name: np.stack([row[name] for row in rows.values()]) for name in row}
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+
+def prefetched(batches: grain.IterDataset, ahead: int = 2) -> grain.DatasetIterator:
+    """An iterator whose batches are made in a thread while the device works, `ahead` of them at most.
+
+    get_state() is that of the batch last returned, however many are ready. Call close() at the end.
+    """
+    return iter(grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=ahead))

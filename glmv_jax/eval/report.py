@@ -1,0 +1,118 @@
+"""The end of a recipe: a table on the terminal and one self-contained page, `report.html`, that works by itself
+anywhere: no script, no network, light and dark, on a phone.
+
+    write("runs/quickstart")      -> runs/quickstart/report.html
+    show("runs/quickstart")       the same tables on the terminal
+"""
+
+from __future__ import annotations
+
+import collections
+import importlib.resources
+import os
+import pathlib
+
+from rich import box
+from rich.console import Console
+from rich.table import Table as RichTable
+from rich.text import Text
+
+from glmv_jax import __version__
+from glmv_jax.eval import report_html as page
+from glmv_jax.eval.report_run import STAGES, StageRun, read
+from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_table, share_table
+
+_TONES = {"good": "green", "bad": "red", "quiet": "dim", "head": "bold", "": ""}
+
+
+def write(run_root: str | os.PathLike) -> pathlib.Path:
+    """Writes report.html into the run directory (whole or not at all) and returns its path.
+
+    Raises:
+        UserError: no such run directory.
+    """
+    stages = read(run_root)
+    path = pathlib.Path(run_root) / "report.html"
+    partial = path.with_suffix(".html.partial")
+    partial.write_text(_page(pathlib.Path(run_root).resolve().name, stages), encoding="utf-8")
+    os.replace(partial, path)
+    return path
+
+
+def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
+    """Prints the tables: held-out results, before and after RL, time and arithmetic.
+
+    Raises:
+        UserError: no such run directory.
+    """
+    console = console or Console()
+    for content in _tables(read(run_root)):
+        drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+        for i, name in enumerate(content.header):
+            drawn.add_column(name, justify="left" if i == 0 or name == "metric" else "right", overflow="fold")
+        for row in content.rows:
+            drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
+        console.print(Text(f"\n{content.title}", style="bold"))
+        console.print(drawn)
+        if content.note:
+            console.print(Text(content.note, style="dim"))
+
+
+def _tables(stages: dict[str, StageRun]) -> list[Table]:
+    return [content for content in (final_table(stages), rl_table(stages), share_table(stages)) if content]
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def _page(name: str, stages: dict[str, StageRun]) -> str:
+    style = importlib.resources.files("glmv_jax.eval").joinpath("report.css").read_text(encoding="utf-8")
+    started = {key: run for key, run in stages.items() if run.metrics or run.results}
+    links = "".join(f'<a href="#{page.text(key)}">{page.text(key)}</a>' for key in started)
+    body = "".join([
+        f"<h1>{page.text(name)}</h1>{_summary(stages)}<nav>{links}</nav>",
+        "".join(page.table(content) for content in _tables(stages)),
+        "".join(_stage(run) for run in stages.values()),
+        f"<footer class=quiet>glmv_jax {__version__}. Held-out data throughout, unless a curve says train.</footer>",
+    ])  # fmt: skip
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{page.text(name)}: glmv_jax report</title><style>{style}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def _summary(stages: dict[str, StageRun]) -> str:
+    done = sum(1 for name in STAGES if stages[name].results)
+    seconds = sum(run.seconds for run in stages.values())
+    meta = next((run.meta for run in reversed(stages.values()) if run.meta), {})
+    host = meta.get("host") or {}
+    facts = [
+        f"{done} of {len(STAGES)} stages finished, {duration(seconds)} of training",
+        _devices(meta.get("devices")),
+        f"{host['cores']} cores" if host.get("cores") else "",
+        f"jax {meta['jax']}" if meta.get("jax") else "",
+        f"started {meta['started']}" if meta.get("started") else "",
+    ]
+    return f"<p class=quiet>{page.text(' · '.join(fact for fact in facts if fact))}</p>"
+
+
+def _devices(devices: list[str] | str | None) -> str:
+    """["cpu:cpu", "cpu:cpu"] -> 2 x cpu:cpu."""
+    names = [devices] if isinstance(devices, str) else devices or []
+    return ", ".join(f"{count} x {name}" for name, count in collections.Counter(names).items())
+
+
+def _stage(run: StageRun) -> str:
+    head = f'<section id="{page.text(run.name)}"><h2>{page.text(run.name)}</h2>'
+    head += f"<p class=quiet>{page.text(STAGES.get(run.name, ''))}</p>"
+    if not (run.metrics or run.results):
+        return f"{head}<p><b>not run yet</b></p></section>"
+    last = run.metrics[-1]["step"] if run.metrics else "?"
+    facts = [run.status, duration(run.seconds), f"last step {last}", f"{quantity(run.meta.get('params'))} parameters"]
+    problems = "".join(f"<p class=bad>{page.text(problem)}</p>" for problem in run.problems)
+    config = "\n".join(f"{key} = {value!r}" for key, value in run.config.items())
+    folded = f"<details><summary>config</summary><pre>{page.text(config)}</pre></details>" if config else ""
+    return (
+        f"{head}<p>{page.text(' · '.join(facts))}</p>{problems}{page.curves(run)}{page.samples(run)}{folded}</section>"
+    )

@@ -1,0 +1,116 @@
+"""Line charts as inline SVG: no script, no font, no library; colours are CSS variables, so light and dark both work."""
+
+from __future__ import annotations
+
+import html
+import math
+from typing import NamedTuple
+
+from glmv_jax.eval.report_run import Point
+
+WIDTH, HEIGHT = 360, 190  # of the view box; the page scales it to the column
+LEFT, RIGHT, TOP, BOTTOM = 44, 8, 8, 22
+COLOURS = 6  # --c0 ... --c5 in the style sheet
+MAX_POINTS = 240
+
+
+class Series(NamedTuple):
+    """A curve. `kind` "train" is drawn as a pale line under its running mean, "eval" as a line with a dot a value."""
+
+    name: str
+    points: list[Point]
+    kind: str = "train"
+    colour: int = 0
+
+
+def line_chart(series: list[Series]) -> str:
+    """An `<svg>` of all the series on common axes. Steps go right, values up; the axes fit the data."""
+    every = [point for one in series for point in one.points]
+    x_ticks = ticks(min(x for x, _ in every), max(x for x, _ in every), 5)
+    y_ticks = ticks(min(y for _, y in every), max(y for _, y in every), 4)
+    low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)
+    low_y, high_y = y_ticks[0], y_ticks[-1]
+
+    def place(point: Point) -> tuple[float, float]:
+        x = LEFT + (WIDTH - LEFT - RIGHT) * (point[0] - low_x) / ((high_x - low_x) or 1)
+        y = HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * (point[1] - low_y) / ((high_y - low_y) or 1)
+        return round(x, 1), round(y, 1)
+
+    parts = []
+    for value in y_ticks:
+        _, y = place((low_x, value))
+        parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
+        parts.append(f'<text x="{LEFT - 5}" y="{y + 3}" text-anchor="end">{label(value)}</text>')
+    for value in x_ticks:
+        x, _ = place((value, low_y))
+        if LEFT + 8 <= x <= WIDTH - RIGHT:
+            parts.append(f'<text x="{x}" y="{HEIGHT - 7}" text-anchor="{_anchor(x)}">{label(value)}</text>')
+    for one in series:
+        parts += _curve(one, place)
+    parts.append(f'<text x="{LEFT - 5}" y="{HEIGHT - 7}" text-anchor="end">step</text>')
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def _anchor(x: float) -> str:
+    return "end" if x > WIDTH - RIGHT - 12 else "middle"
+
+
+def _curve(series: Series, place) -> list[str]:
+    colour = f"var(--c{series.colour % COLOURS})"
+    name = html.escape(series.name)
+    if series.kind == "train" and len(series.points) > 8:
+        pale = _path([place(point) for point in thin(series.points)])
+        bold = _path([place(point) for point in thin(running_mean(series.points))])
+        return [
+            f'<path class="pale" stroke="{colour}" d="{pale}"/>',
+            f'<path class="bold" stroke="{colour}" d="{bold}"><title>{name}</title></path>',
+        ]
+    dots = [
+        f'<circle cx="{x}" cy="{y}" r="2.6" fill="{colour}"><title>{name}, step {step:g}: {value:.4g}</title></circle>'
+        for (x, y), (step, value) in ((place(point), point) for point in thin(series.points))
+    ]
+    return [f'<path class="bold" stroke="{colour}" d="{_path([place(p) for p in thin(series.points)])}"/>', *dots]
+
+
+def _path(points: list[tuple[float, float]]) -> str:
+    return "M" + "L".join(f"{x:g} {y:g}" for x, y in points)
+
+
+def thin(points: list[Point]) -> list[Point]:
+    """At most about MAX_POINTS points, each the mean of a run of neighbours; the last point stays."""
+    if len(points) <= MAX_POINTS:
+        return points
+    size = math.ceil(len(points) / MAX_POINTS)
+    groups = [points[start : start + size] for start in range(0, len(points), size)]
+    return [(sum(x for x, _ in g) / len(g), sum(y for _, y in g) / len(g)) for g in groups[:-1]] + [points[-1]]
+
+
+def running_mean(points: list[Point]) -> list[Point]:
+    """Each value's mean with its neighbours, over a window of about a twentieth of the run; shorter at the ends."""
+    reach = max(1, len(points) // 40)
+    smooth = []
+    for i, (x, _) in enumerate(points):
+        side = min(reach, i, len(points) - 1 - i)  # the same on both sides, or a falling curve would be moved
+        window = points[i - side : i + side + 1]
+        smooth.append((x, sum(y for _, y in window) / len(window)))
+    return smooth
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """Round numbers (1, 2 or 5 times a power of ten) that enclose [low, high], about `about` of them."""
+    if high - low < 1e-12 * max(1.0, abs(high)):
+        margin = abs(high) / 10 or 1.0
+        low, high = low - margin, high + margin
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(step * i, 12) for i in range(first, last + 1)]
+
+
+def label(value: float) -> str:
+    """A tick's number in few characters: 0.25, 12, 3k, 2.5M, 1e-05."""
+    for size, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"

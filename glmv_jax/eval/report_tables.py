@@ -1,0 +1,167 @@
+"""The report's tables, made once and drawn twice: on the terminal (rich) and on the page (HTML).
+
+Reinforcement learning is compared by metrics that sft, rl and sft_more share, named `accuracy/<task>`; the same
+evaluation with shuffled images and without images is `accuracy_shuffled/<task>` and `accuracy_blind/<task>`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+from glmv_jax.eval.report_run import StageRun
+
+_LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
+_NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
+_CONTROLS = ("accuracy_shuffled/", "accuracy_blind/")
+
+
+class Cell(NamedTuple):
+    """Text, how it is meant ("" plain, "good", "bad", "quiet" or "head", which opens a group of rows), and a remark.
+
+    The remark is for the page; a terminal has no room for it.
+    """
+
+    text: str
+    tone: str = ""
+    remark: str = ""
+
+
+@dataclasses.dataclass
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[Cell]]
+    note: str = ""
+
+
+def final_table(stages: dict[str, StageRun]) -> Table:
+    """Held-out numbers of every stage: untrained, trained, chance. A number that got worse is marked."""
+    rows = []
+    for name, run in stages.items():
+        metrics = {key: values for key, values in run.results.get("metrics", {}).items() if not _is_detail(key)}
+        if not metrics:
+            nothing = "no held-out numbers" if run.results else run.status
+            rows.append([Cell(name, "head"), Cell(nothing, "quiet"), *[Cell("–", "quiet")] * 3])
+        for i, (metric, values) in enumerate(metrics.items()):
+            untrained, trained = values.get("untrained"), values.get("trained")
+            tone = {True: "good", False: "bad", None: ""}[improved(metric, untrained, trained)]
+            rows.append([
+                Cell("" if i else name, "" if i else "head"), Cell(metric, remark=values.get("note") or ""), Cell(number(untrained)),
+                Cell(number(trained), tone), Cell(number(values.get("chance")), "quiet"),
+            ])  # fmt: skip
+    note = "Untrained: at the stage's first step, with what it took over from the stage before."
+    return Table("Held-out results", ["stage", "metric", "untrained", "trained", "chance"], rows, note)
+
+
+def _is_detail(metric: str) -> bool:
+    """The controls of single tasks; their means stay."""
+    return metric.startswith(_CONTROLS) and not metric.endswith("/mean")
+
+
+def improved(metric: str, untrained: Any, trained: Any) -> bool | None:
+    """Whether training moved the number the right way; None where that cannot be said."""
+    values = (untrained, trained)
+    if any(not isinstance(value, (int, float)) or not math.isfinite(value) for value in values):
+        return None
+    if any(word in metric for word in _NO_DIRECTION):
+        return None
+    return trained < untrained if any(word in metric for word in _LOWER_IS_BETTER) else trained > untrained
+
+
+def share_table(stages: dict[str, StageRun]) -> Table:
+    """Each stage's part of the time and of the arithmetic."""
+    seconds = sum(run.seconds for run in stages.values())
+    flops = sum(run.results.get("flops") or 0 for run in stages.values())
+    rows = []
+    for name, run in stages.items():
+        mine, spent = run.results.get("flops"), run.seconds
+        rows.append([
+            Cell(name, "head"),
+            Cell(duration(spent) if spent else run.status, "" if spent else "quiet"),
+            Cell(share(spent, seconds)), Cell(quantity(mine)), Cell(share(mine, flops)),
+            Cell(quantity(mine / spent if mine and spent else None)),
+            Cell(quantity(run.results.get("samples"))), Cell(quantity(run.results.get("tokens"))),
+            Cell(quantity(run.meta.get("params"))),
+        ])  # fmt: skip
+    plain = [Cell("") for _ in range(4)]
+    rows.append(
+        [Cell("all", "head"), Cell(duration(seconds)), Cell(""), Cell(quantity(flops or None)), Cell(""), *plain]
+    )
+    header = ["stage", "time", "share", "FLOPs", "share", "FLOP/s", "samples", "tokens", "params"]
+    return Table("Time and arithmetic", header, rows)
+
+
+def rl_table(stages: dict[str, StageRun]) -> Table | None:
+    """Held-out accuracy by task before and after reinforcement learning, beside the controls; None until RL has run."""
+    before, after, control = stages["sft"], stages["rl"], stages["sft_more"]
+    names = [name for name in after.results.get("metrics", {}) if name.startswith("accuracy/")]
+    if not names:
+        return None
+    rows, sums = [], [[] for _ in range(6)]
+    for name in sorted(names, key=lambda name: (name == "accuracy/mean", name)):
+        task = name.removeprefix("accuracy/")
+        first = before.result(name)
+        first = after.result(name, "untrained") if first is None else first
+        gain = None if first is None else after.result(name) - first
+        values = [
+            first, after.result(name), gain, control.result(name),
+            after.result(f"accuracy_shuffled/{task}"), after.result(f"accuracy_blind/{task}"),
+        ]  # fmt: skip
+        rows.append(_rl_row(task, values))
+        for column, value in zip(sums, values):
+            column.append(value)
+    if "accuracy/mean" not in names:
+        known = [[value for value in column if value is not None] for column in sums]
+        rows.append(_rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
+    header = ["task", "before RL", "after RL", "gain", "more SFT instead", "RL, images shuffled", "RL, no image"]
+    note = "“More SFT instead” took the same wall time as RL. With shuffled images only what can be guessed is left."
+    return Table("Before and after reinforcement learning", header, rows, note)
+
+
+def _rl_row(task: str, values: list[float | None]) -> list[Cell]:
+    first, after, gain, *rest = values
+    tone = "" if gain is None else "good" if gain > 0 else "bad"
+    sign = "" if gain is None else f"{gain:+.3f}"
+    cells = [Cell(number(first)), Cell(number(after), tone), Cell(sign, tone), *(Cell(number(value)) for value in rest)]
+    return [Cell(task, "head" if task == "mean" else ""), *cells]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def number(value: Any) -> str:
+    """A metric as text: 0.044, 12.3, 1,849; a dash for nothing."""
+    if not isinstance(value, (int, float)):
+        return "–"
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size and size < 5e-4:
+        return f"{value:.1e}"
+    return f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1000 else f"{value:,.0f}"
+
+
+def quantity(value: float | None) -> str:
+    """A count with its letter: 1.2M, 3.4T; a dash for nothing."""
+    if not value:
+        return "–"
+    for size, letter in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def share(part: float | None, whole: float) -> str:
+    return f"{part / whole:.0%}" if part and whole else "–"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as 48 s, 3 min 05 s, 2 h 10 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

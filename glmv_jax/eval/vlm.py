@@ -1,0 +1,125 @@
+"""Held-out accuracy by task with greedy answers, and the controls that say whether the image was looked at.
+
+`shuffled`: every question gets the image of another question of its task, of the same size. `blind`: no image at all.
+A model that reads images falls to the same low number under both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from glmv_jax.data import coordinates
+from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.chat import parse_answer
+from glmv_jax.data.heldout import prompt_chunks
+from glmv_jax.data.records import Sample
+from glmv_jax.inference.sampler import Prompts, Sampler
+from glmv_jax.inference.text import answer_text
+from glmv_jax.typing import Params
+
+# (samples, answer texts) -> grades with `correct` and `reward`, e.g. rl.score with its verifiers bound.
+Score = Callable[[Sequence[Sample], Sequence[str]], Sequence[Any]]
+
+
+def answers(
+    sampler: Sampler, params: Params, samples: Sequence[Sample], builder: DocumentBuilder, batch: int, seed: int = 0
+) -> list[str]:
+    """One answer text a sample, special tokens by name, in batches of one shape. `sampler.group` must be 1.
+
+    builder: its max_tokens and max_patches are those of a prompt row. seed counts only when temperature > 0.
+    """
+    if sampler.group != 1:
+        raise ValueError(f"evaluation takes one answer a question, but the sampler's group is {sampler.group}")
+    names = sorted({sample.source for sample in samples})
+    texts: list[str] = []
+    for i, (rows, chunk) in enumerate(prompt_chunks(samples, builder, batch, names)):
+        out = jax.device_get(sampler(params, Prompts.of(rows), jax.random.fold_in(jax.random.key(seed), i)))
+        for ids, length in zip(out.tokens[: len(chunk)], out.lengths):
+            texts.append(answer_text(builder.tokenizer, ids[:length], sampler.sampling.stop))
+    return texts
+
+
+def accuracy(samples: Sequence[Sample], texts: Sequence[str], score: Score, name: str = "accuracy") -> dict[str, float]:
+    """Share of right answers by source, named "<name>/<source>", and "<name>/mean", the mean of the sources."""
+    right: dict[str, list[bool]] = {}
+    for sample, grade in zip(samples, score(samples, texts)):
+        right.setdefault(sample.source, []).append(bool(grade.correct))
+    shares = {f"{name}/{source}": float(np.mean(values)) for source, values in right.items()}
+    return shares | {f"{name}/mean": float(np.mean(list(shares.values())))}
+
+
+def with_shuffled_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """The samples with their images exchanged among those of the same source and the same image sizes.
+
+    No sample keeps its images. One that is alone in its group has no partner and is left out.
+    """
+    rng = np.random.default_rng(seed)
+    groups: dict[tuple, list[Sample]] = {}
+    for sample in samples:
+        groups.setdefault((sample.source, tuple(image.size for image in sample.images)), []).append(sample)
+    shuffled = []
+    for group in groups.values():
+        if len(group) > 1 and group[0].images:
+            order = [group[i] for i in rng.permutation(len(group))]
+            # A step around a random circle: every image moves, and any partner is as likely as another.
+            shuffled += [dataclasses.replace(a, images=b.images) for a, b in zip(order, order[1:] + order[:1])]
+    return shuffled
+
+
+def without_images(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples as bare questions."""
+    return [dataclasses.replace(sample, images=()) for sample in samples]
+
+
+def evaluate(
+    sampler: Sampler,
+    params: Params,
+    samples: Sequence[Sample],
+    builder: DocumentBuilder,
+    score: Score,
+    batch: int,
+    *,
+    controls: bool = False,
+) -> dict[str, float]:
+    """accuracy/<source> and accuracy/mean; with `controls` also accuracy_shuffled/... and accuracy_blind/...."""
+    conditions = {"accuracy": list(samples)}
+    if controls:
+        conditions["accuracy_shuffled"] = with_shuffled_images(samples)
+        conditions["accuracy_blind"] = without_images(samples)
+    metrics: dict[str, float] = {}
+    for name, asked in conditions.items():
+        if asked:
+            metrics |= accuracy(asked, answers(sampler, params, asked, builder, batch), score, name)
+    return metrics
+
+
+def write_samples(folder: pathlib.Path, samples: Sequence[Sample], texts: Sequence[str], score: Score) -> None:
+    """samples.jsonl and a PNG each in `folder` (made if missing): question, answer, gold, verdict, boxes to draw."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for sample, text, grade in zip(samples, texts, score(samples, texts)):
+        line = {
+            "id": sample.id, "source": sample.source, "prompt": sample.prompt, "answer": parse_answer(text),
+            "gold": sample.answer, "reward": float(grade.reward), "correct": bool(grade.correct),
+            "boxes": _marks(sample, "gold", sample.answer) + _marks(sample, "model", parse_answer(text)),
+        }  # fmt: skip
+        if sample.images:
+            line["image"] = sample.id.replace("/", "-") + ".png"
+            sample.images[0].save(folder / line["image"])
+        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8", errors="replace")
+
+
+def _marks(sample: Sample, role: str, text: str) -> list[dict[str, Any]]:
+    """What to draw for an answer to a question that asks for a place."""
+    if not sample.meta.get("boxes"):
+        return []
+    found = [{"role": role, "box": list(box)} for box in coordinates.parse_boxes(text)]
+    return found + [{"role": role, "point": list(point)} for point in coordinates.parse_points(text)]

@@ -1,0 +1,120 @@
+"""One answer from a trained run: find its last finished stage, build the prompt, sample, return the text."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from PIL import Image
+
+from glmv_jax.data.building import Document, DocumentBuilder
+from glmv_jax.data.chat import parse_answer
+from glmv_jax.data.naflex import Patcher, load_image
+from glmv_jax.data.packing import collate
+from glmv_jax.data.records import Sample
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.text import answer_text
+from glmv_jax.models import vlm
+from glmv_jax.typing import Params, UserError
+
+# Stages whose result can answer, best first. The control `sft_more` is no product.
+STAGES = ("rl", "sft", "pretrain")
+MAX_PROMPT_TOKENS = 8192
+# Prompts are padded to a multiple of this, so that a conversation does not compile anew for every question.
+BUCKET = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """All that answering takes. chat: whether it knows the chat dialect (a model after pretraining completes text)."""
+
+    cfg: vlm.VLMConfig
+    params: Params
+    tokenizer: Tokenizer
+    patcher: Patcher
+    chat: bool = True
+
+
+def last_stage(run: str | pathlib.Path) -> pathlib.Path:
+    """Folder of the last finished stage that can answer. Raises UserError when there is none.
+
+    A stage is finished when its results.json is there, which training writes after the last checkpoint.
+    """
+    run = pathlib.Path(run)
+    if not run.is_dir():
+        raise UserError(f"run {str(run)!r} does not exist; train one with launch/quickstart.sh or check the path")
+    for stage in STAGES:
+        if (run / stage / "results.json").is_file():
+            return run / stage
+    begun = [stage for stage in STAGES if (run / stage).is_dir()]
+    state = f"stage {begun[0]} is not finished" if begun else f"no stage of {', '.join(STAGES[::-1])} has begun"
+    raise UserError(f"run {str(run)!r} has no model that can answer: {state}; resume it with the command that began it")
+
+
+def question(image: str | pathlib.Path | Image.Image | None, prompt: str) -> Sample:
+    """A question about a picture (a file, a PIL image, or None).
+
+    Raises UserError for an empty prompt and for a picture that is missing, broken or too large.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; write a question after --prompt")
+    images = (load_image(image),) if image is not None else ()
+    return Sample("question", "question", images, prompt, "")
+
+
+def generate(
+    model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+) -> str:
+    """The model's answer to a `question`, without box tokens.
+
+    Raises UserError for a prompt that is too long, an image that is too elongated, and settings out of range.
+    """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} asks for no answer; use at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature} is out of range; use 0 for the likeliest answer, 1 for a sample")
+    document = _document(model, asked)
+    tokens = -(-len(document.tokens) // BUCKET) * BUCKET
+    patches = model.patcher.max_patches  # one shape for all images, and for none
+    rows = collate([document], tokens, patches, model.patcher.channels, [asked.source])
+    sampling = Sampling.chat(model.tokenizer, max_new_tokens, temperature=temperature)
+    out = jax.device_get(_sampler(model.cfg, sampling)(model.params, Prompts.of(rows), jax.random.key(seed)))
+    return parse_answer(answer_text(model.tokenizer, out.tokens[0, : out.lengths[0]], sampling.stop))
+
+
+@functools.lru_cache(maxsize=8)
+def _sampler(cfg: vlm.VLMConfig, sampling: Sampling) -> Sampler:
+    """Kept between questions, so that the second one does not compile again."""
+    return Sampler(cfg, sampling)
+
+
+def _document(model: Model, asked: Sample) -> Document:
+    limit = MAX_PROMPT_TOKENS + model.patcher.max_patches
+    if len(model.tokenizer.encode(asked.prompt)) > MAX_PROMPT_TOKENS - 16:
+        raise UserError(f"the prompt is longer than {MAX_PROMPT_TOKENS - 16} tokens; shorten it")
+    builder = DocumentBuilder(model.tokenizer, model.patcher, limit, model.patcher.max_patches)
+    if model.chat:
+        return builder.prompt(asked)
+    whole = builder.pretrain(asked)
+    cut = {name: getattr(whole, name)[:-1] for name in ("tokens", "loss_weight", "image_of_token")}
+    return dataclasses.replace(whole, **cut)  # without the end of text, which is what the model is to write
+
+
+def generate_from_run(
+    run: str | pathlib.Path,
+    load: Callable[[pathlib.Path], Model],
+    image: str | pathlib.Path | None,
+    prompt: str,
+    **settings: Any,
+) -> str:
+    """`generate` with the model that `load` reads from the folder of the run's last finished stage.
+
+    The question is checked before anything is loaded. `load` raises UserError for a folder it cannot read.
+    """
+    asked = question(image, prompt)
+    return generate(load(last_stage(run)), asked, **settings)

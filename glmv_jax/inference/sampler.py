@@ -1,0 +1,197 @@
+"""Sampling with a key/value cache as one jitted program a shape: prefill, repeat for the group, decode in a while loop.
+
+A prompt and its images are encoded once and the cache is repeated for the G answers of a group, so vision costs 1/G.
+Shapes are static (prompt length, patches, rows, new tokens): one compilation a bucket, counted in `Sampler.traces`.
+A row draws from its own random key and attends to its own slots, so its answer does not depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glmv_jax.models import vlm
+from glmv_jax.typing import Batch, Params, TokenInput, VisionInput
+
+# Finite, so that a row in which everything is suppressed still yields numbers; below any logit in float32.
+NEVER = -1.0e38
+BOX = ("<|begin_of_box|>", "<|end_of_box|>")
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    max_new_tokens: length of the answer rows, stop token included.
+    temperature:    logits are divided by it; 0 is greedy.
+    top_p:          the smallest set of tokens with at least this probability; 1 keeps all (the default for
+                    reinforcement learning, where any truncation biases the policy gradient).
+    stop:           ids that end an answer; they are returned as its last token.
+    suppress:       ids that are never drawn (image placeholders and the like).
+    pad:            what stands after the end.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    stop: tuple[int, ...] = ()
+    suppress: tuple[int, ...] = ()
+    pad: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"{self}: max_new_tokens must be >= 1, temperature >= 0 and top_p in (0, 1]")
+
+    @classmethod
+    def chat(cls, tokenizer: Any, max_new_tokens: int, *, allow: Iterable[str] = BOX, **settings: Any) -> Sampling:
+        """Assistant turns of a `data.tokenizer.Tokenizer`: of the special tokens only stops and those of `allow`."""
+        kept = set(tokenizer.stops) | {tokenizer.special[name] for name in allow}
+        suppress = tuple(sorted(set(tokenizer.special.values()) - kept))
+        stop = tuple(sorted(tokenizer.stops))
+        return cls(max_new_tokens, stop=stop, suppress=suppress, pad=tokenizer.pad, **settings)
+
+
+class Prompts(NamedTuple):
+    """Rows of prompts, padded on the right.
+
+    vision: VisionInput of B rows (frame 0 = padding) or None; tokens, image_row: [B, T]; positions: [B, T, 3];
+    length: [B] valid tokens of each row, 0 for a row that only fills the batch; next_position: [B] the rotary
+    position of the first answer token (an image of h x w visual tokens moves it by max(h, w), not by h * w).
+    """
+
+    vision: VisionInput | None
+    tokens: jax.Array
+    positions: jax.Array
+    image_row: jax.Array
+    length: jax.Array
+    next_position: jax.Array
+
+    @classmethod
+    def of(cls, batch: Batch) -> Prompts:
+        """From a prompt batch of `data.pipeline` (a dict of arrays with one prompt a row)."""
+        rest = (batch[name] for name in cls._fields[1:])
+        return cls(VisionInput(batch["patches"], batch["yx"], batch["frame"]), *rest)
+
+
+class Generated(NamedTuple):
+    """Answers; row b * group + g is the g-th answer to prompt b.
+
+    tokens:   [N, Tn] sampled ids, the stop token included, then `pad`.
+    logprobs: [N, Tn] log softmax(logits / temperature)[token] over the whole vocabulary: before suppression and
+              before top-p, so it is what a training forward pass of the same parameters recomputes (greedy: at
+              temperature 1). 0 after the end.
+    lengths:  [N] sampled ids, the stop token included.
+    finished: [N] bool, a stop token was sampled; false = cut at max_new_tokens.
+    """
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    lengths: jax.Array
+    finished: jax.Array
+
+
+class Sampler:
+    """A jitted sampler of one model configuration and one way of drawing. `traces` counts compilations."""
+
+    def __init__(self, cfg: vlm.VLMConfig, sampling: Sampling, group: int = 1):
+        if group < 1:
+            raise ValueError(f"group={group} must be at least 1")
+        self.cfg, self.sampling, self.group = cfg, sampling, group
+        self.traces = 0
+        self._run = jax.jit(self._trace)
+
+    def __call__(self, params: Params, prompts: Prompts, key: jax.Array) -> Generated:
+        """`group` answers to each of B prompts, N = B * group rows. Same params, prompts and key: same answers."""
+        return self._run(params, prompts, key)
+
+    def _trace(self, params: Params, prompts: Prompts, key: jax.Array) -> Generated:
+        self.traces += 1  # runs while tracing only
+        return sample(self.cfg, self.sampling, self.group, params, prompts, key)
+
+
+def sample(
+    cfg: vlm.VLMConfig, sampling: Sampling, group: int, params: Params, prompts: Prompts, key: jax.Array
+) -> Generated:
+    """The program of `Sampler`, unjitted."""
+    hidden_B1D, cache = _prefill(cfg, params, prompts, sampling.max_new_tokens)
+    repeat = lambda x, axis=0: jnp.repeat(x, group, axis=axis)  # noqa: E731
+    logits_NV = repeat(vlm.logits(cfg, params, hidden_B1D)[:, 0])
+    cache = {name: repeat(x, 0 if name == "length" else 1) for name, x in cache.items()}
+    start_N = repeat(prompts.next_position)
+    N, Tn = start_N.shape[0], sampling.max_new_tokens
+    keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
+    stop = jnp.array(sampling.stop, jnp.int32)
+
+    class State(NamedTuple):
+        t: jax.Array  # answer tokens drawn so far
+        token: jax.Array  # [N] the last of them
+        done: jax.Array  # [N]
+        cache: dict
+        out: Generated
+
+    def draw(t, logits_NV, done_N, out: Generated):
+        token_N, logprob_N = choose(logits_NV, jax.vmap(jax.random.fold_in, (0, None))(keys_N, t), sampling)
+        token_N = jnp.where(done_N, sampling.pad, token_N)
+        ends_N = (token_N[:, None] == stop).any(-1) & ~done_N
+        return token_N, done_N | ends_N, Generated(
+            out.tokens.at[:, t].set(token_N),
+            out.logprobs.at[:, t].set(jnp.where(done_N, 0.0, logprob_N)),
+            out.lengths + ~done_N,
+            out.finished | ends_N,
+        )
+
+    def step(s: State) -> State:
+        # Token t - 1 goes in at its position, token t comes out.
+        positions_N13 = jnp.broadcast_to((start_N + s.t - 1)[:, None, None], (N, 1, 3))
+        ones_N1 = jnp.ones((N, 1), jnp.int32)
+        inputs = TokenInput(s.token[:, None], positions_N13, ones_N1, -ones_N1)
+        out = vlm.apply(cfg, params, None, inputs, s.cache)
+        token_N, done_N, generated = draw(s.t, vlm.logits(cfg, params, out.hidden)[:, 0], s.done, s.out)
+        return State(s.t + 1, token_N, done_N, out.cache, generated)
+
+    empty = Generated(
+        jnp.full((N, Tn), sampling.pad, jnp.int32), jnp.zeros((N, Tn)), jnp.zeros(N, jnp.int32), jnp.zeros(N, bool)
+    )
+    token_N, done_N, first = draw(jnp.int32(0), logits_NV, repeat(prompts.length) == 0, empty)
+    state = State(jnp.int32(1), token_N, done_N, cache, first)
+    return jax.lax.while_loop(lambda s: (s.t < Tn) & ~s.done.all(), step, state).out
+
+
+def choose(logits_NV: jax.Array, keys_N: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """One token a row and its log-probability as `Generated.logprobs` defines it: (int32 [N], float32 [N])."""
+    scaled_NV = logits_NV.astype(jnp.float32) / (sampling.temperature or 1.0)
+    logprob_NV = jax.nn.log_softmax(scaled_NV, axis=-1)
+    if sampling.suppress:
+        scaled_NV = scaled_NV.at[:, jnp.array(sampling.suppress)].set(NEVER)
+    if sampling.temperature == 0:
+        token_N = jnp.argmax(scaled_NV, axis=-1)
+    else:
+        token_N = jax.vmap(jax.random.categorical)(keys_N, nucleus(scaled_NV, sampling.top_p))
+    logprob_N = jnp.take_along_axis(logprob_NV, token_N[:, None], axis=-1)[:, 0]
+    return token_N.astype(jnp.int32), logprob_N
+
+
+def nucleus(logits_NV: jax.Array, top_p: float) -> jax.Array:
+    """Logits with all but the smallest set of tokens of probability >= top_p set to NEVER (arXiv 1904.09751)."""
+    if top_p >= 1:
+        return logits_NV
+    sorted_NV = jnp.sort(logits_NV, axis=-1, descending=True)
+    probability_NV = jax.nn.softmax(sorted_NV, axis=-1)
+    before_NV = jnp.cumsum(probability_NV, axis=-1) - probability_NV
+    last_N1 = jnp.sum(before_NV < top_p, axis=-1, keepdims=True) - 1
+    return jnp.where(logits_NV >= jnp.take_along_axis(sorted_NV, last_N1, axis=-1), logits_NV, NEVER)
+
+
+def _prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts, new: int) -> tuple[jax.Array, dict]:
+    """Hidden state [B, 1, D] of each prompt's last token, and the cache with room for `new` tokens."""
+    B, T = prompts.tokens.shape
+    valid_BT = jnp.arange(T) < prompts.length[:, None]
+    inputs = TokenInput(prompts.tokens, prompts.positions, valid_BT.astype(jnp.int32), prompts.image_row)
+    out = vlm.apply(cfg, params, prompts.vision, inputs, vlm.init_cache(cfg, B, T + new))
+    last_B11 = jnp.maximum(prompts.length - 1, 0)[:, None, None]
+    # The padding's slots are handed back: the answer overwrites them before it can see them.
+    return jnp.take_along_axis(out.hidden, last_B11, axis=1), out.cache | {"length": prompts.length}

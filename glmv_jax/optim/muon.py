@@ -1,0 +1,123 @@
+"""Muon: momentum whose matrices are orthogonalised before they are applied.
+
+A matrix is the last two dimensions of a leaf, [..., I, O]; whatever stands before them is a stack (scan keeps all
+layers of a tower in one leaf), and every matrix of the stack is orthogonalised by itself. `optax.contrib.muon` guesses
+the matrices from the number of dimensions, which is backwards for stacked layers (a stack of norm scales looks like a
+matrix, a stack of matrices does not), and corrects its momentum for a bias that orthogonalisation removes anyway; hence
+our own.
+
+Sources: Keller Jordan, github.com/KellerJordan/Muon `muon.py` (algorithm, coefficients); Moonlight (arXiv 2502.16982,
+github.com/MoonshotAI/Moonlight `examples/toy_train.py`) for the scale that makes AdamW's learning rates fit.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+# Quintic iteration x <- a x + b x^3 + c x^5 on the singular values; pulls [~1e-2, 1] into about [0.7, 1.2] in 5 steps.
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+class MuonState(NamedTuple):
+    """momentum: float32, the shape of the parameters."""
+
+    momentum: optax.Params
+
+
+def orthogonalise(update_IO: jax.Array, steps: int = 5, dtype: Any = jnp.float32, eps: float = 1e-7) -> jax.Array:
+    """The nearest semi-orthogonal matrix, roughly (singular values in about [0.7, 1.2]), by Newton-Schulz.
+
+    Args:
+      update_IO: [..., I, O]; each matrix of the stack by itself.
+      steps: iterations.
+      dtype: of the inputs of the matrix products. bfloat16 is enough where the hardware is fast at it: the Frobenius
+        norm, the sums and the polynomial stay in float32.
+      eps: added to the norm, so that a zero matrix stays zero.
+
+    Returns: [..., I, O] float32.
+    """
+    a, b, c = COEFFICIENTS
+    x = update_IO.astype(jnp.float32)
+    x = x / (jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + eps)
+    wide = x.shape[-2] <= x.shape[-1]  # the Gram matrix is taken on the short side
+    x = x if wide else x.mT
+
+    def product(left, right):
+        return jnp.matmul(left.astype(dtype), right.astype(dtype), preferred_element_type=jnp.float32)
+
+    for _ in range(steps):
+        gram = product(x, x.mT)
+        x = a * x + product(b * gram + c * product(gram, gram), x)
+    return x if wide else x.mT
+
+
+def matrix_scale(shape: tuple[int, ...], scaling: str) -> float:
+    """What an orthogonal [..., I, O] update is multiplied by.
+
+    "rms":  0.2 * sqrt(max(I, O)): each entry then has the root mean square of a typical AdamW update (Moonlight).
+    "spectral": sqrt(max(1, O / I)): the update has a unit operator norm from RMS to RMS (Keller Jordan; his matrices
+    are [out, in], ours are [in, out]).
+    """
+    rows, columns = shape[-2:]
+    if scaling == "rms":
+        return 0.2 * max(rows, columns) ** 0.5
+    if scaling == "spectral":
+        return max(1.0, columns / rows) ** 0.5
+    raise ValueError(f"scaling={scaling!r} is neither 'rms' nor 'spectral'")
+
+
+def scale_by_muon(
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    dtype: Any = jnp.float32,
+    scaling: str = "rms",
+) -> optax.GradientTransformation:
+    """Gradients -> scaled orthogonal updates (not yet times the learning rate, sign unchanged).
+
+    Momentum is M <- momentum M + (1 - momentum) g in float32; Nesterov looks ahead with
+    momentum M + (1 - momentum) g. Moonlight writes M <- momentum M + g: the factor is lost in the normalisation.
+
+    Raises: ValueError at init for a leaf of fewer than two dimensions.
+    """
+
+    def init(params):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if len(leaf.shape) < 2:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(f"Muon needs matrices, and {name} has shape {tuple(leaf.shape)}; give it to AdamW")
+        return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+
+    def update(grads, state, params=None):
+        del params
+        grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
+        mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
+        ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, grads) if nesterov else mean
+        updates = jax.tree.map(lambda u: orthogonalise(u, steps, dtype) * matrix_scale(u.shape, scaling), ahead)
+        return updates, MuonState(mean)
+
+    return optax.GradientTransformation(init, update)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    weight_decay: float = 0.0,
+    momentum: float = 0.95,
+    nesterov: bool = True,
+    steps: int = 5,
+    dtype: Any = jnp.float32,
+    scaling: str = "rms",
+) -> optax.GradientTransformation:
+    """Muon with decoupled weight decay: p <- p - lr * (scale * orthogonal + weight_decay * p).
+
+    With scaling="rms" the learning rate and the weight decay are those one would give to AdamW.
+    """
+    return optax.chain(
+        scale_by_muon(momentum, nesterov, steps, dtype, scaling),
+        optax.add_decayed_weights(weight_decay),
+        optax.scale_by_learning_rate(learning_rate),
+    )

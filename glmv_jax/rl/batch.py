@@ -1,0 +1,148 @@
+"""Rollouts to packed training rows: the sampled ids as they are, never tokenised again, with the pixels they saw.
+
+Rollouts of one prompt that share a row share its image: the patches are there once and every copy of the placeholder
+tokens points at them, so the vision tower runs once for them in training as it did in sampling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from glmv_jax.rl.rollout import Rollout, image_hash
+from glmv_jax.typing import Batch, UserError
+
+MERGE = 4  # patches of a merged visual token
+
+
+class _Row:
+    """A row under construction; arrays are those of the vlm batch contract and three more."""
+
+    def __init__(self, tokens: int, patches: int, channels: int):
+        self.arrays: dict[str, np.ndarray] = {
+            "tokens": np.zeros(tokens, np.int32),
+            "positions": np.zeros((tokens, 3), np.int32),
+            "segments": np.zeros(tokens, np.int32),
+            "image_row": np.full(tokens, -1, np.int32),
+            "loss_weight": np.zeros(tokens, np.float32),
+            "source": np.full(tokens, -1, np.int32),
+            "advantage": np.zeros(tokens, np.float32),
+            "old_logprob": np.zeros(tokens, np.float32),
+            "patches": np.zeros((patches, channels), np.float32),
+            "yx": np.zeros((patches, 2), np.int32),
+            "frame": np.zeros(patches, np.int32),
+        }
+        self.tokens = self.patches = self.segments = self.frames = 0
+        self.image_start: dict[int, int] = {}  # prompt row -> where its patches begin in this row
+
+    def fits(self, record: Rollout, prompts: Batch) -> bool:
+        new_patches = 0 if record.row in self.image_start else _patches(record, prompts)
+        return (
+            self.tokens + len(record.prompt) + len(record.answer) <= len(self.arrays["tokens"])
+            and self.patches + new_patches <= len(self.arrays["frame"])
+        )
+
+    def add(self, record: Rollout, prompts: Batch, advantage: float, weight: float, source: int) -> None:
+        a, n_prompt, n = self.arrays, len(record.prompt), len(record.prompt) + len(record.answer)
+        if record.row not in self.image_start:
+            self._add_image(record, prompts)
+        whole = slice(self.tokens, self.tokens + n)
+        asked, said = slice(self.tokens, self.tokens + n_prompt), slice(self.tokens + n_prompt, self.tokens + n)
+        self.segments += 1
+        a["segments"][whole] = self.segments
+        a["source"][whole] = source
+        a["tokens"][asked], a["tokens"][said] = record.prompt, record.answer
+        a["positions"][asked] = prompts["positions"][record.row, :n_prompt]
+        a["positions"][said] = prompts["next_position"][record.row] + np.arange(len(record.answer))[:, None]
+        rows = prompts["image_row"][record.row, :n_prompt]
+        a["image_row"][asked] = np.where(rows >= 0, rows + self.image_start[record.row] // MERGE, -1)
+        a["loss_weight"][said], a["advantage"][said], a["old_logprob"][said] = weight, advantage, record.logprobs
+        _check_pixels(a, asked, record)
+        self.tokens = whole.stop
+
+    def _add_image(self, record: Rollout, prompts: Batch) -> None:
+        count = _patches(record, prompts)
+        there = slice(self.patches, self.patches + count)
+        for name in ("patches", "yx"):
+            self.arrays[name][there] = prompts[name][record.row, :count]
+        frame = prompts["frame"][record.row, :count]
+        self.arrays["frame"][there] = frame + self.frames
+        self.frames += int(frame.max(initial=0))
+        self.image_start[record.row] = self.patches
+        self.patches = there.stop
+
+
+def _patches(record: Rollout, prompts: Batch) -> int:
+    return int((prompts["frame"][record.row] > 0).sum())
+
+
+def _check_pixels(arrays: dict[str, np.ndarray], asked: slice, record: Rollout) -> None:
+    """ValueError unless the prompt at `asked` shows, in order, the very pixels the answer was sampled from.
+
+    Training on an answer with another image, or none, runs without a sign of trouble: it must not start.
+    """
+    merged = arrays["image_row"][asked]
+    rows = (merged[merged >= 0][:, None] * MERGE + np.arange(MERGE)).reshape(-1)
+    seen = image_hash(arrays["patches"][rows], arrays["yx"][rows])
+    if seen != record.image_hash:
+        raise ValueError(
+            f"rollout {record.id}: the training row shows image {seen or 'none'} but the answer was sampled from image "
+            f"{record.image_hash or 'none'}; pass the prompt batch that the rollouts were made from"
+        )
+
+
+def to_batch(
+    records: Sequence[Rollout],
+    prompts: Batch,
+    advantages_N: np.ndarray,
+    *,
+    rows: Sequence[int],
+    tokens: int,
+    patches: int,
+    names: Sequence[str],
+    per: str = "rollout",
+) -> Batch:
+    """Packed rows of the vlm batch contract with "advantage" and "old_logprob" [B, T], for one policy update.
+
+    Args:
+      records: rollouts, those of one prompt beside each other (they share its image).
+      prompts: the prompt batch they were made from.
+      advantages_N: one number a rollout.
+      rows: allowed numbers of rows, rising: the smallest that holds everything is used (each is one compilation).
+      tokens, patches: of a row.
+      names: source names; "source" counts in them.
+      per: "token": loss_weight is 1 on answer tokens, the stop token included; "rollout": 1 / the answer's length
+        there. The sum of weight * loss over the sum of weights is then the token mean (DAPO) or the mean over
+        rollouts of their token means (GRPO), however the rollouts are packed.
+    Raises:
+      UserError: a rollout is longer than a row, or all of them need more rows than allowed.
+      ValueError: the prompt or its pixels are not those the answer was sampled from.
+    """
+    if per not in ("token", "rollout"):
+        raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
+    if len(records) != len(advantages_N):
+        raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
+    packed: list[_Row] = []
+    for record, advantage in zip(records, advantages_N):
+        if not len(record.answer):
+            continue
+        if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
+            raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
+        row = next((row for row in packed if row.fits(record, prompts)), None)
+        if row is None:
+            row = _Row(tokens, patches, prompts["patches"].shape[-1])
+            packed.append(row)
+            if not row.fits(record, prompts):
+                raise UserError(
+                    f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
+                    f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches}; enlarge the row"
+                )
+        row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
+                names.index(record.source))  # fmt: skip
+    count = next((n for n in rows if n >= len(packed)), None)
+    if count is None:
+        raise UserError(f"{len(records)} rollouts fill {len(packed)} rows of {tokens} tokens, but at most {max(rows)} "
+                        "rows are allowed; allow more rows or longer ones")  # fmt: skip
+    packed += [_Row(tokens, patches, prompts["patches"].shape[-1]) for _ in range(count - len(packed))]
+    return {name: np.stack([row.arrays[name] for row in packed]) for name in packed[0].arrays}

@@ -1,0 +1,38 @@
+"""The prompts of reinforcement learning: a seeded, resumable mixture of tasks that supervised training never saw."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+
+import grain
+
+from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.pipeline import Reading, prompt_batches
+from glmv_jax.rl import tasks
+
+
+def namespaced(namespace: str, seed: int) -> int:
+    """A seed of questions for (namespace, seed) that no plain seed below 2**32 equals."""
+    return (1 << 32) + zlib.crc32(f"{namespace}/{seed}".encode())
+
+
+def prompts(
+    weights: Mapping[str, float],
+    builder: DocumentBuilder,
+    *,
+    batch: int,
+    seed: int = 0,
+    namespace: str = "rl",
+    split: str = "train",
+    workers: int = 0,
+    ahead: int = 0,
+) -> grain.DatasetIterator:
+    """Batches of `data.pipeline.prompt_batches`, with get_state, set_state and close.
+
+    weights: task name -> share of the mixture. Stages that use other seeds or namespaces draw other questions; with
+    the same ones they draw the same. Raises UserError for an unknown task.
+    """
+    sources = {name: tasks.get(name).source(split, namespaced(namespace, seed)) for name in weights}
+    reading = Reading(seed=seed, workers=workers, ahead=ahead)
+    return prompt_batches(sources, weights, builder, batch=batch, reading=reading)

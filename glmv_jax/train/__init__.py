@@ -1,0 +1,1 @@
+"""Training: `main.run(config, workdir)` runs one stage; `loop.train` is the loop that all five stages share."""

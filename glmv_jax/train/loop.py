@@ -1,0 +1,304 @@
+"""The training loop: one for all five stages. Read `train` from top to bottom.
+
+Keys of the config that the loop reads (everything else is the stage's):
+
+    seed, steps, optim     required; optim as in `optim.build`
+    log_every   10         steps between rows of metrics.jsonl
+    eval_every  0          steps between short evaluations, 0: only before and after
+    save_every  100        steps between checkpoints
+    keep        2          checkpoints kept
+    max_seconds 0          stop when the steps have taken so long (with their data, without evaluations), 0: never
+    match_wall  ""         workdir of a finished run: max_seconds is what its steps took
+    init_from   ""         workdir of a finished run whose parameters this one starts from
+    init_subtrees ()       only these of them, e.g. ("vision",); the rest starts fresh
+    mesh        {"data": -1}, rules "data": see `parallel`
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from glmv_jax import optim
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.train import checkpoint, metrics
+from glmv_jax.train import state as state_lib
+from glmv_jax.train.disk import write_json
+from glmv_jax.train.signals import Interrupted, Signals
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.step import make_train_step
+from glmv_jax.typing import UserError
+
+MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run is lost, and should say so
+
+
+@dataclasses.dataclass
+class Totals:
+    """What a run has consumed over all its attempts; saved in every checkpoint."""
+
+    seconds: float = 0.0  # everything: set-up, compilation, evaluations, and work that a kill undid
+    train_seconds: float = 0.0  # the steps alone, with their data and rollouts
+    samples: int = 0
+    tokens: int = 0
+    flops: float = 0.0
+    skipped: int = 0  # updates left out because a gradient was not finite
+
+    def add(self, counts: dict[str, int], flops: float) -> None:
+        """Counts a step."""
+        self.samples += counts["samples"]
+        self.tokens += counts["tokens"]
+        self.flops += flops
+
+
+def train(stage: Stage, workdir: Path) -> dict[str, Any]:
+    """Trains one stage in `workdir`, from where it stopped if it had begun, and returns what results.json holds.
+
+    Raises: UserError for what a person can mend, and Interrupted (exit code 130) after SIGINT or SIGTERM, when a
+      checkpoint has been written.
+    """
+    # ------------------------------------------------------------------------------------------------------------------
+    # Where everything lives. Shapes first: nothing is allocated before we know that the config makes sense.
+    # ------------------------------------------------------------------------------------------------------------------
+    began_at = time.monotonic()
+    cfg = stage.cfg
+    total, max_seconds = cfg.steps, _max_seconds(cfg)
+    log_every, eval_every, save_every = cfg.get("log_every", 10), cfg.get("eval_every", 0), cfg.get("save_every", 100)
+    progress = metrics.Progress(workdir.name, total)
+
+    placement, optimizer, trainable = prepare(stage)
+    train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
+    learning_rate = optim.learning_rate(cfg.optim, total)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The state. The order matters: 1. a checkpoint of this very run, 2. the parameters of another run, 3. from nothing.
+    # ------------------------------------------------------------------------------------------------------------------
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2), progress.say)
+    restored = checkpoints.restore(placement.abstract)
+    if restored is not None:
+        state, host = restored
+        step, totals = int(state.step), Totals(**host["totals"])
+        if results := _finished(workdir, step, total, totals, max_seconds):
+            progress.say(f"already finished ({step} steps); delete {workdir} to train it again")
+            checkpoints.close()
+            return results
+        progress.say(f"resuming from step {step} of {total}")
+    else:
+        state, host, step, totals = _initial_state(stage, optimizer, placement), None, 0, Totals()
+        progress.say(f"{_count(state.params)} parameters, {total} steps{_origin(cfg)}")
+    checkpoints.check_space(state)
+    constants = jax.device_put(stage.constants(), placement.replicated)
+    data = stage.train_data()
+    if host is not None:
+        data.set_state(host["data"])
+
+    # From here on the folder says "not finished", also when it had been and the config now asks for more steps.
+    results_file, untrained_file = workdir / "results.json", workdir / "untrained.json"
+    results_file.unlink(missing_ok=True)
+    log = metrics.MetricsLog(workdir, step if untrained_file.exists() else -1, final_step=total)
+    clock = _Clock(began_at, max(totals.seconds, log.wall))
+    recorder = metrics.StepRecorder(log, progress, clock, log_every, totals.skipped)
+    signals = Signals(progress.say)
+    saved_step = None if restored is None else step
+
+    def save() -> None:
+        """A checkpoint of this moment. The row of its step comes first: a resume removes rows and never adds one."""
+        nonlocal saved_step
+        recorder.flush()
+        totals.seconds, totals.skipped = clock(), recorder.skipped
+        checkpoints.save(step, state, {"data": data.get_state(), "totals": dataclasses.asdict(totals)})
+        saved_step = step
+
+    try:
+        # --------------------------------------------------------------------------------------------------------------
+        # The untrained evaluation. Written before the first step, so that a run that was resumed still has it.
+        # --------------------------------------------------------------------------------------------------------------
+        if step == 0 and not untrained_file.exists():
+            progress.say("evaluating before training")
+            with signals.interruptible():
+                numbers = stage.evaluate(state.params, state.extra, full=True)
+            log.write(0, clock(), "eval", numbers)
+            write_json(untrained_file, numbers)
+
+        # --------------------------------------------------------------------------------------------------------------
+        # The loop. DO NOT CHANGE THE ORDER within a step:
+        #   batch   while the devices are still busy with the step before, so that data cost nothing if they can
+        #   step    is only started here; it takes the memory of the old state
+        #   log     of the step BEFORE: waiting for this one would leave the devices idle
+        #   eval    of the new state, before the save: a resume from there does not repeat it
+        #   save    last, when the data have given this step's batch and not the next: a resume goes on right there
+        # --------------------------------------------------------------------------------------------------------------
+        meter = metrics.Meter()
+        out_of_time = _is_over(totals, max_seconds)
+        while step < total and not out_of_time:
+            step_began = time.monotonic()
+            batch, host_metrics = _next_batch(stage, data, state)
+            waited = time.monotonic() - step_began
+
+            placed = placement.batch(batch)
+            compiles = train_step.is_new(placed)
+            if compiles:
+                progress.say(f"compiling the step for {_shapes(batch)}")
+            state, values = train_step(state, constants, placed)
+            step += 1
+
+            counts, flops = stage.counts(batch), stage.flops(batch)
+            totals.add(counts, flops)
+            meter.step(waited, counts, flops)
+            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, meter.rates())
+            if compiles:
+                recorder.flush()
+                meter.reset()
+            if recorder.skipped_in_a_row >= MAX_SKIPPED:
+                raise UserError(
+                    f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "
+                    f"set optim.clip, and delete {workdir}"
+                )
+            totals.train_seconds += time.monotonic() - step_began
+            if max_seconds:
+                progress.seconds_left = max_seconds - totals.train_seconds
+
+            if eval_every and step % eval_every == 0 and step < total:
+                recorder.flush()
+                with signals.interruptible():
+                    numbers = stage.evaluate(state.params, state.extra, full=False)
+                log.write(step, clock(), "eval", numbers)
+                meter.reset()
+
+            out_of_time = _is_over(totals, max_seconds)
+            if step % save_every == 0 or step == total or out_of_time or signals.requested:
+                save()
+                meter.reset()
+            if signals.requested:
+                raise Interrupted
+
+        # --------------------------------------------------------------------------------------------------------------
+        # The final evaluation and the results. Written last: results.json says that the stage is finished.
+        # --------------------------------------------------------------------------------------------------------------
+        checkpoints.wait()
+        progress.close()
+        progress.say("evaluating after training")
+        with signals.interruptible():
+            numbers = stage.evaluate(state.params, state.extra, full=True)
+            _write_samples(stage, state, workdir / "samples")
+        log.write(step, clock(), "eval", numbers)
+        totals.seconds = clock()
+        results = _results(stage, untrained_file, numbers, step, totals)
+        write_json(results_file, results)
+        return results
+    except Interrupted:
+        if saved_step != step:
+            save()
+        checkpoints.wait()
+        progress.say(f"stopped at step {step} of {total}, saved; run the same command to go on")
+        raise
+    finally:
+        signals.restore()
+        progress.close()
+        log.close()
+        checkpoints.close()
+        data.close()
+
+
+def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
+    """Mesh, shardings, optimiser and the mask of trained parameters, from the config alone; nothing is allocated.
+
+    This is the one place that decides where a run lives. Raises UserError for a mesh, a rules preset or an optimiser
+    config that does not fit.
+    """
+    cfg = stage.cfg
+    mesh = mesh_lib.make_mesh(dict(cfg.get("mesh", {"data": -1})))
+    rules = rules_lib.preset(cfg.get("rules", "data"))
+    shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
+    optimizer = optim.build(cfg.optim, shapes, cfg.steps)
+    return state_lib.place(stage, optimizer, mesh, rules), optimizer, optim.trainable(cfg.optim, shapes)
+
+
+# --- parts of the above -----------------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Seconds that the run has taken, earlier attempts included."""
+
+    def __init__(self, started: float, before: float) -> None:
+        self._zero = started - before
+
+    def __call__(self) -> float:
+        return time.monotonic() - self._zero
+
+
+def _next_batch(stage: Stage, data: Any, state: state_lib.TrainState) -> tuple[dict[str, Any], dict[str, float]]:
+    try:
+        return stage.next_batch(data, state)
+    except StopIteration:
+        raise UserError(f"{stage.name}: the training data ended; make them repeat, or lower steps") from None
+
+
+def _max_seconds(cfg: Any) -> float:
+    """cfg.max_seconds, or the time that the steps of the run in cfg.match_wall took; 0 for no limit."""
+    if not cfg.get("match_wall", ""):
+        return float(cfg.get("max_seconds", 0))
+    path = Path(cfg.match_wall) / "results.json"
+    if not path.exists():
+        raise UserError(f"match_wall={cfg.match_wall}: that run has not finished (no results.json); run it first")
+    return float(json.loads(path.read_text(encoding="utf-8"))["train_seconds"])
+
+
+def _is_over(totals: Totals, max_seconds: float) -> bool:
+    return bool(max_seconds) and totals.train_seconds >= max_seconds
+
+
+def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement) -> state_lib.TrainState:
+    cfg = stage.cfg
+    state = state_lib.init_state(stage, optimizer, placement, cfg.seed)
+    if not cfg.get("init_from", ""):
+        return state
+    params = checkpoint.load_params(cfg.init_from, cfg.get("init_subtrees", ()), like=state.params)
+    return state_lib.init_state(stage, optimizer, placement, cfg.seed, params)
+
+
+def _finished(workdir: Path, step: int, total: int, totals: Totals, max_seconds: float) -> dict[str, Any] | None:
+    """The results of a run that has nothing left to do; None when it has, also because the config now asks for more."""
+    path = workdir / "results.json"
+    if not path.exists() or (step < total and not _is_over(totals, max_seconds)):
+        return None
+    results = json.loads(path.read_text(encoding="utf-8"))
+    return results if results.get("step") == step else None
+
+
+def _results(stage: Stage, untrained: Path, trained: dict[str, float], step: int, totals: Totals) -> dict[str, Any]:
+    before = json.loads(untrained.read_text(encoding="utf-8")) if untrained.exists() else {}
+    notes = stage.notes()
+    rows = {
+        name: {"untrained": before.get(name), "trained": value, "chance": None, "note": ""} | notes.get(name, {})
+        for name, value in trained.items()
+    }
+    return {"metrics": rows, "step": step, **dataclasses.asdict(totals)}
+
+
+def _write_samples(stage: Stage, state: state_lib.TrainState, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not get to its results
+    os.makedirs(folder)
+    stage.write_samples(state.params, state.extra, folder)
+
+
+def _origin(cfg: Any) -> str:
+    if not cfg.get("init_from", ""):
+        return ""
+    parts = ", ".join(cfg.get("init_subtrees", ()))
+    return f", {parts or 'all'} from {cfg.init_from}"
+
+
+def _count(params: Any) -> str:
+    return f"{sum(x.size for x in jax.tree.leaves(params)):,}"
+
+
+def _shapes(batch: dict[str, Any]) -> str:
+    return ", ".join(f"{name}{list(x.shape)}" for name, x in sorted(batch.items()) if hasattr(x, "shape"))

@@ -1,0 +1,131 @@
+"""Runs one stage from its config: the folder, the records of how it was made, and then the loop."""
+
+from __future__ import annotations
+
+import datetime
+import importlib
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+from glmv_jax.config import flat, nearest
+from glmv_jax.train import checkpoint, loop
+from glmv_jax.train.checkpoint import quiet_orbax
+from glmv_jax.train.disk import disk_errors, write_json
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.typing import UserError
+
+# Imported when used: a stage brings its data, its models and whatever those need.
+STAGES = {
+    "mim": "glmv_jax.train.stages.mim:MIM",
+    "siglip": "glmv_jax.train.stages.siglip:SigLIP",
+    "pretrain": "glmv_jax.train.stages.pretrain:Pretrain",
+    "sft": "glmv_jax.train.stages.sft:SFT",
+    "rl": "glmv_jax.train.stages.rl:RL",
+}
+CACHE = "~/.cache/glmv_jax/xla"
+
+
+def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
+    """Trains `cfg.stage` in `workdir` (made when missing; resumed when begun) and returns what results.json holds.
+
+    Compiled programs are kept in `cfg.compilation_cache` (default ~/.cache/glmv_jax/xla, "" for nowhere), so a resumed
+    run does not compile again.
+
+    Raises: UserError, and loop's Interrupted.
+    """
+    quiet_orbax()
+    workdir = Path(workdir).expanduser().absolute()
+    _keep_compiled_programs(cfg.get("compilation_cache", CACHE))
+    if cfg.get("match_wall", ""):
+        cfg.max_seconds = _train_seconds(cfg.match_wall)
+    stage = stage_class(cfg.stage)(cfg)
+    with disk_errors(workdir):
+        workdir.mkdir(parents=True, exist_ok=True)
+    _write_records(stage, workdir)
+    return loop.train(stage, workdir)
+
+
+def _train_seconds(run_dir: str) -> float:
+    """How long the steps of a finished run took."""
+    path = Path(run_dir) / "results.json"
+    if not path.is_file():
+        raise UserError(f"match_wall={run_dir}: that run has not finished (no results.json); train it first")
+    return json.loads(path.read_text(encoding="utf-8"))["train_seconds"]
+
+
+def stage_class(name: str) -> type[Stage]:
+    """The class of a stage; UserError names the nearest one."""
+    if name not in STAGES:
+        raise UserError(f"stage={name!r} is not known{nearest(name, STAGES)}")
+    module, _, cls = STAGES[name].partition(":")
+    return getattr(importlib.import_module(module), cls)
+
+
+def evaluate(workdir: str | Path) -> dict[str, float]:
+    """Evaluates the run in `workdir` again, in full, from its newest checkpoint.
+
+    Raises: UserError when there is no such run or nothing in it can be read.
+    """
+    quiet_orbax()
+    workdir = Path(workdir).expanduser().absolute()
+    cfg = checkpoint.load_config(workdir)
+    if cfg.get("match_wall", ""):
+        cfg.max_seconds = _train_seconds(cfg.match_wall)
+    stage = stage_class(cfg.stage)(cfg)
+    placement, _, _ = loop.prepare(stage)
+    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2))
+    restored = checkpoints.restore(placement.abstract)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f"{workdir} has no checkpoint yet; train it first")
+    state, _ = restored
+    return stage.evaluate(state.params, state.extra, full=True)
+
+
+def _keep_compiled_programs(folder: str) -> None:
+    if folder:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+        compilation_cache.reset_cache()  # jax decides once whether there is a cache, at its first compilation
+
+
+def _write_records(stage: Stage, workdir: Path) -> None:
+    """config.json and meta.json: what it takes to repeat the run. Says which values an earlier attempt had other."""
+    if jax.process_index():
+        return
+    path = workdir / "config.json"
+    config = json.loads(json.dumps(flat(stage.cfg)))
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        before = config
+    changed = [k for k in sorted(config.keys() | before.keys()) if config.get(k) != before.get(k)]
+    if changed:
+        shown = ", ".join(f"{k}: {before.get(k)} -> {config.get(k)}" for k in changed[:5])
+        print(f"{stage.name}: the config has changed since this run began: {shown}{' ...' if len(changed) > 5 else ''}")
+    write_json(path, config)
+
+    shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
+    meta = {
+        "stage": stage.name,
+        "glmv_jax": _version(),
+        "jax": jax.__version__,
+        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        "host": {"cores": os.cpu_count(), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "params": sum(x.size for x in jax.tree.leaves(shapes)),
+    }
+    write_json(workdir / "meta.json", meta)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("glmv_jax")
+    except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
+        return "source"

@@ -1,0 +1,211 @@
+"""What a run tells: metrics.jsonl and TensorBoard for machines, one progress line for people."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+from tensorboardX import SummaryWriter
+
+from glmv_jax.train.disk import disk_errors
+
+WINDOW = 50  # steps that rates and ETA are averaged over
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+LIVE_EVERY = 0.25
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a line cut off by a kill is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
+    return rows
+
+
+class MetricsLog:
+    """Appends rows {"step", "wall", "kind", name: float, ...} to metrics.jsonl, and the same to TensorBoard.
+
+    Args:
+      workdir: of the run.
+      step: the step the run resumes from; later rows are of a future that will happen again, and are removed. -1
+        removes all.
+      final_step: evaluations at this step are removed too: the last evaluation is repeated when it did not end.
+
+    Attributes: wall: seconds the run had taken by the last row there was, removed ones included.
+    """
+
+    def __init__(self, workdir: Path, step: int, final_step: int) -> None:
+        self.path = workdir / "metrics.jsonl"
+        rows = read_jsonl(self.path)
+        self.wall = max((float(row.get("wall") or 0.0) for row in rows), default=0.0)
+        kept = [r for r in rows if r["step"] <= step and not (r["step"] == final_step and r.get("kind") == "eval")]
+        with disk_errors(self.path):
+            part = self.path.with_name("metrics.jsonl.part")
+            part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+            os.replace(part, self.path)
+            self._file = open(self.path, "a", encoding="utf-8")
+            self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+
+    def write(self, step: int, wall: float, kind: str, values: dict[str, float]) -> None:
+        """One row, on disk when this returns. JSON has no nan: a number that is not finite becomes null."""
+        row = {"step": step, "wall": round(wall, 3), "kind": kind}
+        row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
+        with disk_errors(self.path):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+class StepRecorder:
+    """The metrics of training steps, written one step late.
+
+    Reading a step's numbers waits for it; reading them when the next step has been started leaves no device idle.
+
+    Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts.
+    Attributes: skipped, skipped_in_a_row: updates left out because the gradient was not finite.
+    """
+
+    def __init__(
+        self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int
+    ) -> None:
+        self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
+        self.skipped, self.skipped_in_a_row = skipped, 0
+        self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
+
+    def started(self, step: int, values: dict[str, Any], rates: dict[str, float]) -> None:
+        """Step `step` is under way and will give `values` (device scalars or numbers); writes the one before."""
+        self.flush()
+        self._pending = (step, values, rates)
+
+    def flush(self) -> None:
+        """Waits for the step under way, if there is one, and writes it."""
+        if self._pending is None:
+            return
+        (step, values, rates), self._pending = self._pending, None
+        values = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.skipped += int(values["skipped"])
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
+        last = step == self._progress.total
+        if step % self._every == 0 or step == 1 or last:
+            self._log.write(step, self._clock(), "train", values | rates)
+        self._progress.update(step, values["loss"], rates, last=last)
+
+
+class Meter:
+    """Rates over the last WINDOW steps, measured by the host's clock."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets: called after a compilation, an evaluation or a save, which are not the speed of training."""
+        self._steps = collections.deque(maxlen=WINDOW + 1)
+        self._steps.append((time.monotonic(), 0.0, 0, 0, 0.0))
+
+    def step(self, waited: float, counts: dict[str, int], flops: float) -> None:
+        """A step has been dispatched, having waited `waited` seconds for its batch."""
+        self._steps.append((time.monotonic(), waited, counts["samples"], counts["tokens"], flops))
+
+    def rates(self) -> dict[str, float]:
+        """steps, samples, tokens and flops per second, and the share of time spent waiting for data; {} if unknown."""
+        rows = list(self._steps)
+        seconds = rows[-1][0] - rows[0][0]
+        if len(rows) < 2 or seconds <= 0:
+            return {}
+        waited, samples, tokens, flops = (sum(column) for column in list(zip(*rows[1:], strict=True))[1:])
+        return {
+            "steps_per_second": (len(rows) - 1) / seconds,
+            "samples_per_second": samples / seconds,
+            "tokens_per_second": tokens / seconds,
+            "flops_per_second": flops / seconds,
+            "data_wait": min(1.0, waited / seconds),
+        }
+
+
+class Progress:
+    """One line a stage: live on a terminal, a plain one now and then elsewhere. Messages go above it."""
+
+    def __init__(self, name: str, total: int, file: Any = None) -> None:
+        self.name, self.total = name, total
+        self.seconds_left = math.inf  # set by a run that has a time budget
+        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        self._live: Live | None = None
+        self._next = 0.0
+
+    def say(self, message: str) -> None:
+        """A line that stays."""
+        self._console.print(Text(f"{self.name}: {message}"), soft_wrap=True)
+
+    def update(self, step: int, loss: float, rates: dict[str, float], *, last: bool = False) -> None:
+        """Shows where the run is, if it is time to."""
+        now = time.monotonic()
+        if now < self._next and not last:
+            return
+        line = progress_line(self.name, step, self.total, loss, rates, self.seconds_left)
+        if not self._console.is_terminal:
+            self._console.print(Text(line), soft_wrap=True)
+            self._next = now + PLAIN_EVERY
+            return
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
+        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        self._next = now + LIVE_EVERY
+
+    def close(self) -> None:
+        """Leaves the line as it is."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+def progress_line(
+    name: str, step: int, total: int, loss: float, rates: dict[str, float], seconds_left: float = math.inf
+) -> str:
+    """e.g. `mim  120/800  15%  eta 3:20  loss 1.234  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%`."""
+    parts = [f"{name:<8} {step}/{total}", f"{100 * step // max(1, total)}%"]
+    if rates:
+        parts.append(f"eta {_clock(min(seconds_left, (total - step) / rates['steps_per_second']))}")
+    parts.append(f"loss {loss:.4g}")
+    if rates:
+        parts += [
+            f"{_number(rates['samples_per_second'])} samples/s",
+            f"{_number(rates['tokens_per_second'])} tokens/s",
+            f"{_number(rates['flops_per_second'], ' ')}FLOP/s",
+            f"data wait {100 * rates['data_wait']:.0f}%",
+        ]
+    return "  ".join(parts)
+
+
+def _number(x: float, gap: str = "") -> str:
+    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if x >= scale:
+            return f"{x / scale:.3g}{gap}{prefix}"
+    return f"{x:.3g}{gap}"
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(max(0, round(seconds)), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"

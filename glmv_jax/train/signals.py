@@ -1,0 +1,54 @@
+"""Ctrl-C and SIGTERM: finish the step, save, leave."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+
+class Interrupted(SystemExit):
+    """The run was asked to stop and has saved. The process leaves with 130, so no script goes on."""
+
+    def __init__(self) -> None:
+        super().__init__(130)
+
+
+class Signals:
+    """From here to `restore`, the first SIGINT or SIGTERM only sets `requested`; a second one ends the process.
+
+    Within `interruptible()` the first one raises Interrupted at once: for long work that changes nothing.
+    """
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.requested = False
+        self._say, self._raise, self._before = say, False, {}
+        if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._handle)
+
+    def restore(self) -> None:
+        """Puts the handlers back that were there before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
+
+    def _handle(self, number: int, _: object) -> None:
+        self.requested = True
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, signal.SIG_DFL)
+        if self._raise:
+            raise Interrupted
+        self._say(f"{signal.Signals(number).name}: stopping after this step (once more: at once, without saving)")
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """A block that a signal may break off."""
+        if self.requested:
+            raise Interrupted
+        self._raise = True
+        try:
+            yield
+        finally:
+            self._raise = False

@@ -1,0 +1,113 @@
+"""What a stage of training is: parameters, data, a loss, an evaluation. The loop is the same for all of them."""
+
+from __future__ import annotations
+
+import abc
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import jax
+
+from glmv_jax.typing import Axes, Batch, Params
+
+if TYPE_CHECKING:
+    from glmv_jax.train.state import TrainState
+
+
+class DataIterator(Protocol):
+    """Endless batches as dicts of numpy arrays, with a position that JSON can hold.
+
+    `set_state(get_state())` on a new iterator must continue with exactly the batch that would have come next.
+    """
+
+    def __next__(self) -> Batch: ...
+    def get_state(self) -> dict[str, Any]: ...
+    def set_state(self, state: dict[str, Any]) -> None: ...
+    def close(self) -> None: ...
+
+
+class Stage(abc.ABC):
+    """One stage of the recipe. Subclasses are made from the config alone and hold no training state.
+
+    The loop calls, in this order: `init_params` (traced, for shapes and for values), `logical_axes`, `init_extra`,
+    `constants`, `train_data`, `evaluate` (the untrained numbers), then again and again `next_batch` and, inside the
+    jitted step, `loss`; at the end `evaluate`, `write_samples` and `notes`.
+
+    Attributes:
+      name: what progress lines and results call the stage.
+      shape_buckets: how many different batch shapes the data may have. Each is compiled once; one more stops the run,
+        because a shape that keeps changing compiles for ever without anybody noticing.
+      cfg: the config of the run.
+    """
+
+    name: str = ""
+    shape_buckets: int = 1
+
+    def __init__(self, cfg: Any) -> None:
+        self.cfg = cfg
+
+    # --- what is trained, and what the step carries beside it ---------------------------------------------------------
+
+    @abc.abstractmethod
+    def init_params(self, key: jax.Array) -> Params:
+        """Fresh trainable parameters, float32. Traced under jit, so that they are born where they live: no files."""
+
+    @abc.abstractmethod
+    def logical_axes(self) -> Axes:
+        """The tree of `init_params` with a tuple of logical axis names (`parallel.axes`) a leaf."""
+
+    def constants(self) -> Params:
+        """Arrays the step reads and never changes: teachers, a reference policy. The loop replicates them."""
+        return {}
+
+    def init_extra(self) -> Params:
+        """State that the step carries without a gradient: running statistics of teachers. Traced under jit."""
+        return {}
+
+    # --- one step ---------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def train_data(self) -> DataIterator:
+        """A new iterator over training batches, at its beginning."""
+
+    def next_batch(self, data: DataIterator, state: TrainState) -> tuple[Batch, dict[str, float]]:
+        """The next batch (numpy arrays, leading dimension = rows) and metrics that were measured while making it.
+
+        Reinforcement learning overrides it: prompts -> rollouts with `state.params` -> rewards -> batch. Arrays of
+        `state` must not be kept: the step that follows takes their memory.
+        """
+        return next(data), {}
+
+    @abc.abstractmethod
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
+        """Pure and jitted: (scalar loss, (scalar metrics, new extra)).
+
+        `key` depends on the seed and the step only. Metric names loss, grad_norm, param_norm, skipped are taken.
+        """
+
+    @abc.abstractmethod
+    def counts(self, batch: Batch) -> dict[str, int]:
+        """{"samples": n, "tokens": n} of a batch as `next_batch` gave it; tokens are real ones, without padding."""
+
+    @abc.abstractmethod
+    def flops(self, batch: Batch) -> float:
+        """Floating-point operations that the model needs for one step on the batch (recomputation not counted)."""
+
+    # --- what is reported ---------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
+        """Numbers on held-out data. `full` at the beginning and the end; False for the short look during training.
+
+        The same names and the same examples each time `full` is the same; it may be interrupted and called again.
+        """
+
+    def notes(self) -> dict[str, dict[str, Any]]:
+        """For names of `evaluate`: {"chance": the number blind guessing gets (or None), "note": what is measured}."""
+        return {}
+
+    def write_samples(self, params: Params, extra: Params, folder: Path) -> None:
+        """Writes samples.jsonl and pictures for the report into the (existing, empty) folder; nothing by default."""
+        del params, extra, folder

@@ -1,0 +1,162 @@
+"""Stage 1, masked image modelling: predict two teachers' features at masked patches (section 2.1 of the report).
+
+Ratio (35 %), resolution, teachers' roles and the 80/10/10 mixture are the paper's. Mask shape, heads, loss form and
+weights are not in it; ours follow the spec of each module and are all in the config.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from glmv_jax import models
+from glmv_jax.data import emoji, images, pipeline
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.pipeline import concept_number, vision_row
+from glmv_jax.eval import probes
+from glmv_jax.losses import distill
+from glmv_jax.models import build, cogvit, mim, teachers
+from glmv_jax.train import checkpoint
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.typing import UserError, VisionInput
+
+
+def reading(cfg: ConfigDict) -> pipeline.Reading:
+    """This process' share of the data, in the order that the run's seed gives."""
+    return pipeline.Reading(
+        seed=cfg.seed, shard=jax.process_index(), shards=jax.process_count(), workers=cfg.data.workers
+    )
+
+
+class MIM(Stage):
+    name = "mim"
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        super().__init__(cfg)
+        vision = build.vision(cfg.model)
+        self.teachers = [make_teacher(name, t, vision) for name, t in cfg.teachers.items()]
+        features = tuple((t.name, t.channels) for t in self.teachers)
+        self.model = mim.MIMConfig(vision, mim.HeadsConfig(vision.width, cfg.loss.head_hidden, features, vision.dtype))
+        self.sources = {name: images.Images(name, "train", cfg.seed) for name in cfg.data.weights}
+
+    # ------------------------------------------------------------------------------------------------- step
+    def init_params(self, key):
+        return models.init_params(self.model, key)
+
+    def logical_axes(self):
+        return models.logical_axes(self.model)
+
+    def constants(self):
+        return {t.name: t.params for t in self.teachers}
+
+    def init_extra(self):
+        return {"stats": {t.name: distill.init_stats(t.channels) for t in self.teachers}}
+
+    def loss(self, params, constants, extra, batch, key):
+        target, stats = {}, {}
+        for teacher in self.teachers:
+            features_BPC = jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
+            stats[teacher.name] = distill.update_stats(extra["stats"][teacher.name], features_BPC)
+            target[teacher.name] = distill.standardise(features_BPC, stats[teacher.name])
+        vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
+        predicted = mim.apply(self.model, params, vision, batch["mask"])
+        where = batch["mask"] if self.cfg.loss.on == "masked" else batch["frame"] > 0
+        weights = {name: t.weight for name, t in self.cfg.teachers.items()}
+        loss, metrics = distill.distill_loss(predicted, target, where, weights)
+        return loss, (metrics, {"stats": stats})
+
+    # ------------------------------------------------------------------------------------------------- data
+    def _batches(self, sources, reading, batch):
+        d, v = self.cfg.data, self.model.vision
+        return pipeline.mim_batches(
+            sources, dict(d.weights), batch=batch, size=d.size, patch=v.patch, mask_ratio=d.mask_ratio,
+            mask_kind=d.mask_kind, reading=reading,
+        )  # fmt: skip
+
+    def train_data(self):
+        return self._batches(self.sources, reading(self.cfg), self.cfg.batch)
+
+    def counts(self, batch):
+        return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}
+
+    def flops(self, batch):
+        B, P = batch["frame"].shape
+        towers = sum(self.model.vision.flops(P) for t in self.teachers if t.params)
+        return B * (3 * self.model.flops(P) + towers)
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+    def evaluate(self, params, extra, *, full: bool):
+        """Held-out loss, and a nearest-neighbour probe of the trunk: which held-out emoji concept is it?"""
+        metrics = self._heldout_loss(params, extra)
+        return metrics | {"knn": knn_probe(self.model.vision, params["vision"])}
+
+    def _heldout_loss(self, params, extra):
+        if not hasattr(self, "_heldout"):
+            sources = {name: images.Images(name, "heldout", 1) for name in self.cfg.data.weights}
+            data = self._batches(sources, pipeline.Reading(seed=1, ahead=0), self.cfg.batch)
+            self._heldout = [next(data) for _ in range(self.cfg.eval.batches)]
+            self._loss = jax.jit(self.loss)
+            # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that
+            # the first number is comparable with the last.
+        constants = self.constants()
+        results = [self._loss(params, constants, extra, batch, jax.random.key(0)) for batch in self._heldout]
+        rows = [{"loss": loss, **metrics} for loss, (metrics, _) in results]
+        return {f"heldout/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
+
+    def notes(self):
+        classes = len({concept_number(i) for i in _heldout_ids()})
+        notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
+        return notes | {
+            f"heldout/{t.name}/loss": {"chance": None, "note": f"masked patches; teacher: {t.about}"} for t in self.teachers
+        }
+
+
+def make_teacher(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig) -> teachers.Teacher:
+    """A teacher from its entry in the config: kind "hog", or "tower" with the run directory of a stage-2 run."""
+    if cfg.kind == "hog":
+        return teachers.hog(name, student.patch, cfg.bins)
+    if cfg.kind == "tower":
+        if not cfg.path:
+            raise UserError(
+                f"teachers.{name}.path is empty: train one with experiments/cogvit_siglip.py:role=teacher and give its "
+                "run directory"
+            )
+        run = checkpoint.load_config(cfg.path)
+        vision = build.two_tower(run.model).vision
+        if vision.patch != student.patch:
+            raise UserError(f"teachers.{name}: its patch {vision.patch} is not the student's {student.patch}")
+        params = checkpoint.load_params(cfg.path, subtrees=["vision"])["vision"]
+        about = f"image tower of {cfg.path}: CogViT {vision.depth}x{vision.width}, SigLIP on the corpus"
+        return teachers.tower(name, vision, params, about)
+    raise UserError(f"teachers.{name}.kind={cfg.kind!r} is not known; choose tower or hog")
+
+
+def _heldout_ids() -> list[str]:
+    return [emoji.load()[i].id for i in emoji.split("heldout")]
+
+
+def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -> float:
+    """Accuracy of naming the concept of augmented views of held-out emoji by their neighbours among `views` other views
+    a concept; mean-pooled trunk features, nothing trained."""
+    patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch)
+    ids = _heldout_ids()
+    labels = np.array([concept_number(i) for i in ids])
+    embed = jax.jit(lambda v: _pooled(cogvit.apply(vision, params, v), v.frame))
+
+    def view(seed: int) -> np.ndarray:
+        rng = np.random.default_rng([7, seed])
+        pictures = [emoji.augmented(i, rng) for i in emoji.split("heldout")]
+        rows = [vision_row(*patcher(p), patcher.max_patches) for p in pictures]
+        batch = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
+        return np.asarray(embed(VisionInput(batch["patches"], batch["yx"], batch["frame"])))
+
+    gallery = np.concatenate([view(seed) for seed in range(views)])
+    found = probes.knn(gallery, np.tile(labels, views), view(views), k)
+    return float((found == labels).mean())
+
+
+def _pooled(x_BPD, frame_BP):
+    weight = (frame_BP > 0).astype(jnp.float32)[..., None]
+    return (x_BPD * weight).sum(1) / weight.sum(1)

@@ -1,0 +1,88 @@
+"""Stage 5: GRPO on tasks with rule rewards (section 2.3 of the report), in its synchronous form.
+
+Each step: prompts -> a group of sampled answers each -> rewards -> advantages -> packed rows -> policy updates on
+minibatches of groups. Clip-higher 0.2 / 0.28, no KL and no entropy term (GLM-V, section 5.3). Old log-probabilities are
+the sampler's, which equal the trainer's.
+"""
+
+from __future__ import annotations
+
+import collections
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.losses import policy
+from glmv_jax.losses.cross_entropy import next_targets, shift_left
+from glmv_jax.models import vlm
+from glmv_jax.rl import tasks
+from glmv_jax.rl.batch import to_batch
+from glmv_jax.rl.metrics import by_source
+from glmv_jax.rl.prompts import prompts
+from glmv_jax.rl.rollout import rollout
+from glmv_jax.train.stages.vlm import VLMStage, inputs
+
+
+class RL(VLMStage):
+    name = "rl"
+    form = "chat"
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        super().__init__(cfg)
+        r = cfg.rollout
+        self.verifiers = tasks.verifiers(self.names)
+        sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
+        self.sampler = Sampler(self.model, sampling, r.group)
+        self.rows = tuple(r.rows)
+        self.shape_buckets = len(self.rows)
+        self._waiting: collections.deque = collections.deque()
+
+    def train_data(self):
+        d, r = self.cfg.data, self.cfg.rollout
+        return prompts(
+            dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead
+        )
+
+    def next_batch(self, data, state):
+        """One update's rows; a new set of rollouts when the last set's minibatches are used up.
+
+        Rollouts that wait belong to the policy of at most cfg.rollout.minibatches - 1 updates ago; the ratio corrects.
+        A resume in between samples them anew from the prompts that follow.
+        """
+        if not self._waiting:
+            self._waiting.extend(self._rollouts(next(data), state))
+        return self._waiting.popleft()
+
+    def _rollouts(self, batch, state):
+        r = self.cfg.rollout
+        key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))
+        records = rollout(self.sampler, state.params, batch, key, self.tokenizer, self.verifiers)
+        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, r.group)
+        advantages_NG = np.asarray(policy.group_advantages(rewards_NG, r.advantage))
+        metrics = by_source(records)
+        # Whole groups go to one minibatch, so that rollouts of a prompt share its image in the packed rows.
+        for groups in np.array_split(np.arange(len(rewards_NG)), r.minibatches):
+            part = [records[g * r.group + i] for g in groups for i in range(r.group)]
+            rows = to_batch(
+                part, batch, advantages_NG[groups].reshape(-1), rows=self.rows, tokens=self.cfg.data.tokens,
+                patches=self.cfg.data.patches, names=self.names, per=r.per,
+            )  # fmt: skip
+            yield rows, metrics
+            metrics = {}
+
+    def loss(self, params, constants, extra, batch, key):
+        vision, tokens = inputs(batch)
+        out = vlm.apply(self.model, params, vision, tokens)
+        logits_BTV = vlm.logits(self.model, params, out.hidden) / self.cfg.rollout.temperature
+        targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
+        logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
+        logprob_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
+        entropy_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+        loss, metrics = policy.policy_loss(
+            logprob_BT, shift_left(batch["old_logprob"], 1), shift_left(batch["advantage"], 1), weight_BT,
+            how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high, entropy_BT=entropy_BT,
+        )  # fmt: skip
+        return loss, (metrics, extra)

@@ -1,0 +1,105 @@
+"""Stage 2, SigLIP: images and their names in two languages meet in one space, at native sizes and aspect ratios
+(section 2.1 of the report). The global batch of 64K and the ring form of the loss are for larger meshes."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from glmv_jax import models
+from glmv_jax.data import emoji, heldout, pipeline
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.eval import probes
+from glmv_jax.eval.samples import SampleWriter
+from glmv_jax.losses.sigmoid import sigmoid_loss
+from glmv_jax.models import build, two_tower
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.mim import knn_probe, reading
+from glmv_jax.typing import VisionInput
+
+QUERIES = ("en name", "zh name", "zh name+keywords")
+
+
+class SigLIP(Stage):
+    name = "siglip"
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        super().__init__(cfg)
+        self.model = build.two_tower(cfg.model)
+        self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
+        v = self.model.vision
+        self._image = jax.jit(lambda p, v: two_tower.embed_image(self.model, p, v))
+        self._text = jax.jit(lambda p, t: two_tower.embed_text(self.model, p, t))
+        self.patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=cfg.data.patches)
+
+    # ------------------------------------------------------------------------------------------------- step
+    def init_params(self, key):
+        return models.init_params(self.model, key)
+
+    def logical_axes(self):
+        return models.logical_axes(self.model)
+
+    def loss(self, params, constants, extra, batch, key):
+        vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
+        out = two_tower.apply(self.model, params, vision, batch["tokens"])
+        loss, metrics = sigmoid_loss(out.image, out.text, out.log_scale, out.bias, batch["concept"])
+        return loss, (metrics, extra)
+
+    # ------------------------------------------------------------------------------------------------- data
+    def train_data(self):
+        d = self.cfg.data
+        return pipeline.siglip_batches(
+            emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.cfg.batch,
+            text_length=self.model.text.length, chinese=d.chinese, texts=dict(d.texts), reading=reading(self.cfg),
+        )  # fmt: skip
+
+    def counts(self, batch):
+        return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}
+
+    def flops(self, batch):
+        return 3 * len(batch["tokens"]) * self.model.flops(batch["frame"].shape[1], batch["tokens"].shape[1])
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+    def evaluate(self, params, extra, *, full: bool):
+        """Retrieval among held-out concepts, both ways; the nearest-neighbour probe of the trunk."""
+        pairs, image_NE, text_NE = self._embed(params)
+        metrics = {}
+        for query in QUERIES:
+            found = probes.recall(probes.ranks(text_NE[query], image_NE, pairs.concept))
+            back = probes.recall(probes.ranks(image_NE, text_NE[query], pairs.concept))
+            metrics |= {f"{query} -> image {k}": v for k, v in found.items()}
+            metrics |= {f"image -> {query} {k}": v for k, v in back.items()}
+        return metrics | ({"knn": knn_probe(self.model.vision, params["vision"])} if full else {})
+
+    @functools.cached_property
+    def pairs(self):
+        return heldout.heldout_pairs(self.tokenizer, self.patcher, self.model.text.length)
+
+    def _embed(self, params):
+        pairs = self.pairs
+        image_NE = np.asarray(self._image(params, VisionInput(*(pairs.vision[k] for k in ("patches", "yx", "frame")))))
+        return pairs, image_NE, {q: np.asarray(self._text(params, pairs.texts[q])) for q in QUERIES}
+
+    def notes(self):
+        at = probes.chance(self.pairs.concept)
+        names = [name for q in QUERIES for name in (f"{q} -> image", f"image -> {q}")]
+        return {f"{name} {k}": {"chance": v, "note": "held-out concepts"} for name in names for k, v in at.items()}
+
+    def write_samples(self, params, extra, folder):
+        """For a few held-out queries in each language, the five nearest images."""
+        pairs, image_NE, text_NE = self._embed(params)
+        writer = SampleWriter(folder)
+        for query in ("en name", "zh name+keywords"):
+            lang = query[:2]
+            scores_NN = text_NE[query] @ image_NE.T
+            for i in np.random.default_rng(0).permutation(len(pairs.ids))[:12].tolist():
+                order = np.argsort(-scores_NN[i])[:5].tolist()
+                writer.add(
+                    kind="retrieval", id=pairs.ids[i], source="retrieval", query=pairs.names[lang][i], lang=lang,
+                    images=[writer.image(pairs.ids[j], pairs.images[j]) for j in order],
+                    gold=order.index(i) if i in order else None, correct=order[0] == i,
+                )  # fmt: skip

@@ -1,0 +1,180 @@
+"""What stages 3 to 5 share: the vision-language model, its documents, its supervised loss and its held-out numbers."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from glmv_jax import models
+from glmv_jax.data import heldout, pipeline, texts
+from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.questions import Questions
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.eval import vlm as vlm_eval
+from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.losses.cross_entropy import accuracy, cross_entropy, next_targets, per_source
+from glmv_jax.losses.mtp import mtp_loss
+from glmv_jax.models import build, vlm
+from glmv_jax.rl import tasks
+from glmv_jax.rl.rewards import score
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.mim import reading
+from glmv_jax.typing import Batch, Params, TokenInput, VisionInput
+
+
+def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
+    """A vlm batch as the model takes it."""
+    vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
+    return vision, TokenInput(*(batch[name] for name in TokenInput._fields))
+
+
+class VLMStage(Stage):
+    """form: "pretrain" (plain documents, loss on all of a caption or text) or "chat" (loss on the answer)."""
+
+    form: str
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        super().__init__(cfg)
+        self.model = build.vlm(cfg.model)
+        self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
+        v, d = self.model.vision, cfg.data
+        patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
+        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches)
+        self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
+        self.names = list(d.weights)
+
+    # ------------------------------------------------------------------------------------------------- step
+    def init_params(self, key):
+        return models.init_params(self.model, key)
+
+    def logical_axes(self):
+        return models.logical_axes(self.model)
+
+    def loss(self, params, constants, extra, batch, key):
+        loss, metrics = self.supervised(params, batch)
+        return loss, (metrics, extra)
+
+    def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)."""
+        vision, tokens = inputs(batch)
+        out = vlm.apply(self.model, params, vision, tokens)
+        logits_BTV = vlm.logits(self.model, params, out.hidden)
+        targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
+        ce = cross_entropy(logits_BTV, targets_BT, weight_BT)
+        drafts = [vlm.logits(self.model, params, h) for h in vlm.mtp_hidden(self.model, params, out, tokens)]
+        mtp = mtp_loss(
+            drafts, tokens.tokens, tokens.segments, tokens.loss_weight, tokens.image_row >= 0,
+            main_logits_BTV=jax.lax.stop_gradient(logits_BTV),
+        )  # fmt: skip
+        metrics = {
+            "ce": ce.loss,
+            "accuracy": accuracy(logits_BTV, targets_BT, weight_BT),
+            "mtp": mtp.loss,
+            "mtp_accuracy": mtp.accuracy_K[0],
+            "mtp_agreement": mtp.agreement_K[0],
+        }
+        sums_S, weights_S = per_source(ce.nll_BT, weight_BT, batch["source"], len(self.names))
+        for name, total, weight in zip(self.names, sums_S, weights_S):
+            metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
+        return ce.loss + self.cfg.loss.mtp * mtp.loss, metrics
+
+    # ------------------------------------------------------------------------------------------------- data
+    def sources(self, split: str, seed: int) -> dict[str, Any]:
+        """Random-access samples by source name: the kinds of questions, and "text"."""
+        return {
+            name: texts.Texts(split, seed) if name == "text" else Questions([name], split, seed) for name in self.names
+        }
+
+    def train_data(self):
+        return pipeline.vlm_batches(
+            self.sources("train", self.data_seed), dict(self.cfg.data.weights), self.builder, form=self.form,
+            batch=self.cfg.batch, reading=reading(self.cfg),
+        )  # fmt: skip
+
+    @property
+    def data_seed(self) -> int:
+        """Stages draw different questions from the same generators."""
+        return self.cfg.seed * 1000 + self.cfg.data.seed
+
+    def counts(self, batch):
+        documents = sum(len(np.unique(row[row > 0])) for row in np.asarray(batch["segments"]))
+        real = int((np.asarray(batch["segments"]) > 0).sum() + (np.asarray(batch["frame"]) > 0).sum())
+        return {"samples": documents, "tokens": real}
+
+    def flops(self, batch):
+        B, T = batch["tokens"].shape
+        return 3 * self.model.flops(B * T, T / 2, B, batch["frame"].shape[1])
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+    @functools.cached_property
+    def questions(self) -> dict[str, list]:
+        """Held-out questions by kind, the same in every stage."""
+        return heldout.heldout_questions(list(self.cfg.eval.kinds), self.cfg.eval.questions)
+
+    @functools.cached_property
+    def greedy(self) -> Sampler:
+        return Sampler(self.model, Sampling.chat(self.tokenizer, self.cfg.eval.max_new_tokens, temperature=0.0))
+
+    @functools.cached_property
+    def score(self) -> vlm_eval.Score:
+        return functools.partial(score, verifiers=tasks.verifiers(self.questions))
+
+    def evaluate(self, params, extra, *, full: bool):
+        metrics = self.heldout_loss(params)
+        if self.form == "chat":
+            samples = [s for kind in self.questions.values() for s in (kind if full else kind[: self.cfg.eval.few])]
+            metrics |= vlm_eval.evaluate(
+                self.greedy, params, samples, self.asker, self.score, self.cfg.eval.batch, controls=full
+            )
+        return metrics
+
+    @functools.cached_property
+    def _heldout(self) -> list[Batch]:
+        samples = [s for kind in zip(*self.questions.values()) for s in kind]
+        if "text" in self.names:
+            source = texts.Texts("heldout", 1)
+            samples += [source[i] for i in range(self.cfg.eval.questions)]
+        return heldout.packed_batches(samples, self.builder, self.form, self.cfg.batch, [*self.names, *self.questions])
+
+    @functools.cached_property
+    def _measure(self):
+        def sums(params, batch, seen):
+            vision, tokens = inputs(batch)
+            out = vlm.apply(self.model, params, vision._replace(patches=vision.patches * seen), tokens)
+            logits_BTV = vlm.logits(self.model, params, out.hidden)
+            targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
+            ce = cross_entropy(logits_BTV, targets_BT, weight_BT)
+            draft_BTD = vlm.mtp_hidden(self.model, params, out, tokens)[:1]
+            mtp = mtp_loss(
+                [vlm.logits(self.model, params, h) for h in draft_BTD], tokens.tokens, tokens.segments,
+                tokens.loss_weight, tokens.image_row >= 0, main_logits_BTV=logits_BTV,
+            )  # fmt: skip
+            w, m = ce.weight, mtp.weight_K[0]
+            return {"loss": (ce.loss * w, w), "mtp_accuracy": (mtp.accuracy_K[0] * m, m),
+                    "mtp_agreement": (mtp.agreement_K[0] * m, m)}  # fmt: skip
+
+        return jax.jit(sums)
+
+    def heldout_loss(self, params) -> dict[str, float]:
+        """Loss a token with the image and with a grey one in its place; how often the MTP draft is right."""
+        result = {}
+        for seen, suffix in ((1.0, ""), (0.0, " without image")):
+            rows = [jax.device_get(self._measure(params, batch, np.float32(seen))) for batch in self._heldout]
+            for name in rows[0]:
+                total, weight = (float(sum(r[name][i] for r in rows)) for i in (0, 1))
+                if not suffix or name == "loss":
+                    result[f"heldout {name}{suffix}"] = total / max(weight, 1e-6)
+        return result
+
+    def write_samples(self, params, extra, folder):
+        if self.form == "chat":
+            samples = [s for kind in self.questions.values() for s in kind[: self.cfg.eval.shown]]
+            answers = vlm_eval.answers(self.greedy, params, samples, self.asker, self.cfg.eval.batch)
+            vlm_eval.write_samples(Path(folder), samples, answers, self.score)

@@ -1,0 +1,110 @@
+"""The training state, and the one place that decides where its arrays live."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glmv_jax.optim import slash_path
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.typing import Batch, Params
+
+
+class TrainState(NamedTuple):
+    """Everything a step changes.
+
+    step: [] int32, steps done (also those whose update was skipped). params, opt_state: as the optimiser has them.
+    extra: what the stage carries without a gradient.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    extra: Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where things live: the state by the stage's logical axes and the rules, batches by rows, the rest everywhere."""
+
+    mesh: Mesh
+    rules: rules_lib.Rules
+    state: TrainState  # of NamedSharding
+    abstract: TrainState  # of jax.ShapeDtypeStruct, with those shardings
+    replicated: NamedSharding
+
+    def batch(self, batch: Batch) -> Batch:
+        """The host's rows as one global array a leaf, split over the data axes; UserError when they do not divide."""
+        rows = rules_lib.batch_sharding(self.mesh)
+
+        def place(x):
+            sharding = rows if np.ndim(x) else self.replicated
+            if isinstance(x, jax.Array):
+                return jax.device_put(x, sharding)
+            return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+        for x in jax.tree.leaves(batch):
+            if np.ndim(x):
+                mesh_lib.check_batch(np.shape(x)[0] * jax.process_count(), self.mesh)
+        return jax.tree.map(place, batch)
+
+
+def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: rules_lib.Rules) -> Placement:
+    """Shapes and shardings of the state of a run; nothing is allocated."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shapes = jax.eval_shape(lambda: _fresh(stage, optimizer, jax.random.key(0)))
+    params = rules.shardings(mesh, stage.logical_axes(), shapes.params)
+    state = TrainState(
+        step=replicated,
+        params=params,
+        opt_state=_like_params(shapes.opt_state, shapes.params, params, replicated),
+        extra=jax.tree.map(lambda _: replicated, shapes.extra),
+    )
+    put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
+    return Placement(mesh, rules, state, jax.tree.map(put, shapes, state), replicated)
+
+
+def init_state(
+    stage: Stage, optimizer: optax.GradientTransformation, placement: Placement, seed: int, params: Params | None = None
+) -> TrainState:
+    """A fresh state, every array made where it lives. `params` replaces the random ones (a start from another run)."""
+    fresh = jax.jit(lambda key, given: _fresh(stage, optimizer, key, given), out_shardings=placement.state)
+    return fresh(jax.random.key(seed), params)
+
+
+def _fresh(
+    stage: Stage, optimizer: optax.GradientTransformation, key: jax.Array, params: Params | None = None
+) -> TrainState:
+    params = stage.init_params(key) if params is None else params
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), stage.init_extra())
+
+
+def _like_params(opt_shapes: Any, shapes: Params, shardings: Params, replicated: NamedSharding) -> Any:
+    """Shardings of the optimiser state: a moment lives where its parameter does, counters everywhere.
+
+    A moment is told by its path, which ends in the path of its parameter, and by its shape.
+    """
+    known = {
+        slash_path(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def find(path, leaf):
+        parts = slash_path(path).split("/")
+        for start in range(len(parts)):
+            shape, sharding = known.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(find, opt_shapes)
