@@ -303,12 +303,18 @@ def _plain(what: str, value: Any) -> Any:
 
 
 def unflat(leaves: Mapping[str, Any]) -> ConfigDict:
-    """The nested config of what `flat` wrote."""
+    """The nested config of what `flat` wrote; every list is a tuple, so that what is built from it can be hashed."""
     nested: dict[str, Any] = {}
     for path, value in leaves.items():
         *parents, key = path.split(".")
         group = nested
         for parent in parents:
             group = group.setdefault(parent, {})
-        group[key] = copy.deepcopy(value)
+        group[key] = _with_tuples(value)
     return ConfigDict(nested)
+
+
+def _with_tuples(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_with_tuples(item) for item in value)
+    return {key: _with_tuples(item) for key, item in value.items()} if isinstance(value, dict) else value

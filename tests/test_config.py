@@ -169,7 +169,9 @@ def test_flat_survives_json_and_unflat(make):
     assert list(flat) == sorted(flat)
     assert flat["optim.schedule.warmup"] == 10 and flat["optim.betas"] == [0.9, 0.99]
     assert json.loads(json.dumps(flat)) == flat
-    assert config.flat(config.unflat(flat)) == flat
+    back = config.unflat(flat)
+    assert config.flat(back) == flat
+    assert back.optim.betas == (0.9, 0.99) and back.optim.groups[0] == (".*/kernel", {"kind": "muon", "wd": 0.1})
 
 
 def test_flat_keeps_empty_groups_and_refuses_what_json_cannot_hold():

@@ -104,7 +104,8 @@ def samples(run: StageRun) -> str:
     for language in dict.fromkeys(row.get("lang", "") for row in ranked):
         rows = [row for row in ranked if row.get("lang", "") == language][:RETRIEVALS_A_LANGUAGE]
         heading = text(_LANGUAGES.get(language, language))
-        parts.append(f"<h3>Retrieval, {heading}</h3>{''.join(_retrieval(run, row) for row in rows)}")
+        ranks = "".join(_retrieval(run, row) for row in rows)
+        parts.append(f"<h3>Retrieval, {heading}</h3><div class=retrievals>{ranks}</div>")
     return "".join(parts)
 
 

@@ -3,7 +3,7 @@
 A checkpoint is `checkpoints/<step>/` with three Orbax items, `params`, `training` (step, optimiser state, extra) and
 `host` (JSON: position of the data, time and counts so far), and checksums.json. Orbax writes into a temporary folder
 and renames it, so a killed save leaves nothing that looks like a checkpoint. What it does not notice is a flipped byte
-in the data of an array, hence the checksums (a CRC a file, made in the background when a save has been committed).
+in the data of an array, hence the checksums (a CRC a file, made in the background just before that rename).
 """
 
 from __future__ import annotations
@@ -149,11 +149,11 @@ class Checkpoints:
             )
 
     def _seal(self) -> None:
-        """Adds the checksums of checkpoints that have none. Runs in Orbax's thread once a save is committed."""
+        """Adds the checksums. Runs in Orbax's thread when all is written, before the rename that makes it count."""
         if jax.process_index() == 0:
             for folder in self.folder.iterdir():
-                if folder.name.isdigit() and not (folder / SUMS).exists():
-                    seal(folder)
+                if folder.is_dir() and not (folder / SUMS).exists():
+                    seal(folder, leave_out=("_CHECKPOINT_METADATA",))  # Orbax writes the time of the commit there
 
     def _set_aside(self, step: int) -> None:
         target = self.folder.parent / "unreadable" / str(step)
@@ -286,11 +286,3 @@ def _tuples(value: Any) -> Any:
 def quiet_orbax() -> None:
     """Orbax tells through absl about things that are as they should be, and prints errors that it raises as well."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-
-def load_config(run_dir: str | Path) -> Any:
-    """The config a run was made with (its config.json); UserError when there is no such run."""
-    path = Path(run_dir) / "config.json"
-    if not path.is_file():
-        raise UserError(f"{run_dir} is no run: it has no config.json; train that stage first")
-    return unflat(json.loads(path.read_text(encoding="utf-8")))

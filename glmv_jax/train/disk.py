@@ -60,9 +60,9 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(part, path)
 
 
-def seal(folder: Path) -> None:
+def seal(folder: Path, leave_out: tuple[str, ...] = ()) -> None:
     """Writes the size and CRC-32 of every file of the folder into its checksums.json."""
-    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(SUMS))
+    files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith((SUMS, *leave_out)))
     write_json(folder / SUMS, {str(p.relative_to(folder)): (p.stat().st_size, _crc(p)) for p in files})
 
 

@@ -74,6 +74,8 @@ def test_languages_are_balanced(vocabulary):
     """Names of both languages cost about as many tokens, and neither language holds less than a third of the pieces."""
     cost = {lang: np.mean([len(vocabulary.encode(e.name(lang))) for e in emoji.load()]) for lang in emoji.LANGUAGES}
     assert max(cost.values()) < 1.5 * min(cost.values()) and max(cost.values()) < 5
+    length = {lang: np.mean([len(e.name(lang)) for e in emoji.load()]) for lang in emoji.LANGUAGES}
+    assert cost["en"] < 0.4 * length["en"] and cost["zh"] < 0.85 * length["zh"]  # words in both, not single characters
     pieces = [vocabulary.id_to_piece(i) for i in range(len(SPECIALS) + 257, 4096)]
     chinese = sum(any("\u4e00" <= c <= "\u9fff" for c in piece) for piece in pieces)
     latin = sum(piece.strip("▁").isascii() and any(c.isalpha() for c in piece) for piece in pieces)

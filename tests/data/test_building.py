@@ -1,0 +1,69 @@
+"""Samples to documents, in both forms."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from PIL import Image
+
+from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.records import Sample
+from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.typing import UserError
+
+BUILDER = DocumentBuilder(Tokenizer(), Patcher(policy="smart"), max_tokens=64, max_patches=128)
+PICTURE = Image.new("RGB", (32, 64), "red")
+QUESTION = Sample("count/train/1", "count", (PICTURE,), "How many?", "3")
+
+
+def spelled(document, learnt: bool = False) -> str:
+    tokens = document.tokens[document.loss_weight > 0] if learnt else document.tokens
+    return BUILDER.tokenizer.decode(tokens, keep_special=True)
+
+
+def test_chat_form():
+    document = BUILDER.chat(QUESTION)
+    pads = "<|image|>" * 8
+    assert spelled(document) == (
+        f"[gMASK]<sop><|user|><|begin_of_image|>{pads}<|end_of_image|>How many?<|assistant|></think>"
+        "<|begin_of_box|>3<|end_of_box|><|endoftext|>")
+    assert spelled(document, learnt=True) == "<|begin_of_box|>3<|end_of_box|><|endoftext|>"
+    assert document.patches == 32 and document.images[0][0].shape == (32, 384)
+    assert (document.source, document.id) == ("count", "count/train/1")
+    unboxed = BUILDER.chat(dataclasses.replace(QUESTION, boxed=False))
+    assert spelled(unboxed, learnt=True) == "3<|endoftext|>"
+
+
+def test_prompt_form_is_the_start_of_the_chat_form():
+    prompt, whole = BUILDER.prompt(QUESTION), BUILDER.chat(QUESTION)
+    assert whole.tokens.tolist()[: len(prompt.tokens)] == prompt.tokens.tolist()
+    assert spelled(prompt).endswith("<|assistant|></think>") and not prompt.loss_weight.any()
+
+
+def test_pretrain_form():
+    document = BUILDER.pretrain(QUESTION)
+    assert spelled(document).endswith("<|end_of_image|>How many?\n3<|endoftext|>")
+    assert spelled(document, learnt=True) == "3<|endoftext|>"
+    whole = dataclasses.replace(BUILDER, prompt_weight=0.5).pretrain(QUESTION)
+    assert spelled(whole, learnt=True) == "How many?\n3<|endoftext|>" and set(whole.loss_weight) == {0, 0.5, 1}
+    text = BUILDER.pretrain(Sample("t/1", "text", (), "", "The cat = 猫", boxed=False))
+    assert spelled(text) == "[gMASK]<sop>The cat = 猫<|endoftext|>"
+    assert spelled(text, learnt=True) == "The cat = 猫<|endoftext|>"
+
+
+def test_several_images_keep_their_order():
+    document = BUILDER.chat(dataclasses.replace(QUESTION, images=(PICTURE, PICTURE.rotate(90, expand=True))))
+    assert [yx.max(0).tolist() for _, yx in document.images] == [[7, 3], [3, 7]]
+    numbers = [i for i in document.image_of_token.tolist() if i >= 0]
+    assert numbers == [0] * 8 + [1] * 8
+
+
+def test_too_long_is_a_user_error_with_the_numbers():
+    with pytest.raises(UserError, match="tokens do not fit a row of 64"):
+        BUILDER.chat(dataclasses.replace(QUESTION, answer="3" * 60))
+    with pytest.raises(UserError, match="160 patches do not fit a row of 128"):
+        dataclasses.replace(BUILDER, max_tokens=99).chat(dataclasses.replace(QUESTION, images=(PICTURE,) * 5))
+    with pytest.raises(UserError, match="prompt is empty"):
+        BUILDER.chat(dataclasses.replace(QUESTION, prompt=""))
