@@ -1,8 +1,8 @@
 """Samples to documents: the tokens, loss weights and patches of one training text, before packing.
 
 Two forms. `chat` (SFT, RL, evaluation) is the dialect of `chat.py`: loss on the answer and its stop token. `pretrain`
-is plain text, `[gMASK]<sop>{images}{prompt}\\n{answer}<|endoftext|>` with loss on the answer and the end; a caption or a
-plain text has no prompt, so all of its text is learnt.
+is plain text, `[gMASK]<sop>{images}{prompt}\\n{answer}<|endoftext|>` with loss on the answer and the end; a caption or
+a plain text has no prompt, so all of its text is learnt.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ class DocumentBuilder:
         document = Document(rendered.tokens, rendered.loss_weight, rendered.image_of_token, images,
                             sample.source, sample.id)
         if len(document.tokens) > self.max_tokens:
-            raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; raise the row length")
+            raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; lengthen the row")
         if document.patches > self.max_patches:
-            raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the patch budget")
+            raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget")
         return document

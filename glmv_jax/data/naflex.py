@@ -45,11 +45,12 @@ def load_image(source: str | pathlib.Path | bytes | Image.Image, max_pixels: int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        if image.width * image.height > max_pixels:
-            raise Image.DecompressionBombError
-        image.load()
-        return to_rgb(image)
+            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with opened as image:
+            if image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError
+            image.load()
+            return to_rgb(image)
     except FileNotFoundError:
         raise UserError(f"{name} does not exist; check the path") from None
     except (IsADirectoryError, PermissionError) as error:

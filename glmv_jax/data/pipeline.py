@@ -146,7 +146,7 @@ def siglip_batches(
     """
     texts = dict(texts or {"name": 0.5, "name+keywords": 0.3, "keywords": 0.2})
     if set(texts) - set(_TEXTS):
-        raise UserError(f"unknown kind of text {sorted(set(texts) - set(_TEXTS))[0]!r}; choose from {', '.join(_TEXTS)}")
+        raise UserError(f"unknown kind of text {min(set(texts) - set(_TEXTS))!r}; choose from {', '.join(_TEXTS)}")
     order = _ConceptEpochs(pairs, reading)
     if batch > order.concepts:
         raise UserError(f"a batch of {batch} needs as many concepts, this shard has {order.concepts}; lower the batch")

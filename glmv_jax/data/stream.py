@@ -11,8 +11,11 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import concurrent.futures.process
+import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from typing import Any
 
@@ -114,6 +117,7 @@ def _adopt(items: Any) -> None:
     """Starts a worker. It ends with the process that started it, also when that one is killed."""
     global _items
     _items = items
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

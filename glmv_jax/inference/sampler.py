@@ -197,6 +197,7 @@ def draw_index(keys_N: jax.Array, logits_NV: jax.Array) -> jax.Array:
 def _invert(weight_NA: jax.Array, uniform_N: jax.Array) -> jax.Array:
     """The first index of weight > 0 whose running sum exceeds uniform * total. int32 [N]."""
     sum_NA = jnp.cumsum(weight_NA, axis=-1)
+    # weight > 0: where a backend adds prefixes in a tree, rounding alone may make a sum grow.
     hit_NA = (sum_NA > uniform_N[:, None] * sum_NA[:, -1:]) & (weight_NA > 0)
     # Rounding may leave no hit at the far end of the unit interval: then the likeliest.
     index_N = jnp.where(hit_NA.any(-1), jnp.argmax(hit_NA, axis=-1), jnp.argmax(weight_NA, axis=-1))

@@ -9,7 +9,6 @@ in the data of an array, hence the checksums (a CRC a file, made in the backgrou
 from __future__ import annotations
 
 import json
-import json
 import logging
 import os
 import shutil
@@ -22,7 +21,6 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from glmv_jax.config import ConfigDict, unflat
-from glmv_jax.config import unflat
 from glmv_jax.optim import slash_path
 from glmv_jax.train.disk import SUMS, damage, disk_errors, seal, size_text
 from glmv_jax.train.state import TrainState

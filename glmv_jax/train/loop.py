@@ -152,7 +152,8 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
             counts, flops = stage.counts(batch), stage.flops(batch)
             totals.add(counts, flops)
             meter.step(waited, counts, flops)
-            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, meter.rates())
+            rates = {} if compiles else meter.rates()
+            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, rates)
             if compiles:
                 recorder.flush()
                 meter.reset()

@@ -171,7 +171,7 @@ class Progress:
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-        self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
+        self._live.update(Text(line), refresh=True)
         self._next = now + LIVE_EVERY
 
     def close(self) -> None:

@@ -52,6 +52,7 @@ def test_formatting_is_what_the_parser_reads():
     "[[10,20,30,40]]", "[10, 20, 30, 40]", "(10,20,30,40)", "<10 20 30 40>", "{10;20;30;40}", "10, 20, 30, 40",
     "(10,20),(30,40)", "[[10, 20], [30, 40]]", '{"bbox_2d": [10, 20, 30, 40], "label": "cat"}', "[[30,40,10,20]]",
     "The cat 2 is at [10.0, 20.0, 30.0, 40.0].", "box: x1=1 [10,20,30,40] (see above)",
+    "x1=10, y1=20, x2=30, y2=40",
 ])
 def test_parser_is_tolerant_of_style(text):
     assert coordinates.parse_boxes(text) == [(10, 20, 30, 40)]

@@ -13,8 +13,9 @@ from glmv_jax.typing import UserError
 class Records:
     """Indices as records; those in `broken` raise."""
 
-    def __init__(self, length: int, broken=(), error=OSError("image file is truncated")):
-        self.length, self.broken, self.error = length, set(broken), error
+    def __init__(self, length: int, broken=(), error: Exception | None = None):
+        self.length, self.broken = length, set(broken)
+        self.error = error or OSError("image file is truncated")
 
     def __len__(self):
         return self.length
@@ -26,7 +27,8 @@ class Records:
 
 
 def guarded(records, tmp_path, transform=lambda record, rng: record[1], **options) -> Guarded:
-    return Guarded(records, transform, name="photos", seed=0, log=FaultLog(tmp_path / "run" / "faults.jsonl"), **options)
+    log = FaultLog(tmp_path / "run" / "faults.jsonl")
+    return Guarded(records, transform, name="photos", seed=0, log=log, **options)
 
 
 def test_a_broken_record_is_replaced_by_the_next(tmp_path):

@@ -87,8 +87,8 @@ def test_bad_vocabularies_are_user_errors(tmp_path):
         model = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(["a b c d e"] * 10), model_writer=model, vocab_size=300 + 30 * bool(options),
-            byte_fallback=True, hard_vocab_limit=False, pad_id=0, pad_piece="<pad>", eos_id=1, eos_piece="<|endoftext|>",
-            bos_id=-1, unk_id=2, minloglevel=2, **options)
+            byte_fallback=True, hard_vocab_limit=False, pad_id=0, pad_piece="<pad>", eos_id=1,
+            eos_piece="<|endoftext|>", bos_id=-1, unk_id=2, minloglevel=2, **options)
         (tmp_path / f"{name}.model").write_bytes(model.getvalue())
         # A user-defined symbol would be found in text, so it does not count as special.
         with pytest.raises(UserError, match=r"lacks the control token \[gMASK\]"):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmv_jax.inference.sampler import Prompts, Sampler, Sampling, choose, nucleus
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling, choose, draw_index, nucleus
 from tests import tiny_vlm
 
 CFG = tiny_vlm.config()
@@ -108,18 +108,31 @@ def test_rows_that_fill_the_batch_stay_empty(params, rows):
     np.testing.assert_array_equal(out.tokens[0], run(params, batch(rows), GREEDY).tokens[0])
 
 
-def test_draws_follow_the_distribution_without_the_suppressed():
-    logits = np.random.default_rng(1).normal(0, 2, 12)
-    sampling = Sampling(1, temperature=0.8, suppress=(2, 5))
+@pytest.mark.parametrize("vocab", [1, 2, 12, 13, 100])
+def test_draws_follow_the_distribution_without_the_suppressed(vocab):
+    logits = np.random.default_rng(vocab).normal(0, 2, vocab)
+    suppress = (2, 5) if vocab > 5 else ()
+    sampling = Sampling(1, temperature=0.8, suppress=suppress)
     n = 20_000
-    tokens, logprobs = choose(jnp.broadcast_to(logits, (n, 12)), jax.random.split(jax.random.key(0), n), sampling)
+    many = jnp.broadcast_to(logits, (n, vocab))
+    tokens, logprobs = choose(many, jax.random.split(jax.random.key(0), n), sampling)
     full = log_softmax(logits / 0.8)
-    wanted = np.exp(full) * ~np.isin(np.arange(12), (2, 5))
+    wanted = np.exp(full) * ~np.isin(np.arange(vocab), suppress)
     wanted /= wanted.sum()
-    seen = np.bincount(tokens, minlength=12) / n
-    assert seen[2] == seen[5] == 0
-    assert np.abs(seen - wanted).max() < 4 * np.sqrt(0.25 / n)
+    seen = np.bincount(tokens, minlength=vocab) / n
+    assert len(seen) == vocab and not seen[list(suppress)].any()
+    assert (np.abs(seen - wanted) <= 5 * np.sqrt(wanted * (1 - wanted) / n) + 1e-9).all()
     np.testing.assert_allclose(logprobs, full[np.asarray(tokens)], atol=1e-5)  # the whole vocabulary's, by definition
+
+
+def test_what_has_no_probability_is_never_drawn():
+    rng = np.random.default_rng(0)
+    keys = jax.random.split(jax.random.key(0), 64)
+    for shift in range(8):
+        logits = np.where(rng.random((64, 1000)) < 0.02, rng.normal(size=(64, 1000)), -1e38)
+        logits[:, shift] = 0.0  # something to draw in each row
+        tokens = np.asarray(draw_index(keys, jnp.asarray(logits, jnp.float32)))
+        assert (logits[np.arange(64), tokens] > -1e30).all()
 
 
 @pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 1.0])

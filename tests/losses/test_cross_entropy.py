@@ -52,8 +52,8 @@ def loss_by_loops(d, ahead, image=None, z=0.0, logits=None):
 @pytest.mark.parametrize("z", [0.0, 1e-2])
 def test_next_token_equals_float64_loops(z):
     d = make()
-    targets, weight = ce.next_targets(d["tokens"], jnp.asarray(d["weight"]), d["segments"])
-    got = ce.cross_entropy(jnp.asarray(d["logits"]), targets, weight, z_loss=z)
+    targets, weight = jax.jit(ce.next_targets)(d["tokens"], d["weight"], d["segments"])
+    got = jax.jit(ce.cross_entropy, static_argnames="z_loss")(d["logits"], targets, weight, z_loss=z)
     want, accuracy, used = loss_by_loops(d, 1, z=z)
     np.testing.assert_allclose(weight, used)
     assert float(got.loss) == pytest.approx(want, rel=1e-6)
@@ -68,7 +68,7 @@ def test_value_and_gradient_equal_torch():
     nll = torch.nn.functional.cross_entropy(logits.reshape(-1, V), torch.tensor(targets.reshape(-1)), reduction="none")
     loss = (nll * torch.tensor(d["weight"].reshape(-1))).sum() / 7.0
     loss.backward()
-    f = lambda x: ce.cross_entropy(x, targets, d["weight"], denominator=7.0)
+    f = jax.jit(lambda x: ce.cross_entropy(x, targets, d["weight"], denominator=7.0))
     got = f(jnp.asarray(d["logits"]))
     assert float(got.loss) == pytest.approx(loss.item(), rel=1e-6)
     np.testing.assert_allclose(got.nll_BT.reshape(-1), nll.detach().numpy(), rtol=2e-5, atol=1e-5)
@@ -79,18 +79,16 @@ def test_value_and_gradient_equal_torch():
 
 def test_micro_batches_with_the_global_denominator_sum_to_the_whole():
     d = make(2)
-    whole = ce.cross_entropy(jnp.asarray(d["logits"]), d["tokens"], jnp.asarray(d["weight"]))
-    parts = [
-        ce.cross_entropy(jnp.asarray(d["logits"][i : i + 1]), d["tokens"][i : i + 1], d["weight"][i : i + 1],
-                         denominator=whole.weight).loss
-        for i in range(B)
-    ]  # fmt: skip
+    loss = jax.jit(ce.cross_entropy)
+    whole = loss(d["logits"], d["tokens"], d["weight"])
+    rows = [{name: d[name][i : i + 1] for name in ("logits", "tokens", "weight")} for i in range(B)]
+    parts = [loss(r["logits"], r["tokens"], r["weight"], denominator=whole.weight).loss for r in rows]
     assert float(sum(parts)) == pytest.approx(float(whole.loss), rel=1e-6)
 
 
 def test_a_batch_without_targets_has_loss_and_gradient_zero():
-    f = lambda x: ce.cross_entropy(x, jnp.zeros((1, 2), int), jnp.zeros((1, 2))).loss
-    value, grad = jax.value_and_grad(f)(jnp.ones((1, 2, V)))
+    f = lambda x: ce.cross_entropy(x, jnp.zeros((1, 2), int), jnp.zeros((1, 2))).loss  # noqa: E731
+    value, grad = jax.jit(jax.value_and_grad(f))(jnp.ones((1, 2, V)))
     assert float(value) == 0.0 and not np.asarray(grad).any()
 
 
@@ -112,7 +110,7 @@ def test_logprobs_and_entropy():
 def test_mtp_equals_float64_loops():
     d = make(4)
     depths = [np.random.default_rng(k).normal(size=(B, T, V)) * 2 for k in range(3)]
-    got = mtp.mtp_loss([jnp.asarray(x) for x in depths], d["tokens"], d["segments"], d["weight"], d["image"])
+    got = jax.jit(mtp.mtp_loss)(depths, d["tokens"], d["segments"], d["weight"], d["image"])
     for k, logits in enumerate(depths, start=1):
         want, accuracy, used = loss_by_loops(d, k + 1, d["image"], logits=logits)
         _, weight = mtp.mtp_targets(d["tokens"], d["segments"], jnp.asarray(d["weight"]), d["image"], k)
@@ -127,12 +125,12 @@ def test_mtp_equals_float64_loops():
 def test_mtp_agreement_is_with_the_main_model_at_the_same_target():
     d = make(5)
     ones, one_segment, text = np.ones((B, T)), np.ones((B, T), int), np.zeros((B, T), bool)
-    main = jnp.asarray(d["logits"])
+    main, loss = d["logits"], jax.jit(mtp.mtp_loss)
     for k in (1, 2):
-        drafts = [jnp.zeros((B, T, V))] * (k - 1) + [jnp.roll(main, -k, axis=1)]
-        got = mtp.mtp_loss(drafts, d["tokens"], one_segment, ones, text, main_logits_BTV=main)
+        drafts = [np.zeros((B, T, V))] * (k - 1) + [np.roll(main, -k, axis=1)]
+        got = loss(drafts, d["tokens"], one_segment, ones, text, main_logits_BTV=main)
         assert float(got.agreement_K[k - 1]) == 1.0
-    assert float(mtp.mtp_loss([main], d["tokens"], one_segment, ones, text, main_logits_BTV=main).agreement_K[0]) < 0.5
+    assert float(loss([main], d["tokens"], one_segment, ones, text, main_logits_BTV=main).agreement_K[0]) < 0.5
 
 
 def test_an_image_is_never_a_target_but_may_be_where_one_stands():

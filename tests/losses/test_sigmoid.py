@@ -32,10 +32,11 @@ def loss_f64(image, text, log_scale, bias, concept=None):
 def test_value_and_gradient(concept):
     args = (unit(0), unit(1), np.log(10.0), -2.0)
     concept_B = None if concept is None else np.array(concept)
-    f = lambda *a: sigmoid_loss(*a, concept_B=concept_B)[0]
+    f = lambda *a: sigmoid_loss(*a, concept_B=concept_B)[0]  # noqa: E731
     jax_args = [jnp.asarray(a, jnp.float32) for a in args]
-    assert float(f(*jax_args)) == pytest.approx(loss_f64(*args, concept), rel=1e-6)
-    grads = jax.grad(f, argnums=(0, 1, 2, 3))(*jax_args)
+    value, grads = jax.jit(jax.value_and_grad(f, argnums=(0, 1, 2, 3)))(*jax_args)
+    assert float(value) == pytest.approx(loss_f64(*args, concept), rel=1e-6)
+    grads = jax.device_get(grads)
     for n, grad in enumerate(grads):
         for index in [(), ()] if np.ndim(args[n]) == 0 else [(0, 0), (3, 2), (6, 4)]:
             moved = []
@@ -60,7 +61,7 @@ def test_equals_the_hugging_face_loss():
     model.logit_bias.data.fill_(-10.0)
     with torch.no_grad():
         out = model(torch.randint(3, 50, (B, 8)), torch.randn(B, 3, 8, 8), return_loss=True)
-    loss, metrics = sigmoid_loss(
+    loss, metrics = jax.jit(sigmoid_loss)(
         jnp.asarray(out.image_embeds.numpy()), jnp.asarray(out.text_embeds.numpy()), jnp.log(10.0), jnp.float32(-10.0)
     )
     assert float(loss) == pytest.approx(float(out.loss), rel=1e-5)
@@ -68,12 +69,12 @@ def test_equals_the_hugging_face_loss():
 
 
 def test_metrics_of_a_perfect_and_of_a_shuffled_batch():
-    z = np.eye(B, 8)
-    zero = jnp.float32(0.0)
-    perfect = sigmoid_loss(jnp.asarray(z), jnp.asarray(z), jnp.log(20.0), jnp.float32(-10.0))[1]
+    z, zero = np.eye(B, 8, dtype=np.float32), np.float32(0.0)
+    loss = jax.jit(sigmoid_loss)
+    perfect = loss(z, z, np.float32(np.log(20.0)), np.float32(-10.0))[1]
     assert float(perfect["r1_image_to_text"]) == float(perfect["r1_text_to_image"]) == 1.0
     assert float(perfect["positive"]) == pytest.approx(10.0) and float(perfect["negative"]) == pytest.approx(-10.0)
-    shuffled = jnp.asarray(np.roll(z, 1, axis=0))
-    assert float(sigmoid_loss(jnp.asarray(z), shuffled, zero, zero)[1]["r1_image_to_text"]) == 0.0
-    alike = sigmoid_loss(jnp.asarray(z), shuffled, zero, zero, concept_B=np.zeros(B, int))[1]
+    shuffled = np.roll(z, 1, axis=0)
+    assert float(loss(z, shuffled, zero, zero)[1]["r1_image_to_text"]) == 0.0
+    alike = loss(z, shuffled, zero, zero, concept_B=np.zeros(B, int))[1]
     assert float(alike["r1_image_to_text"]) == 1.0

@@ -15,7 +15,7 @@ from glmv_jax.typing import UserError
 
 def make_params(seed: int = 0):
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     return {
         "vision": {"blocks": {"q": {"kernel": normal(2, 4, 6), "bias": normal(2, 6)}, "norm": {"scale": normal(2, 4)}}},
         "head": {"kernel": normal(4, 3), "bias": normal(3)},
@@ -73,7 +73,7 @@ def test_frozen_parameters_have_no_state_and_do_not_move_nor_count_in_the_clip()
 
     grads = jax.tree.map(jnp.ones_like, params)
     for huge in (0.0, 1e6):
-        grads["vision"] = jax.tree.map(lambda g: jnp.full_like(g, huge), params["vision"])
+        grads["vision"] = jax.tree.map(lambda g, h=huge: jnp.full_like(g, h), params["vision"])
         after, state = run(cfg, params, [grads])
         for old, new in zip(jax.tree.leaves(params["vision"]), jax.tree.leaves(after["vision"]), strict=True):
             assert (old == new).all()

@@ -42,7 +42,7 @@ def test_two_hundred_steps_equal_float64(shape, scaling, nesterov):
     param = rng.normal(size=shape).astype(np.float32)
     drift = rng.normal(size=shape)
     grads = [(drift + rng.normal(size=shape)).astype(np.float32) for _ in range(200)]
-    rate = lambda t: 0.02 * (1 - t / 250)
+    rate = lambda t: 0.02 * (1 - t / 250)  # noqa: E731
     tx = optim.muon(rate, weight_decay=0.1, scaling=scaling, nesterov=nesterov)
     got, state = jnp.asarray(param), tx.init(param)
     step = jax.jit(lambda g, s, p: tx.update(g, s, p))

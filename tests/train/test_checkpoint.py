@@ -29,7 +29,10 @@ def sharded(spec=(), devices=8):
 
 def make_state(step=1, width=16, devices=8, spec=("d",)):
     rows, whole = sharded(spec, devices), sharded((), devices)
-    put = lambda seed, *shape: jax.device_put(np.random.default_rng([step, seed]).normal(size=shape), rows)  # noqa: E731
+
+    def put(seed, *shape):
+        return jax.device_put(np.random.default_rng([step, seed]).normal(size=shape), rows)
+
     return TrainState(
         step=jax.device_put(jnp.int32(step), whole),
         params={"vision": {"a": put(0, width, 3), "b": put(1, width)}, "text": {"c": put(2, 8, 2)}},
@@ -153,7 +156,7 @@ def test_when_nothing_can_be_read_it_says_so_once_and_then_starts_anew(tmp_path)
 
 def test_a_checkpoint_of_another_model_is_not_damage(tmp_path):
     checkpoints, lines = saved(tmp_path)
-    with pytest.raises(UserError, match=r"another model or optimiser: .*params/vision/a is \(16, 3\) there and \(24, 3\)"):
+    with pytest.raises(UserError, match=r"another model or optimiser: .*params/vision/a is \(16, 3\) there"):
         checkpoints.restore(abstract(make_state(width=24)))
     state = make_state()
     with pytest.raises(UserError, match="opt_state/0/mu/vision/a is only there"):

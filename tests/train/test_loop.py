@@ -60,7 +60,8 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     assert results["metrics"]["seen"]["trained"] == 12 * 16  # extra is carried
 
     rows = read_jsonl(workdir / "metrics.jsonl")
-    assert [(row["step"], row["kind"]) for row in rows] == [(0, "eval"), *((i, "train") for i in range(1, 13)), (12, "eval")]
+    trained = [(step, "train") for step in range(1, 13)]
+    assert [(row["step"], row["kind"]) for row in rows] == [(0, "eval"), *trained, (12, "eval")]
     walls = [row["wall"] for row in rows]
     assert walls == sorted(walls) and results["seconds"] >= walls[-1] - 1e-3
     assert set(rows[5]) >= {"loss", "grad_norm", "param_norm", "skipped", "noise", "host", "lr", "samples_per_second"}

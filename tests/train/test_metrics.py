@@ -82,9 +82,11 @@ def test_rates_come_from_a_window(monkeypatch):
     for _ in range(200):
         now[0] += 0.5
         meter.step(0.1, {"samples": 4, "tokens": 10}, 1e6)
-    assert meter.rates() == pytest.approx(
-        {"steps_per_second": 2, "samples_per_second": 8, "tokens_per_second": 20, "flops_per_second": 2e6, "data_wait": 0.2}
-    )
+    rates = meter.rates()
+    assert rates.pop("data_wait") == pytest.approx(0.2)
+    assert rates == {
+        "steps_per_second": 2, "samples_per_second": 8, "tokens_per_second": 20, "flops_per_second": 2e6
+    }  # fmt: skip
     now[0] += 1000
     meter.reset()
     now[0] += 2.0
