@@ -14,31 +14,31 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (700, 128) if nano else (120_000, 65_536)
+    steps, batch = (600, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
     if arg.role == "teacher":
-        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 250, 3, 1
+        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 200, 3, 1
 
     cfg.data = {
         "vocabulary": "",
         "patches": 64 if nano else 256,
-        "chinese": 0.5,
-        "texts": {"name": 0.4, "name+keywords": 0.4, "keywords": 0.2},
+        "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
+        "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,
     }
     cfg.optim = {
-        "lr": 2e-3 if nano else 1e-3,
+        "lr": 3e-3 if nano else 1e-3,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.0},
         "groups": (
-            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 1.0}),
-            (r"text/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 1.0}),
-            (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 5.0}),
-            (r"(text|image)_head/.*", {"kind": "adamw", "wd": 0.05}),
-            (r".*", {"kind": "adamw", "wd": 0.05}),
+            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
+            (r"text/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
+            (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 10.0}),
+            (r"(text|image)_head/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.4}),
+            (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.4}),
         ),
     }
     return cfg

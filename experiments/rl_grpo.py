@@ -13,7 +13,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (200, 16) if nano else (2_000, 64)
+    steps, batch = (240, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
@@ -22,7 +22,8 @@ def get_config(arg=None):
         "seed": 5,
         "vocabulary": "",
         "tokens": 256 if nano else 8192,
-        "patches": 448 if nano else 16_384,
+        "patches": 128 if nano else 16_384,
+        "targets": 128 if nano else 4096,
         "image_patches": 64 if nano else 4096,
         "prompt_tokens": 48 if nano else 2048,
         "workers": 0 if nano else 8,
@@ -32,7 +33,7 @@ def get_config(arg=None):
         "prompts": 32,
         "group": 8,
         "minibatches": 2,
-        "rows": (32,),
+        "rows": (20, 32, 44),
         "max_new_tokens": 24,
         "temperature": 1.0,
         "top_p": 1.0,

@@ -13,7 +13,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", mmtp="image_token")
     nano = arg.size == "nano"
-    steps, batch = (300, 8) if nano else (50_000, 512)
+    steps, batch = (500, 16) if nano else (50_000, 512)
     cfg = presets.run("pretrain", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.vlm(arg.size)
     cfg.model.mtp.option = arg.mmtp
@@ -27,8 +27,9 @@ def get_config(arg=None):
         },
         "seed": 3,
         "vocabulary": "",
-        "tokens": 256 if nano else 8192,
-        "patches": 448 if nano else 16_384,
+        "tokens": 160 if nano else 8192,
+        "patches": 256 if nano else 16_384,
+        "targets": 96 if nano else 4096,
         "image_patches": 64 if nano else 4096,
         "prompt_tokens": 48 if nano else 2048,
         "workers": 0 if nano else 8,

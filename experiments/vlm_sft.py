@@ -16,7 +16,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (300, 8) if nano else (10_000, 256)
+    steps, batch = (400, 16) if nano else (10_000, 256)
     cfg = presets.run("sft", steps, batch)
     cfg.model = presets.vlm(arg.size)
     if not nano:
@@ -26,8 +26,9 @@ def get_config(arg=None):
         "weights": {task: 1.0 for task in TASKS},
         "seed": 4,
         "vocabulary": "",
-        "tokens": 256 if nano else 8192,
-        "patches": 448 if nano else 16_384,
+        "tokens": 160 if nano else 8192,
+        "patches": 256 if nano else 16_384,
+        "targets": 64 if nano else 4096,
         "image_patches": 64 if nano else 4096,
         "prompt_tokens": 48 if nano else 2048,
         "workers": 0 if nano else 8,

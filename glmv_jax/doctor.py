@@ -14,7 +14,7 @@ import platform
 import re
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from glmv_jax import __version__
@@ -31,10 +31,10 @@ class Finding(NamedTuple):
     text: str
 
 
-def main() -> int:
-    """Prints every finding; returns 1 when something required is broken, else 0."""
+def main(checks: Sequence[Callable[[], Iterable[Finding]]] = ()) -> int:
+    """Prints every finding (of all checks when none are given); returns 1 when something required is broken, else 0."""
     broken = 0
-    for check in (machine, packages, devices, extras, corpus_files):
+    for check in checks or (machine, packages, devices, extras, corpus_files):
         for finding in check():
             mark = "" if finding.state == "ok" else f"{finding.state}: "
             print(f"{finding.subject:<12} {mark}{finding.text}")

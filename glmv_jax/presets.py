@@ -13,16 +13,16 @@ from ml_collections import ConfigDict
 from glmv_jax.typing import UserError
 
 VISION: dict[str, dict[str, Any]] = {
-    "nano": dict(depth=4, width=128, heads=4, mlp=352, patch=8),
+    "nano": dict(depth=4, width=128, heads=2, mlp=352, patch=8),
     "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full"),
 }
 TEXT: dict[str, dict[str, Any]] = {
-    "nano": dict(vocab=4096, length=16, depth=2, width=128, heads=4, mlp=352),
+    "nano": dict(vocab=4096, length=24, depth=2, width=128, heads=2, mlp=352),
     "l": dict(vocab=151552, length=64, depth=24, width=1024, heads=16, mlp=4096, dtype="bfloat16", remat="full"),
 }
 DECODER: dict[str, dict[str, Any]] = {
     "nano": dict(
-        vocab=4096, depth=4, width=128, heads=4, kv_heads=2, head_dim=32, mlp=352, rope_split=(4, 6, 6)
+        vocab=4096, depth=4, width=128, heads=2, kv_heads=1, head_dim=64, mlp=352, rope_split=(8, 12, 12)
     ),
     "l": dict(
         vocab=59392, depth=16, width=1536, heads=16, kv_heads=8, head_dim=128, mlp=4608, rope_split=(16, 24, 24),
@@ -64,6 +64,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             mesh={"data": -1}, rules="data",
             log_every=10, eval_every=0, save_every=100, keep=2,
             max_seconds=0.0,  # stop when the steps have taken so long; 0: never
+            faults="",  # where broken records are logged; default: faults.jsonl in the work directory
             match_wall="",  # take max_seconds from the steps of this finished run
         )
     )  # fmt: skip

@@ -70,8 +70,11 @@ def test_corpus_is_readable_and_damage_is_found(tmp_path, monkeypatch):
     assert broken == {"emoji-0.webp", "vocab.model", "emoji.tsv", "fonts.json"}
 
 
-def test_exit_code_and_verdict(capsys):
-    code = doctor.main()
-    shown = capsys.readouterr().out
-    assert code == (1 if "broken: " in shown else 0)
-    assert ("ready: bash launch/quickstart.sh" in shown) == (code == 0)
+def test_verdict_and_exit_code(capsys):
+    ok, low, broken = (doctor.Finding(state, "disk", "words") for state in ("ok", "low", "broken"))
+    assert doctor.main([lambda: [ok], lambda: [low]]) == 0
+    assert "disk         low: words\n\nready: bash launch/quickstart.sh" in capsys.readouterr().out
+    assert doctor.main([lambda: [ok], lambda: [broken]]) == 1
+    assert "broken: words\n\n1 broken; see above" in capsys.readouterr().out
+    shown = doctor.main()
+    assert shown == ("broken: " in capsys.readouterr().out)

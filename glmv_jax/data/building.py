@@ -38,11 +38,17 @@ class Document:
         """Patches of all images together."""
         return sum(len(patches) for patches, _ in self.images)
 
+    @property
+    def targets(self) -> int:
+        """Tokens that are learnt."""
+        return int((self.loss_weight > 0).sum())
+
 
 @dataclasses.dataclass(frozen=True)
 class DocumentBuilder:
     """Sample -> Document. `max_tokens` and `max_patches` are those of a row: what is longer raises UserError.
 
+    max_targets: how many tokens of a row may be learnt, None for all.
     prompt_weight: loss weight of prompt tokens in the pretrain form (questions come from templates, so little is
     learnt from them and much of the gradient would be theirs).
     """
@@ -52,6 +58,7 @@ class DocumentBuilder:
     max_tokens: int
     max_patches: int
     prompt_weight: float = 0.0
+    max_targets: int | None = None
 
     def chat(self, sample: Sample) -> Document:
         """Question and answer as a conversation, loss on the answer."""
@@ -95,4 +102,6 @@ class DocumentBuilder:
             raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; lengthen the row")
         if document.patches > self.max_patches:
             raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget")
+        if self.max_targets is not None and document.targets > self.max_targets:
+            raise UserError(f"{document.targets} learnt tokens are over a row's {self.max_targets}; raise the target budget")
         return document

@@ -40,9 +40,13 @@ def rope_positions(image_of_token: np.ndarray, grids: Sequence[tuple[int, int]])
 
 
 class Row:
-    """A row under construction, or `collate`'s row of a single document. Arrays are those of the vlm batch contract."""
+    """A row under construction, or `collate`'s row of a single document. Arrays are those of the vlm batch contract.
 
-    def __init__(self, tokens: int, patches: int, channels: int):
+    targets: how many tokens of the row may be learnt (loss weight > 0), None for all.
+    """
+
+    def __init__(self, tokens: int, patches: int, channels: int, targets: int | None = None):
+        self.limit = tokens if targets is None else targets
         self.arrays: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),  # <pad> is 0
             "positions": np.zeros((tokens, 3), np.int32),
@@ -54,18 +58,20 @@ class Row:
             "yx": np.zeros((patches, 2), np.int32),
             "frame": np.zeros(patches, np.int32),
         }
-        self.documents = self.tokens = self.patches = self.merged = self.images = 0
+        self.documents = self.tokens = self.patches = self.merged = self.images = self.targets = 0
         self.next_position = 0
 
     def fits(self, document: Document) -> bool:
-        """Whether the document's tokens and patches both have room."""
+        """Whether the document's tokens, patches and targets all have room."""
         return (self.tokens + len(document.tokens) <= len(self.arrays["tokens"])
-                and self.patches + document.patches <= len(self.arrays["frame"]))
+                and self.patches + document.patches <= len(self.arrays["frame"])
+                and self.targets + document.targets <= self.limit)
 
     def add(self, document: Document, source: int) -> None:
         """Appends a document that fits."""
         a, here = self.arrays, slice(self.tokens, self.tokens + len(document.tokens))
         self.documents += 1
+        self.targets += document.targets
         a["tokens"][here] = document.tokens
         a["segments"][here] = self.documents
         a["loss_weight"][here] = document.loss_weight
@@ -140,9 +146,9 @@ class PackIterDataset(grain.IterDataset):
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
-                 names: Sequence[str], log: FaultLog):
+                 names: Sequence[str], log: FaultLog, targets: int | None = None):
         super().__init__(parent)
-        self.shape = (tokens, patches, channels)
+        self.shape = (tokens, patches, channels, targets)
         self.rows, self.names, self.log = rows, list(names), log
 
     def __iter__(self) -> grain.DatasetIterator:

@@ -9,8 +9,9 @@ Batch contract (NumPy; B rows of this shard, P patches, C = 3 * temporal * patch
 
     mim      patches [B,P,C] f32, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
              each row, image [B,S,S,3] uint8 (the crop, for teachers), source [B] i32 (index among the sources)
-    siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens [B,Tt] i32 (eos, pad),
-             concept [B] i32 (no two alike in a batch, over all shards), lang [B] i32 (index in LANGUAGES)
+    siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens [B,N,Tt] i32 (N texts an
+             image; eos, pad), concept [B] i32 (no two alike in a batch, over all shards), lang [B,N] i32 (index in
+             LANGUAGES)
     vlm      tokens [B,T] i32, positions [B,T,3] i32, segments [B,T] i32, image_row [B,T] i32, loss_weight [B,T] f32,
              source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row)
     prompts  the vlm arrays with one prompt a row, and length [B] i32, next_position [B] i32 (`packing.collate`),
@@ -136,12 +137,12 @@ def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size:
 
 def siglip_batches(
     pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, text_length: int = 16,
-    chinese: float = 0.5, texts: Mapping[str, float] | None = None, reading: Reading = Reading(),
+    chinese: float | None = None, texts: Mapping[str, float] | None = None, reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
     """Image-text pairs, no concept twice in a batch.
 
     pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
-    chinese: share of Chinese rows.
+    chinese: share of Chinese rows, one text an image; None: each image has a text in both languages.
     texts: shares of "name", "name+keywords" (some of them) and "keywords" (some, without the name).
     """
     texts = dict(texts or {"name": 0.5, "name+keywords": 0.3, "keywords": 0.2})
@@ -192,12 +193,14 @@ _TEXTS = ("name", "name+keywords", "keywords")
 
 
 def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, patcher: Patcher, length: int,
-                chinese: float, shares: np.ndarray) -> Rows:
-    lang = int(rng.random() < chinese)
-    kind = _TEXTS[min(int(np.searchsorted(shares, rng.random(), side="right")), 2)]
-    text = pair_text(pair.texts[LANGUAGES[lang]], kind, rng)
+                chinese: float | None, shares: np.ndarray) -> Rows:
+    langs = range(len(LANGUAGES)) if chinese is None else [int(rng.random() < chinese)]
+    texts = []
+    for lang in langs:
+        kind = _TEXTS[min(int(np.searchsorted(shares, rng.random(), side="right")), 2)]
+        texts.append(tokenizer.fixed(pair_text(pair.texts[LANGUAGES[lang]], kind, rng), length))
     return vision_row(*patcher(pair.image), patcher.max_patches) | {
-        "tokens": tokenizer.fixed(text, length), "concept": np.int32(concept_number(pair.id)), "lang": np.int32(lang)}
+        "tokens": np.stack(texts), "concept": np.int32(concept_number(pair.id)), "lang": np.array(langs, np.int32)}
 
 
 def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:
@@ -229,7 +232,7 @@ def vlm_batches(
     stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
     return reading.iterator(PackIterDataset(
         stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=names, log=reading.log))
+        rows=batch, names=names, log=reading.log, targets=builder.max_targets))
 
 
 def prompt_batches(

@@ -47,10 +47,10 @@ def final_table(stages: dict[str, StageRun]) -> Table:
         for i, (metric, values) in enumerate(metrics.items()):
             untrained, trained = values.get("untrained"), values.get("trained")
             tone = {True: "good", False: "bad", None: ""}[improved(metric, untrained, trained)]
-            rows.append([
-                Cell("" if i else name, "" if i else "head"), Cell(metric, remark=values.get("note") or ""), Cell(number(untrained)),
-                Cell(number(trained), tone), Cell(number(values.get("chance")), "quiet"),
-            ])  # fmt: skip
+            first = Cell("" if i else name, "" if i else "head")
+            subject = Cell(metric, remark=values.get("note") or "")
+            chance = Cell(number(values.get("chance")), "quiet")
+            rows.append([first, subject, Cell(number(untrained)), Cell(number(trained), tone), chance])
     note = "Untrained: at the stage's first step, with what it took over from the stage before."
     return Table("Held-out results", ["stage", "metric", "untrained", "trained", "chance"], rows, note)
 

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from glmv_jax.kernels.matmul import matmul
 from glmv_jax.parallel import axes
 
 fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -35,7 +36,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_IO = param(self, "kernel", fan_in, (x.shape[-1], self.features), self.axes)
-        y = x.astype(self.dtype) @ kernel_IO.astype(self.dtype)
+        y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
         if self.bias:
             name = "norm" if self.axes[1] == "embed" else self.axes[1]
             y = y + param(self, "bias", zeros, (self.features,), (name,)).astype(self.dtype)

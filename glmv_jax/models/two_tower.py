@@ -143,10 +143,6 @@ class TwoTowerConfig:
     def parts(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
 
-    def flops(self, patches: int, tokens: int) -> float:
-        """Forward FLOPs of one pair."""
-        return self.vision.flops(patches) + self.text.flops(tokens)
-
 
 class TwoTowerOutput(NamedTuple):
     """Unit embeddings [B, E] float32, and the scalars of the sigmoid loss."""

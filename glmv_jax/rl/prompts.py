@@ -27,12 +27,14 @@ def prompts(
     split: str = "train",
     workers: int = 0,
     ahead: int = 0,
+    faults: str | None = None,
 ) -> grain.DatasetIterator:
     """Batches of `data.pipeline.prompt_batches`, with get_state, set_state and close.
 
-    weights: task name -> share of the mixture. Stages that use other seeds or namespaces draw other questions; with
+    weights: task name -> share of the mixture. faults: file that broken records are logged to (default: stderr).
+    Stages that use other seeds or namespaces draw other questions; with
     the same ones they draw the same. Raises UserError for an unknown task.
     """
     sources = {name: tasks.get(name).source(split, namespaced(namespace, seed)) for name in weights}
-    reading = Reading(seed=seed, workers=workers, ahead=ahead)
+    reading = Reading(seed=seed, workers=workers, ahead=ahead, faults=faults)
     return prompt_batches(sources, weights, builder, batch=batch, reading=reading)

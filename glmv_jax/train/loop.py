@@ -8,7 +8,6 @@ Keys of the config that the loop reads (everything else is the stage's):
     save_every  100        steps between checkpoints
     keep        2          checkpoints kept
     max_seconds 0          stop when the steps have taken so long (with their data, without evaluations), 0: never
-    match_wall  ""         workdir of a finished run: max_seconds is what its steps took
     init_from   ""         workdir of a finished run whose parameters this one starts from
     init_subtrees ()       only these of them, e.g. ("vision",); the rest starts fresh
     mesh        {"data": -1}, rules "data": see `parallel`
@@ -16,6 +15,7 @@ Keys of the config that the loop reads (everything else is the stage's):
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -69,7 +69,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------------------------
     began_at = time.monotonic()
     cfg = stage.cfg
-    total, max_seconds = cfg.steps, _max_seconds(cfg)
+    total, max_seconds = cfg.steps, cfg.get("max_seconds", 0)
     log_every, eval_every, save_every = cfg.get("log_every", 10), cfg.get("eval_every", 0), cfg.get("save_every", 100)
     progress = metrics.Progress(workdir.name, total)
 
@@ -201,11 +201,9 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         progress.say(f"stopped at step {step} of {total}, saved; run the same command to go on")
         raise
     finally:
-        signals.restore()
-        progress.close()
-        log.close()
-        checkpoints.close()
-        data.close()
+        with contextlib.ExitStack() as leaving:  # all of them, also when one fails on a full disk
+            for close in (checkpoints.close, data.close, log.close, progress.close, signals.restore):
+                leaving.callback(close)
 
 
 def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
@@ -240,16 +238,6 @@ def _next_batch(stage: Stage, data: Any, state: state_lib.TrainState) -> tuple[d
         return stage.next_batch(data, state)
     except StopIteration:
         raise UserError(f"{stage.name}: the training data ended; make them repeat, or lower steps") from None
-
-
-def _max_seconds(cfg: Any) -> float:
-    """cfg.max_seconds, or the time that the steps of the run in cfg.match_wall took; 0 for no limit."""
-    if not cfg.get("match_wall", ""):
-        return float(cfg.get("max_seconds", 0))
-    path = Path(cfg.match_wall) / "results.json"
-    if not path.exists():
-        raise UserError(f"match_wall={cfg.match_wall}: that run has not finished (no results.json); run it first")
-    return float(json.loads(path.read_text(encoding="utf-8"))["train_seconds"])
 
 
 def _is_over(totals: Totals, max_seconds: float) -> bool:

@@ -14,6 +14,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from glmv_jax.config import flat, nearest
+from glmv_jax.parallel.host import keep_freed_memory
 from glmv_jax.train import checkpoint, loop
 from glmv_jax.train.checkpoint import quiet_orbax
 from glmv_jax.train.disk import disk_errors, write_json
@@ -34,16 +35,20 @@ CACHE = "~/.cache/glmv_jax/xla"
 def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
     """Trains `cfg.stage` in `workdir` (made when missing; resumed when begun) and returns what results.json holds.
 
+    With `cfg.match_wall`, the workdir of a finished run, max_seconds is what the steps of that run took.
     Compiled programs are kept in `cfg.compilation_cache` (default ~/.cache/glmv_jax/xla, "" for nowhere), so a resumed
     run does not compile again.
 
     Raises: UserError, and loop's Interrupted.
     """
     quiet_orbax()
+    keep_freed_memory()
     workdir = Path(workdir).expanduser().absolute()
     _keep_compiled_programs(cfg.get("compilation_cache", CACHE))
     if cfg.get("match_wall", ""):
         cfg.max_seconds = _train_seconds(cfg.match_wall)
+    if "faults" in cfg and not cfg.faults:
+        cfg.faults = str(workdir / "faults.jsonl")
     stage = stage_class(cfg.stage)(cfg)
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import math
 import os
@@ -16,7 +17,8 @@ import jax
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
 
 from glmv_jax.train.disk import disk_errors
 
@@ -61,7 +63,7 @@ class MetricsLog:
             part.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
             os.replace(part, self.path)
             self._file = open(self.path, "a", encoding="utf-8")
-            self._board = SummaryWriter(str(workdir / "tb"), purge_step=step + 1)
+            self._board = TensorBoard(workdir / "tb", step + 1)
 
     def write(self, step: int, wall: float, kind: str, values: dict[str, float]) -> None:
         """One row, on disk when this returns. JSON has no nan: a number that is not finite becomes null."""
@@ -70,12 +72,37 @@ class MetricsLog:
         with disk_errors(self.path):
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
-            for name, value in values.items():
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+            self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        with disk_errors(self.path), contextlib.closing(self._file), contextlib.closing(self._board):
+            pass
+
+
+class TensorBoard:
+    """Scalars in an event file. tensorboardX' own writer has a thread: when that dies of a full disk, the run hangs.
+
+    Args: first_step: what earlier files say of it and of later steps is no longer shown.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        folder.mkdir(exist_ok=True)
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{os.getpid()}")
+        self._flushed = time.monotonic()
+        restart = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=first_step, session_log=restart))
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Adds numbers of one step; on disk within ten seconds."""
+        scalars = [summary_pb2.Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        summary = summary_pb2.Summary(value=scalars)
+        self._writer.write_event(event_pb2.Event(wall_time=time.time(), step=step, summary=summary))
+        if time.monotonic() > self._flushed + 10.0:
+            self._writer.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 class StepRecorder:

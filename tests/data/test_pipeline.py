@@ -31,8 +31,8 @@ def mim(**options):
     return pipeline.mim_batches(sources, MIM_WEIGHTS, batch=10, reading=Reading(**{"ahead": 0} | options))
 
 
-def siglip(batch: int = 64, **options):
-    return pipeline.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, PATCHER, batch=batch,
+def siglip(batch: int = 64, chinese: float | None = None, **options):
+    return pipeline.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, PATCHER, batch=batch, chinese=chinese,
                                    reading=Reading(**{"ahead": 0} | options))
 
 
@@ -84,16 +84,20 @@ def test_mim_batch():
         np.testing.assert_array_equal(naflex.unpatchify(patches, yx, 8), image)
 
 
-def test_siglip_batch():
-    batch = next(siglip(batch=200))
+@pytest.mark.parametrize("chinese", [None, 0.5])
+def test_siglip_batch(chinese):
+    """None: a text in both languages an image; a share: one text, in either."""
+    batch = next(siglip(batch=200, chinese=chinese))
     check_vision(batch, 200, 64)
-    assert batch["tokens"].shape == (200, 16) and batch["tokens"].dtype == np.int32
-    assert ((batch["tokens"] == TOKENIZER.eos).sum(1) == 1).all()
+    texts = 2 if chinese is None else 1
+    assert batch["tokens"].shape == (200, texts, 16) and batch["tokens"].dtype == np.int32
+    assert batch["lang"].shape == (200, texts)
+    assert ((batch["tokens"] == TOKENIZER.eos).sum(-1) == 1).all()
     assert len(set(batch["concept"])) == 200
-    assert 60 < batch["lang"].sum() < 140
-    chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in batch["tokens"]]
-    agree = np.mean(np.array(chinese) == batch["lang"])
-    assert agree > 0.95, "a few Chinese names are written in Latin letters"
+    assert 60 * texts < batch["lang"].sum() < 140 * texts
+    rows, lang = batch["tokens"].reshape(-1, 16), batch["lang"].reshape(-1)
+    is_chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows]
+    assert np.mean(np.array(is_chinese) == lang) > 0.95, "a few Chinese names are written in Latin letters"
     assert len({tuple(yx.max(0)) for yx in batch["yx"]}) > 3, "native aspect ratios"
 
 

@@ -38,9 +38,8 @@ def write_stage(root, name, *, seconds, flops, metrics, tasks=(), loss=3.0):
         row |= {f"reward/{task}": min(1.0, step / 600 + random.normal() * 0.05) for task in tasks}
         rows.append(row)
         if step % 100 == 0:
-            rows.append(
-                {"step": step, "wall": seconds * step / 600, "kind": "eval", "loss": value + 0.1, "nan": math.nan}
-            )
+            held_out = {"heldout/loss": value + 0.1, "nan": math.nan}
+            rows.append({"step": step, "wall": seconds * step / 600, "kind": "eval"} | held_out)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {"metrics": metrics, "seconds": seconds, "flops": flops, "samples": 1e5, "tokens": 2.5e6}
     (folder / "results.json").write_text(json.dumps(results))

@@ -19,7 +19,7 @@ def make(seed=0):
         logits=rng.normal(size=(B, T, V)) * 3,
         tokens=rng.integers(0, V, (B, T)),
         weight=rng.choice([0.0, 0.5, 1.0, 2.0], (B, T)),
-        segments=np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9, [1, 2, 2, 3, 3, 3, 3, 3, 3]]),
+        segments=np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [1] * 9, [1, 2, 1, 2, 1, 3, 3, 3, 3]]),
         image=rng.random((B, T)) < 0.3,
     )
 

@@ -19,8 +19,11 @@ MASK = np.array([[0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1], [0, 1, 0, 0, 0, 0], [0]
 def make(seed=0):
     rng = np.random.default_rng(seed)
     old = rng.normal(-2, 0.5, (B, T))
+    gap = rng.normal(0, 0.4, (B, T))
+    # Both clips, both sides they do not hold, and one that only the wider upper clip lets through.
+    gap[0, 1:4], gap[1, 2:4] = (0.5, 0.22, -0.5), (-0.5, 0.5)
     return dict(
-        new=old + rng.normal(0, 0.6, (B, T)),
+        new=old + gap,
         old=old,
         reference=old + rng.normal(0, 0.3, (B, T)),
         advantage=np.array([1.5, -0.7, 0.4, 2.0]),

@@ -81,6 +81,13 @@ def test_each_matrix_of_a_stack_is_orthogonalised_by_itself():
     assert values.min() > 0.5 and values.max() < 1.3
 
 
+def test_a_tall_matrix_costs_what_a_wide_one_does():
+    def flops(*shape):
+        return jax.jit(optim.orthogonalise).lower(jnp.zeros(shape)).compile().cost_analysis()["flops"]
+
+    assert flops(96, 16) == pytest.approx(flops(16, 96), rel=0.01)
+
+
 def test_a_zero_matrix_stays_zero():
     assert not np.asarray(optim.orthogonalise(jnp.zeros((2, 4, 6)))).any()
 
@@ -95,8 +102,9 @@ def test_rms_scaling_gives_the_update_size_of_adamw():
 def test_momentum_is_float32_for_bfloat16_parameters():
     tx = optim.scale_by_muon()
     param = jnp.ones((4, 4), jnp.bfloat16)
-    _, state = tx.update(param, tx.init(param))
+    state = tx.init(param)
     assert state.momentum.dtype == jnp.float32
+    assert tx.update(param, state)[1].momentum.dtype == jnp.float32
 
 
 def test_a_vector_is_refused():

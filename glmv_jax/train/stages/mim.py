@@ -26,8 +26,9 @@ from glmv_jax.typing import UserError, VisionInput
 def reading(cfg: ConfigDict) -> pipeline.Reading:
     """This process' share of the data, in the order that the run's seed gives."""
     return pipeline.Reading(
-        seed=cfg.seed, shard=jax.process_index(), shards=jax.process_count(), workers=cfg.data.workers
-    )
+        seed=cfg.seed, shard=jax.process_index(), shards=jax.process_count(), workers=cfg.data.workers,
+        faults=cfg.faults or None,
+    )  # fmt: skip
 
 
 class MIM(Stage):

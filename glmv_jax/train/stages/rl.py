@@ -43,8 +43,9 @@ class RL(VLMStage):
     def train_data(self):
         d, r = self.cfg.data, self.cfg.rollout
         return prompts(
-            dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead
-        )
+            dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
+            faults=self.cfg.faults or None,
+        )  # fmt: skip
 
     def next_batch(self, data, state):
         """One update's rows; a new set of rollouts when the last set's minibatches are used up.

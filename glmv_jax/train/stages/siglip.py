@@ -45,23 +45,30 @@ class SigLIP(Stage):
 
     def loss(self, params, constants, extra, batch, key):
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
-        out = two_tower.apply(self.model, params, vision, batch["tokens"])
-        loss, metrics = sigmoid_loss(out.image, out.text, out.log_scale, out.bias, batch["concept"])
-        return loss, (metrics, extra)
+        B, N, T = batch["tokens"].shape
+        out = two_tower.apply(self.model, params, vision, batch["tokens"].reshape(B * N, T))
+        text_BNE = out.text.reshape(B, N, -1)
+        # With N texts an image, the mean of N losses of B x B pairs: a text meets every image and its own once.
+        losses, metrics = zip(*(
+            sigmoid_loss(out.image, text_BNE[:, n], out.log_scale, out.bias, batch["concept"]) for n in range(N)
+        ))  # fmt: skip
+        mean = lambda *x: sum(x) / N  # noqa: E731
+        return mean(*losses), (jax.tree.map(mean, *metrics), extra)
 
     # ------------------------------------------------------------------------------------------------- data
     def train_data(self):
         d = self.cfg.data
         return pipeline.siglip_batches(
             emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.cfg.batch,
-            text_length=self.model.text.length, chinese=d.chinese, texts=dict(d.texts), reading=reading(self.cfg),
+            text_length=self.model.text.length, chinese=None if d.both_languages else 0.5, texts=dict(d.texts), reading=reading(self.cfg),
         )  # fmt: skip
 
     def counts(self, batch):
         return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}
 
     def flops(self, batch):
-        return 3 * len(batch["tokens"]) * self.model.flops(batch["frame"].shape[1], batch["tokens"].shape[1])
+        B, N, T = batch["tokens"].shape
+        return 3 * B * (self.model.vision.flops(batch["frame"].shape[1]) + N * self.model.text.flops(T))
 
     # ------------------------------------------------------------------------------------------------- evaluation
     def evaluate(self, params, extra, *, full: bool):

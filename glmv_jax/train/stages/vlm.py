@@ -19,8 +19,9 @@ from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import vlm as vlm_eval
 from glmv_jax.inference.sampler import Sampler, Sampling
-from glmv_jax.losses.cross_entropy import accuracy, cross_entropy, next_targets, per_source
+from glmv_jax.losses.cross_entropy import cross_entropy, next_targets, per_source
 from glmv_jax.losses.mtp import mtp_loss
+from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import build, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
@@ -46,7 +47,7 @@ class VLMStage(Stage):
         self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
         v, d = self.model.vision, cfg.data
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
-        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches)
+        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets)
         self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
         self.names = list(d.weights)
 
@@ -65,25 +66,31 @@ class VLMStage(Stage):
         """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
-        logits_BTV = vlm.logits(self.model, params, out.hidden)
-        targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
-        ce = cross_entropy(logits_BTV, targets_BT, weight_BT)
-        drafts = [vlm.logits(self.model, params, h) for h in vlm.mtp_hidden(self.model, params, out, tokens)]
-        mtp = mtp_loss(
-            drafts, tokens.tokens, tokens.segments, tokens.loss_weight, tokens.image_row >= 0,
-            main_logits_BTV=jax.lax.stop_gradient(logits_BTV),
-        )  # fmt: skip
+        targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.builder.max_targets)
+
+        def head(hidden_BTD, ahead):
+            hidden_BJD, weight_BJ = predictors(targets, hidden_BTD, tokens.segments, ahead)
+            logits_BJV = vlm.logits(self.model, params, hidden_BJD)
+            return cross_entropy(logits_BJV, targets.tokens_BJ, weight_BJ), jnp.argmax(logits_BJV, -1), weight_BJ
+
+        ce, said_BJ, weight_BJ = head(out.hidden, 1)
+        drafts = [head(h, k + 2) for k, h in enumerate(vlm.mtp_hidden(self.model, params, out, tokens))]
+        mtp = sum(draft.loss for draft, _, _ in drafts) / len(drafts)
+        share = lambda hit_BJ, w_BJ: (hit_BJ * w_BJ).sum() / jnp.maximum(w_BJ.sum(), 1e-6)  # noqa: E731
+        _, drafted_BJ, draft_weight_BJ = drafts[0]
         metrics = {
             "ce": ce.loss,
-            "accuracy": accuracy(logits_BTV, targets_BT, weight_BT),
-            "mtp": mtp.loss,
-            "mtp_accuracy": mtp.accuracy_K[0],
-            "mtp_agreement": mtp.agreement_K[0],
+            "accuracy": share(said_BJ == targets.tokens_BJ, weight_BJ),
+            "mtp": mtp,
+            "mtp_accuracy": share(drafted_BJ == targets.tokens_BJ, draft_weight_BJ),
+            "mtp_agreement": share(drafted_BJ == said_BJ, draft_weight_BJ),
+            "cut": targets.cut,
         }
-        sums_S, weights_S = per_source(ce.nll_BT, weight_BT, batch["source"], len(self.names))
+        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
+        sums_S, weights_S = per_source(ce.nll_BT, weight_BJ, source_BJ, len(self.names))
         for name, total, weight in zip(self.names, sums_S, weights_S):
             metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
-        return ce.loss + self.cfg.loss.mtp * mtp.loss, metrics
+        return ce.loss + self.cfg.loss.mtp * mtp, metrics
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:

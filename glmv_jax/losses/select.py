@@ -1,0 +1,50 @@
+"""Loss only where something is learnt: logits are made for chosen tokens instead of for every position.
+
+In instruction data few tokens of a row are answers, and a [B, T, V] array of logits is the largest thing a small model
+makes. A packer bounds the tokens to be learnt in a row (`data.packing`), so their number J is a static shape. Chosen by
+target, the main head and every depth of multi-token prediction meet at the same J tokens.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+
+class Targets(NamedTuple):
+    """J tokens to predict in each row.
+
+    at_BJ: position of the token; tokens_BJ: its id; weight_BJ: its loss weight, 0 where a row has fewer than J;
+    segments_BJ: its segment; cut: scalar, the weight of learnt tokens that did not fit into J (0 with a bounded packer).
+    """
+
+    at_BJ: jax.Array
+    tokens_BJ: jax.Array
+    weight_BJ: jax.Array
+    segments_BJ: jax.Array
+    cut: jax.Array
+
+
+def select(tokens_BT: jax.Array, segments_BT: jax.Array, loss_weight_BT: jax.Array, count: int) -> Targets:
+    """The first `count` tokens of each row with a weight, in order."""
+    weight_BT = loss_weight_BT.astype(jnp.float32)
+    at_BJ = jnp.argsort(weight_BT <= 0, axis=1, stable=True)[:, :count]
+    pick = lambda x_BT: jnp.take_along_axis(x_BT, at_BJ, axis=1)  # noqa: E731
+    weight_BJ = pick(weight_BT)
+    return Targets(at_BJ, pick(tokens_BT), weight_BJ, pick(segments_BT), weight_BT.sum() - weight_BJ.sum())
+
+
+def predictors(
+    targets: Targets, hidden_BTD: jax.Array, segments_BT: jax.Array, ahead: int
+) -> tuple[jax.Array, jax.Array]:
+    """What predicts each target from `ahead` tokens before it (1 for the main head, k + 1 for depth k of MTP).
+
+    Returns hidden_BJD and weight_BJ, the target's weight where that position exists in the target's segment, else 0.
+    """
+    from_BJ = targets.at_BJ - ahead
+    inside_BJ = jnp.maximum(from_BJ, 0)
+    same_BJ = (from_BJ >= 0) & (jnp.take_along_axis(segments_BT, inside_BJ, axis=1) == targets.segments_BJ)
+    hidden_BJD = jnp.take_along_axis(hidden_BTD, inside_BJ[..., None], axis=1)
+    return hidden_BJD, targets.weight_BJ * (same_BJ & (targets.segments_BJ > 0))

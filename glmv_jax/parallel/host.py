@@ -1,0 +1,27 @@
+"""The host process: what makes XLA's CPU backend faster without changing a number."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+
+# Names and numbers of <malloc.h> in glibc.
+_M_ARENA_MAX, _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD, _M_TOP_PAD = -8, -3, -1, -2
+_LARGE = (1 << 31) - 1
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep what a step frees for the next one, instead of handing it to the kernel and faulting it in again.
+
+    XLA on a CPU allocates its buffers anew in every step; at 100 MB and more each is a fresh mapping, and a third of the
+    time of a nano step was page faults (0.45 s -> 0.29 s a step, 198,000 -> 20,000 faults, two cores). Call it before the
+    first large allocation. Returns False where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+    except (OSError, AttributeError):  # another C library
+        return False
+    options = ((_M_ARENA_MAX, 1), (_M_MMAP_THRESHOLD, _LARGE), (_M_TRIM_THRESHOLD, _LARGE), (_M_TOP_PAD, 1 << 28))
+    return all([mallopt(option, value) for option, value in options])
