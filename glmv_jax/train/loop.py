@@ -135,7 +135,6 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         #   eval    of the new state, before the save: a resume from there does not repeat it
         #   save    last, when the data have given this step's batch and not the next: a resume goes on right there
         # --------------------------------------------------------------------------------------------------------------
-        meter = metrics.Meter()
         out_of_time = _is_over(totals, max_seconds)
         while step < total and not out_of_time:
             step_began = time.monotonic()
@@ -143,40 +142,40 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
             waited = time.monotonic() - step_began
 
             placed = placement.batch(batch)
-            compiles = train_step.is_new(placed)
-            if compiles:
+            if train_step.is_new(placed):
+                recorder.flush()
                 progress.say(f"compiling the step for {_shapes(batch)}")
+                train_step.compile(state, constants, placed)
+                recorder.meter.reset()
             state, values = train_step(state, constants, placed)
             step += 1
 
             counts, flops = stage.counts(batch), stage.flops(batch)
             totals.add(counts, flops)
-            meter.step(waited, counts, flops)
-            rates = {} if compiles else meter.rates()
-            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, rates)
-            if compiles:
-                recorder.flush()
-                meter.reset()
+            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, waited, counts, flops)
             if recorder.skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
                     f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "
                     f"set optim.clip, and delete {workdir}"
                 )
+            evaluates = eval_every and step % eval_every == 0 and step < total
+            saves = step % save_every == 0 or step == total or signals.requested
+            if evaluates or saves:
+                recorder.flush()  # here, so that the time of the step is counted as the step's
             totals.train_seconds += time.monotonic() - step_began
+            out_of_time = _is_over(totals, max_seconds)
             if max_seconds:
                 progress.seconds_left = max_seconds - totals.train_seconds
 
-            if eval_every and step % eval_every == 0 and step < total:
-                recorder.flush()
+            if evaluates:
                 with signals.interruptible():
                     numbers = stage.evaluate(state.params, state.extra, full=False)
                 log.write(step, clock(), "eval", numbers)
-                meter.reset()
+                recorder.meter.reset()
 
-            out_of_time = _is_over(totals, max_seconds)
-            if step % save_every == 0 or step == total or out_of_time or signals.requested:
+            if saves or out_of_time or signals.requested:
                 save()
-                meter.reset()
+                recorder.meter.reset()
             if signals.requested:
                 raise Interrupted
 

@@ -111,27 +111,34 @@ class StepRecorder:
     Reading a step's numbers waits for it; reading them when the next step has been started leaves no device idle.
 
     Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts.
-    Attributes: skipped, skipped_in_a_row: updates left out because the gradient was not finite.
+    Attributes: meter: rates of the steps that are done. skipped, skipped_in_a_row: updates left out because the
+      gradient was not finite.
     """
 
     def __init__(
         self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int
     ) -> None:
         self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
+        self.meter = Meter()
         self.skipped, self.skipped_in_a_row = skipped, 0
-        self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
+        self._pending: tuple[int, dict[str, Any], tuple] | None = None
 
-    def started(self, step: int, values: dict[str, Any], rates: dict[str, float]) -> None:
-        """Step `step` is under way and will give `values` (device scalars or numbers); writes the one before."""
+    def started(self, step: int, values: dict[str, Any], waited: float, counts: dict[str, int], flops: float) -> None:
+        """Step `step` is under way and will give `values` (device scalars or numbers); writes the one before.
+
+        waited: seconds that its batch took to come. counts, flops: of the batch.
+        """
         self.flush()
-        self._pending = (step, values, rates)
+        self._pending = (step, values, (waited, counts, flops))
 
     def flush(self) -> None:
         """Waits for the step under way, if there is one, and writes it."""
         if self._pending is None:
             return
-        (step, values, rates), self._pending = self._pending, None
+        (step, values, work), self._pending = self._pending, None
         values = {name: float(value) for name, value in jax.device_get(values).items()}
+        self.meter.step(*work)  # only now is the step done: one that has merely been started took no time yet
+        rates = self.meter.rates()
         self.skipped += int(values["skipped"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
         last = step == self._progress.total
@@ -152,15 +159,16 @@ class Meter:
         self._steps.append((time.monotonic(), 0.0, 0, 0, 0.0))
 
     def step(self, waited: float, counts: dict[str, int], flops: float) -> None:
-        """A step has been dispatched, having waited `waited` seconds for its batch."""
+        """A step is done; its batch took `waited` seconds to come."""
         self._steps.append((time.monotonic(), waited, counts["samples"], counts["tokens"], flops))
 
     def rates(self) -> dict[str, float]:
-        """steps, samples, tokens and flops per second, and the share of time spent waiting for data; {} if unknown."""
+        """Steps, samples, tokens and flops per second, and the share of time the host spent on getting batches (the
+        devices may have been busy with a step meanwhile); {} before the first step."""
         rows = list(self._steps)
-        seconds = rows[-1][0] - rows[0][0]
-        if len(rows) < 2 or seconds <= 0:
+        if len(rows) < 2:
             return {}
+        seconds = max(rows[-1][0] - rows[0][0], 1e-9)
         waited, samples, tokens, flops = (sum(column) for column in list(zip(*rows[1:], strict=True))[1:])
         return {
             "steps_per_second": (len(rows) - 1) / seconds,

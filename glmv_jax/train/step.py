@@ -56,17 +56,17 @@ class TrainStep:
         self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(placement.state, placement.replicated))
 
     def __call__(self, state: TrainState, constants: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        signature = _signature(batch)
-        if signature not in self._compiled:
-            self._compile(signature, state, constants, batch)
-        return self._compiled[signature](state, constants, batch)
+        if self.is_new(batch):
+            self.compile(state, constants, batch)
+        return self._compiled[_signature(batch)](state, constants, batch)
 
     def is_new(self, batch: Batch) -> bool:
         """True when this batch would make the step compile."""
         return _signature(batch) not in self._compiled
 
-    def _compile(self, signature: tuple, state: TrainState, constants: Params, batch: Batch) -> None:
-        allowed = self.stage.shape_buckets
+    def compile(self, state: TrainState, constants: Params, batch: Batch) -> None:
+        """Compiles the step for batches like this one; RecompileError when that is one shape too many."""
+        signature, allowed = _signature(batch), self.stage.shape_buckets
         if len(self._compiled) >= allowed:
             raise RecompileError(
                 f"stage {self.stage.name}: a batch has a new shape and all shape_buckets={allowed} are compiled: "

@@ -35,7 +35,7 @@ def make_state(step=1, width=16, devices=8, spec=("d",)):
 
     return TrainState(
         step=jax.device_put(jnp.int32(step), whole),
-        params={"vision": {"a": put(0, width, 3), "b": put(1, width)}, "text": {"c": put(2, 8, 2)}},
+        params={"vision": {"a": put(0, width, 99), "b": put(1, width)}, "text": {"c": put(2, 8, 2)}},
         opt_state=({"mu": {"vision": {"a": put(3, width, 3)}}}, (jax.device_put(jnp.int32(7), whole),)),
         extra={},
     )
@@ -116,11 +116,12 @@ def flip(path):
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, Path.unlink])
-@pytest.mark.parametrize("sealed", [True, False])
+# Without checksums nobody can tell a flipped byte, and Orbax leaves a coroutine behind when it meets the damage itself.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "harm, sealed", [(truncate, True), (flip, True), (Path.unlink, True), (truncate, False), (Path.unlink, False)]
+)
 def test_a_damaged_checkpoint_is_reported_and_the_one_before_is_used(tmp_path, harm, sealed):
-    if harm is flip and not sealed:
-        pytest.skip("without checksums nobody can tell")
     checkpoints, lines = saved(tmp_path)
     folder = tmp_path / "checkpoints" / "3"
     if not sealed:
@@ -156,7 +157,7 @@ def test_when_nothing_can_be_read_it_says_so_once_and_then_starts_anew(tmp_path)
 
 def test_a_checkpoint_of_another_model_is_not_damage(tmp_path):
     checkpoints, lines = saved(tmp_path)
-    with pytest.raises(UserError, match=r"another model or optimiser: .*params/vision/a is \(16, 3\) there"):
+    with pytest.raises(UserError, match=r"another model or optimiser: .*params/vision/a is \(16, 99\) there"):
         checkpoints.restore(abstract(make_state(width=24)))
     state = make_state()
     with pytest.raises(UserError, match="opt_state/0/mu/vision/a is only there"):
@@ -247,7 +248,7 @@ def test_into_a_model_that_has_more_placed_as_the_model_is(finished):
 
 
 def test_parameters_that_do_not_fit(finished):
-    with pytest.raises(UserError, match=r"vision/a is \(16, 3\) there and \(24, 3\) here, vision/b is"):
+    with pytest.raises(UserError, match=r"vision/a is \(16, 99\) there and \(24, 99\) here, vision/b is"):
         load_params(finished, ["vision"], like=make_state(width=24).params)
     with pytest.raises(UserError, match="has no subtree 'vison'; it has text, vision"):
         load_params(finished, ["vison"])

@@ -135,6 +135,22 @@ def test_stopped_in_the_final_evaluation_it_only_evaluates_again(tmp_path, monke
     assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl") if row["kind"] == "eval"] == [0, 12]
 
 
+def test_stopped_in_an_evaluation_along_the_way_it_saves_that_step(whole, tmp_path, monkeypatch, capsys):
+    def stopped(self, params, extra, *, full):
+        if not full:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"error": 1.0}
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Toy, "evaluate", stopped)
+        with pytest.raises(SystemExit):
+            main.run(config(eval_every=6, save_every=100), tmp_path)
+    assert "stopped at step 6 of 12, saved" in capsys.readouterr().out
+    main.run(config(), tmp_path)
+    assert "resuming from step 6 of 12" in capsys.readouterr().out
+    assert losses(tmp_path) == losses(whole[0]) and same_params(tmp_path, whole[0])
+
+
 def test_more_steps_than_it_had_are_trained(tmp_path, capsys):
     main.run(config(steps=4), tmp_path)
     assert main.run(config(steps=8), tmp_path)["step"] == 8

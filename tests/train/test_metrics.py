@@ -60,14 +60,15 @@ def test_a_step_is_written_when_the_next_has_started(tmp_path):
     log = metrics.MetricsLog(tmp_path, 0, final_step=9)
     progress = metrics.Progress("toy", 9, io.StringIO())
     recorder = metrics.StepRecorder(log, progress, lambda: 5.0, log_every=2, skipped=3)
+    work = (0.0, {"samples": 1, "tokens": 1}, 1.0)
     steps = lambda: [r["step"] for r in metrics.read_jsonl(tmp_path / "metrics.jsonl")]  # noqa: E731
     for step in range(1, 6):
-        recorder.started(step, {"loss": 1.0, "skipped": float(step in (2, 3))}, {})
+        recorder.started(step, {"loss": 1.0, "skipped": float(step in (2, 3))}, *work)
         assert steps() == [s for s in (1, 2, 4) if s < step]
         assert recorder.skipped_in_a_row == {3: 1, 4: 2}.get(step, 0)
     recorder.flush()
     recorder.flush()
-    recorder.started(9, {"loss": 1.0, "skipped": 0.0}, {})
+    recorder.started(9, {"loss": 1.0, "skipped": 0.0}, *work)
     recorder.flush()
     assert steps() == [1, 2, 4, 9]  # the last step always
     assert recorder.skipped == 5
@@ -92,6 +93,20 @@ def test_rates_come_from_a_window(monkeypatch):
     now[0] += 2.0
     meter.step(0.0, {"samples": 4, "tokens": 10}, 1e6)
     assert meter.rates()["steps_per_second"] == 0.5
+
+
+def test_rates_count_steps_that_are_done_not_started(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    log = metrics.MetricsLog(tmp_path, 0, final_step=9)
+    recorder = metrics.StepRecorder(log, metrics.Progress("toy", 9, io.StringIO()), lambda: 0.0, 1, 0)
+    for step in (1, 2):  # each is started at once and then takes two seconds
+        recorder.started(step, {"loss": 1.0, "skipped": 0.0}, 0.0, {"samples": 4, "tokens": 8}, 1.0)
+        now[0] += 2.0
+    recorder.flush()
+    rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["samples_per_second"] for row in rows] == [2.0, 2.0]
+    log.close()
 
 
 def test_progress_line():

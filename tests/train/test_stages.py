@@ -1,0 +1,121 @@
+"""The five stages as they are configured: one update on 1 and on 8 emulated devices, and what each promises of its data.
+
+Small towers (two layers) and the shipped corpus. Not covered: whether a stage learns; the quickstart shows that.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+
+from glmv_jax import config, optim
+from glmv_jax.losses import policy
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.rl.batch import to_batch
+from glmv_jax.train import main, state as state_lib
+from glmv_jax.train.step import make_train_step
+
+needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
+SMALL = {
+    "mim": ("experiments/cogvit_mim.py", ["model.vision.depth=2", "teachers.semantic.kind=hog", "batch=16"]),
+    "siglip": ("experiments/cogvit_siglip.py", ["model.vision.depth=2", "model.text.depth=1", "batch=32"]),
+    "pretrain": ("experiments/vlm_pretrain.py", ["model.vision.depth=2", "model.decoder.depth=2", "batch=8"]),
+    "sft": ("experiments/vlm_sft.py", ["model.vision.depth=2", "model.decoder.depth=2", "batch=8"]),
+    "rl": ("experiments/rl_grpo.py", ["model.vision.depth=2", "model.decoder.depth=2", "rollout.prompts=8",
+                                      "rollout.group=4", "rollout.minibatches=1", "rollout.max_new_tokens=6"]),
+}  # fmt: skip
+
+
+def build(name: str):
+    file, overrides = SMALL[name]
+    cfg = config.load(f"{file}:size=nano")
+    if name == "mim":  # no run to take a tower from here
+        cfg.teachers.semantic = {"kind": "hog", "bins": 6, "weight": 1.0}
+        overrides = [o for o in overrides if not o.startswith("teachers")]
+    # Muon and Adam divide a gradient by its own size, so the rounding of its smallest parts comes out as large as the
+    # rest, times the learning rate; the same small rate for all makes 1e-5 a statement about the step.
+    return main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=5e-4"]))
+
+
+def one_batch(stage):
+    """A training batch; for rl, rollouts of the untrained policy with made-up advantages (its rewards are all 0)."""
+    data = stage.train_data()
+    if stage.name != "rl":
+        return next(data)
+    prompts = next(data)
+    records = [r for r in _rollouts(stage, prompts)]
+    advantages = np.random.default_rng(0).normal(size=len(records)).astype(np.float32)
+    d = stage.cfg.data
+    return to_batch(records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names)
+
+
+def _rollouts(stage, prompts):
+    from glmv_jax.rl.rollout import rollout
+
+    params = stage.init_params(jax.random.key(0))
+    return rollout(stage.sampler, params, prompts, jax.random.key(1), stage.tokenizer, stage.verifiers)
+
+
+def update(stage, batch, sizes: dict[str, int], rules: str):
+    devices = jax.devices()[: int(np.prod(list(sizes.values())))]
+    mesh = mesh_lib.make_mesh(sizes, devices)
+    shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
+    optimizer = optim.build(stage.cfg.optim, shapes, 10)
+    placement = state_lib.place(stage, optimizer, mesh, rules_lib.preset(rules))
+    state = state_lib.init_state(stage, optimizer, placement, 0)
+    step = make_train_step(stage, optimizer, placement, trainable=optim.trainable(stage.cfg.optim, shapes))
+    constants = jax.device_put(stage.constants(), placement.replicated)
+    state, metrics = step(state, constants, placement.batch(batch))
+    assert step.traces == 1
+    return jax.device_get(state.params), jax.device_get(metrics)
+
+
+@needs_8
+@pytest.mark.parametrize("name", SMALL)
+def test_one_update_on_1_and_on_8_devices(name):
+    stage = build(name)
+    batch = one_batch(stage)
+    alone, metrics = update(stage, batch, {"data": 1}, "data")
+    arms = [({"data": 8}, "data")] + ([({"data": 2, "fsdp": 4}, "fsdp")] if name == "sft" else [])
+    for sizes, rules in arms:
+        many, many_metrics = update(stage, batch, sizes, rules)
+        for key in metrics:
+            np.testing.assert_allclose(many_metrics[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, many)
+    assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft"])
+def test_no_learnt_token_is_cut(name):
+    """The packer's bound on learnt tokens is the one that the loss makes logits for."""
+    stage = build(name)
+    data = stage.train_data()
+    for _ in range(5):
+        assert ((next(data)["loss_weight"] > 0).sum(1) <= stage.cfg.data.targets).all()
+
+
+def test_rl_counts_a_group_of_equal_rewards_as_nothing():
+    """An untrained policy earns nothing: its update must leave the weights as they are."""
+    stage = build("rl")
+    params = stage.init_params(jax.random.key(0))
+    prompts = next(stage.train_data())
+    records = _rollouts(stage, prompts)
+    rewards = np.array([r.grade.reward for r in records]).reshape(-1, 4)
+    assert (rewards == 0).all()
+    advantages = np.asarray(policy.group_advantages(rewards)).reshape(-1)
+    d = stage.cfg.data
+    batch = to_batch(records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names)
+    grads = jax.grad(lambda p: stage.loss(p, {}, {}, batch, jax.random.key(0))[0])(params)
+    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_the_policy_starts_at_ratio_one():
+    """The trainer's log-probabilities on packed rows are the sampler's: the first update's ratio is 1."""
+    stage = build("rl")
+    batch = one_batch(stage)
+    params = stage.init_params(jax.random.key(0))
+    _, (metrics, _) = stage.loss(params, {}, {}, batch, jax.random.key(0))
+    np.testing.assert_allclose(metrics["ratio"], 1.0, atol=1e-4)
+    np.testing.assert_allclose(metrics["ratio_max"], 1.0, atol=1e-3)
