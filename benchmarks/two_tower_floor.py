@@ -1,8 +1,8 @@
 """What does a plain two-tower model reach on stage 2's held-out concepts? The floor that the recipe has to beat.
 
-A pre-norm ViT of 0.8M parameters on 64 px squares and a text transformer, learned positions, AdamW, batch 128, 800 steps
-from nothing, sigmoid loss; in PyTorch, written apart from the package. It reads the same corpus, the same training
-concepts and the same held-out ones as experiments/cogvit_siglip.py, and prints one JSON line.
+A pre-norm ViT of 0.8M parameters on 64 px squares and a text transformer, learned positions, AdamW, batch 128, 800
+steps from nothing, sigmoid loss; in PyTorch, written apart from the package. It reads the same corpus, the same
+training concepts and the same held-out ones as experiments/cogvit_siglip.py, and prints one JSON line.
 
     python benchmarks/two_tower_floor.py [--steps 800] [--seed 0] [--out benchmarks/results/two_tower_floor.json]
 """
@@ -119,7 +119,7 @@ def main() -> None:
         "benchmark": "two_tower_floor", "recall": recall, "chance": probes.chance(pairs.concept),
         "seconds": round(seconds, 1), "steps": args.steps, "batch": args.batch, "seed": args.seed,
         "vit_parameters": sum(p.numel() for m in (model.patch, model.image) for p in m.parameters()),
-        "torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
     }  # fmt: skip
     print(json.dumps(result))
     if args.out:

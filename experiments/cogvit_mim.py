@@ -1,6 +1,7 @@
 """Stage 1: CogViT by masked-image distillation from a semantic and a texture teacher.
 
-    glmv train --config experiments/cogvit_mim.py:size=nano --workdir runs/mim --config.teachers.semantic.path=runs/teacher
+    glmv train --config experiments/cogvit_mim.py:size=nano --workdir runs/mim \
+        --config.teachers.semantic.path=runs/teacher
 
 size=nano: two CPU cores, about two minutes. The semantic teacher is the image tower of a stage-2 run
 (experiments/cogvit_siglip.py:role=teacher), the texture teacher is HOG and needs no file.

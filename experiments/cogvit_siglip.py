@@ -3,9 +3,9 @@
     glmv train --config experiments/cogvit_siglip.py:size=nano --workdir runs/siglip --config.init_from=runs/mim
     glmv train --config experiments/cogvit_siglip.py:size=nano,role=teacher --workdir runs/teacher
 
-size=nano: two CPU cores, about five minutes, 1,669 emoji concepts in Chinese and English, 180 held out.
+size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English, 180 concepts held out.
 role=teacher: a smaller tower trained from nothing for a short while; stage 1's semantic teacher.
-size=l:    the 403M encoder and a text tower of the same depth. The report trains with a global batch of 64K on 8B pairs.
+size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs.
 """
 
 from glmv_jax.config import parse_arg, presets

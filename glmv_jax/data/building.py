@@ -103,5 +103,5 @@ class DocumentBuilder:
         if document.patches > self.max_patches:
             raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget")
         if self.max_targets is not None and document.targets > self.max_targets:
-            raise UserError(f"{document.targets} learnt tokens are over a row's {self.max_targets}; raise the target budget")
+            raise UserError(f"{document.targets} learnt tokens do not fit a row of {self.max_targets}; raise it")
         return document

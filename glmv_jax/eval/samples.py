@@ -25,6 +25,6 @@ class SampleWriter:
         return file
 
     def add(self, **record: Any) -> None:
-        """One record: id, source, image or images, prompt, answer, gold, correct or reward, boxes ...; see eval/report."""
+        """One record: id, source, image(s), prompt, answer, gold, correct or reward, boxes ...; see eval/report."""
         with open(self.folder / "samples.jsonl", "a", encoding="utf-8") as file:
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

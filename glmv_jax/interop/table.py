@@ -1,4 +1,4 @@
-"""One declarative table a model family: our parameter paths beside Hugging Face's tensor names, and the transform between.
+"""One declarative table a model family: our parameter paths, Hugging Face's tensor names, and the transform between.
 
 `to_params` and `to_tensors` read the same table, so the two directions cannot drift apart. A layer number is written
 "{i}" in their name; ours are stacked on the first dimension. Every tensor must be accounted for, both ways.

@@ -17,7 +17,7 @@ class Targets(NamedTuple):
     """J tokens to predict in each row.
 
     at_BJ: position of the token; tokens_BJ: its id; weight_BJ: its loss weight, 0 where a row has fewer than J;
-    segments_BJ: its segment; cut: scalar, the weight of learnt tokens that did not fit into J (0 with a bounded packer).
+    segments_BJ: its segment; cut: scalar, the weight of learnt tokens beyond J (0 with a bounded packer).
     """
 
     at_BJ: jax.Array

@@ -11,8 +11,8 @@ import math
 from typing import Any
 
 import jax
-from flax.core import meta
 from flax import linen as nn
+from flax.core import meta
 
 from glmv_jax.typing import Axes, Params
 

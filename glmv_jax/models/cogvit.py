@@ -112,7 +112,8 @@ class Merger(nn.Module):
         """[B, P, in_width] in merge-block order -> [B, P / 4, width]."""
         c = self.cfg
         B, P, D = x_BPD.shape
-        x_BMD = Linear(c.width, ("merge", "projection"), True, c.dtype, name="downsample")(x_BPD.reshape(B, P // 4, 4 * D))
+        x_BMD = x_BPD.reshape(B, P // 4, 4 * D)
+        x_BMD = Linear(c.width, ("merge", "projection"), True, c.dtype, name="downsample")(x_BMD)
         x_BMD = Linear(c.width, ("embed", "projection"), False, c.dtype, name="proj")(x_BMD)
         x_BMD = jax.nn.gelu(LayerNorm(c.norm_eps, name="norm")(x_BMD), approximate=False)
         return SwiGLU(c.hidden, c.width, False, c.swiglu_limit, c.dtype, name="mlp")(x_BMD)

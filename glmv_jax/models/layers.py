@@ -26,7 +26,7 @@ def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], 
 
 
 class Linear(nn.Module):
-    """y = x W (+ b), in `dtype`. `axes` names the two dimensions of W; the bias takes `bias_axis` (default the second)."""
+    """y = x W (+ b), in `dtype`. `axes` names the two dimensions of W; the bias lives where the second does."""
 
     features: int
     axes: tuple[str, str]

@@ -1,4 +1,5 @@
-"""Multimodal multi-token prediction (GLM-5V-Turbo, section 2.2): one extra layer, applied K times with one set of weights.
+"""Multimodal multi-token prediction (GLM-5V-Turbo, section 2.2): one extra layer, applied K times with one set of
+weights.
 
     x = eh_proj([enorm(e), hnorm(h_prev)]) ;  h = block(x) ;  logits = head(norm(h))
 
@@ -114,7 +115,7 @@ def apply(cfg: MTPConfig, params: dict, h_BTD: jax.Array, inputs: HeadInput, tok
     hidden = []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
     for k in range(1, cfg.depth + 1):
-        shifted = jax.tree.map(lambda a: jnp.roll(a, -k, axis=1), inputs)
+        shifted = HeadInput(*(jnp.roll(a, -k, axis=1) for a in inputs))
         e_BTD, is_key_BT = OPTIONS[cfg.option](shifted)
         rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
         query = Span(tokens.segments, slots_BT)

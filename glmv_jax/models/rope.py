@@ -14,7 +14,7 @@ Rope = tuple[jax.Array, jax.Array]
 
 
 def axial(yx_BP2: jax.Array, head_dim: int, theta: float) -> Rope:
-    """Angles [y * inv | x * inv | y * inv | x * inv] with inv_j = theta^(-2j / (K/2)), j < K/4; absolute patch coordinates."""
+    """Angles [y * inv | x * inv | y * inv | x * inv], inv_j = theta^(-2j / (K/2)), j < K/4; absolute coordinates."""
     half = head_dim // 2
     inv = theta ** (-jnp.arange(0, half, 2, dtype=jnp.float32) / half)
     angle = (yx_BP2.astype(jnp.float32)[..., None] * inv).reshape(*yx_BP2.shape[:-1], half)
@@ -23,7 +23,7 @@ def axial(yx_BP2: jax.Array, head_dim: int, theta: float) -> Rope:
 
 
 def sections(positions_BT3: jax.Array, rotary_dim: int, theta: float, split: tuple[int, int, int]) -> Rope:
-    """Frequencies are dealt to (time, height, width) in blocks of `split` (their sum is rotary_dim / 2), each twice in a row."""
+    """Frequencies are dealt to (time, height, width) in blocks of `split` (rotary_dim / 2 in all), each twice."""
     inv = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     owner = jnp.repeat(jnp.arange(3), jnp.array(split), total_repeat_length=rotary_dim // 2)
     angle = jnp.take(positions_BT3.astype(jnp.float32), owner, axis=-1) * inv

@@ -82,7 +82,7 @@ def merge_order(grid_BYXC: jax.Array) -> jax.Array:
 
 
 def rows(images_BHW3: jax.Array, patch: int, temporal_patch: int) -> VisionInput:
-    """uint8 images of one size as CogViT's input: CLIP normalisation, a still image's frame repeated, layout (C, t, y, x)."""
+    """uint8 images of one size as CogViT's input: CLIP normalisation, a still frame repeated, layout (C, t, y, x)."""
     B, H, W, _ = images_BHW3.shape
     pixels = (images_BHW3.astype(jnp.float32) / 255.0 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
     Y, X = H // patch, W // patch

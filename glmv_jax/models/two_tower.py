@@ -102,7 +102,8 @@ class Pool(nn.Module):
         one = Span(jnp.ones((B, 1), jnp.int32))
         out_BD = attention(q, k, v, one, Span(valid_BT.astype(jnp.int32))).reshape(B, D)
         out_BD = linear("o", ("heads", "embed"))(out_BD)
-        out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(RMSNorm("norm", c.norm_eps, name="norm")(out_BD))
+        branch_BD = RMSNorm("norm", c.norm_eps, name="norm")(out_BD)
+        out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BD)
         return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BD)
 
 

@@ -11,11 +11,11 @@ _LARGE = (1 << 31) - 1
 
 
 def keep_freed_memory() -> bool:
-    """Makes glibc keep what a step frees for the next one, instead of handing it to the kernel and faulting it in again.
+    """Makes glibc keep what a step frees for the next one, instead of giving it back and faulting it in again.
 
-    XLA on a CPU allocates its buffers anew in every step; at 100 MB and more each is a fresh mapping, and a third of the
-    time of a nano step was page faults (0.45 s -> 0.29 s a step, 198,000 -> 20,000 faults, two cores). Call it before the
-    first large allocation. Returns False where there is no glibc.
+    XLA on a CPU allocates its buffers anew in every step; at 100 MB and more each is a fresh mapping, and a third of
+    the time of a nano step was page faults (0.45 s -> 0.29 s a step, 198,000 -> 20,000 faults, two cores). Call it
+    before the first large allocation. Returns False where there is no glibc.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -14,7 +14,8 @@ transformers = pytest.importorskip("transformers")
 
 import jax.numpy as jnp  # noqa: E402
 
-from glmv_jax.interop import glm_ocr, table as table_lib  # noqa: E402
+from glmv_jax.interop import glm_ocr  # noqa: E402
+from glmv_jax.interop import table as table_lib  # noqa: E402
 from glmv_jax.models import cogvit, vlm  # noqa: E402
 from glmv_jax.typing import TokenInput, UserError, VisionInput  # noqa: E402
 
@@ -115,9 +116,8 @@ def test_whole_model_matches():
         )
     image_row = np.full((1, 24), -1)
     image_row[0, ids[0] == IMAGE] = np.arange(10)
-    tokens = TokenInput(
-        jnp.array(ids), jnp.array(positions.numpy().transpose(1, 2, 0)), jnp.ones((1, 24), jnp.int32), jnp.array(image_row)
-    )
+    positions_BT3 = jnp.array(positions.numpy().transpose(1, 2, 0))
+    tokens = TokenInput(jnp.array(ids), positions_BT3, jnp.ones((1, 24), jnp.int32), jnp.array(image_row))
     out = vlm.apply(cfg, params, vision_rows(patches, grids), tokens)
     np.testing.assert_allclose(vlm.logits(cfg, params, out.hidden), theirs.numpy(), atol=1e-4, rtol=1e-4)
 

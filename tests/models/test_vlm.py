@@ -64,6 +64,11 @@ def test_packed_documents_do_not_see_each_other():
         np.testing.assert_allclose(together[:, piece], alone, atol=1e-5)
 
 
+def pick(x, at_B):
+    """Row b's entry at position at_B[b], as [B, 1, ...]."""
+    return jnp.take_along_axis(x, at_B.reshape(-1, *[1] * (x.ndim - 1)), axis=1)
+
+
 def test_cached_decoding_equals_one_parallel_pass():
     """Right-padded prompts of unlike length, an image in one of them, then one token at a time."""
     cfg, rng = config(), np.random.default_rng(1)
@@ -78,11 +83,10 @@ def test_cached_decoding_equals_one_parallel_pass():
     cache = out.cache | {"length": lengths}
     for step in range(3):
         at = lengths + step
-        pick = lambda a: jnp.take_along_axis(a, at.reshape(-1, *[1] * (a.ndim - 1)), axis=1)  # noqa: E731
-        next_token = TokenInput(*(None if x is None else pick(x) for x in tokens))
+        next_token = TokenInput(*(None if x is None else pick(x, at) for x in tokens))
         out = vlm.apply(cfg, params, None, next_token._replace(image_row=jnp.full((2, 1), -1)), cache)
         cache = out.cache
-        np.testing.assert_allclose(out.hidden, pick(whole), atol=1e-5)
+        np.testing.assert_allclose(out.hidden, pick(whole, at), atol=1e-5)
     np.testing.assert_array_equal(cache["length"], lengths + 3)
 
 
@@ -94,7 +98,7 @@ def test_scan_equals_unrolled():
     positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
     _, scanned, _ = decoder.apply(DECODER, params, x, positions, span, span)
     for layer in range(DECODER.depth):
-        weights = jax.tree.map(lambda a: a[layer], params["blocks"])
+        weights = jax.tree.map(lambda a, i=layer: a[i], params["blocks"])
         x, _ = block.Block(DECODER.block).apply({"params": weights}, x, None, DECODER.rope(positions), span, span)
     np.testing.assert_allclose(scanned, x, atol=1e-5)
 

@@ -82,7 +82,10 @@ def two_tower_case():
 
 @needs_8
 @pytest.mark.parametrize("case", [vlm_case, two_tower_case])
-@pytest.mark.parametrize("preset,sizes", [("data", {"data": 8}), ("fsdp", {"data": 2, "fsdp": 4}), ("fsdp_tensor", {"fsdp": 4, "tensor": 2})])  # fmt: skip
+@pytest.mark.parametrize(
+    "preset,sizes",
+    [("data", {"data": 8}), ("fsdp", {"data": 2, "fsdp": 4}), ("fsdp_tensor", {"fsdp": 4, "tensor": 2})],
+)
 def test_one_and_eight_devices_agree(case, preset, sizes):
     """Loss and every gradient of the nano model, to 1e-5, under each preset. Batches split over the data axes."""
     cfg, loss, batch = case()

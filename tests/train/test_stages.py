@@ -1,4 +1,4 @@
-"""The five stages as they are configured: one update on 1 and on 8 emulated devices, and what each promises of its data.
+"""The five stages as they are configured: one update on 1 and on 8 emulated devices, and what each promises.
 
 Small towers (two layers) and the shipped corpus. Not covered: whether a stage learns; the quickstart shows that.
 """
@@ -14,7 +14,8 @@ from glmv_jax.losses import policy
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl.batch import to_batch
-from glmv_jax.train import main, state as state_lib
+from glmv_jax.train import main
+from glmv_jax.train import state as state_lib
 from glmv_jax.train.step import make_train_step
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")

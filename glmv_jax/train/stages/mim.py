@@ -109,9 +109,9 @@ class MIM(Stage):
     def notes(self):
         classes = len({concept_number(i) for i in _heldout_ids()})
         notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
-        return notes | {
-            f"heldout/{t.name}/loss": {"chance": None, "note": f"masked patches; teacher: {t.about}"} for t in self.teachers
-        }
+        for t in self.teachers:
+            notes[f"heldout/{t.name}/loss"] = {"chance": None, "note": f"masked patches; teacher: {t.about}"}
+        return notes
 
 
 def make_teacher(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig) -> teachers.Teacher:
