@@ -35,7 +35,7 @@ def get_config(arg=None):
     cfg.loss = {"on": "masked", "head_hidden": 256 if nano else 2048}
 
     cfg.optim = {
-        "lr": 2e-3 if nano else 1e-3,
+        "lr": 6e-3 if nano else 1e-3,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.05},
         "groups": (

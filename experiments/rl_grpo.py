@@ -2,7 +2,8 @@
 
     glmv train --config experiments/rl_grpo.py:size=nano --workdir runs/rl --config.init_from=runs/sft
 
-size=nano: two CPU cores, about three minutes. Group 8, clip-higher 0.2 / 0.28, no KL, no entropy term, temperature 1.
+size=nano: two CPU cores, about two minutes. 96 prompts x 4 answers a step, clip-higher 0.2 / 0.28, no KL, no entropy
+term, temperature 1.
 """
 
 from glmv_jax.config import parse_arg, presets
@@ -13,28 +14,30 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (240, 16) if nano else (2_000, 64)
+    steps, batch = (60, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
     cfg.data = {
-        "weights": {task: 1.0 for task in TASKS},
+        # At nano size `read` never earns a reward to learn from, and the answers of `ground` are twice as long as all
+        # others; both are evaluated all the same, which shows whether they are forgotten.
+        "weights": {task: 1.0 for task in TASKS if not nano or task not in ("read", "ground")},
         "seed": 5,
         "vocabulary": "",
         "tokens": 256 if nano else 8192,
         "patches": 128 if nano else 16_384,
-        "targets": 128 if nano else 4096,
+        "targets": 96 if nano else 4096,
         "image_patches": 64 if nano else 4096,
         "prompt_tokens": 48 if nano else 2048,
         "workers": 0 if nano else 8,
         "ahead": 2,
     }
     cfg.rollout = {
-        "prompts": 32,
-        "group": 8,
-        "minibatches": 2,
-        "rows": (20, 32, 44),
-        "max_new_tokens": 24,
+        "prompts": 96,
+        "group": 4,
+        "minibatches": 1,
+        "rows": (48, 56, 64, 80, 96),
+        "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,
         "advantage": "grpo",
@@ -42,15 +45,12 @@ def get_config(arg=None):
     }
     cfg.loss = {"clip_low": 0.2, "clip_high": 0.28}
     cfg.optim = {
-        "lr": 3e-4 if nano else 1e-6,
+        "lr": 1e-4 if nano else 1e-6,
         "clip": 1.0,
         "schedule": {"warmup": 0.02, "decay": "constant"},
         "groups": (
             (r"mtp/.*", {"kind": "frozen"}),
-            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.0, "lr_mult": 0.5}),
-            (r"vision/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 0.5}),
-            (r"(decoder|merger)/.*/kernel", {"kind": "muon", "wd": 0.0}),
-            (r".*", {"kind": "adamw", "wd": 0.0}),
+            (r".*", {"kind": "adamw", "wd": 0.0, "betas": (0.9, 0.99)}),
         ),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}

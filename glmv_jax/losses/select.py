@@ -17,7 +17,7 @@ class Targets(NamedTuple):
     """J tokens to predict in each row.
 
     at_BJ: position of the token; tokens_BJ: its id; weight_BJ: its loss weight, 0 where a row has fewer than J;
-    segments_BJ: its segment; cut: scalar, the weight of learnt tokens beyond J (0 with a bounded packer).
+    segments_BJ: its segment; cut: scalar, how many learnt tokens were beyond J (0 with a bounded packer).
     """
 
     at_BJ: jax.Array
@@ -33,7 +33,8 @@ def select(tokens_BT: jax.Array, segments_BT: jax.Array, loss_weight_BT: jax.Arr
     at_BJ = jnp.argsort(weight_BT <= 0, axis=1, stable=True)[:, :count]
     pick = lambda x_BT: jnp.take_along_axis(x_BT, at_BJ, axis=1)  # noqa: E731
     weight_BJ = pick(weight_BT)
-    return Targets(at_BJ, pick(tokens_BT), weight_BJ, pick(segments_BT), weight_BT.sum() - weight_BJ.sum())
+    cut = ((weight_BT > 0).sum() - (weight_BJ > 0).sum()).astype(jnp.float32)
+    return Targets(at_BJ, pick(tokens_BT), weight_BJ, pick(segments_BT), cut)
 
 
 def predictors(

@@ -19,7 +19,7 @@ MERGE = 4  # patches of a merged visual token
 class _Row:
     """A row under construction; arrays are those of the vlm batch contract and three more."""
 
-    def __init__(self, tokens: int, patches: int, channels: int):
+    def __init__(self, tokens: int, patches: int, channels: int, targets: int):
         self.arrays: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),
             "positions": np.zeros((tokens, 3), np.int32),
@@ -33,7 +33,8 @@ class _Row:
             "yx": np.zeros((patches, 2), np.int32),
             "frame": np.zeros(patches, np.int32),
         }
-        self.tokens = self.patches = self.segments = self.frames = 0
+        self.tokens = self.patches = self.segments = self.frames = self.targets = 0
+        self.limit = targets
         self.image_start: dict[int, int] = {}  # prompt row -> where its patches begin in this row
 
     def fits(self, record: Rollout, prompts: Batch) -> bool:
@@ -41,6 +42,7 @@ class _Row:
         return (
             self.tokens + len(record.prompt) + len(record.answer) <= len(self.arrays["tokens"])
             and self.patches + new_patches <= len(self.arrays["frame"])
+            and self.targets + len(record.answer) <= self.limit
         )
 
     def add(self, record: Rollout, prompts: Batch, advantage: float, weight: float, source: int) -> None:
@@ -60,6 +62,7 @@ class _Row:
         a["loss_weight"][said], a["advantage"][said], a["old_logprob"][said] = weight, advantage, record.logprobs
         _check_pixels(a, asked, record)
         self.tokens = whole.stop
+        self.targets += len(record.answer)
 
     def _add_image(self, record: Rollout, prompts: Batch) -> None:
         count = _patches(record, prompts)
@@ -101,6 +104,7 @@ def to_batch(
     tokens: int,
     patches: int,
     names: Sequence[str],
+    targets: int | None = None,
     per: str = "rollout",
 ) -> Batch:
     """Packed rows of the vlm batch contract with "advantage" and "old_logprob" [B, T], for one policy update.
@@ -110,7 +114,7 @@ def to_batch(
       prompts: the prompt batch they were made from.
       advantages_N: one number a rollout.
       rows: allowed numbers of rows, rising: the smallest that holds everything is used (each is one compilation).
-      tokens, patches: of a row.
+      tokens, patches: of a row; targets: answer tokens of a row, None for any number.
       names: source names; "source" counts in them.
       per: "token": loss_weight is 1 on answer tokens, the stop token included; "rollout": 1 / the answer's length
         there. The sum of weight * loss over the sum of weights is then the token mean (DAPO) or the mean over
@@ -123,6 +127,7 @@ def to_batch(
         raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
     if len(records) != len(advantages_N):
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
+    size = (tokens, patches, prompts["patches"].shape[-1], tokens if targets is None else targets)
     packed: list[_Row] = []
     for record, advantage in zip(records, advantages_N):
         if not len(record.answer):
@@ -131,12 +136,13 @@ def to_batch(
             raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
         row = next((row for row in packed if row.fits(record, prompts)), None)
         if row is None:
-            row = _Row(tokens, patches, prompts["patches"].shape[-1])
+            row = _Row(*size)
             packed.append(row)
             if not row.fits(record, prompts):
                 raise UserError(
                     f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
-                    f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches}; enlarge the row"
+                    f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches} with {size[3]} "
+                    "answer tokens; enlarge the row"
                 )
         row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
                 names.index(record.source))  # fmt: skip
@@ -144,5 +150,5 @@ def to_batch(
     if count is None:
         raise UserError(f"{len(records)} rollouts fill {len(packed)} rows of {tokens} tokens, but at most {max(rows)} "
                         "rows are allowed; allow more rows or longer ones")  # fmt: skip
-    packed += [_Row(tokens, patches, prompts["patches"].shape[-1]) for _ in range(count - len(packed))]
+    packed += [_Row(*size) for _ in range(count - len(packed))]
     return {name: np.stack([row.arrays[name] for row in packed]) for name in packed[0].arrays}

@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses import policy
-from glmv_jax.losses.cross_entropy import next_targets, shift_left
+from glmv_jax.losses.cross_entropy import entropy, logprobs
+from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.batch import to_batch
@@ -69,21 +70,20 @@ class RL(VLMStage):
             part = [records[g * r.group + i] for g in groups for i in range(r.group)]
             rows = to_batch(
                 part, batch, advantages_NG[groups].reshape(-1), rows=self.rows, tokens=self.cfg.data.tokens,
-                patches=self.cfg.data.patches, names=self.names, per=r.per,
+                patches=self.cfg.data.patches, targets=self.cfg.data.targets, names=self.names, per=r.per,
             )  # fmt: skip
             yield rows, metrics
-            metrics = {}
 
     def loss(self, params, constants, extra, batch, key):
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
-        logits_BTV = vlm.logits(self.model, params, out.hidden) / self.cfg.rollout.temperature
-        targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
-        logp_BTV = jax.nn.log_softmax(logits_BTV, axis=-1)
-        logprob_BT = jnp.take_along_axis(logp_BTV, targets_BT[..., None], axis=-1)[..., 0]
-        entropy_BT = -jnp.sum(jnp.exp(logp_BTV) * logp_BTV, axis=-1)
+        targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.cfg.data.targets)
+        hidden_BJD, weight_BJ = predictors(targets, out.hidden, tokens.segments, 1)
+        logits_BJV = vlm.logits(self.model, params, hidden_BJD) / self.cfg.rollout.temperature
+        at = lambda x_BT: jnp.take_along_axis(x_BT, targets.at_BJ, axis=1)  # noqa: E731
         loss, metrics = policy.policy_loss(
-            logprob_BT, shift_left(batch["old_logprob"], 1), shift_left(batch["advantage"], 1), weight_BT,
-            how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high, entropy_BT=entropy_BT,
+            logprobs(logits_BJV, targets.tokens_BJ), at(batch["old_logprob"]), at(batch["advantage"]), weight_BJ,
+            how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high,
+            entropy_BT=entropy(logits_BJV),
         )  # fmt: skip
-        return loss, (metrics, extra)
+        return loss, (metrics | {"cut": targets.cut}, extra)
