@@ -95,7 +95,11 @@ class SigLIP(Stage):
     def notes(self):
         at = probes.chance(self.pairs.concept)
         names = [name for q in QUERIES for name in (f"{q} -> image", f"image -> {q}")]
-        return {f"{name} {k}": {"chance": v, "note": "held-out concepts"} for name in names for k, v in at.items()}
+        classes = len(set(self.pairs.concept.tolist()))
+        notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
+        return notes | {
+            f"{name} {k}": {"chance": v, "note": "held-out concepts"} for name in names for k, v in at.items()
+        }
 
     def write_samples(self, params, extra, folder):
         """For a few held-out queries in each language, the five nearest images."""
