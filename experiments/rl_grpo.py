@@ -18,25 +18,17 @@ def get_config(arg=None):
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
-    cfg.data = {
-        # At nano size `read` never earns a reward to learn from, and the answers of `ground` are twice as long as all
-        # others; both are evaluated all the same, which shows whether they are forgotten.
-        "weights": {task: 1.0 for task in TASKS if not nano or task not in ("read", "ground")},
-        "seed": 5,
-        "vocabulary": "",
-        "tokens": 256 if nano else 8192,
-        "patches": 128 if nano else 16_384,
-        "targets": 96 if nano else 4096,
-        "image_patches": 64 if nano else 4096,
-        "prompt_tokens": 48 if nano else 2048,
-        "workers": 0 if nano else 8,
-        "ahead": 2,
-    }
+    # At nano size `read` never earns a reward to learn from, and the answers of `ground` are twice as long as all
+    # others; both are evaluated all the same, which shows whether they are forgotten.
+    weights = {task: 1.0 for task in TASKS if not nano or task not in ("read", "ground")}
+    cfg.data = presets.documents(arg.size, weights, seed=5, ahead=2)
+    if nano:
+        cfg.data.tokens, cfg.data.patches = 256, 128
     cfg.rollout = {
         "prompts": 96,
         "group": 4,
         "minibatches": 1,
-        "rows": (48, 56, 64, 80, 96),
+        "rows": (16, 32, 48, 64, 80, 96),
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,

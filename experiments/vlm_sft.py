@@ -22,28 +22,15 @@ def get_config(arg=None):
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
 
-    cfg.data = {
-        "weights": {task: 1.0 for task in TASKS},
-        "seed": 4,
-        "vocabulary": "",
-        "tokens": 160 if nano else 8192,
-        "patches": 256 if nano else 16_384,
-        "targets": 64 if nano else 4096,
-        "image_patches": 64 if nano else 4096,
-        "prompt_tokens": 48 if nano else 2048,
-        "workers": 0 if nano else 8,
-    }
+    cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=4)
+    if nano:
+        cfg.data.targets = 64  # answers only
     cfg.loss = {"mtp": 0.3}
     cfg.optim = {
         "lr": 1e-3 if nano else 1e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": (
-            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 0.5}),
-            (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5}),
-            (r"(decoder|mtp/block|merger)/.*/kernel", {"kind": "muon", "wd": 0.1}),
-            (r".*", {"kind": "adamw", "wd": 0.05}),
-        ),
+        "groups": presets.vlm_groups(vision=0.5),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":

@@ -30,6 +30,11 @@ DECODER: dict[str, dict[str, Any]] = {
     ),
 }  # fmt: skip
 EMBEDDING = {"nano": 128, "l": 1024}
+# What a row of packed documents holds of tokens, patches and learnt tokens; an image's patches, a prompt's tokens.
+DOCUMENTS: dict[str, dict[str, int]] = {
+    "nano": dict(tokens=160, patches=256, targets=96, image_patches=64, prompt_tokens=48, workers=0),
+    "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8),
+}
 
 
 def _pick(table: dict[str, dict[str, Any]], size: str) -> ConfigDict:
@@ -52,6 +57,24 @@ def vlm(size: str) -> ConfigDict:
     """Stages 3 to 5."""
     mtp = dict(depth=1, option="image_token", h_prev="post_norm")
     return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
+
+
+def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> ConfigDict:
+    """The `data` of stages 3 to 5: shares of the sources, and the rows they are packed into."""
+    return ConfigDict({"weights": weights, "seed": seed, "vocabulary": "", **_pick(DOCUMENTS, size), **more})
+
+
+def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """Optimiser groups of stages 3 and 4: Muon for the blocks' matrices, AdamW for the rest.
+
+    vision: the encoder's rate relative to the decoder's.
+    """
+    return (
+        (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": vision}),
+        (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": vision}),
+        (r"(decoder|mtp/block|merger)/.*/kernel", {"kind": "muon", "wd": 0.1}),
+        (r".*", {"kind": "adamw", "wd": 0.05}),
+    )
 
 
 def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:

@@ -1,7 +1,7 @@
 """The report's tables, made once and drawn twice: on the terminal (rich) and on the page (HTML).
 
 Reinforcement learning is compared by metrics that sft, rl and sft_more share, named `accuracy/<task>`; the same
-evaluation with shuffled images and without images is `accuracy_shuffled/<task>` and `accuracy_blind/<task>`.
+evaluation with shuffled images and a grey image is `accuracy_shuffled/<task>` and `accuracy_blind/<task>`.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def rl_table(stages: dict[str, StageRun]) -> Table | None:
     if "accuracy/mean" not in names:
         known = [[value for value in column if value is not None] for column in sums]
         rows.append(_rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
-    header = ["task", "before RL", "after RL", "gain", "more SFT instead", "RL, images shuffled", "RL, no image"]
+    header = ["task", "before RL", "after RL", "gain", "more SFT instead", "RL, images shuffled", "RL, grey image"]
     note = "“More SFT instead” took the same wall time as RL. With shuffled images only what can be guessed is left."
     return Table("Before and after reinforcement learning", header, rows, note)
 

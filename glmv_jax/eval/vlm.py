@@ -1,7 +1,8 @@
 """Held-out accuracy by task with greedy answers, and the controls that say whether the image was looked at.
 
-`shuffled`: every question gets the image of another question of its task, of the same size. `blind`: no image at all.
-A model that reads images falls to the same low number under both.
+`shuffled`: every question gets the image of another question of its task, of the same size. `blind`: a grey image of
+that size in its place (no image at all is a prompt that training never shows, and is answered with nonsense). A model
+that reads images falls to the same low number under both.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from glmv_jax.data import coordinates
 from glmv_jax.data.building import DocumentBuilder
@@ -73,9 +75,10 @@ def with_shuffled_images(samples: Sequence[Sample], seed: int = 0) -> list[Sampl
     return shuffled
 
 
-def without_images(samples: Sequence[Sample]) -> list[Sample]:
-    """The samples as bare questions."""
-    return [dataclasses.replace(sample, images=()) for sample in samples]
+def with_grey_images(samples: Sequence[Sample]) -> list[Sample]:
+    """The samples with images of one grey, each of the size of its own."""
+    grey = lambda image: Image.new("RGB", image.size, (128, 128, 128))  # noqa: E731
+    return [dataclasses.replace(sample, images=tuple(map(grey, sample.images))) for sample in samples]
 
 
 def evaluate(
@@ -92,7 +95,7 @@ def evaluate(
     conditions = {"accuracy": list(samples)}
     if controls:
         conditions["accuracy_shuffled"] = with_shuffled_images(samples)
-        conditions["accuracy_blind"] = without_images(samples)
+        conditions["accuracy_blind"] = with_grey_images(samples)
     metrics: dict[str, float] = {}
     for name, asked in conditions.items():
         if asked:

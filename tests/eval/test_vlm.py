@@ -62,7 +62,7 @@ def test_a_model_is_asked_under_three_conditions_with_one_compilation(samples):
     names = [f"{c}/{k}" for c in ("accuracy", "accuracy_shuffled", "accuracy_blind") for k in (*KINDS, "mean")]
     assert sorted(metrics) == sorted(names) and sampler.traces == 1
     ask = lambda asked, batch: vlm.answers(sampler, params, asked, builder, batch)  # noqa: E731
-    own, blind = ask(samples, 16), ask(vlm.without_images(samples), 16)
+    own, blind = ask(samples, 16), ask(vlm.with_grey_images(samples), 16)
     assert len(own) == len(samples) and own != blind
     order = np.random.default_rng(0).permutation(len(samples))
     assert ask([samples[i] for i in order], 16) == [own[i] for i in order], "an answer is its question's alone"

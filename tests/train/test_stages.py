@@ -5,14 +5,16 @@ Small towers (two layers) and the shipped corpus. Not covered: whether a stage l
 
 from __future__ import annotations
 
+import types
+
 import jax
 import numpy as np
 import pytest
 
 from glmv_jax import config, optim
-from glmv_jax.losses import policy
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.rl import Grade
 from glmv_jax.rl.batch import to_batch
 from glmv_jax.train import main
 from glmv_jax.train import state as state_lib
@@ -35,7 +37,7 @@ def build(name: str):
     if name == "mim":  # no run to take a tower from here
         cfg.teachers.semantic = {"kind": "hog", "bins": 6, "weight": 1.0}
         overrides = [o for o in overrides if not o.startswith("teachers")]
-    # Muon and Adam divide a gradient by its own size: where it is about as small as Adam's eps (1e-8) its rounding comes
+    # Muon and Adam divide a gradient by its own size: where it is as small as Adam's eps (1e-8) its rounding comes
     # out as a few per cent of the learning rate (2e-5 at 5e-4 was seen). One small rate for all keeps that below 1e-5;
     # a wrong gradient would differ by the rate itself, 1e-4. Gradients themselves: tests/parallel/test_rules.py.
     return main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4"]))
@@ -98,19 +100,31 @@ def test_no_learnt_token_is_cut(name):
         assert ((next(data)["loss_weight"] > 0).sum(1) <= stage.cfg.data.targets).all()
 
 
-def test_rl_counts_a_group_of_equal_rewards_as_nothing():
-    """An untrained policy earns nothing: its update must leave the weights as they are."""
+def test_rl_packs_only_groups_whose_rewards_differ():
+    """An untrained policy earns nothing: no row is filled, and the update leaves the weights as they are."""
     stage = build("rl")
     params = stage.init_params(jax.random.key(0))
-    prompts = next(stage.train_data())
-    records = _rollouts(stage, prompts)
-    rewards = np.array([r.grade.reward for r in records]).reshape(-1, 4)
-    assert (rewards == 0).all()
-    advantages = np.asarray(policy.group_advantages(rewards)).reshape(-1)
-    d = stage.cfg.data
-    batch = to_batch(records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names)
-    grads = jax.grad(lambda p: stage.loss(p, {}, {}, batch, jax.random.key(0))[0])(params)
-    assert all(not np.any(g) for g in jax.tree.leaves(grads))
+    state = types.SimpleNamespace(params=params, step=0)
+    batch, metrics = stage.next_batch(stage.train_data(), state)
+    assert metrics["same/mean"] == 1.0 and batch["tokens"].shape[0] == stage.rows[0] and not batch["segments"].any()
+    loss, grads = jax.value_and_grad(lambda p: stage.loss(p, {}, {}, batch, jax.random.key(0))[0])(params)
+    assert loss == 0.0 and all(not np.any(g) for g in jax.tree.leaves(grads))
+
+
+def test_rl_packs_whole_groups(monkeypatch):
+    stage = build("rl")
+    monkeypatch.setattr(stage, "verifiers", {name: _by_parity for name in stage.names})
+    state = types.SimpleNamespace(params=stage.init_params(jax.random.key(0)), step=0)
+    batch, metrics = stage.next_batch(stage.train_data(), state)
+    answers = sum(len(np.unique(row[row > 0])) for row in batch["segments"])
+    assert answers % 4 == 0 and 0 < answers <= 24 and 0.25 <= metrics["same/mean"] < 1
+    assert (batch["advantage"][batch["loss_weight"] > 0] != 0).any()
+
+
+def _by_parity(text, sample):
+    """A grader that pays for texts of odd length, but never in two of the tasks."""
+    value = float(len(text) % 2 and sample.source not in ("count", "chart"))
+    return Grade(value, value == 1.0, {"format": 1.0, "score": value})
 
 
 def test_the_policy_starts_at_ratio_one():

@@ -65,8 +65,9 @@ class RL(VLMStage):
         rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, r.group)
         advantages_NG = np.asarray(policy.group_advantages(rewards_NG, r.advantage))
         metrics = by_source(records)
-        # Whole groups go to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        for groups in np.array_split(np.arange(len(rewards_NG)), r.minibatches):
+        # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
+        # The others go whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
+        for groups in np.array_split(np.flatnonzero(advantages_NG.any(1)), r.minibatches):
             part = [records[g * r.group + i] for g in groups for i in range(r.group)]
             rows = to_batch(
                 part, batch, advantages_NG[groups].reshape(-1), rows=self.rows, tokens=self.cfg.data.tokens,
