@@ -23,7 +23,7 @@ def get_config(arg=None):
 
     cfg.data = {
         "weights": {"natural": 0.8, "instruction": 0.1, "scientific": 0.1},
-        "size": 64 if nano else 224,
+        "size": 48 if nano else 224,
         "mask_ratio": 0.35,
         "mask_kind": "blockwise",
         "workers": 0 if nano else 8,

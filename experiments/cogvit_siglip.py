@@ -24,7 +24,7 @@ def get_config(arg=None):
 
     cfg.data = {
         "vocabulary": "",
-        "patches": 64 if nano else 256,
+        "patches": 48 if nano else 256,
         "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
         "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,

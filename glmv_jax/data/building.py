@@ -2,7 +2,7 @@
 
 Two forms. `chat` (SFT, RL, evaluation) is the dialect of `chat.py`: loss on the answer and its stop token. `pretrain`
 is plain text, `[gMASK]<sop>{images}{prompt}\\n{answer}<|endoftext|>` with loss on the answer and the end; a caption or
-a plain text has no prompt, so all of its text is learnt.
+a plain text has no prompt, so all of its text is learnt. In both, further questions about the same images follow.
 """
 
 from __future__ import annotations
@@ -61,9 +61,12 @@ class DocumentBuilder:
     max_targets: int | None = None
 
     def chat(self, sample: Sample) -> Document:
-        """Question and answer as a conversation, loss on the answer."""
-        answer = chat.boxed(sample.answer) if sample.boxed else sample.answer
-        return self._conversation(sample, [{"role": "assistant", "content": answer}])
+        """Questions and answers as a conversation, loss on the answers."""
+        said = lambda answer: chat.boxed(answer) if sample.boxed else answer  # noqa: E731
+        turns = [{"role": "assistant", "content": said(sample.answer)}]
+        for question, answer in sample.more:
+            turns += [{"role": "user", "content": question}, {"role": "assistant", "content": said(answer)}]
+        return self._conversation(sample, turns)
 
     def prompt(self, sample: Sample) -> Document:
         """The question alone, ending in the generation prompt."""
@@ -79,14 +82,18 @@ class DocumentBuilder:
         if sample.prompt:
             writer.ids(self.tokenizer.encode(sample.prompt + "\n"), self.prompt_weight)
         writer.ids(self.tokenizer.encode(sample.answer), 1.0)
+        for question, answer in sample.more:
+            writer.ids(self.tokenizer.encode("\n"), 1.0)
+            writer.ids(self.tokenizer.encode(question + "\n"), self.prompt_weight)
+            writer.ids(self.tokenizer.encode(answer), 1.0)
         writer.special("<|endoftext|>", weight=1.0)
         return self._checked(writer.done(), images, sample)
 
-    def _conversation(self, sample: Sample, answer: list[dict]) -> Document:
+    def _conversation(self, sample: Sample, turns: list[dict]) -> Document:
         images = self._images(sample)
         content = [{"type": "image"} for _ in images] + [{"type": "text", "text": sample.prompt}]
-        messages = [{"role": "user", "content": content}, *answer]
-        rendered = chat.render(messages, self.tokenizer, self._merged(images), generation_prompt=not answer)
+        messages = [{"role": "user", "content": content}, *turns]
+        rendered = chat.render(messages, self.tokenizer, self._merged(images), generation_prompt=not turns)
         return self._checked(rendered, images, sample)
 
     def _images(self, sample: Sample) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

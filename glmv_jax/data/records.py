@@ -17,6 +17,7 @@ class Sample:
     images:  PIL images in RGB.
     prompt:  user text without special tokens; "" for a bare caption or plain text.
     answer:  gold text without box tokens (the chat template adds them when `boxed`).
+    more:    further questions about the same images with their answers, for training in several turns.
     boxed:   the answer is wrapped in <|begin_of_box|>...<|end_of_box|>.
     meta:    JSON-able facts that a verifier needs (gold boxes, tolerance, aliases, choices...).
     """
@@ -27,6 +28,7 @@ class Sample:
     prompt: str
     answer: str
     boxed: bool = True
+    more: tuple[tuple[str, str], ...] = ()
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -53,6 +53,21 @@ def test_pretrain_form():
     assert spelled(text, learnt=True) == "The cat = 猫<|endoftext|>"
 
 
+def test_further_turns_are_learnt_and_not_asked():
+    several = dataclasses.replace(QUESTION, more=(("And stars?", "1"), ("Circles?", "2")))
+    document = BUILDER.chat(several)
+    assert spelled(document).endswith(
+        "3<|end_of_box|><|user|>And stars?<|assistant|></think><|begin_of_box|>1<|end_of_box|>"
+        "<|user|>Circles?<|assistant|></think><|begin_of_box|>2<|end_of_box|><|endoftext|>")
+    boxed = "<|begin_of_box|>{}<|end_of_box|>"
+    learnt = f"{boxed.format(3)}<|user|>{boxed.format(1)}<|user|>{boxed.format(2)}<|endoftext|>"
+    assert spelled(document, learnt=True) == learnt
+    assert spelled(BUILDER.prompt(several)) == spelled(BUILDER.prompt(QUESTION))
+    plain = BUILDER.pretrain(several)
+    assert spelled(plain).endswith("How many?\n3\nAnd stars?\n1\nCircles?\n2<|endoftext|>")
+    assert spelled(plain, learnt=True) == "3\n1\n2<|endoftext|>"
+
+
 def test_several_images_keep_their_order():
     document = BUILDER.chat(dataclasses.replace(QUESTION, images=(PICTURE, PICTURE.rotate(90, expand=True))))
     assert [yx.max(0).tolist() for _, yx in document.images] == [[7, 3], [3, 7]]

@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from glmv_jax.data import coordinates, emoji
-from glmv_jax.data.questions import KINDS, Questions, name, scene
+from glmv_jax.data.questions import DESCRIPTIONS, KINDS, Questions, name, read, scene
 from glmv_jax.typing import UserError
 from tests.data import scenes
 
@@ -36,6 +36,11 @@ def with_shapes(kind: str, split: str, n: int = 120) -> list:
     return [s for s in draw(kind, split, n) if mentioned(s.prompt + s.answer, SHAPES)]
 
 
+def turns(sample) -> list[tuple[str, str]]:
+    """All the questions that are asked about the picture, with their answers."""
+    return [(sample.prompt, sample.answer), *sample.more]
+
+
 def mentioned(text: str, names: dict[str, str]) -> list[str]:
     """Keys of the names that the text mentions in either language, in the order of the text."""
     text = text.replace("crosses", "cross")
@@ -50,7 +55,7 @@ def test_deterministic_small_and_complete(kind, split):
     for i, (a, b) in enumerate(zip(samples, again)):
         assert (a.id, a.prompt, a.answer, a.meta) == (b.id, b.prompt, b.answer, b.meta)
         assert a.images[0].tobytes() == b.images[0].tobytes()
-        assert a.id == f"{kind}/{split}/{i}" and a.source == kind and a.boxed == (kind != "caption")
+        assert a.id == f"{kind}/{split}/{i}" and a.source == kind and a.boxed == (kind not in DESCRIPTIONS)
         assert bool(a.prompt) == (kind != "caption") and a.answer and a.meta["lang"] in ("en", "zh")
         width, height = a.images[0].size
         assert width % 16 == height % 16 == 0 and width * height <= 64 * 64 and a.images[0].mode == "RGB"
@@ -73,24 +78,29 @@ def test_splits_and_seeds_never_meet(kind):
 @pytest.mark.parametrize("split", SPLITS)
 def test_count(split):
     samples = with_shapes("count", split)
-    assert len(samples) > 50 and {s.answer for s in samples} == set("123456")
+    assert len(samples) > 50 and {s.answer for s in samples} == set("12345")
     for s in samples:
-        (asked,) = mentioned(s.prompt, SHAPES)
-        assert str(sum(found.shape == asked for found in scenes.find(s.images[0]))) == s.answer, s.id
+        shapes = [found.shape for found in scenes.find(s.images[0])]
+        for prompt, answer in turns(s):
+            (asked,) = mentioned(prompt, SHAPES)
+            assert str(shapes.count(asked)) == answer, s.id
+    assert any(s.more for s in samples)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_attribute(split):
     for s in draw("attribute", split):
         found = scenes.find(s.images[0])
-        (asked,) = mentioned(s.prompt, SHAPES) or mentioned(s.prompt, COLOURS)
-        if asked in SHAPES:
-            (right,) = [f.colour for f in found if f.shape == asked]
-        else:
-            (right,) = [f.shape for f in found if f.colour == asked]
-        gold = mentioned(s.answer, COLOURS if asked in SHAPES else SHAPES)
-        assert gold == [right], s.id
-        assert s.answer.isascii() == (s.meta["lang"] == "en")
+        assert len(turns(s)) == len(set(turns(s))) == len(found)
+        for prompt, answer in turns(s):
+            (asked,) = mentioned(prompt, SHAPES) or mentioned(prompt, COLOURS)
+            if asked in SHAPES:
+                (right,) = [f.colour for f in found if f.shape == asked]
+            else:
+                (right,) = [f.shape for f in found if f.colour == asked]
+            gold = mentioned(answer, COLOURS if asked in SHAPES else SHAPES)
+            assert gold == [right], s.id
+            assert answer.isascii() == (s.meta["lang"] == "en")
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -99,39 +109,42 @@ def test_spatial(split):
     assert len({s.answer for s in samples}) == 8
     for s in samples:
         boxes = {f.shape: f.centre for f in scenes.find(s.images[0])}
-        # "Which side of the B is the A?" names the reference first; all other forms name the object first.
-        names = mentioned(s.prompt, SHAPES)
-        a, b = reversed(names) if s.prompt.startswith("Which side") else names
-        dx, dy = boxes[a][0] - boxes[b][0], boxes[a][1] - boxes[b][1]
-        horizontal = abs(dx) > abs(dy)
-        right = ("left 左边" if dx < 0 else "right 右边") if horizontal else ("above 上面" if dy < 0 else "below 下面")
-        assert s.answer in right.split(), s.id
-        assert max(abs(dx), abs(dy)) > 1.7 * min(abs(dx), abs(dy)), "too close to the diagonal to answer"
+        for prompt, answer in turns(s):
+            # "Which side of the B is the A?" names the reference first; all other forms name the object first.
+            names = mentioned(prompt, SHAPES)
+            a, b = reversed(names) if prompt.startswith("Which side") else names
+            dx, dy = boxes[a][0] - boxes[b][0], boxes[a][1] - boxes[b][1]
+            sideways = abs(dx) > abs(dy)
+            across, along = ("left 左边", "right 右边")[dx > 0], ("above 上面", "below 下面")[dy > 0]
+            assert answer in (across if sideways else along).split(), s.id
+            assert max(abs(dx), abs(dy)) > 1.7 * min(abs(dx), abs(dy)), "too close to the diagonal to answer"
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_ground_and_point(split):
     for s in with_shapes("ground", split):
         width, height = s.images[0].size
-        (asked,) = mentioned(s.prompt, SHAPES)
-        (found,) = [f.box for f in scenes.find(s.images[0]) if f.shape == asked]
-        (box,) = coordinates.parse_boxes(s.answer)
-        # One pixel: the tip of a star or triangle may be too faint to see.
-        assert np.abs(np.array(coordinates.decode_box(box, width, height)) - found).max() <= 1.05, s.id
+        for prompt, answer in turns(s):
+            (asked,) = mentioned(prompt, SHAPES)
+            (found,) = [f.box for f in scenes.find(s.images[0]) if f.shape == asked]
+            (box,) = coordinates.parse_boxes(answer)
+            # One pixel: the tip of a star or triangle may be too faint to see.
+            assert np.abs(np.array(coordinates.decode_box(box, width, height)) - found).max() <= 1.05, s.id
     for s in with_shapes("point", split):
         width, height = s.images[0].size
-        (asked,) = mentioned(s.prompt, SHAPES)
-        (found,) = [f for f in scenes.find(s.images[0]) if f.shape == asked]
-        (point,) = coordinates.parse_points(s.answer)
-        assert np.abs(np.array(coordinates.decode_point(point, width, height)) - found.centre).max() <= 1.05, s.id
-        assert coordinates.inside(point, s.meta["boxes"][0])
+        assert coordinates.inside(coordinates.parse_points(s.answer)[0], s.meta["boxes"][0])
+        for prompt, answer in turns(s):
+            (asked,) = mentioned(prompt, SHAPES)
+            (found,) = [f for f in scenes.find(s.images[0]) if f.shape == asked]
+            (point,) = coordinates.parse_points(answer)
+            assert np.abs(np.array(coordinates.decode_point(point, width, height)) - found.centre).max() <= 1.05, s.id
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_ground_one_emoji(split):
     """The box of a lone emoji is the extent of what is not background."""
     checked = 0
-    for s in draw("ground", split, 400):
+    for s in draw("ground", split, 800):
         ink = scenes.foreground(s.images[0], 12)
         count = ndimage.label(ink, np.ones((3, 3)))[1]
         if mentioned(s.prompt, SHAPES) or count != 1:
@@ -167,14 +180,65 @@ def bar_values(picture) -> list[int]:
 def test_chart(split):
     for s in draw("chart", split):
         values = dict(zip("ABCD", bar_values(s.images[0])))
-        label = re.search(r"\b([A-D])\b|^([A-D])", s.prompt)
-        if label:
-            assert str(values[label.group(1) or label.group(2)]) == s.answer, s.id
-        elif re.search("hortest|最低", s.prompt):
-            assert s.answer == min(values, key=values.get), s.id
-        else:
-            assert re.search("allest|最高", s.prompt) and s.answer == max(values, key=values.get), s.id
+        assert len(turns(s)) == len(values) + 2
+        for prompt, answer in turns(s):
+            label = re.search(r"\b([A-D])\b|^([A-D])", prompt)
+            if label:
+                assert str(values[label.group(1) or label.group(2)]) == answer, s.id
+            elif re.search("hortest|最低", prompt):
+                assert answer == min(values, key=values.get), s.id
+            else:
+                assert re.search("allest|最高", prompt) and answer == max(values, key=values.get), s.id
         assert sorted(values.values()) == sorted(set(values.values()))
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_table(split):
+    for s in draw("table", split):
+        values = bar_values(s.images[0])
+        assert s.answer == ",".join(f"{label}={value}" for label, value in zip("ABCD", values)), s.id
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_describe(split):
+    """Colour, shape and centre of every object, from left to right."""
+    placed = plain = 0
+    for s in draw("describe", split, 200):
+        parts = re.findall(r"([^\[\],]+)(?:\[\[(\d+,\d+)\]\])?", s.answer)
+        if not all(mentioned(said, SHAPES) for said, _ in parts):
+            continue
+        seen = sorted(scenes.find(s.images[0]), key=lambda found: found.centre)
+        assert len(seen) == len(parts), s.id
+        for found, (said, centre) in zip(seen, parts):
+            assert mentioned(said, SHAPES) == [found.shape] and mentioned(said, COLOURS) == [found.colour], s.id
+            if centre:
+                point = coordinates.decode_point([int(v) for v in centre.split(",")], *s.images[0].size)
+                assert np.abs(np.array(point) - found.centre).max() <= 1.05, s.id
+        placed, plain = placed + bool(parts[0][1]), plain + (not parts[0][1])
+    assert min(placed, plain) > 15
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_relate(split):
+    words = {"left": (-1, 0), "右边": (1, 0), "right": (1, 0), "左边": (-1, 0), "above": (0, -1), "上面": (0, -1),
+             "below": (0, 1), "下面": (0, 1)}  # fmt: skip
+    for s in with_shapes("relate", split):
+        centres = {f.shape: f.centre for f in scenes.find(s.images[0])}
+        a, b = mentioned(s.answer, SHAPES)
+        (side,) = [direction for word, direction in words.items() if word in s.answer]
+        gap = np.subtract(centres[a], centres[b])
+        assert np.dot(gap, side) > 0 and abs(np.dot(gap, side)) > 1.7 * abs(np.dot(gap, side[::-1])), s.id
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_lines(split):
+    """The lines lie below each other, nothing is cut off, and each is one of the split's strings."""
+    for s in draw("lines", split):
+        ink = scenes.foreground(s.images[0], 60)
+        assert not (ink[0].any() or ink[-1].any() or ink[:, 0].any() or ink[:, -1].any()), s.id
+        rows = s.answer.split(" ")
+        assert ndimage.label(ink.any(1))[1] >= len(rows), s.id
+        assert all(read.belongs(row, split) for row in rows)
 
 
 @pytest.mark.parametrize("split", SPLITS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glmv_jax.data.questions import KINDS
+from glmv_jax.data.questions import DESCRIPTIONS, KINDS
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import boxed, geometry, text
 from glmv_jax.rl.rewards.grade import RIGHT, WRONG, Grade
@@ -20,7 +20,7 @@ def test_the_grader_pays_for_the_gold_answer_only(name, split):
 
 
 def test_every_question_with_an_answer_to_check_is_a_task():
-    assert set(tasks.TASKS) == set(KINDS) - {"caption"}
+    assert set(tasks.TASKS) == set(KINDS) - set(DESCRIPTIONS)
 
 
 def mentions(content, sample):

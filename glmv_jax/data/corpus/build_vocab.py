@@ -10,13 +10,14 @@ control pieces: no text encodes to them.
 from __future__ import annotations
 
 import io
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
 import sentencepiece
 
-from glmv_jax.data import corpus, emoji
+from glmv_jax.data import corpus, drawing, emoji
 from glmv_jax.data.corpus import build_fonts
 from glmv_jax.data.questions import KINDS, Questions
 from glmv_jax.data.texts import Texts
@@ -27,6 +28,13 @@ QUESTIONS_EACH, TEXTS = 2000, 6000
 
 
 def lines() -> Iterator[str]:
+    """`_lines`, each cut after every Chinese colour: "红色圆形" is two pieces, so that any colour meets any shape."""
+    colours = "|".join(colour.names["zh"] for colour in drawing.COLOURS.values())
+    for line in _lines():
+        yield from filter(None, re.split(f"(?<={colours})", line))
+
+
+def _lines() -> Iterator[str]:
     """The training text: names and keywords of both languages, prompts and answers of every kind of question, texts.
 
     A prompt or caption that occurs n times is given sqrt(n) times: its words become pieces, whole prompts do not.
@@ -41,7 +49,7 @@ def lines() -> Iterator[str]:
         questions = Questions([kind], "train", seed=1)
         for i in range(QUESTIONS_EACH):
             sample = questions[i]
-            if kind == "read":
+            if kind in ("read", "lines"):
                 yield " ".join(sample.answer)  # the strings are random: their symbols are to stay apart
             elif sample.boxed:
                 yield sample.answer

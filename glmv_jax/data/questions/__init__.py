@@ -2,7 +2,7 @@
 
     kind        asks for                                          check
     read        the string in the picture                         text
-    count       how many objects of a kind, 1 to 6                numeric
+    count       how many objects of a kind, 1 to 5                numeric
     name        the name of an emoji, in English or Chinese       exact
     attribute   the colour of a shape, the shape of a colour      exact
     spatial     left, right, above, below                         exact
@@ -10,6 +10,12 @@
     point       the centre of an object, 0..999                   point
     chart       the value of a bar, the tallest or shortest bar   numeric or exact
     caption     (no question) what is in the picture              text, not boxed
+    describe    all objects, from left to right, with centres     text, not boxed
+    relate      how two objects lie                               text, not boxed
+    table       the values of all bars                            text, not boxed
+    lines       all strings of a page                             text, not boxed
+
+The last five are DESCRIPTIONS, for pretraining: a picture told in full teaches more than the answer to one question.
 
 `meta` of a sample: "check" (the kind of comparison), "lang", and where they apply "aliases" (other right answers),
 "choices", "boxes" (gold boxes in 0..999). Training and held-out samples differ in seeds, fonts, strings, shades of
@@ -24,7 +30,21 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from glmv_jax.data.questions import attribute, caption, chart, count, ground, name, point, read, spatial
+from glmv_jax.data.questions import (
+    attribute,
+    caption,
+    chart,
+    count,
+    describe,
+    ground,
+    lines,
+    name,
+    point,
+    read,
+    relate,
+    spatial,
+    table,
+)  # fmt: skip
 from glmv_jax.data.records import Sample
 from glmv_jax.data.seeds import ENDLESS, generator
 from glmv_jax.typing import UserError
@@ -39,7 +59,12 @@ KINDS: dict[str, Callable[[np.random.Generator, str], Sample]] = {
     "point": point.generate,
     "chart": chart.generate,
     "caption": caption.generate,
+    "describe": describe.generate,
+    "relate": relate.generate,
+    "table": table.generate,
+    "lines": lines.generate,
 }
+DESCRIPTIONS = ("caption", "describe", "relate", "table", "lines")
 SPLITS = ("train", "heldout")
 
 

@@ -8,6 +8,7 @@ from glmv_jax.data import drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
 
+COUNTS = (1, 1, 2, 3)
 COLOUR_PROMPTS = {
     "en": ("What colour is the {}?", "The {} is which colour?"),
     "zh": ("{}是什么颜色？", "图中的{}是什么颜色？"),
@@ -24,16 +25,19 @@ def aliases(name: str) -> list[str]:
 
 
 def generate(rng: np.random.Generator, split: str) -> Sample:
-    lang, count = scene.language(rng), int(rng.integers(1, 4))
+    lang, count = scene.language(rng), scene.choose(rng, COUNTS)
     shapes = scene.distinct(rng, tuple(drawing.SHAPES), count)
     colours = scene.distinct(rng, tuple(drawing.COLOURS), count)
     canvas = scene.choose(rng, scene.CANVASES)
-    things = scene.scatter(rng, split, canvas, list(zip(shapes, colours)), (18, 26))
-    asked = things[0]
-    colour, shape = drawing.COLOURS[asked.colour].names[lang], asked.name(lang)
-    of_colour = rng.random() < 0.5
-    template = scene.choose(rng, (COLOUR_PROMPTS if of_colour else SHAPE_PROMPTS)[lang])
-    prompt, answer = (template.format(shape), colour) if of_colour else (template.format(colour), shape)
-    facts = {"aliases": aliases(answer), "asked": "colour" if of_colour else "shape"}
+    things = scene.scatter(rng, split, canvas, list(zip(shapes, colours)), (16, 26))
+    # One question an object: "which colour" after "which shape" would be answered by the turn before.
+    turns = []
+    for each in things:
+        colour, shape = drawing.COLOURS[each.colour].names[lang], each.name(lang)
+        if rng.random() < 0.5:
+            turns.append((scene.choose(rng, COLOUR_PROMPTS[lang]).format(shape), colour))
+        else:
+            turns.append((scene.choose(rng, SHAPE_PROMPTS[lang]).format(colour), shape))
+    facts = {"aliases": aliases(turns[0][1])}
     picture = scene.paint(canvas, things, split, rng)
-    return scene.sample("attribute", picture, prompt, answer, lang, "exact", **facts)
+    return scene.quiz("attribute", picture, turns, lang, "exact", **facts)

@@ -16,13 +16,12 @@ AND = {"en": " and ", "zh": "和"}
 
 def phrase(each: scene.Thing, number: int, lang: str) -> str:
     """"two red stars", "一个猫"."""
-    noun = count.plural(each.name("en")) if lang == "en" and number > 1 else each.name(lang)
-    colour = drawing.COLOURS[each.colour].names[lang] if each.colour else ""
+    words = each.phrase(lang)
     if lang == "zh":
-        return NUMBERS["zh"][number - 1] + colour + noun
-    words = " ".join(filter(None, (colour, noun)))
-    article = "an" if number == 1 and words[0] in "aeiou" else NUMBERS["en"][number - 1]
-    return f"{article} {words}"
+        return NUMBERS["zh"][number - 1] + words
+    if number > 1:
+        return f"{NUMBERS['en'][number - 1]} {count.plural(words)}"
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
 def generate(rng: np.random.Generator, split: str) -> Sample:
@@ -40,9 +39,8 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
         nouns, colours = zip(*sorted(zip(nouns, colours)))
     wanted = [(nouns[k], colours[k]) for k in range(kinds) for _ in range(numbers[k])]
     canvas = scene.choose(rng, scene.CANVASES)
-    things = scene.scatter(rng, split, canvas, wanted, (14, 20))
+    things = scene.scatter(rng, split, canvas, wanted, (12, 18))
     firsts = [things[0], things[numbers[0]]] if kinds == 2 else things[:1]
     text = AND[lang].join(phrase(each, number, lang) for each, number in zip(firsts, numbers))
     picture = scene.paint(canvas, things, split, rng)
-    bare = scene.sample("caption", picture, "", text, lang, "text")
-    return dataclasses.replace(bare, boxed=False)
+    return scene.description("caption", picture, "", text, lang)

@@ -12,7 +12,7 @@ from glmv_jax.data.records import Sample
 VALUE = {"en": ("Value of {}?", "How tall is {}?"), "zh": ("{}的值是多少？", "{}有多高？")}
 TALLEST = {"en": ("Tallest bar?", "Which bar is tallest?"), "zh": ("最高的是哪个？", "哪个柱子最高？")}
 SHORTEST = {"en": ("Shortest bar?", "Which bar is shortest?"), "zh": ("最低的是哪个？", "哪个柱子最低？")}
-CANVASES = ((64, 64), (80, 48))
+CANVASES = ((48, 48), (64, 48))
 LABELS = "ABCD"
 MOST = 6
 LEFT, BOTTOM = 9, 10  # room for the numbers and for the labels, pixels
@@ -20,18 +20,23 @@ LEFT, BOTTOM = 9, 10  # room for the numbers and for the labels, pixels
 
 def generate(rng: np.random.Generator, split: str) -> Sample:
     lang, canvas = scene.language(rng), scene.choose(rng, CANVASES)
-    # Different heights, so that the tallest and the shortest are one bar each.
-    values = [int(v) + 1 for v in rng.permutation(MOST)[: int(rng.integers(3, len(LABELS) + 1))]]
-    picture = draw(canvas, values, split, rng)
-    facts = {"values": dict(zip(LABELS, values))}
+    heights = values(rng)
+    picture = draw(canvas, heights, split, rng)
+    facts = {"values": dict(zip(LABELS, heights))}
+    values_of = [(scene.choose(rng, VALUE[lang]).format(label), str(v)) for label, v in zip(LABELS, heights)]
+    extremes = [(scene.choose(rng, forms[lang]), LABELS[heights.index(value)])
+                for forms, value in ((TALLEST, max(heights)), (SHORTEST, min(heights)))]  # fmt: skip
+    # Half of the first questions ask for a value, half for the tallest or shortest bar.
+    values_of, extremes = (scene.distinct(rng, turns, len(turns)) for turns in (values_of, extremes))
     if rng.random() < 0.5:
-        asked = int(rng.integers(len(values)))
-        prompt = scene.choose(rng, VALUE[lang]).format(LABELS[asked])
-        return scene.sample("chart", picture, prompt, str(values[asked]), lang, "numeric", **facts)
-    templates, value = (TALLEST, max(values)) if rng.random() < 0.5 else (SHORTEST, min(values))
-    answer = LABELS[values.index(value)]
-    facts["choices"] = list(LABELS[: len(values)])
-    return scene.sample("chart", picture, scene.choose(rng, templates[lang]), answer, lang, "exact", **facts)
+        return scene.quiz("chart", picture, values_of + extremes, lang, "numeric", **facts)
+    facts["choices"] = list(LABELS[: len(heights)])
+    return scene.quiz("chart", picture, extremes + values_of, lang, "exact", **facts)
+
+
+def values(rng: np.random.Generator) -> list[int]:
+    """Heights of three or four bars, all different, so that the tallest and the shortest are one bar each."""
+    return [int(v) + 1 for v in rng.permutation(MOST)[: int(rng.integers(3, len(LABELS) + 1))]]
 
 
 def draw(canvas: tuple[int, int], values: list[int], split: str, rng: np.random.Generator) -> Image.Image:
@@ -48,7 +53,7 @@ def draw(canvas: tuple[int, int], values: list[int], split: str, rng: np.random.
         if value % 2 == 0 and value:
             pen.text((LEFT - 2, y), str(value), font=font, fill=(60, 60, 60), anchor="rm")
     slot = (width - LEFT - 1) / len(values)
-    thickness = scene.choose(rng, (7, 9) if split == "train" else (8,))
+    thickness = scene.choose(rng, (5, 7) if split == "train" else (6,))
     one_colour = scene.choose(rng, tuple(drawing.COLOURS)) if rng.random() < 0.5 else ""
     colours = [one_colour] * len(values) if one_colour else scene.distinct(rng, tuple(drawing.COLOURS), len(values))
     for i, (value, colour) in enumerate(zip(values, colours)):

@@ -1,4 +1,4 @@
-"""Counting the objects of one kind, 1 to 6 of them, among up to 2 others."""
+"""Counting the objects of one kind, 1 to 5 of them, among up to 2 others."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROMPTS = {
     "en": ("How many {}?", "Count the {}."),
     "zh": ("有几个{}？", "数一数{}。"),
 }
-MOST = 6
+MOST = 5
 
 
 def plural(noun: str) -> str:
@@ -24,13 +24,15 @@ def plural(noun: str) -> str:
 
 def generate(rng: np.random.Generator, split: str) -> Sample:
     lang = scene.language(rng)
-    asked, other = scene.nouns(rng, 2, emoji_share=0.3)
+    asked, other = scene.nouns(rng, 2, emoji_share=0.2)
     count, others = int(rng.integers(1, MOST + 1)), int(rng.integers(0, 3))
     colours = scene.distinct(rng, tuple(drawing.COLOURS), 2) if asked in drawing.SHAPES else ["", ""]
     kinds = [(asked, colours[0])] * count + [(other, colours[1])] * others
     canvas = scene.choose(rng, scene.CANVASES)
-    things = scene.scatter(rng, split, canvas, kinds, (13, 16))
-    noun = plural(things[0].name("en")) if lang == "en" else things[0].name("zh")
-    prompt = scene.choose(rng, PROMPTS[lang]).format(noun)
+    things = scene.scatter(rng, split, canvas, kinds, (10, 14))
+    turns = []
+    for each, number in ((things[0], count), (things[-1], others)):
+        noun = plural(each.phrase("en")) if lang == "en" else each.phrase("zh")
+        turns.append((scene.choose(rng, PROMPTS[lang]).format(noun), str(number)))
     picture = scene.paint(canvas, things, split, rng)
-    return scene.sample("count", picture, prompt, str(count), lang, "numeric", noun=asked, others=others)
+    return scene.quiz("count", picture, turns[: 1 + (others > 0)], lang, "numeric", noun=asked, others=others)

@@ -17,15 +17,16 @@ PROMPTS = {
 def generate(rng: np.random.Generator, split: str) -> Sample:
     lang = scene.language(rng)
     things, canvas = objects(rng, split)
-    prompt = scene.choose(rng, PROMPTS[lang]).format(things[0].name(lang))
-    box = scene.written_box(things[0], canvas)
+    boxes = [scene.written_box(each, canvas) for each in things]
+    turns = [(scene.choose(rng, PROMPTS[lang]).format(each.phrase(lang)), coordinates.format_lists([box]))
+             for each, box in zip(things, boxes)]  # fmt: skip
     picture = scene.paint(canvas, things, split, rng)
-    return scene.sample("ground", picture, prompt, coordinates.format_lists([box]), lang, "box", boxes=[box])
+    return scene.quiz("ground", picture, turns, lang, "box", boxes=boxes[:1])
 
 
 def objects(rng: np.random.Generator, split: str) -> tuple[list[scene.Thing], tuple[int, int]]:
     """1 to 3 large objects with different nouns and the size of their canvas; the first one is asked for."""
     canvas, count = scene.choose(rng, scene.CANVASES), int(rng.integers(1, 4))
-    nouns = scene.nouns(rng, count, emoji_share=0.4)
+    nouns = scene.nouns(rng, count, emoji_share=0.2)
     colours = scene.distinct(rng, tuple(drawing.COLOURS), count) if nouns[0] in drawing.SHAPES else [""] * count
-    return scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (18, 32)), canvas
+    return scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (14, 26)), canvas

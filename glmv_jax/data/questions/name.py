@@ -30,7 +30,7 @@ PROMPTS = {
     "en": ("What is it? English.", "Name it in English.", "这是什么？用英文答。"),
     "zh": ("这是什么？用中文答。", "用中文说出名称。", "Name it in Chinese."),
 }
-CANVASES = ((64, 64), (48, 48), (80, 48), (48, 80))
+CANVASES = ((48, 48), (32, 32), (48, 32), (32, 48))
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     picture = Image.new("RGB", canvas, drawing.background(split, rng))
     corners = None
     while corners is None:
-        stamp = emoji.stamp(index, int(rng.integers(30, min(canvas) - 1)))
+        stamp = emoji.stamp(index, int(rng.integers(24, min(canvas) - 1)))
         corners = scene.place(rng, split, canvas, [stamp.size], gap=1)
     emoji.paste(picture, stamp, *corners[0])
     answer = emoji.load()[index].name(lang)

@@ -17,9 +17,9 @@ PROMPTS = {
 def generate(rng: np.random.Generator, split: str) -> Sample:
     lang = scene.language(rng)
     things, canvas = ground.objects(rng, split)
-    x1, y1, x2, y2 = things[0].box
-    point = coordinates.encode_point(((x1 + x2) / 2, (y1 + y2) / 2), *canvas)
-    prompt = scene.choose(rng, PROMPTS[lang]).format(things[0].name(lang))
-    facts = {"boxes": [scene.written_box(things[0], canvas)], "point": list(point)}
+    points = [coordinates.encode_point(each.centre, *canvas) for each in things]
+    turns = [(scene.choose(rng, PROMPTS[lang]).format(each.phrase(lang)), coordinates.format_lists([point]))
+             for each, point in zip(things, points)]  # fmt: skip
+    facts = {"boxes": [scene.written_box(things[0], canvas)], "point": list(points[0])}
     picture = scene.paint(canvas, things, split, rng)
-    return scene.sample("point", picture, prompt, coordinates.format_lists([point]), lang, "point", **facts)
+    return scene.quiz("point", picture, turns, lang, "point", **facts)

@@ -12,7 +12,7 @@ from PIL import Image
 from glmv_jax.data import coordinates, drawing, emoji
 from glmv_jax.data.records import Sample
 
-CANVASES = ((64, 64), (80, 48), (48, 80))
+CANVASES = ((48, 48), (64, 32), (32, 64))
 # Emoji of training concepts that are told apart at 14 pixels and have a regular plural.
 OBJECTS = (
     "cat", "dog", "pig", "rabbit", "frog", "turtle", "penguin", "butterfly", "banana", "strawberry", "pineapple",
@@ -34,6 +34,16 @@ class Thing:
         """Noun in the language."""
         shape = drawing.SHAPES.get(self.noun)
         return shape[lang] if shape else emoji.load()[emoji.find(self.noun)].name(lang)
+
+    def phrase(self, lang: str) -> str:
+        """Colour and noun, as a person would point it out: "red circle", "红色圆形", "cat"."""
+        colour = drawing.COLOURS[self.colour].names[lang] if self.colour else ""
+        return (" " if lang == "en" else "").join(filter(None, (colour, self.name(lang))))
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        """(x, y) of the box's centre, pixels."""
+        return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
     def paint(self, canvas: Image.Image) -> None:
         x1, y1, x2, _ = self.box
@@ -60,7 +70,7 @@ def choose(rng: np.random.Generator, options: Sequence[Any]) -> Any:
     return options[int(rng.integers(len(options)))]
 
 
-def distinct(rng: np.random.Generator, options: Sequence[str], count: int) -> list[str]:
+def distinct(rng: np.random.Generator, options: Sequence[Any], count: int) -> list[Any]:
     """`count` different options in random order."""
     return [options[int(i)] for i in rng.permutation(len(options))[:count]]
 
@@ -122,6 +132,17 @@ def language(rng: np.random.Generator) -> str:
 def written_box(each: Thing, canvas: tuple[int, int]) -> list[int]:
     """The box in the 0..999 convention."""
     return list(coordinates.encode_box(each.box, *canvas))
+
+
+def quiz(kind: str, picture: Image.Image, turns: Sequence[tuple[str, str]], *rest: Any, **facts: Any) -> Sample:
+    """Several (question, answer) about one picture: the first is the sample's own, the others are `more` of it."""
+    (prompt, answer), *more = turns
+    return dataclasses.replace(sample(kind, picture, prompt, answer, *rest, **facts), more=tuple(more))
+
+
+def description(kind: str, picture: Image.Image, prompt: str, answer: str, lang: str, **facts: Any) -> Sample:
+    """A picture told in words, for pretraining: no answer box, and no task of reinforcement learning."""
+    return dataclasses.replace(sample(kind, picture, prompt, answer, lang, "text", **facts), boxed=False)
 
 
 def sample(kind: str, picture: Image.Image, prompt: str, answer: str, lang: str, check: str, **facts: Any) -> Sample:

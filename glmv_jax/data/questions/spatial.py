@@ -28,11 +28,12 @@ PROMPTS = {
     "zh": ("{0}在{1}的哪边？", "{0}在{1}的哪一面？"),
 }
 
+CANVASES = ((48, 48), (64, 48), (48, 64))  # wide enough both ways: the shape of the picture must not tell the answer
+
 
 def side_of(a: scene.Thing, b: scene.Thing) -> str | None:
     """Where `a` lies, seen from `b`; None when it is not clear."""
-    dx = (a.box[0] + a.box[2] - b.box[0] - b.box[2]) / 2
-    dy = (a.box[1] + a.box[3] - b.box[1] - b.box[3]) / 2
+    dx, dy = a.centre[0] - b.centre[0], a.centre[1] - b.centre[1]
     if abs(dx) >= 2 * abs(dy):
         return "left" if dx < 0 else "right"
     if abs(dy) >= 2 * abs(dx):
@@ -40,19 +41,22 @@ def side_of(a: scene.Thing, b: scene.Thing) -> str | None:
     return None
 
 
-def generate(rng: np.random.Generator, split: str) -> Sample:
-    lang, wanted = scene.language(rng), scene.choose(rng, tuple(SIDES))
-    canvas = scene.choose(rng, scene.CANVASES)
-    nouns = scene.nouns(rng, 2, emoji_share=0.3)
+def pair(rng: np.random.Generator, split: str) -> tuple[tuple[scene.Thing, scene.Thing], str, tuple[int, int]]:
+    """Two objects, the side of the second on which the first lies (each as likely), and the size of their canvas."""
+    wanted, canvas = scene.choose(rng, tuple(SIDES)), scene.choose(rng, CANVASES)
+    nouns = scene.nouns(rng, 2, emoji_share=0.2)
     colours = scene.distinct(rng, tuple(drawing.COLOURS), 2) if nouns[0] in drawing.SHAPES else ["", ""]
     while True:
-        a, b = scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (16, 22))
+        a, b = scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (14, 22))
         if side_of(a, b) == wanted:
-            break
+            return (a, b), wanted, canvas
         if side_of(b, a) == wanted:
-            a, b = b, a
-            break
-    prompt = scene.choose(rng, PROMPTS[lang]).format(a.name(lang), b.name(lang))
+            return (b, a), wanted, canvas
+
+
+def generate(rng: np.random.Generator, split: str) -> Sample:
+    lang, (a, b), wanted, canvas = scene.language(rng), *pair(rng, split)
+    prompt = scene.choose(rng, PROMPTS[lang]).format(a.phrase(lang), b.phrase(lang))
     picture = scene.paint(canvas, (a, b), split, rng)
     facts = {"aliases": ALIASES[wanted][lang], "choices": [names[lang] for names in SIDES.values()]}
     return scene.sample("spatial", picture, prompt, SIDES[wanted][lang], lang, "exact", **facts)
