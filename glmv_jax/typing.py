@@ -52,6 +52,8 @@ class TokenInput(NamedTuple):
                  token it takes; else -1.
     loss_weight: [B, T] float, the weight of predicting the token AT this position (0 for prompts, images, padding),
                  or None where no loss is taken.
+    branches:    [B, T] int or None: answers that share a prompt. In a segment, what has branch 0 (the prompt) is seen by
+                 all that follows, any other branch (an answer) only by itself. None: every segment is one text.
     """
 
     tokens: Any
@@ -59,3 +61,4 @@ class TokenInput(NamedTuple):
     segments: Any
     image_row: Any
     loss_weight: Any = None
+    branches: Any = None

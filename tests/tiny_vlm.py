@@ -91,7 +91,7 @@ def forward(cfg, tree, rows: list[dict], T: int = 40, P: int = 16) -> np.ndarray
 def batch_logits(cfg, tree, batch: dict) -> np.ndarray:
     """Logits [B, T, V] of a vlm batch."""
     vision = VisionInput(*(batch[k] for k in ("patches", "yx", "frame")))
-    tokens = TokenInput(*(batch[k] for k in ("tokens", "positions", "segments", "image_row")))
+    tokens = TokenInput(*(batch.get(k) for k in ("tokens", "positions", "segments", "image_row", "", "branches")))
     return np.asarray(_logits(cfg, tree, vision, tokens))
 
 

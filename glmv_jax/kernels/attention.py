@@ -15,10 +15,13 @@ class Span(NamedTuple):
     """What a position may see: the same segment and, when slots are given, keys at or before its own slot.
 
     segments: [B, T] int; slots: [B, T] int order inside the row, or None for attention in both directions.
+    branches: [B, T] int or None: within a segment, branch 0 is a trunk that all see and every other number a branch
+        that only itself sees (several continuations of one prompt).
     """
 
     segments: jax.Array
     slots: jax.Array | None = None
+    branches: jax.Array | None = None
 
 
 def visible(query: Span, key: Span) -> jax.Array:
@@ -26,6 +29,9 @@ def visible(query: Span, key: Span) -> jax.Array:
     mask_BTS = query.segments[:, :, None] == key.segments[:, None, :]
     if query.slots is not None:
         mask_BTS &= key.slots[:, None, :] <= query.slots[:, :, None]
+    if query.branches is not None:
+        key_B1S = key.branches[:, None, :]
+        mask_BTS &= (key_B1S == 0) | (key_B1S == query.branches[:, :, None])
     return mask_BTS
 
 

@@ -80,7 +80,7 @@ def apply(
     B, T = tokens.tokens.shape
     if cache is None:
         slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
-        query = key = Span(tokens.segments, slots_BT)
+        query = key = Span(tokens.segments, slots_BT, tokens.branches)
         layers = None
     else:
         slots = cache["k"].shape[2]
@@ -102,7 +102,12 @@ def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
 
 
 def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInput) -> list[jax.Array]:
-    """Normed hidden states [B, T, D] of MTP depths 1..K; `logits` turns each into predictions of t_{i+k+1}."""
+    """Normed hidden states [B, T, D] of MTP depths 1..K; `logits` turns each into predictions of t_{i+k+1}.
+
+    Raises ValueError for rows with branches: the head reads a row's next tokens, and a prompt has several.
+    """
+    if tokens.branches is not None:
+        raise ValueError("the MTP head takes no rows with branches; pack every answer with its own prompt")
     table_BTD = decoder.embed(params["decoder"], tokens.tokens)
     inputs = mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0)
     h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm

@@ -1,11 +1,14 @@
 """Rollouts to packed training rows: the sampled ids as they are, never tokenised again, with the pixels they saw.
 
-Rollouts of one prompt that share a row share its image: the patches are there once and every copy of the placeholder
-tokens points at them, so the vision tower runs once for them in training as it did in sampling.
+Rollouts of one prompt that share a row share the prompt and its image: both are there once, and each answer is a branch
+that sees the prompt and itself (`typing.TokenInput.branches`), so prompt and pixels are encoded once for all of them in
+training as they were in sampling. The prompt's last token, which predicts the first of every answer, stands at the head
+of each branch.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -17,13 +20,14 @@ MERGE = 4  # patches of a merged visual token
 
 
 class _Row:
-    """A row under construction; arrays are those of the vlm batch contract and three more."""
+    """A row under construction; arrays are those of the vlm batch contract and four more."""
 
     def __init__(self, tokens: int, patches: int, channels: int, targets: int):
         self.arrays: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),
             "positions": np.zeros((tokens, 3), np.int32),
             "segments": np.zeros(tokens, np.int32),
+            "branches": np.zeros(tokens, np.int32),
             "image_row": np.full(tokens, -1, np.int32),
             "loss_weight": np.zeros(tokens, np.float32),
             "source": np.full(tokens, -1, np.int32),
@@ -35,45 +39,50 @@ class _Row:
         }
         self.tokens = self.patches = self.segments = self.frames = self.targets = 0
         self.limit = targets
-        self.image_start: dict[int, int] = {}  # prompt row -> where its patches begin in this row
+        self.prompts: dict[int, list[int]] = {}  # prompt row -> its segment and how many branches it has
 
-    def fits(self, record: Rollout, prompts: Batch) -> bool:
-        new_patches = 0 if record.row in self.image_start else _patches(record, prompts)
+    def fits(self, records: Sequence[Rollout], prompts: Batch) -> bool:
+        """Whether all of them, rollouts of one prompt, have room."""
+        first, answers = records[0], sum(len(record.answer) for record in records)
+        new = first.row not in self.prompts
         return (
-            self.tokens + len(record.prompt) + len(record.answer) <= len(self.arrays["tokens"])
-            and self.patches + new_patches <= len(self.arrays["frame"])
-            and self.targets + len(record.answer) <= self.limit
+            self.tokens + new * (len(first.prompt) - 1) + len(records) + answers <= len(self.arrays["tokens"])
+            and self.patches + new * _patches(first, prompts) <= len(self.arrays["frame"])
+            and self.targets + answers <= self.limit
         )
 
     def add(self, record: Rollout, prompts: Batch, advantage: float, weight: float, source: int) -> None:
-        a, n_prompt, n = self.arrays, len(record.prompt), len(record.prompt) + len(record.answer)
-        if record.row not in self.image_start:
-            self._add_image(record, prompts)
-        whole = slice(self.tokens, self.tokens + n)
-        asked, said = slice(self.tokens, self.tokens + n_prompt), slice(self.tokens + n_prompt, self.tokens + n)
-        self.segments += 1
-        a["segments"][whole] = self.segments
-        a["source"][whole] = source
-        a["tokens"][asked], a["tokens"][said] = record.prompt, record.answer
-        a["positions"][asked] = prompts["positions"][record.row, :n_prompt]
-        a["positions"][said] = prompts["next_position"][record.row] + np.arange(len(record.answer))[:, None]
-        rows = prompts["image_row"][record.row, :n_prompt]
-        a["image_row"][asked] = np.where(rows >= 0, rows + self.image_start[record.row] // MERGE, -1)
+        a, last, n = self.arrays, len(record.prompt) - 1, len(record.answer)
+        if record.row not in self.prompts:
+            self._add_prompt(record, prompts, source)
+        self.prompts[record.row][1] += 1
+        segment, branch = self.prompts[record.row]
+        whole, said = slice(self.tokens, self.tokens + 1 + n), slice(self.tokens + 1, self.tokens + 1 + n)
+        a["segments"][whole], a["branches"][whole], a["source"][whole] = segment, branch, source
+        a["tokens"][whole] = record.prompt[last], *record.answer
+        a["positions"][self.tokens] = prompts["positions"][record.row, last]
+        a["positions"][said] = prompts["next_position"][record.row] + np.arange(n)[:, None]
         a["loss_weight"][said], a["advantage"][said], a["old_logprob"][said] = weight, advantage, record.logprobs
-        _check_pixels(a, asked, record)
-        self.tokens = whole.stop
-        self.targets += len(record.answer)
+        self.tokens, self.targets = whole.stop, self.targets + n
 
-    def _add_image(self, record: Rollout, prompts: Batch) -> None:
-        count = _patches(record, prompts)
-        there = slice(self.patches, self.patches + count)
+    def _add_prompt(self, record: Rollout, prompts: Batch, source: int) -> None:
+        """The trunk: the prompt without its last token, and the image."""
+        a, last, count = self.arrays, len(record.prompt) - 1, _patches(record, prompts)
+        there, asked = slice(self.patches, self.patches + count), slice(self.tokens, self.tokens + last)
         for name in ("patches", "yx"):
-            self.arrays[name][there] = prompts[name][record.row, :count]
+            a[name][there] = prompts[name][record.row, :count]
         frame = prompts["frame"][record.row, :count]
-        self.arrays["frame"][there] = frame + self.frames
+        a["frame"][there] = frame + self.frames
+        self.segments += 1
+        a["segments"][asked], a["source"][asked] = self.segments, source
+        a["tokens"][asked] = record.prompt[:last]
+        a["positions"][asked] = prompts["positions"][record.row, :last]
+        rows = prompts["image_row"][record.row, :last]
+        a["image_row"][asked] = np.where(rows >= 0, rows + self.patches // MERGE, -1)
+        _check_pixels(a, asked, record)
         self.frames += int(frame.max(initial=0))
-        self.image_start[record.row] = self.patches
-        self.patches = there.stop
+        self.prompts[record.row] = [self.segments, 0]
+        self.patches, self.tokens = there.stop, asked.stop
 
 
 def _patches(record: Rollout, prompts: Batch) -> int:
@@ -107,10 +116,10 @@ def to_batch(
     targets: int | None = None,
     per: str = "rollout",
 ) -> Batch:
-    """Packed rows of the vlm batch contract with "advantage" and "old_logprob" [B, T], for one policy update.
+    """Packed rows of the vlm batch contract with "branches", "advantage" and "old_logprob" [B, T], for one update.
 
     Args:
-      records: rollouts, those of one prompt beside each other (they share its image).
+      records: rollouts, those of one prompt beside each other (they share it).
       prompts: the prompt batch they were made from.
       advantages_N: one number a rollout.
       rows: allowed numbers of rows, rising: the smallest that holds everything is used (each is one compilation).
@@ -129,23 +138,25 @@ def to_batch(
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
     size = (tokens, patches, prompts["patches"].shape[-1], tokens if targets is None else targets)
     packed: list[_Row] = []
-    for record, advantage in zip(records, advantages_N):
-        if not len(record.answer):
-            continue
-        if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
-            raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
-        row = next((row for row in packed if row.fits(record, prompts)), None)
-        if row is None:
-            row = _Row(*size)
-            packed.append(row)
-            if not row.fits(record, prompts):
-                raise UserError(
-                    f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
-                    f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches} with {size[3]} "
-                    "answer tokens; enlarge the row"
-                )
-        row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
-                names.index(record.source))  # fmt: skip
+    kept = [pair for pair in zip(records, advantages_N) if len(pair[0].answer)]
+    for _, group in itertools.groupby(kept, key=lambda pair: pair[0].row):
+        group = list(group)
+        # The first row that holds the whole group; one too large for any row goes on in the next.
+        row = next((row for row in packed if row.fits([record for record, _ in group], prompts)), None)
+        for record, advantage in group:
+            if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
+                raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
+            if row is None or not row.fits([record], prompts):
+                row = _Row(*size)
+                packed.append(row)
+                if not row.fits([record], prompts):
+                    raise UserError(
+                        f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
+                        f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches} with "
+                        f"{size[3]} answer tokens; enlarge the row"
+                    )
+            row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
+                    names.index(record.source))  # fmt: skip
     count = next((n for n in rows if n >= len(packed)), None)
     if count is None:
         raise UserError(f"{len(records)} rollouts fill {len(packed)} rows of {tokens} tokens, but at most {max(rows)} "

@@ -54,12 +54,14 @@ def packed(records, batch, **changes):
 
 
 def pieces(rows):
-    """(row, positions of the answer) of each segment that has a loss, in packing order."""
+    """(row, positions of the prompt, of its last token again, of the answer) of each branch, in packing order."""
     found = []
     for b, s in itertools.product(range(len(rows["segments"])), range(1, 20)):
-        at = np.flatnonzero((rows["segments"][b] == s) & (rows["loss_weight"][b] > 0))
-        if len(at):
-            found.append((b, at))
+        (inside,) = np.nonzero(rows["segments"][b] == s)
+        branches = rows["branches"][b, inside]
+        for branch in range(1, branches.max(initial=0) + 1):
+            head, *answer = inside[branches == branch]
+            found.append((b, inside[branches == 0], head, np.array(answer)))
     return found
 
 
@@ -83,24 +85,28 @@ def test_trained_ids_logprobs_and_advantages_are_the_sampled_ones(records, batch
     logits = tiny_vlm.batch_logits(CFG, params, rows).astype(np.float64)
     logprob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     seen = set()
-    for b, at in pieces(rows):
+    for b, asked, head, at in pieces(rows):
         advantage = rows["advantage"][b, at]
         record = order[int(advantage[0]) - 1]
         seen.add(int(advantage[0]))
         assert (advantage == advantage[0]).all() and NAMES[rows["source"][b, at[0]]] == record.source
         np.testing.assert_array_equal(rows["tokens"][b, at], record.answer)
-        np.testing.assert_array_equal(rows["tokens"][b, at[0] - len(record.prompt) : at[0]], record.prompt)
+        np.testing.assert_array_equal(rows["tokens"][b, [*asked, head]], record.prompt)
+        assert not rows["loss_weight"][b, [*asked, head]].any() and at[0] == head + 1
         np.testing.assert_array_equal(rows["old_logprob"][b, at], record.logprobs)
-        recomputed = logprob[b, at - 1, record.answer]  # through packing, shared images and fresh positions
+        recomputed = logprob[b, at - 1, record.answer]  # through packing, shared prompts and fresh positions
         np.testing.assert_allclose(recomputed, record.logprobs, atol=1e-4)
     assert seen == set(range(1, len(records) + 1))
 
 
-def test_rollouts_of_a_prompt_share_their_image(records, batch):
-    rows = packed(records, batch, tokens=40 * GROUP, patches=16)
+def test_rollouts_of_a_prompt_share_it_and_its_image(records, batch):
+    rows = packed(records, batch, tokens=72)
     assert (rows["frame"] > 0).sum() == (batch["frame"] > 0).sum(), "every image once, for 3 answers each"
-    alone = packed(records, batch, tokens=26, rows=(12,))
-    assert (alone["frame"] > 0).sum() == GROUP * (batch["frame"] > 0).sum()
+    answers = sum(1 + len(r.answer) for r in records)
+    assert (rows["segments"] > 0).sum() == (batch["length"] - 1).sum() + answers, "every prompt once"
+    # A group too large for a row goes on in the next, where its prompt stands again.
+    alone = packed(records, batch, targets=6, rows=(12,))
+    assert (alone["frame"] > 0).sum() > (batch["frame"] > 0).sum()
 
 
 def test_a_frame_is_unique_in_its_row(records, batch):
