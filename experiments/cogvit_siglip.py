@@ -14,7 +14,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (540, 128) if nano else (120_000, 65_536)
+    steps, batch = (400, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
     if not nano:
@@ -30,15 +30,15 @@ def get_config(arg=None):
         "workers": 0 if nano else 8,
     }
     cfg.optim = {
-        "lr": 3e-3 if nano else 1e-3,
+        "lr": 8e-3 if nano else 1e-3,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.0},
         "groups": (
             (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
             (r"text/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
-            (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 10.0}),
-            (r"(text|image)_head/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.4}),
-            (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.4}),
+            (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 4.0}),
+            (r"(text|image)_head/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.15}),
+            (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.15}),
         ),
     }
     return cfg

@@ -20,12 +20,12 @@ def get_config(arg=None):
 
     cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=5, ahead=2)
     if nano:
-        cfg.data.tokens, cfg.data.targets = 256, 96
+        cfg.data.tokens, cfg.data.targets = 384, 288
     cfg.rollout = {
-        "prompts": 96,
-        "group": 4,
+        "prompts": 64,
+        "group": 12,
         "minibatches": 1,
-        "rows": (16, 32, 48, 64),
+        "rows": (8, 16, 24, 32),
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -34,13 +34,10 @@ def get_config(arg=None):
     }
     cfg.loss = {"clip_low": 0.2, "clip_high": 0.28}
     cfg.optim = {
-        "lr": 1e-4 if nano else 1e-6,
+        "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,
         "schedule": {"warmup": 0.02, "decay": "constant"},
-        "groups": (
-            (r"mtp/.*", {"kind": "frozen"}),
-            (r".*", {"kind": "adamw", "wd": 0.0, "betas": (0.9, 0.99)}),
-        ),
+        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.7 if nano else 0.5)),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     return cfg

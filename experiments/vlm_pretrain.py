@@ -21,19 +21,18 @@ def get_config(arg=None):
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
 
     weights = {
-        "caption": 2.0, "describe": 3.0, "relate": 0.5, "table": 0.5, "lines": 0.5, "text": 0.5,
-        "name": 2.5, "attribute": 1.5, "count": 1.0, "point": 0.8, "spatial": 0.8, "chart": 0.8, "ground": 0.5,
-        "read": 0.5,
+        "caption": 1.0, "describe": 2.0, "table": 0.5, "text": 0.4, "name": 2.5, "attribute": 1.5, "count": 1.2,
+        "point": 2.0, "spatial": 2.5, "chart": 1.0, "ground": 1.0, "read": 2.0,
     }  # fmt: skip
     cfg.data = presets.documents(arg.size, weights, seed=3)
     cfg.loss = {"mtp": 0.3}
     # The encoder must learn much faster than the decoder: with equal rates it never sees more than colours, since a
     # decoder that changes at every step drowns the weak gradient of a shape.
     cfg.optim = {
-        "lr": 2e-3 if nano else 3e-4,
+        "lr": 6e-3 if nano else 3e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": presets.vlm_groups(vision=6.0 if nano else 0.5),
+        "groups": presets.vlm_groups(vision=0.7 if nano else 0.5),
     }
-    cfg.eval = {"kinds": ("caption", "describe", "relate", "table", "lines"), "questions": 48}
+    cfg.eval = {"kinds": ("caption", "describe", "table"), "questions": 48}
     return cfg

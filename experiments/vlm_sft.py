@@ -25,10 +25,10 @@ def get_config(arg=None):
     cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=4)
     cfg.loss = {"mtp": 0.3}
     cfg.optim = {
-        "lr": 2e-3 if nano else 1e-4,
+        "lr": 4e-3 if nano else 1e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": presets.vlm_groups(vision=6.0 if nano else 0.5),
+        "groups": presets.vlm_groups(vision=0.7 if nano else 0.5),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":

@@ -24,7 +24,7 @@ DECODER: dict[str, dict[str, Any]] = {
     "nano": dict(
         # Images here are a few patches wide: with the usual base of 10,000 neighbouring columns differ by angles below
         # 0.01 and no position is ever learnt. Half of each head is left unrotated for what does not depend on it.
-        vocab=4096, depth=4, width=128, heads=2, kv_heads=1, head_dim=64, mlp=352, rope_theta=10.0,
+        vocab=4096, depth=4, width=128, heads=2, kv_heads=1, head_dim=64, mlp=352, rope_theta=2.0,
         rotary_fraction=0.5, rope_split=(4, 6, 6),
     ),
     "l": dict(
@@ -35,8 +35,8 @@ DECODER: dict[str, dict[str, Any]] = {
 EMBEDDING = {"nano": 128, "l": 1024}
 # What a row of packed documents holds of tokens, patches and learnt tokens; an image's patches, a prompt's tokens.
 DOCUMENTS: dict[str, dict[str, int]] = {
-    "nano": dict(tokens=136, patches=128, targets=72, image_patches=48, prompt_tokens=48, workers=0),
-    "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8),
+    "nano": dict(tokens=136, patches=128, targets=72, image_patches=48, prompt_tokens=48, workers=0, per="sqrt"),
+    "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8, per="sqrt"),
 }
 
 
@@ -74,9 +74,9 @@ def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:
     """
     return (
         (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": vision}),
-        (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5 * vision}),
+        (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.25 * vision}),
         (r"(decoder|mtp/block|merger)/.*/kernel", {"kind": "muon", "wd": 0.1}),
-        (r".*", {"kind": "adamw", "wd": 0.05}),
+        (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5}),
     )
 
 

@@ -18,6 +18,10 @@ from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 
 
+# The exponent of a document's number of learnt tokens that its loss is divided by.
+POWERS = {"token": 0.0, "sqrt": 0.5, "document": 1.0}
+
+
 @dataclasses.dataclass(frozen=True)
 class Document:
     """One text with its images.
@@ -49,6 +53,9 @@ class DocumentBuilder:
     """Sample -> Document. `max_tokens` and `max_patches` are those of a row: what is longer raises UserError.
 
     max_targets: how many tokens of a row may be learnt, None for all.
+    per: what weighs the same in the loss: "token" (long answers count most), "document" (all its tokens share a weight of
+        one), or "sqrt" between them, one over the root of the learnt tokens (InternVL3, arXiv 2504.10479, "square
+        averaging").
     prompt_weight: loss weight of prompt tokens in the pretrain form (questions come from templates, so little is
     learnt from them and much of the gradient would be theirs).
     """
@@ -59,6 +66,11 @@ class DocumentBuilder:
     max_patches: int
     prompt_weight: float = 0.0
     max_targets: int | None = None
+    per: str = "token"
+
+    def __post_init__(self) -> None:
+        if self.per not in POWERS:
+            raise UserError(f"data.per={self.per!r} is not known; use one of {', '.join(POWERS)}")
 
     def chat(self, sample: Sample) -> Document:
         """Questions and answers as a conversation, loss on the answers."""
@@ -103,8 +115,9 @@ class DocumentBuilder:
         return [len(patches) // self.patcher.merge**2 for patches, _ in images]
 
     def _checked(self, rendered: chat.Rendered, images: tuple, sample: Sample) -> Document:
-        document = Document(rendered.tokens, rendered.loss_weight, rendered.image_of_token, images,
-                            sample.source, sample.id)
+        learnt = max(1, int((rendered.loss_weight > 0).sum()))
+        loss_weight = rendered.loss_weight * np.float32(learnt ** -POWERS[self.per])
+        document = Document(rendered.tokens, loss_weight, rendered.image_of_token, images, sample.source, sample.id)
         if len(document.tokens) > self.max_tokens:
             raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; lengthen the row")
         if document.patches > self.max_patches:

@@ -68,6 +68,18 @@ def test_further_turns_are_learnt_and_not_asked():
     assert spelled(plain, learnt=True) == "3\n1\n2<|endoftext|>"
 
 
+def test_what_weighs_the_same_in_the_loss():
+    long = dataclasses.replace(QUESTION, answer="1234567")
+    for per, power in (("token", 1.0), ("sqrt", 0.5), ("document", 0.0)):
+        builder = dataclasses.replace(BUILDER, per=per)
+        for sample, learnt in ((QUESTION, 4), (long, 10)):  # the digits, two box tokens and the end
+            document = builder.chat(sample)
+            assert document.targets == learnt
+            assert document.loss_weight.sum() == pytest.approx(learnt**power)
+    with pytest.raises(UserError, match="token, sqrt, document"):
+        dataclasses.replace(BUILDER, per="sample")
+
+
 def test_several_images_keep_their_order():
     document = BUILDER.chat(dataclasses.replace(QUESTION, images=(PICTURE, PICTURE.rotate(90, expand=True))))
     assert [yx.max(0).tolist() for _, yx in document.images] == [[7, 3], [3, 7]]

@@ -179,10 +179,10 @@ def bar_values(picture) -> list[int]:
 @pytest.mark.parametrize("split", SPLITS)
 def test_chart(split):
     for s in draw("chart", split):
-        values = dict(zip("ABCD", bar_values(s.images[0])))
+        values = dict(zip("ABC", bar_values(s.images[0])))
         assert len(turns(s)) == len(values) + 2
         for prompt, answer in turns(s):
-            label = re.search(r"\b([A-D])\b|^([A-D])", prompt)
+            label = re.search(r"\b([A-C])\b|^([A-C])", prompt)
             if label:
                 assert str(values[label.group(1) or label.group(2)]) == answer, s.id
             elif re.search("hortest|最低", prompt):
@@ -196,7 +196,7 @@ def test_chart(split):
 def test_table(split):
     for s in draw("table", split):
         values = bar_values(s.images[0])
-        assert s.answer == ",".join(f"{label}={value}" for label, value in zip("ABCD", values)), s.id
+        assert s.answer == ",".join(f"{label}={value}" for label, value in zip("ABC", values)), s.id
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -216,29 +216,6 @@ def test_describe(split):
                 assert np.abs(np.array(point) - found.centre).max() <= 1.05, s.id
         placed, plain = placed + bool(parts[0][1]), plain + (not parts[0][1])
     assert min(placed, plain) > 15
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_relate(split):
-    words = {"left": (-1, 0), "右边": (1, 0), "right": (1, 0), "左边": (-1, 0), "above": (0, -1), "上面": (0, -1),
-             "below": (0, 1), "下面": (0, 1)}  # fmt: skip
-    for s in with_shapes("relate", split):
-        centres = {f.shape: f.centre for f in scenes.find(s.images[0])}
-        a, b = mentioned(s.answer, SHAPES)
-        (side,) = [direction for word, direction in words.items() if word in s.answer]
-        gap = np.subtract(centres[a], centres[b])
-        assert np.dot(gap, side) > 0 and abs(np.dot(gap, side)) > 1.7 * abs(np.dot(gap, side[::-1])), s.id
-
-
-@pytest.mark.parametrize("split", SPLITS)
-def test_lines(split):
-    """The lines lie below each other, nothing is cut off, and each is one of the split's strings."""
-    for s in draw("lines", split):
-        ink = scenes.foreground(s.images[0], 60)
-        assert not (ink[0].any() or ink[-1].any() or ink[:, 0].any() or ink[:, -1].any()), s.id
-        rows = s.answer.split(" ")
-        assert ndimage.label(ink.any(1))[1] >= len(rows), s.id
-        assert all(read.belongs(row, split) for row in rows)
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -280,7 +257,7 @@ def test_name(split):
         wants_chinese = "Chinese" in s.prompt or "中文" in s.prompt
         assert wants_chinese == (s.meta["lang"] == "zh") and emoji.load()[s.meta["concept"]].concept in train
     assert right >= 97
-    assert len(name.concepts()) > 100
+    assert len(name.concepts()) > 50
 
 
 def test_scene_objects_are_training_concepts():
@@ -296,16 +273,17 @@ def test_read(split):
         assert not (ink[0].any() or ink[-1].any() or ink[:, 0].any() or ink[:, -1].any()), s.id
         assert ink.any(1).sum() >= 8, "too small to read"
         if s.answer.isascii():
-            assert re.fullmatch("[A-HJ-NP-Z2-9]{2,4}", s.answer)
+            assert re.fullmatch("[ACEHKLPTUXY23479]{1,3}", s.answer)
             equal, total = equal + (ndimage.label(ink, np.ones((3, 3)))[1] == len(s.answer)), total + 1
         else:
-            assert len(s.answer) == 2
+            assert len(s.answer) in (1, 2)
+        assert split == "train" or len(s.answer) > 1
     assert equal > 0.6 * total
 
 
 def test_strings_to_read_belong_to_one_split():
-    train, held = ({s.answer for s in draw("read", split, 1500)} for split in SPLITS)
-    assert len(train) > 1000 and not train & held
+    train, held = ({s.answer for s in draw("read", split, 1500) if len(s.answer) > 1} for split in SPLITS)
+    assert len(train) > 500 and not train & held
 
 
 def test_mistakes_are_named():

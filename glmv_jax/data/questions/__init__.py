@@ -11,11 +11,9 @@
     chart       the value of a bar, the tallest or shortest bar   numeric or exact
     caption     (no question) what is in the picture              text, not boxed
     describe    all objects, from left to right, with centres     text, not boxed
-    relate      how two objects lie                               text, not boxed
     table       the values of all bars                            text, not boxed
-    lines       all strings of a page                             text, not boxed
 
-The last five are DESCRIPTIONS, for pretraining: a picture told in full teaches more than the answer to one question.
+The last three are DESCRIPTIONS, for pretraining: a picture told in full teaches more than the answer to one question.
 
 `meta` of a sample: "check" (the kind of comparison), "lang", and where they apply "aliases" (other right answers),
 "choices", "boxes" (gold boxes in 0..999). Training and held-out samples differ in seeds, fonts, strings, shades of
@@ -37,11 +35,9 @@ from glmv_jax.data.questions import (
     count,
     describe,
     ground,
-    lines,
     name,
     point,
     read,
-    relate,
     spatial,
     table,
 )  # fmt: skip
@@ -60,11 +56,9 @@ KINDS: dict[str, Callable[[np.random.Generator, str], Sample]] = {
     "chart": chart.generate,
     "caption": caption.generate,
     "describe": describe.generate,
-    "relate": relate.generate,
     "table": table.generate,
-    "lines": lines.generate,
 }
-DESCRIPTIONS = ("caption", "describe", "relate", "table", "lines")
+DESCRIPTIONS = ("caption", "describe", "table")
 SPLITS = ("train", "heldout")
 
 

@@ -1,4 +1,4 @@
-"""Reading a bar chart: the value of a bar (1 to 6, a grid line a unit), or which bar is tallest or shortest."""
+"""Reading a bar chart: the value of a bar (1 to 5, a grid line a unit), or which bar is tallest or shortest."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ VALUE = {"en": ("Value of {}?", "How tall is {}?"), "zh": ("{}的值是多少？
 TALLEST = {"en": ("Tallest bar?", "Which bar is tallest?"), "zh": ("最高的是哪个？", "哪个柱子最高？")}
 SHORTEST = {"en": ("Shortest bar?", "Which bar is shortest?"), "zh": ("最低的是哪个？", "哪个柱子最低？")}
 CANVASES = ((48, 48), (64, 48))
-LABELS = "ABCD"
-MOST = 6
+LABELS = "ABC"
+MOST = 5
 LEFT, BOTTOM = 9, 10  # room for the numbers and for the labels, pixels
 
 
@@ -35,8 +35,8 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
 
 
 def values(rng: np.random.Generator) -> list[int]:
-    """Heights of three or four bars, all different, so that the tallest and the shortest are one bar each."""
-    return [int(v) + 1 for v in rng.permutation(MOST)[: int(rng.integers(3, len(LABELS) + 1))]]
+    """Heights of two or three bars, all different, so that the tallest and the shortest are one bar each."""
+    return [int(v) + 1 for v in rng.permutation(MOST)[: int(rng.integers(2, len(LABELS) + 1))]]
 
 
 def draw(canvas: tuple[int, int], values: list[int], split: str, rng: np.random.Generator) -> Image.Image:
@@ -53,7 +53,7 @@ def draw(canvas: tuple[int, int], values: list[int], split: str, rng: np.random.
         if value % 2 == 0 and value:
             pen.text((LEFT - 2, y), str(value), font=font, fill=(60, 60, 60), anchor="rm")
     slot = (width - LEFT - 1) / len(values)
-    thickness = scene.choose(rng, (5, 7) if split == "train" else (6,))
+    thickness = scene.choose(rng, (7, 9) if split == "train" else (8,))
     one_colour = scene.choose(rng, tuple(drawing.COLOURS)) if rng.random() < 0.5 else ""
     colours = [one_colour] * len(values) if one_colour else scene.distinct(rng, tuple(drawing.COLOURS), len(values))
     for i, (value, colour) in enumerate(zip(values, colours)):

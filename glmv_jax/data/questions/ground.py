@@ -13,6 +13,8 @@ PROMPTS = {
     "zh": ("{}在哪里？给出框。", "框出{}。"),
 }
 
+COUNTS = (1, 1, 2, 3)  # of objects: where a lone one is comes before which one is asked for
+
 
 def generate(rng: np.random.Generator, split: str) -> Sample:
     lang = scene.language(rng)
@@ -26,7 +28,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
 
 def objects(rng: np.random.Generator, split: str) -> tuple[list[scene.Thing], tuple[int, int]]:
     """1 to 3 large objects with different nouns and the size of their canvas; the first one is asked for."""
-    canvas, count = scene.choose(rng, scene.CANVASES), int(rng.integers(1, 4))
+    canvas, count = scene.choose(rng, scene.CANVASES), scene.choose(rng, COUNTS)
     nouns = scene.nouns(rng, count, emoji_share=0.2)
     colours = scene.distinct(rng, tuple(drawing.COLOURS), count) if nouns[0] in drawing.SHAPES else [""] * count
     return scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (14, 26)), canvas

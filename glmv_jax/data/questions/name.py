@@ -17,14 +17,10 @@ from glmv_jax.data.records import Sample
 
 # English names; those whose concept is held out are left out when the list is read.
 NAMES = """
-cat dog horse cow pig rabbit bear panda lion elephant giraffe zebra monkey mouse frog turtle snake fish shark whale
-octopus snail honeybee butterfly spider ant bird chicken duck owl penguin swan fox wolf koala camel deer bat
-banana pear peach lemon tangerine strawberry cherries watermelon pineapple tomato eggplant potato bread egg pizza
-hamburger popcorn cookie doughnut automobile bus taxi train bicycle airplane helicopter ship tractor motorcycle
-key bell umbrella pencil scissors hammer axe crown ring guitar violin trumpet drum camera telephone television battery
-bomb balloon anchor door chair bed basket broom ladder glasses scarf dress coat gloves
-sun cloud snowflake fire rainbow cactus rose tulip sunflower volcano robot ghost skull eye ear tooth foot bone brain
-baby house
+cat dog horse cow pig rabbit bear panda lion elephant zebra monkey frog turtle fish whale octopus butterfly owl penguin
+fox koala banana peach lemon strawberry watermelon pineapple tomato carrot bread egg pizza hamburger doughnut
+automobile bus bicycle airplane helicopter ship key bell umbrella pencil scissors hammer crown guitar drum camera
+telephone balloon door chair glasses sun fire rainbow cactus rose sunflower robot ghost skull house
 """.split()
 PROMPTS = {
     "en": ("What is it? English.", "Name it in English.", "这是什么？用英文答。"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,7 @@ class VLMStage(Stage):
         self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
         v, d = self.model.vision, cfg.data
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
-        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets)
+        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per)
         self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
         self.names = list(d.weights)
 
@@ -148,7 +149,8 @@ class VLMStage(Stage):
         if "text" in self.names:
             source = texts.Texts("heldout", 1)
             samples += [source[i] for i in range(self.cfg.eval.questions)]
-        return heldout.packed_batches(samples, self.builder, self.form, self.cfg.batch, [*self.names, *self.questions])
+        by_token = dataclasses.replace(self.builder, per="token")
+        return heldout.packed_batches(samples, by_token, self.form, self.cfg.batch, [*self.names, *self.questions])
 
     @functools.cached_property
     def _measure(self):
