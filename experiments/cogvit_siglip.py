@@ -26,6 +26,7 @@ def get_config(arg=None):
         "vocabulary": "",
         "patches": 48 if nano else 256,
         "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
+        "basics": 0.25 if nano else 0.0,  # share of single shapes and symbols
         "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,
     }

@@ -23,7 +23,7 @@ def get_config(arg=None):
         cfg.data.tokens, cfg.data.targets = 384, 288
     cfg.rollout = {
         "prompts": 64,
-        "group": 12,
+        "group": 8,
         "minibatches": 1,
         "rows": (8, 16, 24, 32),
         "max_new_tokens": 14,

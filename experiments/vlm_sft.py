@@ -16,7 +16,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (160, 16) if nano else (10_000, 256)
+    steps, batch = (40, 16) if nano else (10_000, 256)
     cfg = presets.run("sft", steps, batch)
     cfg.model = presets.vlm(arg.size)
     if not nano:
@@ -33,5 +33,5 @@ def get_config(arg=None):
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":
         cfg.data.seed, cfg.steps = 6, 1_000_000
-        cfg.optim.lr, cfg.optim.schedule = 4e-4, {"warmup": 0, "decay": "constant"}
+        cfg.optim.lr, cfg.optim.schedule = 2e-3, {"warmup": 0, "decay": "constant"}
     return cfg

@@ -52,8 +52,8 @@ class TokenInput(NamedTuple):
                  token it takes; else -1.
     loss_weight: [B, T] float, the weight of predicting the token AT this position (0 for prompts, images, padding),
                  or None where no loss is taken.
-    branches:    [B, T] int or None: answers that share a prompt. In a segment, what has branch 0 (the prompt) is seen by
-                 all that follows, any other branch (an answer) only by itself. None: every segment is one text.
+    branches:    [B, T] int or None: answers that share a prompt. In a segment, what has branch 0 (the prompt) is seen
+                 by all that follows, any other branch (an answer) only by itself. None: every segment is one text.
     """
 
     tokens: Any

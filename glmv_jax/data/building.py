@@ -17,7 +17,6 @@ from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 
-
 # The exponent of a document's number of learnt tokens that its loss is divided by.
 POWERS = {"token": 0.0, "sqrt": 0.5, "document": 1.0}
 
@@ -53,7 +52,7 @@ class DocumentBuilder:
     """Sample -> Document. `max_tokens` and `max_patches` are those of a row: what is longer raises UserError.
 
     max_targets: how many tokens of a row may be learnt, None for all.
-    per: what weighs the same in the loss: "token" (long answers count most), "document" (all its tokens share a weight of
+    per: what weighs the same in the loss: "token" (long answers count most), "document" (its tokens share a weight of
         one), or "sqrt" between them, one over the root of the learnt tokens (InternVL3, arXiv 2504.10479, "square
         averaging").
     prompt_weight: loss weight of prompt tokens in the pretrain form (questions come from templates, so little is

@@ -34,6 +34,8 @@ import numpy as np
 from PIL import Image
 
 from glmv_jax.data import emoji, masks
+from glmv_jax.data.basics import Basics
+from glmv_jax.data.basics import number as basics_number
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.faults import FaultLog, Guarded
 from glmv_jax.data.mixture import Mixture
@@ -137,25 +139,31 @@ def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size:
 
 def siglip_batches(
     pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, text_length: int = 16,
-    chinese: float | None = None, texts: Mapping[str, float] | None = None, reading: Reading = Reading(),
+    chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
+    reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
-    """Image-text pairs, no concept twice in a batch.
+    """Image-text pairs, no emoji twice in a batch.
 
     pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
+    basics: share of the pairs of `basics.Basics`. There are few of those, so they do repeat in a batch; the loss leaves
+        out pairs of one concept.
     chinese: share of Chinese rows, one text an image; None: each image has a text in both languages.
     texts: shares of "name", "name+keywords" (some of them) and "keywords" (some, without the name).
     """
     texts = dict(texts or {"name": 0.5, "name+keywords": 0.3, "keywords": 0.2})
     if set(texts) - set(_TEXTS):
         raise UserError(f"unknown kind of text {min(set(texts) - set(_TEXTS))!r}; choose from {', '.join(_TEXTS)}")
-    order = _ConceptEpochs(pairs, reading)
+    order: Any = _ConceptEpochs(pairs, reading)
     if batch > order.concepts:
         raise UserError(f"a batch of {batch} needs as many concepts, this shard has {order.concepts}; lower the batch")
     shares = np.array([texts.get(kind, 0.0) for kind in _TEXTS])
     transform = functools.partial(_siglip_row, tokenizer=tokenizer, patcher=patcher, length=text_length,
                                   chinese=chinese, shares=np.cumsum(shares / shares.sum()))
+    if basics:
+        own = Basics(reading.seed * reading.shards + reading.shard)
+        order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
     rows = Stream(reading.guarded(order, transform, "pairs"), reading.workers, chunk=32)
-    return reading.iterator(UniqueBatchIterDataset(rows, batch, "concept"))
+    return reading.iterator(UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load())))
 
 
 class _ConceptEpochs:
@@ -189,6 +197,11 @@ def concept_number(id_: str) -> int:
     return _concept_numbers()[id_]
 
 
+def _pair_number(pair: Pair) -> int:
+    """A concept of the emoji, of which there are fewer than emoji, or beyond those one of the basics."""
+    return concept_number(pair.id) if pair.source == "emoji" else len(emoji.load()) + basics_number(pair.id)
+
+
 _TEXTS = ("name", "name+keywords", "keywords")
 
 
@@ -200,7 +213,7 @@ def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, p
         kind = _TEXTS[min(int(np.searchsorted(shares, rng.random(), side="right")), 2)]
         texts.append(tokenizer.fixed(pair_text(pair.texts[LANGUAGES[lang]], kind, rng), length))
     return vision_row(*patcher(pair.image), patcher.max_patches) | {
-        "tokens": np.stack(texts), "concept": np.int32(concept_number(pair.id)), "lang": np.array(langs, np.int32)}
+        "tokens": np.stack(texts), "concept": np.int32(_pair_number(pair)), "lang": np.array(langs, np.int32)}
 
 
 def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:

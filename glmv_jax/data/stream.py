@@ -135,11 +135,12 @@ class UniqueBatchIterDataset(grain.IterDataset):
     """Batches of rows in which no two rows have the same `key`; a row that would repeat one is dropped.
 
     Rows repeat only where an epoch ends inside a batch, so few are lost, and the state is the parent's.
+    below: the rule is for keys below this number only; None: for all.
     """
 
-    def __init__(self, parent: grain.IterDataset, batch: int, key: str):
+    def __init__(self, parent: grain.IterDataset, batch: int, key: str, below: int | None = None):
         super().__init__(parent)
-        self.batch, self.key = batch, key
+        self.batch, self.key, self.below = batch, key, below
 
     def __iter__(self) -> grain.DatasetIterator:
         return _UniqueBatchIterator(self._parent.__iter__(), self)
@@ -156,8 +157,10 @@ class _UniqueBatchIterator(grain.DatasetIterator):
         drawn = 0
         while len(rows) < self._dataset.batch:
             row = next(self._parent)
-            rows.setdefault(int(row[self._dataset.key]), row)
             drawn += 1
+            key = int(row[self._dataset.key])
+            free = self._dataset.below is not None and key >= self._dataset.below
+            rows.setdefault(-drawn if free else key, row)
             if drawn > 100 * self._dataset.batch:
                 raise UserError(f"no {self._dataset.batch} rows of different {self._dataset.key} among {drawn}; "
                                 "lower the batch size")

@@ -20,7 +20,7 @@ from rich.text import Text
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
 from glmv_jax.eval.report_run import STAGES, StageRun, read
-from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_table, share_table
+from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
 
 _TONES = {"good": "green", "bad": "red", "quiet": "dim", "head": "bold", "": ""}
 
@@ -59,7 +59,7 @@ def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
 
 
 def _tables(stages: dict[str, StageRun]) -> list[Table]:
-    return [content for content in (final_table(stages), rl_table(stages), share_table(stages)) if content]
+    return [final_table(stages), *rl_tables(stages), share_table(stages)]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """The report's tables, made once and drawn twice: on the terminal (rich) and on the page (HTML).
 
 Reinforcement learning is compared by metrics that sft, rl and sft_more share, named `accuracy/<task>`; the same
-evaluation with shuffled images and a grey image is `accuracy_shuffled/<task>` and `accuracy_blind/<task>`.
+evaluation with shuffled images, with a grey image and with drawn answers is `accuracy_shuffled/<task>`,
+`accuracy_blind/<task>` and `accuracy_sampled/<task>`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from glmv_jax.eval.report_run import StageRun
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
 _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
-_CONTROLS = ("accuracy_shuffled/", "accuracy_blind/")
+_CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
 
 
 class Cell(NamedTuple):
@@ -56,7 +57,7 @@ def final_table(stages: dict[str, StageRun]) -> Table:
 
 
 def _is_detail(metric: str) -> bool:
-    """The controls of single tasks; their means stay."""
+    """Single tasks under other conditions; their means stay."""
     return metric.startswith(_CONTROLS) and not metric.endswith("/mean")
 
 
@@ -93,31 +94,38 @@ def share_table(stages: dict[str, StageRun]) -> Table:
     return Table("Time and arithmetic", header, rows)
 
 
-def rl_table(stages: dict[str, StageRun]) -> Table | None:
-    """Held-out accuracy by task before and after reinforcement learning, beside the controls; None until RL has run."""
+def rl_tables(stages: dict[str, StageRun]) -> list[Table]:
+    """Held-out accuracy by task before and after reinforcement learning, beside the controls; none until RL has run."""
+    greedy = _rl_table(stages, "accuracy", ("accuracy_shuffled", "accuracy_blind"), "greedy answers")
+    drawn = _rl_table(stages, "accuracy_sampled", (), "answers drawn at temperature 1, as RL trains them")
+    return [table for table in (greedy, drawn) if table]
+
+
+def _rl_table(stages: dict[str, StageRun], kind: str, controls: tuple[str, ...], how: str) -> Table | None:
     before, after, control = stages["sft"], stages["rl"], stages["sft_more"]
-    names = [name for name in after.results.get("metrics", {}) if name.startswith("accuracy/")]
-    if not names:
+    prefix = f"{kind}/"
+    tasks = [name.removeprefix(prefix) for name in after.results.get("metrics", {}) if name.startswith(prefix)]
+    if not tasks:
         return None
-    rows, sums = [], [[] for _ in range(6)]
-    for name in sorted(names, key=lambda name: (name == "accuracy/mean", name)):
-        task = name.removeprefix("accuracy/")
+    rows, sums = [], [[] for _ in range(4 + len(controls))]
+    for task in sorted(tasks, key=lambda task: (task == "mean", task)):
+        name = prefix + task
         first = before.result(name)
         first = after.result(name, "untrained") if first is None else first
         gain = None if first is None else after.result(name) - first
-        values = [
-            first, after.result(name), gain, control.result(name),
-            after.result(f"accuracy_shuffled/{task}"), after.result(f"accuracy_blind/{task}"),
-        ]  # fmt: skip
+        values = [first, after.result(name), gain, control.result(name)]
+        values += [after.result(f"{other}/{task}") for other in controls]
         rows.append(_rl_row(task, values))
         for column, value in zip(sums, values):
             column.append(value)
-    if "accuracy/mean" not in names:
+    if "mean" not in tasks:
         known = [[value for value in column if value is not None] for column in sums]
         rows.append(_rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
-    header = ["task", "before RL", "after RL", "gain", "more SFT instead", "RL, images shuffled", "RL, grey image"]
-    note = "“More SFT instead” took the same wall time as RL. With shuffled images only what can be guessed is left."
-    return Table("Before and after reinforcement learning", header, rows, note)
+    header = ["task", "before RL", "after RL", "gain", "more SFT instead"]
+    header += ["RL, images shuffled", "RL, grey image"][: len(controls)]
+    note = "“More SFT instead” took the same wall time as RL."
+    note += " With shuffled images only what can be guessed is left." if controls else ""
+    return Table(f"Before and after reinforcement learning: {how}", header, rows, note)
 
 
 def _rl_row(task: str, values: list[float | None]) -> list[Cell]:

@@ -2,7 +2,8 @@
 
 `shuffled`: every question gets the image of another question of its task, of the same size. `blind`: a grey image of
 that size in its place (no image at all is a prompt that training never shows, and is answered with nonsense). A model
-that reads images falls to the same low number under both.
+that reads images falls to the same low number under both. `sampled`: the answers are drawn at temperature 1, as
+reinforcement learning draws them, one a question.
 """
 
 from __future__ import annotations
@@ -90,16 +91,22 @@ def evaluate(
     batch: int,
     *,
     controls: bool = False,
+    drawing: Sampler | None = None,
 ) -> dict[str, float]:
-    """accuracy/<source> and accuracy/mean; with `controls` also accuracy_shuffled/... and accuracy_blind/...."""
-    conditions = {"accuracy": list(samples)}
+    """accuracy/<source> and accuracy/mean; with `controls` also accuracy_shuffled/... and accuracy_blind/....
+
+    drawing: a second sampler, that draws; its answers give accuracy_sampled/....
+    """
+    conditions = {"accuracy": (sampler, list(samples))}
+    if drawing:
+        conditions["accuracy_sampled"] = (drawing, list(samples))
     if controls:
-        conditions["accuracy_shuffled"] = with_shuffled_images(samples)
-        conditions["accuracy_blind"] = with_grey_images(samples)
+        conditions["accuracy_shuffled"] = (sampler, with_shuffled_images(samples))
+        conditions["accuracy_blind"] = (sampler, with_grey_images(samples))
     metrics: dict[str, float] = {}
-    for name, asked in conditions.items():
+    for name, (using, asked) in conditions.items():
         if asked:
-            metrics |= accuracy(asked, answers(sampler, params, asked, builder, batch), score, name)
+            metrics |= accuracy(asked, answers(using, params, asked, builder, batch), score, name)
     return metrics
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmv_jax.data import emoji, naflex, packing, pipeline
+from glmv_jax.data import basics, drawing, emoji, naflex, packing, pipeline
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.images import Images
 from glmv_jax.data.naflex import Patcher
@@ -19,6 +19,7 @@ from glmv_jax.data.pipeline import Reading
 from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
+from tests.data import scenes
 
 TOKENIZER, PATCHER = Tokenizer(), Patcher()
 BUILDER = DocumentBuilder(TOKENIZER, PATCHER, max_tokens=160, max_patches=256)
@@ -99,6 +100,41 @@ def test_siglip_batch(chinese):
     is_chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows]
     assert np.mean(np.array(is_chinese) == lang) > 0.95, "a few Chinese names are written in Latin letters"
     assert len({tuple(yx.max(0)) for yx in batch["yx"]}) > 3, "native aspect ratios"
+
+
+def test_siglip_batch_with_basics():
+    """A quarter of the pairs; their concepts lie beyond those of the emoji and may repeat, the emoji still may not."""
+
+    def make():
+        reading = Reading(ahead=0)
+        return pipeline.siglip_batches(emoji.Pairs("train"), TOKENIZER, PATCHER, batch=200, basics=0.25, reading=reading)
+
+    data = make()
+    batches = [next(data) for _ in range(3)]
+    first = len(emoji.load())  # numbers below it are concepts of emoji
+    for batch in batches:
+        known = batch["concept"][batch["concept"] < first]
+        assert abs(len(known) - 150) <= 1 and len(set(known)) == len(known)
+    shown = {}
+    for batch in batches:
+        for concept, tokens, lang in zip(batch["concept"], batch["tokens"], batch["lang"]):
+            if concept >= first:
+                name = basics.NAMES[concept - first]
+                shown.setdefault(name, set()).add(tuple(TOKENIZER.decode(row) for row in tokens))
+                assert lang.tolist() == [0, 1]
+    assert shown["circle"] == {("circle", "圆形")} and len(shown) > 30
+    resumed = make()
+    resumed.set_state(json.loads(json.dumps(data.get_state())))
+    assert_same(next(resumed), next(data))
+
+
+def test_basics_show_what_they_name():
+    """Colour and place change, the shape is that of the name: found again from the pixels."""
+    pairs = [basics.Basics(3)[i] for i in range(120)]
+    shapes = [pair for pair in pairs if pair.id in drawing.SHAPES]
+    assert 30 < len(shapes) < 70 and {pair.id for pair in shapes} == set(drawing.SHAPES)
+    found = [scenes.find(pair.image)[0] for pair in shapes]
+    assert [f.shape for f in found] == [pair.id for pair in shapes] and len({f.colour for f in found}) > 5
 
 
 def test_texts_of_a_pair():

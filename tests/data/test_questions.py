@@ -12,7 +12,7 @@ import pytest
 from scipy import ndimage
 
 from glmv_jax.data import coordinates, emoji
-from glmv_jax.data.questions import DESCRIPTIONS, KINDS, Questions, name, read, scene
+from glmv_jax.data.questions import DESCRIPTIONS, KINDS, Questions, name, scene
 from glmv_jax.typing import UserError
 from tests.data import scenes
 

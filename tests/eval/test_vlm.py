@@ -52,15 +52,17 @@ def test_shuffling_moves_every_image_within_its_task_and_size(samples, seed):
         assert (s.prompt, s.answer, s.meta) == (own.prompt, own.answer, own.meta)
 
 
-def test_a_model_is_asked_under_three_conditions_with_one_compilation(samples):
+def test_a_model_is_asked_under_four_conditions_with_one_compilation_a_sampler(samples):
     tokenizer = Tokenizer()
     cfg = tiny_vlm.config(vocab=tokenizer.vocab_size, patch=8)
     builder = DocumentBuilder(tokenizer, Patcher(max_patches=16), max_tokens=40, max_patches=16)
     sampler = Sampler(cfg, Sampling.chat(tokenizer, 3, temperature=0.0))
     params = tiny_vlm.params(cfg)
-    metrics = vlm.evaluate(sampler, params, samples, builder, SCORE, batch=16, controls=True)
-    names = [f"{c}/{k}" for c in ("accuracy", "accuracy_shuffled", "accuracy_blind") for k in (*KINDS, "mean")]
-    assert sorted(metrics) == sorted(names) and sampler.traces == 1
+    drawing = Sampler(cfg, Sampling.chat(tokenizer, 3))
+    metrics = vlm.evaluate(sampler, params, samples, builder, SCORE, batch=16, controls=True, drawing=drawing)
+    conditions = ("accuracy", "accuracy_sampled", "accuracy_shuffled", "accuracy_blind")
+    assert sorted(metrics) == sorted(f"{c}/{k}" for c in conditions for k in (*KINDS, "mean"))
+    assert sampler.traces == drawing.traces == 1
     ask = lambda asked, batch: vlm.answers(sampler, params, asked, builder, batch)  # noqa: E731
     own, blind = ask(samples, 16), ask(vlm.with_grey_images(samples), 16)
     assert len(own) == len(samples) and own != blind

@@ -34,7 +34,7 @@ def belongs(text: str, split: str) -> bool:
 def string(rng: np.random.Generator, lang: str, split: str) -> str:
     longest, symbols = (3, ALPHABET) if lang == "en" else (2, CHARACTERS)
     while True:
-        # A symbol alone is what a string is learnt from. It is in no held-out picture, so it need not belong to a split.
+        # A symbol alone is what a string is learnt from. No held-out picture asks for one: it belongs to no split.
         length = int(rng.integers(1 if split == "train" else 2, longest + 1))
         text = "".join(symbols[i] for i in rng.integers(len(symbols), size=length))
         if length == 1 or belongs(text, split):

@@ -61,7 +61,7 @@ class SigLIP(Stage):
         return pipeline.siglip_batches(
             emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.cfg.batch,
             text_length=self.model.text.length, chinese=None if d.both_languages else 0.5, texts=dict(d.texts),
-            reading=reading(self.cfg),
+            basics=d.basics, reading=reading(self.cfg),
         )  # fmt: skip
 
     def counts(self, batch):

@@ -131,6 +131,10 @@ class VLMStage(Stage):
         return Sampler(self.model, Sampling.chat(self.tokenizer, self.cfg.eval.max_new_tokens, temperature=0.0))
 
     @functools.cached_property
+    def drawing(self) -> Sampler:
+        return Sampler(self.model, Sampling.chat(self.tokenizer, self.cfg.eval.max_new_tokens))
+
+    @functools.cached_property
     def score(self) -> vlm_eval.Score:
         return functools.partial(score, verifiers=tasks.verifiers(self.questions))
 
@@ -139,8 +143,9 @@ class VLMStage(Stage):
         if self.form == "chat":
             samples = [s for kind in self.questions.values() for s in (kind if full else kind[: self.cfg.eval.few])]
             metrics |= vlm_eval.evaluate(
-                self.greedy, params, samples, self.asker, self.score, self.cfg.eval.batch, controls=full
-            )
+                self.greedy, params, samples, self.asker, self.score, self.cfg.eval.batch, controls=full,
+                drawing=self.drawing if full else None,
+            )  # fmt: skip
         return metrics
 
     @functools.cached_property
