@@ -2,7 +2,7 @@
 
     glmv train --config experiments/rl_grpo.py:size=nano --workdir runs/rl --config.init_from=runs/sft
 
-size=nano: two CPU cores, about two minutes. 96 prompts x 4 answers a step, clip-higher 0.2 / 0.28, no KL, no entropy
+size=nano: two CPU cores, about two minutes. 64 prompts x 8 answers a step, clip-higher 0.2 / 0.28, no KL, no entropy
 term, temperature 1.
 """
 
@@ -14,11 +14,14 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (50, 16) if nano else (2_000, 64)
+    steps, batch = (70, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
-    cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=5, ahead=2)
+    # At nano size `read` never earns a reward to learn from, and the answers of `ground` are twice as long as all
+    # others; both are evaluated all the same, which shows whether they are forgotten.
+    weights = {task: 1.0 for task in TASKS if not nano or task not in ("read", "ground")}
+    cfg.data = presets.documents(arg.size, weights, seed=5, ahead=2)
     if nano:
         cfg.data.tokens, cfg.data.targets = 384, 288
     cfg.rollout = {

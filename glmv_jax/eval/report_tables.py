@@ -102,25 +102,25 @@ def rl_tables(stages: dict[str, StageRun]) -> list[Table]:
 
 
 def _rl_table(stages: dict[str, StageRun], kind: str, controls: tuple[str, ...], how: str) -> Table | None:
+    """The tasks that were trained and their mean, then the tasks that were only looked at."""
     before, after, control = stages["sft"], stages["rl"], stages["sft_more"]
-    prefix = f"{kind}/"
-    tasks = [name.removeprefix(prefix) for name in after.results.get("metrics", {}) if name.startswith(prefix)]
+    prefix, weight = f"{kind}/", "data.weights."
+    tasks = {name.removeprefix(prefix) for name in after.results.get("metrics", {}) if name.startswith(prefix)}
+    tasks -= {"mean"}
     if not tasks:
         return None
-    rows, sums = [], [[] for _ in range(4 + len(controls))]
-    for task in sorted(tasks, key=lambda task: (task == "mean", task)):
-        name = prefix + task
-        first = before.result(name)
-        first = after.result(name, "untrained") if first is None else first
-        gain = None if first is None else after.result(name) - first
-        values = [first, after.result(name), gain, control.result(name)]
+    trained = {key.removeprefix(weight) for key in after.config if key.startswith(weight)} & tasks or tasks
+    rows, columns = [], []
+    for task in [*sorted(trained), *sorted(tasks - trained)]:
+        first = before.result(prefix + task)
+        first = after.result(prefix + task, "untrained") if first is None else first
+        gain = None if first is None else after.result(prefix + task) - first
+        values = [first, after.result(prefix + task), gain, control.result(prefix + task)]
         values += [after.result(f"{other}/{task}") for other in controls]
-        rows.append(_rl_row(task, values))
-        for column, value in zip(sums, values):
-            column.append(value)
-    if "mean" not in tasks:
-        known = [[value for value in column if value is not None] for column in sums]
-        rows.append(_rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
+        rows.append(_rl_row(task if task in trained else f"{task} (not trained in RL)", values))
+        columns.append(values)
+    known = [[value for value in column if value is not None] for column in zip(*columns[: len(trained)])]
+    rows.insert(len(trained), _rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
     header = ["task", "before RL", "after RL", "gain", "more SFT instead"]
     header += ["RL, images shuffled", "RL, grey image"][: len(controls)]
     note = "“More SFT instead” took the same wall time as RL."

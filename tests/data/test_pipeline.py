@@ -106,8 +106,8 @@ def test_siglip_batch_with_basics():
     """A quarter of the pairs; their concepts lie beyond those of the emoji and may repeat, the emoji still may not."""
 
     def make():
-        reading = Reading(ahead=0)
-        return pipeline.siglip_batches(emoji.Pairs("train"), TOKENIZER, PATCHER, batch=200, basics=0.25, reading=reading)
+        return pipeline.siglip_batches(emoji.Pairs("train"), TOKENIZER, PATCHER, batch=200, basics=0.25,
+                                       reading=Reading(ahead=0))
 
     data = make()
     batches = [next(data) for _ in range(3)]

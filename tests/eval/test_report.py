@@ -191,6 +191,20 @@ def test_terminal_tables_hold_the_numbers(run):
     assert re.search(r"knn +0\.100 +0\.050", shown)
 
 
+def test_the_mean_of_reinforcement_learning_is_over_the_tasks_it_trained(run):
+    """Tasks that were only evaluated stand below it; drawn answers have a table of their own."""
+    first, *others = sorted(TASKS)
+    config = json.loads((run / "rl" / "config.json").read_text()) | {f"data.weights.{first}": 1.0}
+    (run / "rl" / "config.json").write_text(json.dumps(config))
+    results = json.loads((run / "rl" / "results.json").read_text())
+    results["metrics"] |= {f"accuracy_sampled/{task}": pair(0.2, 0.4) for task in TASKS}
+    (run / "rl" / "results.json").write_text(json.dumps(results))
+    greedy, drawn = report_tables.rl_tables(report_run.read(run))
+    assert [row[0].text for row in greedy.rows][:3] == [first, "mean", f"{others[0]} (not trained in RL)"]
+    assert [cell.text for cell in greedy.rows[0][1:]] == [cell.text for cell in greedy.rows[1][1:]]
+    assert [cell.text for cell in drawn.rows[1]] == ["mean", "0.200", "0.400", "+0.200", "–"]
+
+
 def test_direction_of_improvement():
     better = report_tables.improved
     assert better("loss", 2.0, 1.0) is True and better("held_out_loss", 1.0, 2.0) is False
