@@ -14,7 +14,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (70, 16) if nano else (2_000, 64)
+    steps, batch = (60, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
@@ -40,7 +40,7 @@ def get_config(arg=None):
         "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,
         "schedule": {"warmup": 0.02, "decay": "constant"},
-        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.7 if nano else 0.5)),
+        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.1)),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     return cfg

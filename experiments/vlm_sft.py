@@ -5,7 +5,8 @@
 role=control: goes on with SFT from a finished SFT run for as long as an RL run took (the comparison of the quickstart):
     glmv train --config experiments/vlm_sft.py:size=nano,role=control --workdir runs/sft_more \
         --config.init_from=runs/sft --config.match_wall=runs/rl
-size=nano: two CPU cores, about three minutes.
+size=nano: two CPU cores, half a minute: a cold start, which teaches the form of an answer and leaves the rest to
+reinforcement learning.
 """
 
 from glmv_jax.config import parse_arg, presets
@@ -28,7 +29,7 @@ def get_config(arg=None):
         "lr": 4e-3 if nano else 1e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": presets.vlm_groups(vision=0.7 if nano else 0.5),
+        "groups": presets.vlm_groups(vision=0.1),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":
