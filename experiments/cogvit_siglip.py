@@ -4,7 +4,7 @@
     glmv train --config experiments/cogvit_siglip.py:size=nano,role=teacher --workdir runs/teacher
 
 size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English, 180 concepts held out,
-           and single shapes and symbols for a third of the pairs.
+           and single shapes and symbols for a quarter of the pairs.
 role=teacher: a smaller tower trained from nothing for a short while; stage 1's semantic teacher.
 size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs.
 """
@@ -15,19 +15,19 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (440, 128) if nano else (120_000, 65_536)
+    steps, batch = (400, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
     if arg.role == "teacher":
-        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 160, 3, 1
+        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 120, 3, 1
 
     cfg.data = {
         "vocabulary": "",
         "patches": 48 if nano else 256,
         "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
-        "basics": 0.33 if nano else 0.0,  # share of single shapes and symbols
+        "basics": 0.25 if nano else 0.0,  # share of single shapes and symbols
         "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,
     }

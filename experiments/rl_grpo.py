@@ -39,7 +39,8 @@ def get_config(arg=None):
     cfg.optim = {
         "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,
-        "schedule": {"warmup": 0.02, "decay": "constant"},
+        # To nothing at the end: with few prompts a step, the last updates at full rate are mostly noise.
+        "schedule": {"warmup": 0.05, "decay": "cosine" if nano else "constant"},
         "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.1)),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}

@@ -75,6 +75,12 @@ class RL(VLMStage):
             )  # fmt: skip
             yield rows, metrics
 
+    def counts(self, batch):
+        """Samples are answers."""
+        branches = np.asarray(batch["branches"])
+        starts = (branches > 0) & (branches != np.pad(branches, ((0, 0), (1, 0)))[:, :-1])
+        return super().counts(batch) | {"samples": int(starts.sum())}
+
     def loss(self, params, constants, extra, batch, key):
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
