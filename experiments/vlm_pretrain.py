@@ -26,13 +26,13 @@ def get_config(arg=None):
     }  # fmt: skip
     cfg.data = presets.documents(arg.size, weights, seed=3)
     cfg.loss = {"mtp": 0.3}
-    # The encoder learns slowly: what stages 1 and 2 taught it (shapes, above all) is soon lost to the rough gradient of
-    # a decoder that knows nothing yet.
+    # At nano size the encoder learns slowly: what stages 1 and 2 taught it (shapes, above all) is soon lost to the
+    # rough gradient of a decoder that knows nothing yet.
     cfg.optim = {
         "lr": 6e-3 if nano else 3e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": presets.vlm_groups(vision=0.1),
+        "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
     cfg.eval = {"kinds": ("caption", "describe", "table"), "questions": 48}
     return cfg

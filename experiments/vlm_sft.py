@@ -29,7 +29,7 @@ def get_config(arg=None):
         "lr": 4e-3 if nano else 1e-4,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
-        "groups": presets.vlm_groups(vision=0.1),
+        "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
     cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":

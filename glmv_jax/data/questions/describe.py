@@ -19,7 +19,8 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     things.sort(key=lambda each: each.centre)
     placed = rng.random() < 0.5
     prompt = scene.choose(rng, (PLACED if placed else PLAIN)[lang])
-    centres = [coordinates.format_lists([written_centre(each, canvas)]) if placed else "" for each in things]
+    points = [coordinates.encode_point(each.centre, *canvas) for each in things]
+    centres = [coordinates.format_lists([point]) if placed else "" for point in points]
     answer = ",".join(each.phrase(lang) + centre for each, centre in zip(things, centres))
     picture = scene.paint(canvas, things, split, rng)
     boxes = [scene.written_box(each, canvas) for each in things]
@@ -35,8 +36,3 @@ def objects(rng: np.random.Generator, count: int) -> list[tuple[str, str]]:
         else:
             drawn.append((scene.choose(rng, tuple(drawing.SHAPES)), scene.choose(rng, tuple(drawing.COLOURS))))
     return drawn
-
-
-def written_centre(each: scene.Thing, canvas: tuple[int, int]) -> tuple[int, int]:
-    """The centre in the 0..999 convention."""
-    return coordinates.encode_point(each.centre, *canvas)

@@ -1,7 +1,7 @@
 """Reading a short string: 2 or 3 Latin capitals and digits, or 2 Chinese characters; in training also single ones.
 
 Strings are random, so they cannot be guessed, and a string belongs to one split only (by hash). The symbols are few,
-because every one must be learnt, and none looks like another in any face. Held-out pictures use other font families.
+because every one must be learnt. Held-out pictures use other font families.
 """
 
 from __future__ import annotations
@@ -43,33 +43,20 @@ def string(rng: np.random.Generator, lang: str, split: str) -> str:
 
 def write(canvas: tuple[int, int], text: str, lang: str, split: str, rng: np.random.Generator) -> Image.Image:
     """The text as large as fits, or up to a quarter smaller, anywhere in the canvas; dark on light or light on dark."""
-    ink, paper = ink_and_paper(split, rng)
-    picture = Image.new("RGB", canvas, paper)
-    name = scene.choose(rng, fonts.files(split, lang))
-    place(ImageDraw.Draw(picture), text, name, (0, 0, *canvas), MARGIN, ink, rng)
-    return picture
-
-
-def ink_and_paper(split: str, rng: np.random.Generator) -> tuple[drawing.RGB, drawing.RGB]:
-    """Dark on light, one time in five light on dark."""
     ink = drawing.COLOURS[scene.choose(rng, ("red", "green", "blue", "purple", "black"))].shade(split, rng)
     paper = drawing.background(split, rng)
-    return (paper, ink) if rng.random() < 0.2 else (ink, paper)
-
-
-def place(
-    pen: ImageDraw.ImageDraw, text: str, face: str, area: tuple[int, int, int, int], margin: int, ink: drawing.RGB,
-    rng: np.random.Generator,
-) -> None:
-    """Writes into the area (x1, y1, x2, y2), as large as fits up to 32 pixels or up to a quarter smaller, anywhere."""
-    width, height = area[2] - area[0], area[3] - area[1]
-    left, top, right, bottom = fonts.load(face, 32).getbbox(text)
-    room = min((width - 2 * margin) / (right - left), (height - 2 * margin) / (bottom - top))
-    font = fonts.load(face, max(8, int(32 * min(room, 1.0) * rng.uniform(0.78, 1.0))))
+    if rng.random() < 0.2:
+        ink, paper = paper, ink
+    picture = Image.new("RGB", canvas, paper)
+    name = scene.choose(rng, fonts.files(split, lang))
+    left, top, right, bottom = fonts.load(name, 32).getbbox(text)
+    room = min((canvas[0] - 2 * MARGIN) / (right - left), (canvas[1] - 2 * MARGIN) / (bottom - top))
+    font = fonts.load(name, max(8, int(32 * min(room, 1.0) * rng.uniform(0.78, 1.0))))
     left, top, right, bottom = font.getbbox(text)
-    x = int(rng.integers(margin, max(margin, width - margin - (right - left)) + 1))
-    y = int(rng.integers(margin, max(margin, height - margin - (bottom - top)) + 1))
-    pen.text((area[0] + x - left, area[1] + y - top), text, font=font, fill=ink)
+    x = int(rng.integers(MARGIN, max(MARGIN, canvas[0] - MARGIN - (right - left)) + 1))
+    y = int(rng.integers(MARGIN, max(MARGIN, canvas[1] - MARGIN - (bottom - top)) + 1))
+    ImageDraw.Draw(picture).text((x - left, y - top), text, font=font, fill=ink)
+    return picture
 
 
 def generate(rng: np.random.Generator, split: str) -> Sample:

@@ -41,21 +41,17 @@ def side_of(a: scene.Thing, b: scene.Thing) -> str | None:
     return None
 
 
-def pair(rng: np.random.Generator, split: str) -> tuple[tuple[scene.Thing, scene.Thing], str, tuple[int, int]]:
-    """Two objects, the side of the second on which the first lies (each as likely), and the size of their canvas."""
-    wanted, canvas = scene.choose(rng, tuple(SIDES)), scene.choose(rng, CANVASES)
+def generate(rng: np.random.Generator, split: str) -> Sample:
+    lang, wanted, canvas = scene.language(rng), scene.choose(rng, tuple(SIDES)), scene.choose(rng, CANVASES)
     nouns = scene.nouns(rng, 2, emoji_share=0.2)
     colours = scene.distinct(rng, tuple(drawing.COLOURS), 2) if nouns[0] in drawing.SHAPES else ["", ""]
     while True:
         a, b = scene.scatter(rng, split, canvas, list(zip(nouns, colours)), (14, 22))
         if side_of(a, b) == wanted:
-            return (a, b), wanted, canvas
+            break
         if side_of(b, a) == wanted:
-            return (b, a), wanted, canvas
-
-
-def generate(rng: np.random.Generator, split: str) -> Sample:
-    lang, (a, b), wanted, canvas = scene.language(rng), *pair(rng, split)
+            a, b = b, a
+            break
     prompt = scene.choose(rng, PROMPTS[lang]).format(a.phrase(lang), b.phrase(lang))
     picture = scene.paint(canvas, (a, b), split, rng)
     facts = {"aliases": ALIASES[wanted][lang], "choices": [names[lang] for names in SIDES.values()]}

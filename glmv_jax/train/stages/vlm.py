@@ -34,7 +34,7 @@ from glmv_jax.typing import Batch, Params, TokenInput, VisionInput
 def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
     """A vlm batch as the model takes it."""
     vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
-    return vision, TokenInput(*(batch.get(name) for name in TokenInput._fields))
+    return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
 
 
 class VLMStage(Stage):
