@@ -9,9 +9,9 @@ Batch contract (NumPy; B rows of this shard, P patches, C = 3 * temporal * patch
 
     mim      patches [B,P,C] f32, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
              each row, image [B,S,S,3] uint8 (the crop, for teachers), source [B] i32 (index among the sources)
-    siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens [B,N,Tt] i32 (N texts an
-             image; eos, pad), concept [B] i32 (no two alike in a batch, over all shards), lang [B,N] i32 (index in
-             LANGUAGES)
+    siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens, segments [B,Tt] i32 (N
+             texts an image side by side, each with its eos; segment n is text n, 0 padding), concept [B] i32 (no two
+             alike in a batch, over all shards), lang [B,N] i32 (index in LANGUAGES)
     vlm      tokens [B,T] i32, positions [B,T,3] i32, segments [B,T] i32, image_row [B,T] i32, loss_weight [B,T] f32,
              source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row)
     prompts  the vlm arrays with one prompt a row, and length [B] i32, next_position [B] i32 (`packing.collate`),
@@ -211,9 +211,11 @@ def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, p
     texts = []
     for lang in langs:
         kind = _TEXTS[min(int(np.searchsorted(shares, rng.random(), side="right")), 2)]
-        texts.append(tokenizer.fixed(pair_text(pair.texts[LANGUAGES[lang]], kind, rng), length))
+        texts.append(pair_text(pair.texts[LANGUAGES[lang]], kind, rng))
+    tokens, segments = tokenizer.side_by_side(texts, length)
     return vision_row(*patcher(pair.image), patcher.max_patches) | {
-        "tokens": np.stack(texts), "concept": np.int32(_pair_number(pair)), "lang": np.array(langs, np.int32)}
+        "tokens": tokens, "segments": segments, "concept": np.int32(_pair_number(pair)),
+        "lang": np.array(langs, np.int32)}
 
 
 def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:

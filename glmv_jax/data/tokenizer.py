@@ -89,5 +89,20 @@ class Tokenizer:
 
         SigLIP2's rule (big_vision `lower -> tok(length, bos="no", eos="sticky")`). Returns int32 [length].
         """
-        ids = self.encode(unicodedata.normalize("NFKC", text).lower())[: length - 1] + [self.eos]
-        return np.array(ids + [self.pad] * (length - len(ids)), np.int32)
+        return self.side_by_side([text], length)[0]
+
+    def side_by_side(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
+        """Several stage-2 texts in one row: ids and segments (1, 2, ... and 0 on padding), int32 [length] each.
+
+        While they are too long together the longest of them is cut; each keeps its `eos`.
+        """
+        if length < len(texts):
+            raise UserError(f"a row of {length} tokens cannot hold {len(texts)} texts; lengthen the row")
+        ids = [self.encode(unicodedata.normalize("NFKC", text).lower()) for text in texts]
+        room = length - len(texts)
+        while sum(map(len, ids)) > room:
+            max(ids, key=len).pop()
+        tokens = [i for text in ids for i in (*text, self.eos)]
+        segments = [n for n, text in enumerate(ids, start=1) for _ in range(len(text) + 1)]
+        rest = length - len(tokens)
+        return np.array(tokens + [self.pad] * rest, np.int32), np.array(segments + [0] * rest, np.int32)

@@ -1,6 +1,7 @@
-"""Sampling with a key/value cache as one jitted program a shape: prefill, repeat for the group, decode in a while loop.
+"""Sampling with a key/value cache as one jitted program a shape: prefill, then decode in a while loop.
 
-A prompt and its images are encoded once and the cache is repeated for the G answers of a group, so vision costs 1/G.
+A prompt and its images are encoded once, and its keys and values are kept once for the G answers of a group, which hold
+only their own (as in Hydragen, arXiv 2402.05099).
 Shapes are static (prompt length, patches, rows, new tokens): one compilation a bucket, counted in `Sampler.traces`.
 A row draws from its own random key and attends to its own slots, so its answer does not depend on its neighbours.
 """
@@ -118,12 +119,14 @@ def sample(
     cfg: vlm.VLMConfig, sampling: Sampling, group: int, params: Params, prompts: Prompts, key: jax.Array
 ) -> Generated:
     """The program of `Sampler`, unjitted."""
-    hidden_B1D, cache = _prefill(cfg, params, prompts, sampling.max_new_tokens)
-    repeat = lambda x, axis=0: jnp.repeat(x, group, axis=axis)  # noqa: E731
+    hidden_B1D, cache = _prefill(cfg, params, prompts)
+    Tn = sampling.max_new_tokens
+    cache = vlm.share_prompts(cfg, cache, group, Tn)
+    prompt = cache.pop("prompt")  # only read, so it need not travel through the loop
+    repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
     logits_NV = repeat(vlm.logits(cfg, params, hidden_B1D)[:, 0])
-    cache = {name: repeat(x, 0 if name == "length" else 1) for name, x in cache.items()}
     start_N = repeat(prompts.next_position)
-    N, Tn = start_N.shape[0], sampling.max_new_tokens
+    N = start_N.shape[0]
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
     stop = jnp.array(sampling.stop, jnp.int32)
 
@@ -150,9 +153,9 @@ def sample(
         positions_N13 = jnp.broadcast_to((start_N + s.t - 1)[:, None, None], (N, 1, 3))
         ones_N1 = jnp.ones((N, 1), jnp.int32)
         inputs = TokenInput(s.token[:, None], positions_N13, ones_N1, -ones_N1)
-        out = vlm.apply(cfg, params, None, inputs, s.cache)
+        out = vlm.apply(cfg, params, None, inputs, s.cache | {"prompt": prompt})
         token_N, done_N, generated = draw(s.t, vlm.logits(cfg, params, out.hidden)[:, 0], s.done, s.out)
-        return State(s.t + 1, token_N, done_N, out.cache, generated)
+        return State(s.t + 1, token_N, done_N, {name: out.cache[name] for name in cache}, generated)
 
     empty = Generated(
         jnp.full((N, Tn), sampling.pad, jnp.int32), jnp.zeros((N, Tn)), jnp.zeros(N, jnp.int32), jnp.zeros(N, bool)
@@ -215,12 +218,11 @@ def nucleus(logits_NV: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits_NV >= jnp.take_along_axis(sorted_NV, last_N1, axis=-1), logits_NV, NEVER)
 
 
-def _prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts, new: int) -> tuple[jax.Array, dict]:
-    """Hidden state [B, 1, D] of each prompt's last token, and the cache with room for `new` tokens."""
+def _prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts) -> tuple[jax.Array, dict]:
+    """Hidden state [B, 1, D] of each prompt's last token, and the cache of the prompts."""
     B, T = prompts.tokens.shape
     valid_BT = jnp.arange(T) < prompts.length[:, None]
     inputs = TokenInput(prompts.tokens, prompts.positions, valid_BT.astype(jnp.int32), prompts.image_row)
-    out = vlm.apply(cfg, params, prompts.vision, inputs, vlm.init_cache(cfg, B, T + new))
+    out = vlm.apply(cfg, params, prompts.vision, inputs, vlm.init_cache(cfg, B, T))
     last_B11 = jnp.maximum(prompts.length - 1, 0)[:, None, None]
-    # The padding's slots are handed back: the answer overwrites them before it can see them.
     return jnp.take_along_axis(out.hidden, last_B11, axis=1), out.cache | {"length": prompts.length}

@@ -35,12 +35,51 @@ def visible(query: Span, key: Span) -> jax.Array:
     return mask_BTS
 
 
-def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span) -> jax.Array:
+class Shared(NamedTuple):
+    """Keys and values that rows have in common: k, v [N, S, G, K], all before the rows' own; valid [N, S] bool.
+
+    Of B rows each run of B / N has one of these; none of its rows holds a copy.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    valid: jax.Array
+
+
+def attention(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, shared: Shared | None = None
+) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v with grouped key/value heads (H = G * R); softmax in float32. Returns [B, T, H, K]."""
     B, T, H, K = q_BTHK.shape
-    G = k_BSGK.shape[2]
+    S, G = k_BSGK.shape[1:3]
     q = (q_BTHK * K**-0.5).reshape(B, T, G, H // G, K)
-    logits = jnp.einsum("btgrk,bsgk->bgrts", q, k_BSGK, preferred_element_type=jnp.float32)
-    logits = jnp.where(visible(query, key)[:, None, None], logits, MASKED)
+    logits = _products(q, k_BSGK, visible(query, key))
+    if shared is not None:
+        # The queries of a run side by side: one product with the keys they share.
+        N = shared.valid.shape[0]
+        run = q.reshape(N, B // N * T, G, H // G, K)
+        others = _products(run, shared.k, jnp.broadcast_to(shared.valid[:, None], (N, run.shape[1], shared.k.shape[1])))
+        logits = jnp.concatenate([logits, _apart(others, B // N)], axis=-1)
     weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGK.dtype)
-    return jnp.einsum("bgrts,bsgk->btgrk", weights, v_BSGK).reshape(B, T, H, K)
+    out = jnp.einsum("bgrts,bsgk->btgrk", weights[..., :S], v_BSGK)
+    if shared is not None:
+        others = jnp.einsum("bgrts,bsgk->btgrk", _together(weights[..., S:], N), shared.v.astype(v_BSGK.dtype))
+        out = out + others.reshape(out.shape)
+    return out.reshape(B, T, H, K)
+
+
+def _products(q_BTGRK: jax.Array, k_BSGK: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
+    return jnp.where(visible_BTS[:, None, None], logits, MASKED)
+
+
+def _apart(x: jax.Array, run: int) -> jax.Array:
+    """[N, G, R, run * T, S] -> [N * run, G, R, T, S]."""
+    N, G, R, T, S = x.shape
+    return jnp.moveaxis(x.reshape(N, G, R, run, T // run, S), 3, 1).reshape(N * run, G, R, T // run, S)
+
+
+def _together(x: jax.Array, N: int) -> jax.Array:
+    """The inverse of `_apart`."""
+    B, G, R, T, S = x.shape
+    return jnp.moveaxis(x.reshape(N, B // N, G, R, T, S), 1, 3).reshape(N, G, R, B // N * T, S)

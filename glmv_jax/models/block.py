@@ -10,14 +10,16 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.kernels.attention import Shared, Span, attention
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
-# One layer's keys and values while decoding: k, v [B, S, G, K]; the stack holds them as [L, B, S, G, K].
-LayerCache = dict[str, jax.Array]
+# One layer's keys and values while decoding: k, v [B, S, G, K], which the layer adds to and returns, and where rows
+# continue the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with
+# a leading L.
+LayerCache = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +70,16 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
         q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
+        shared: Shared | None = None
         if cache is not None:
             # Each row writes at its own next slot (the query's slots are consecutive within a row).
             write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0))
             start_B = query.slots[:, 0]
             k_BTGK = write(cache["k"], k_BTGK.astype(cache["k"].dtype), start_B)
             v_BTGK = write(cache["v"], v_BTGK.astype(cache["v"].dtype), start_B)
+            shared = cache.get("prompt")
             cache = {"k": k_BTGK, "v": v_BTGK}
-        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
+        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key, shared)
         out_BTD = Linear(c.width, ("heads", "embed"), c.bias, c.dtype, name="o")(out_BTHK.reshape(B, T, -1))
         return out_BTD, cache
 
@@ -103,7 +107,7 @@ def stack(
 ) -> tuple[jax.Array, Any]:
     """`depth` blocks as one scan, parameters stacked on a leading "layers" axis under the name "blocks".
 
-    Call it inside a compact module. cache: {"k", "v"} [L, B, S, G, K] or None; the updated one is returned.
+    Call it inside a compact module. cache: `LayerCache` with a leading L, or None; the updated k and v are returned.
     """
     block = Block
     if remat != "none":

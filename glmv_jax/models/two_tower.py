@@ -49,21 +49,21 @@ class TextConfig:
         return TextTower(self)
 
     def example(self) -> tuple:
-        return (jnp.ones((1, self.length), jnp.int32),)
+        return jnp.ones((1, self.length), jnp.int32), jnp.ones((1, self.length), jnp.int32)
 
 
 class TextTower(nn.Module):
-    """Features [B, T, D] of token rows; id 0 is padding and is not seen."""
+    """Features [B, T, D] of rows of texts side by side: none sees another, and each has its own positions 0, 1, ..."""
 
     cfg: TextConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> jax.Array:
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         c = self.cfg
         table_VD = Embedding(c.vocab, c.width, std=c.width**-0.5, name="embed")()
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0)
-        x_BTD += Embedding(c.length, c.width, "position", c.width**-0.5, name="position")()[: tokens_BT.shape[1]]
-        span = Span((tokens_BT != 0).astype(jnp.int32))
+        position_TD = Embedding(c.length, c.width, "position", c.width**-0.5, name="position")()
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) + jnp.take(position_TD, _within(segments_BT), axis=0)
+        span = Span(segments_BT)
         x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD.astype(c.dtype), None, span, span)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BTD)
 
@@ -83,28 +83,28 @@ class PoolConfig:
         return Pool(self)
 
     def example(self) -> tuple:
-        return jnp.zeros((1, 2, self.width)), jnp.ones((1, 2), bool)
+        return jnp.zeros((1, 2, self.width)), jnp.ones((1, 2), jnp.int32)
 
 
 class Pool(nn.Module):
     cfg: PoolConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> jax.Array:
-        """[B, E], not normalised. MAP head: out = attn(probe, x); out += mlp(norm(out))."""
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, count: int = 1) -> jax.Array:
+        """[B, count, E], not normalised: of segments 1 to count. MAP head: out = attn(probe, x); out += mlp(norm(out))."""
         c = self.cfg
         B, T, D = x_BTD.shape
         K = c.width // c.heads
         probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
         linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
-        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, K)
+        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, count, D))).reshape(B, count, c.heads, K)
         k, v = (linear(name)(x_BTD).reshape(B, T, c.heads, K) for name in ("k", "v"))
-        one = Span(jnp.ones((B, 1), jnp.int32))
-        out_BD = attention(q, k, v, one, Span(valid_BT.astype(jnp.int32))).reshape(B, D)
-        out_BD = linear("o", ("heads", "embed"))(out_BD)
-        branch_BD = RMSNorm("norm", c.norm_eps, name="norm")(out_BD)
-        out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BD)
-        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BD)
+        query = Span(jnp.broadcast_to(jnp.arange(1, count + 1), (B, count)))
+        out_BND = attention(q, k, v, query, Span(segments_BT)).reshape(B, count, D)
+        out_BND = linear("o", ("heads", "embed"))(out_BND)
+        branch_BND = RMSNorm("norm", c.norm_eps, name="norm")(out_BND)
+        out_BND += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BND)
+        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BND)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +146,7 @@ class TwoTowerConfig:
 
 
 class TwoTowerOutput(NamedTuple):
-    """Unit embeddings [B, E] float32, and the scalars of the sigmoid loss."""
+    """Unit embeddings, image [B, E] and text [B, N, E] float32, and the scalars of the sigmoid loss."""
 
     image: jax.Array
     text: jax.Array
@@ -157,20 +157,44 @@ class TwoTowerOutput(NamedTuple):
 def embed_image(cfg: TwoTowerConfig, params: Params, vision: VisionInput) -> jax.Array:
     """Unit embeddings [B, E], one image a row."""
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, vision.frame > 0))
+    image_B1E = Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, _real(vision.frame))
+    return _unit(image_B1E[:, 0])
 
 
 def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """Unit embeddings [B, E]; id 0 is padding."""
-    features_BTD = TextTower(cfg.text).apply({"params": params["text"]}, tokens_BT)
-    return _unit(Pool(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, tokens_BT != 0))
+    """Unit embeddings [B, E], one text a row; id 0 is padding."""
+    return embed_texts(cfg, params, tokens_BT, _real(tokens_BT), 1)[:, 0]
 
 
-def apply(cfg: TwoTowerConfig, params: Params, vision: VisionInput, tokens_BT: jax.Array) -> TwoTowerOutput:
+def embed_texts(
+    cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, count: int
+) -> jax.Array:
+    """Unit embeddings [B, count, E] of texts that stand side by side in a row as segments 1 to count."""
+    features_BTD = TextTower(cfg.text).apply({"params": params["text"]}, tokens_BT, segments_BT)
+    return _unit(Pool(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
+
+
+def apply(
+    cfg: TwoTowerConfig, params: Params, vision: VisionInput, tokens_BT: jax.Array, segments_BT: jax.Array, count: int
+) -> TwoTowerOutput:
+    """Images and their texts, `count` of each image in its row."""
     log_scale, bias = Scale(cfg.scale).apply({"params": params["scale"]})
-    return TwoTowerOutput(embed_image(cfg, params, vision), embed_text(cfg, params, tokens_BT), log_scale, bias)
+    text_BNE = embed_texts(cfg, params, tokens_BT, segments_BT, count)
+    return TwoTowerOutput(embed_image(cfg, params, vision), text_BNE, log_scale, bias)
 
 
-def _unit(x_BE: jax.Array) -> jax.Array:
-    x = x_BE.astype(jnp.float32)
+def _real(ids: jax.Array) -> jax.Array:
+    """One segment: 1 where there is something, 0 on padding."""
+    return (ids != 0).astype(jnp.int32)
+
+
+def _within(segments_BT: jax.Array) -> jax.Array:
+    """Each position's place in its segment."""
+    index_T = jnp.arange(segments_BT.shape[1])
+    first_BT = segments_BT != jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    return index_T - jax.lax.cummax(jnp.where(first_BT, index_T, 0), axis=1)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    x = x.astype(jnp.float32)
     return x * jax.lax.rsqrt(jnp.sum(jnp.square(x), axis=-1, keepdims=True) + 1e-12)

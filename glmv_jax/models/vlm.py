@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import Shared, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.typing import Params, TokenInput, VisionInput
 
@@ -73,7 +73,7 @@ def apply(
     cache: {"k", "v"} [L, B, S, G, K] and "length" [B], the slots each row has filled. Position t of row b takes slot
     length[b] + t and sees the slots up to its own; the returned length has grown by T. Segments do not count then. A
     caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
-    padding's slots before anything can see them.
+    padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
     """
     visual_BMD = None if vision is None else encode_images(cfg, params, vision)
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
@@ -87,12 +87,12 @@ def apply(
         one = jnp.ones((), jnp.int32)
         query = Span(jnp.broadcast_to(one, (B, T)), cache["length"][:, None] + jnp.arange(T))
         key = Span(jnp.broadcast_to(one, (B, slots)), jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-        layers = {"k": cache["k"], "v": cache["v"]}
+        layers = {name: x for name, x in cache.items() if name != "length"}
     hidden, prenorm, layers = decoder.apply(
         cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, layers
     )
     if cache is not None:
-        cache = layers | {"length": cache["length"] + T}
+        cache = cache | layers | {"length": cache["length"] + T}
     return VLMOutput(hidden, prenorm, merged_BTD, cache)
 
 
@@ -117,3 +117,14 @@ def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInpu
 def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:
     """An empty cache of `length` slots for `batch` rows; see `apply`."""
     return decoder.layer_cache(cfg.decoder, batch, length) | {"length": jnp.zeros((batch,), jnp.int32)}
+
+
+def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
+    """From the cache of B prompts that of `group` continuations of each, with `length` slots of their own.
+
+    Row b * group + g continues prompt b and holds no copy of it: the prompts' keys are only read from now on.
+    """
+    L, B, slots = cache["k"].shape[:3]
+    valid_BS = jnp.arange(slots) < cache["length"][:, None]
+    prompt = Shared(cache["k"], cache["v"], jnp.broadcast_to(valid_BS, (L, B, slots)))
+    return init_cache(cfg, B * group, length) | {"prompt": prompt}

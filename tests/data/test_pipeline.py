@@ -91,14 +91,16 @@ def test_siglip_batch(chinese):
     batch = next(siglip(batch=200, chinese=chinese))
     check_vision(batch, 200, 64)
     texts = 2 if chinese is None else 1
-    assert batch["tokens"].shape == (200, texts, 16) and batch["tokens"].dtype == np.int32
+    assert batch["tokens"].shape == batch["segments"].shape == (200, 16) and batch["tokens"].dtype == np.int32
     assert batch["lang"].shape == (200, texts)
-    assert ((batch["tokens"] == TOKENIZER.eos).sum(-1) == 1).all()
+    np.testing.assert_array_equal(batch["tokens"] != 0, batch["segments"] != 0)
     assert len(set(batch["concept"])) == 200
     assert 60 * texts < batch["lang"].sum() < 140 * texts
-    rows, lang = batch["tokens"].reshape(-1, 16), batch["lang"].reshape(-1)
-    is_chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows]
-    assert np.mean(np.array(is_chinese) == lang) > 0.95, "a few Chinese names are written in Latin letters"
+    for n in range(texts):
+        rows = np.where(batch["segments"] == n + 1, batch["tokens"], 0)
+        assert ((rows == TOKENIZER.eos).sum(-1) == 1).all()
+        is_chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows]
+        assert np.mean(np.array(is_chinese) == batch["lang"][:, n]) > 0.95, "a few Chinese names are written in Latin letters"
     assert len({tuple(yx.max(0)) for yx in batch["yx"]}) > 3, "native aspect ratios"
 
 
@@ -117,10 +119,10 @@ def test_siglip_batch_with_basics():
         assert abs(len(known) - 150) <= 1 and len(set(known)) == len(known)
     shown = {}
     for batch in batches:
-        for concept, tokens, lang in zip(batch["concept"], batch["tokens"], batch["lang"]):
+        for concept, tokens, segments, lang in zip(*(batch[k] for k in ("concept", "tokens", "segments", "lang"))):
             if concept >= first:
                 name = basics.NAMES[concept - first]
-                shown.setdefault(name, set()).add(tuple(TOKENIZER.decode(row) for row in tokens))
+                shown.setdefault(name, set()).add(tuple(TOKENIZER.decode(tokens[segments == n]) for n in (1, 2)))
                 assert lang.tolist() == [0, 1]
     assert shown["circle"] == {("circle", "圆形")} and len(shown) > 30
     resumed = make()

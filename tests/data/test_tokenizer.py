@@ -93,3 +93,17 @@ def test_bad_vocabularies_are_user_errors(tmp_path):
         # A user-defined symbol would be found in text, so it does not count as special.
         with pytest.raises(UserError, match=r"lacks the control token \[gMASK\]"):
             Tokenizer(tmp_path / f"{name}.model")
+
+
+def test_texts_side_by_side(tokenizer):
+    """Each text as `fixed` writes it; too long together, the longest gives way; a row too short is refused."""
+    short, long = "heart", "one two three four five six seven"
+    tokens, segments = tokenizer.side_by_side([short, long], 24)
+    for n, text in enumerate((short, long), start=1):
+        alone = tokenizer.fixed(text, 24)
+        assert tokens[segments == n].tolist() == alone[alone != tokenizer.pad].tolist()
+    assert (tokens[segments == 0] == tokenizer.pad).all()
+    cut, parts = tokenizer.side_by_side([short, long], 8)
+    assert tokenizer.decode(cut[parts == 1]) == short and (cut == tokenizer.eos).sum() == 2 and (parts > 0).all()
+    with pytest.raises(UserError, match="1 tokens cannot hold 2 texts"):
+        tokenizer.side_by_side([short, long], 1)

@@ -90,6 +90,26 @@ def test_cached_decoding_equals_one_parallel_pass():
     np.testing.assert_array_equal(cache["length"], lengths + 3)
 
 
+def test_shared_prompts_equal_repeated_ones():
+    """Three continuations of each of two prompts of unlike length: with the prompt's cache in common and copied."""
+    cfg, rng = config(), np.random.default_rng(4)
+    params = api.init_params(cfg, jax.random.key(0))
+    group, lengths = 3, jnp.array([7, 4])
+    rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text_rows(rng, 1, 7), text_rows(rng, 1, 7))
+    cache = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
+    copied = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
+    copied = {name: jnp.repeat(x, group, axis=0 if name == "length" else 1) for name, x in copied.items()}
+    shared = vlm.share_prompts(cfg, cache, group, 3)
+    assert shared["k"].shape[:3] == (cfg.decoder.depth, 2 * group, 3)
+    for step in range(3):
+        tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
+        at = jnp.repeat(lengths, group)[:, None] + step
+        said = TokenInput(tokens, jnp.repeat(at[..., None], 3, axis=2), jnp.ones_like(at), -jnp.ones_like(at))
+        one, other = (vlm.apply(cfg, params, None, said, cache) for cache in (shared, copied))
+        np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-5)
+        shared, copied = one.cache, other.cache
+
+
 def test_scan_equals_unrolled():
     cfg, rng = config(), np.random.default_rng(2)
     params = api.init_params(cfg, jax.random.key(0))["decoder"]

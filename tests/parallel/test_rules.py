@@ -74,10 +74,12 @@ def two_tower_case():
     _, _, (vision, tokens) = vlm_case()
 
     def loss(params, batch):
-        out = two_tower.apply(cfg, params, *batch)
-        return jnp.mean(jax.nn.softplus(jnp.exp(out.log_scale) * out.image @ out.text.T + out.bias))
+        out = two_tower.apply(cfg, params, *batch, 2)
+        logits_NBB = jnp.einsum("be,cne->nbc", out.image, out.text)
+        return jnp.mean(jax.nn.softplus(jnp.exp(out.log_scale) * logits_NBB + out.bias))
 
-    return cfg, loss, (vision, tokens.tokens)
+    segments = np.broadcast_to(1 + (np.arange(tokens.tokens.shape[1]) > 3), tokens.tokens.shape)
+    return cfg, loss, (vision, tokens.tokens, segments)
 
 
 @needs_8

@@ -45,12 +45,11 @@ class SigLIP(Stage):
 
     def loss(self, params, constants, extra, batch, key):
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
-        B, N, T = batch["tokens"].shape
-        out = two_tower.apply(self.model, params, vision, batch["tokens"].reshape(B * N, T))
-        text_BNE = out.text.reshape(B, N, -1)
+        N = batch["lang"].shape[1]
+        out = two_tower.apply(self.model, params, vision, batch["tokens"], batch["segments"], N)
         # With N texts an image, the mean of N losses of B x B pairs: a text meets every image and its own once.
         losses, metrics = zip(*(
-            sigmoid_loss(out.image, text_BNE[:, n], out.log_scale, out.bias, batch["concept"]) for n in range(N)
+            sigmoid_loss(out.image, out.text[:, n], out.log_scale, out.bias, batch["concept"]) for n in range(N)
         ))  # fmt: skip
         mean = lambda *x: sum(x) / N  # noqa: E731
         return mean(*losses), (jax.tree.map(mean, *metrics), extra)
@@ -68,8 +67,8 @@ class SigLIP(Stage):
         return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}
 
     def flops(self, batch):
-        B, N, T = batch["tokens"].shape
-        return 3 * B * (self.model.vision.flops(batch["frame"].shape[1]) + N * self.model.text.flops(T))
+        B, T = batch["tokens"].shape
+        return 3 * B * (self.model.vision.flops(batch["frame"].shape[1]) + self.model.text.flops(T))
 
     # ------------------------------------------------------------------------------------------------- evaluation
     def evaluate(self, params, extra, *, full: bool):
