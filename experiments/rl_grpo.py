@@ -14,7 +14,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (60, 16) if nano else (2_000, 64)
+    steps, batch = (110, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
@@ -23,12 +23,12 @@ def get_config(arg=None):
     weights = {task: 1.0 for task in TASKS if not nano or task not in ("read", "ground")}
     cfg.data = presets.documents(arg.size, weights, seed=5, ahead=2)
     if nano:
-        cfg.data.tokens, cfg.data.targets = 384, 288
+        cfg.data.tokens, cfg.data.targets = 256, 208
     cfg.rollout = {
         "prompts": 64,
         "group": 8,
         "minibatches": 1,
-        "rows": (8, 16, 24, 32),
+        "rows": (16, 22, 32),
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,

@@ -2,7 +2,7 @@
 
     glmv train --config experiments/vlm_pretrain.py:size=nano --workdir runs/pretrain --config.init_from=runs/siglip
 
-size=nano: two CPU cores, about five minutes; a 3.1M-parameter model on rows of 136 tokens and 128 patches.
+size=nano: two CPU cores, about five minutes; a 3.1M-parameter model on rows of 112 tokens and 128 patches.
 size=l:    CogViT-403M with GLM-OCR's language model; data of that scale are not shipped.
 mmtp=image_token|embeddings|masked: what the MTP head sees of images (section 2.2 of the report adopts the first).
 """
@@ -13,7 +13,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", mmtp="image_token")
     nano = arg.size == "nano"
-    steps, batch = (520, 16) if nano else (50_000, 512)
+    steps, batch = (540, 16) if nano else (50_000, 512)
     cfg = presets.run("pretrain", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.vlm(arg.size)
     cfg.model.mtp.option = arg.mmtp

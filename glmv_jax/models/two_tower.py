@@ -91,7 +91,7 @@ class Pool(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, count: int = 1) -> jax.Array:
-        """[B, count, E], not normalised: of segments 1 to count. MAP head: out = attn(probe, x); out += mlp(norm(out))."""
+        """[B, count, E], of segments 1 to count, not normalised. MAP: out = attn(probe, x); out += mlp(norm(out))."""
         c = self.cfg
         B, T, D = x_BTD.shape
         K = c.width // c.heads

@@ -99,8 +99,8 @@ def test_siglip_batch(chinese):
     for n in range(texts):
         rows = np.where(batch["segments"] == n + 1, batch["tokens"], 0)
         assert ((rows == TOKENIZER.eos).sum(-1) == 1).all()
-        is_chinese = [any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows]
-        assert np.mean(np.array(is_chinese) == batch["lang"][:, n]) > 0.95, "a few Chinese names are written in Latin letters"
+        is_chinese = np.array([any("一" <= c <= "鿿" for c in TOKENIZER.decode(row)) for row in rows])
+        assert np.mean(is_chinese == batch["lang"][:, n]) > 0.95, "a few Chinese names are written in Latin letters"
     assert len({tuple(yx.max(0)) for yx in batch["yx"]}) > 3, "native aspect ratios"
 
 
