@@ -28,7 +28,7 @@ def get_config(arg=None):
         "prompts": 64,
         "group": 8,
         "minibatches": 1,
-        "rows": (16, 22, 32),
+        "rows": (16, 24, 32),
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,
