@@ -25,7 +25,7 @@ from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import probes
 
-WIDTH, DEPTH, HEADS, SIDE, PATCH, LENGTH = 128, 4, 4, 64, 8, 24
+WIDTH, DEPTH, HEADS, SIDE, PATCH, LENGTH = 128, 4, 4, 64, 8, 28
 QUERIES = ("en name", "zh name", "zh name+keywords")
 
 

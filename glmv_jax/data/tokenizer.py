@@ -23,6 +23,8 @@ SPECIALS = (
     "<tool_response>", "</tool_response>", "<|begin_of_box|>", "<|end_of_box|>",
 )  # fmt: skip
 BOX = ("<|begin_of_box|>", "<|end_of_box|>")
+# Stage 2 reads Chinese one character at a time.
+_CHARACTERS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]|[^\u3400-\u4dbf\u4e00-\u9fff]+")
 SHIPPED = pathlib.Path(__file__).resolve().parent / "corpus" / "vocab.model"
 
 
@@ -87,7 +89,8 @@ class Tokenizer:
     def fixed(self, text: str, length: int) -> np.ndarray:
         """Stage-2 text: NFKC and lower case, `eos`, padded with `pad` or cut to `length` with `eos` kept at the end.
 
-        SigLIP2's rule (big_vision `lower -> tok(length, bos="no", eos="sticky")`). Returns int32 [length].
+        SigLIP2's rule (big_vision `lower -> tok(length, bos="no", eos="sticky")`), but Chinese character by character:
+        an unseen name is then made of what was seen in others. Returns int32 [length].
         """
         return self.side_by_side([text], length)[0]
 
@@ -98,7 +101,10 @@ class Tokenizer:
         """
         if length < len(texts):
             raise UserError(f"a row of {length} tokens cannot hold {len(texts)} texts; lengthen the row")
-        ids = [self.encode(unicodedata.normalize("NFKC", text).lower()) for text in texts]
+        ids = []
+        for text in texts:
+            parts = _CHARACTERS.findall(unicodedata.normalize("NFKC", text).lower())
+            ids.append([i for part in parts for i in self.encode(part)])
         room = length - len(texts)
         while sum(map(len, ids)) > room:
             max(ids, key=len).pop()

@@ -95,6 +95,14 @@ def test_bad_vocabularies_are_user_errors(tmp_path):
             Tokenizer(tmp_path / f"{name}.model")
 
 
+def test_stage_2_reads_chinese_character_by_character(tokenizer):
+    text = "红色圆形 OK"
+    row = tokenizer.fixed(text, 16)
+    characters = [tokenizer.encode(c)[0] for c in "红色圆形"]
+    assert row[:4].tolist() == characters and len(tokenizer.encode("红色圆形")) < 4
+    assert tokenizer.decode(row) == "红色圆形 ok"
+
+
 def test_texts_side_by_side(tokenizer):
     """Each text as `fixed` writes it; too long together, the longest gives way; a row too short is refused."""
     short, long = "heart", "one two three four five six seven"
