@@ -15,7 +15,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (200, 64) if nano else (100_000, 4096)
+    steps, batch = (180, 64) if nano else (100_000, 4096)
     cfg = presets.run("mim", steps, batch)
     cfg.model = presets.vision(arg.size)
     if not nano:

@@ -15,13 +15,13 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (400, 128) if nano else (120_000, 65_536)
+    steps, batch = (350, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
     if arg.role == "teacher":
-        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 120, 3, 1
+        cfg.steps, cfg.model.vision.depth, cfg.model.text.depth = 110, 3, 1
 
     cfg.data = {
         "vocabulary": "",

@@ -172,7 +172,8 @@ def load_params(
       run_dir: the run's workdir.
       subtrees: slash paths such as "vision" or "decoder/blocks" to take; all when empty.
       like: the tree the result should have, of arrays: those that are taken are replaced, on the devices where they
-        are, the others are handed through. None: the saved tree (what is taken of it), as numpy arrays.
+        are, the others are handed through. Where all are taken, shapes with shardings do. None: the saved tree (what is
+        taken of it), as numpy arrays.
       finished: refuse a run that has no results.json yet.
 
     Raises: UserError when there is no such run, it has not finished, nothing can be read, a subtree is missing, or

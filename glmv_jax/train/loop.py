@@ -245,10 +245,11 @@ def _is_over(totals: Totals, max_seconds: float) -> bool:
 
 def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement) -> state_lib.TrainState:
     cfg = stage.cfg
-    state = state_lib.init_state(stage, optimizer, placement, cfg.seed)
-    if not cfg.get("init_from", ""):
-        return state
-    params = checkpoint.load_params(cfg.init_from, cfg.get("init_subtrees", ()), like=state.params)
+    params, subtrees = None, cfg.get("init_subtrees", ())
+    if cfg.get("init_from", ""):
+        # What the other run gives in full need not be drawn first.
+        drawn = state_lib.init_state(stage, optimizer, placement, cfg.seed).params if subtrees else None
+        params = checkpoint.load_params(cfg.init_from, subtrees, like=drawn or placement.abstract.params)
     return state_lib.init_state(stage, optimizer, placement, cfg.seed, params)
 
 
