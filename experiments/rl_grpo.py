@@ -14,7 +14,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (90, 16) if nano else (2_000, 64)
+    steps, batch = (95, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 

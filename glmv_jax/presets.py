@@ -92,6 +92,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             max_seconds=0.0,  # stop when the steps have taken so long; 0: never
             faults="",  # where broken records are logged; default: faults.jsonl in the work directory
             match_wall="",  # take max_seconds from the steps of this finished run
+            compilation_cache="~/.cache/glmv_jax/xla",  # where compiled programs are kept; "": nowhere
         )
     )  # fmt: skip
     cfg.update(more)

@@ -29,22 +29,20 @@ STAGES = {
     "sft": "glmv_jax.train.stages.sft:SFT",
     "rl": "glmv_jax.train.stages.rl:RL",
 }
-CACHE = "~/.cache/glmv_jax/xla"
 
 
 def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
     """Trains `cfg.stage` in `workdir` (made when missing; resumed when begun) and returns what results.json holds.
 
     With `cfg.match_wall`, the workdir of a finished run, max_seconds is what the steps of that run took.
-    Compiled programs are kept in `cfg.compilation_cache` (default ~/.cache/glmv_jax/xla, "" for nowhere), so a resumed
-    run does not compile again.
+    Compiled programs are kept in `cfg.compilation_cache` ("" for nowhere), so a resumed run does not compile again.
 
     Raises: UserError, and loop's Interrupted.
     """
     quiet_orbax()
     keep_freed_memory()
     workdir = Path(workdir).expanduser().absolute()
-    _keep_compiled_programs(cfg.get("compilation_cache", CACHE))
+    _keep_compiled_programs(cfg.get("compilation_cache", ""))
     if cfg.get("match_wall", ""):
         cfg.max_seconds = _train_seconds(cfg.match_wall)
     if "faults" in cfg and not cfg.faults:
