@@ -283,5 +283,7 @@ def _tuples(value: Any) -> Any:
 
 
 def quiet_orbax() -> None:
-    """Orbax tells through absl about things that are as they should be, and prints errors that it raises as well."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    """Orbax tells through absl about things that are as they should be, and prints errors that it raises as well; when
+    the disk is full, asyncio prints the siblings of the error that it raised."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
