@@ -2,7 +2,7 @@
 
     glmv train --config experiments/rl_grpo.py:size=nano --workdir runs/rl --config.init_from=runs/sft
 
-size=nano: two CPU cores, about three minutes. 64 prompts x 8 answers a step, clip-higher 0.2 / 0.28, no KL, no entropy
+size=nano: two CPU cores, under three minutes. 64 prompts x 8 answers a step, clip-higher 0.2 / 0.28, no KL, no entropy
 term, temperature 1.
 """
 
