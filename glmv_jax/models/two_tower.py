@@ -60,6 +60,8 @@ class TextTower(nn.Module):
     @nn.compact
     def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         c = self.cfg
+        if tokens_BT.shape[1] > c.length:
+            raise ValueError(f"rows of {tokens_BT.shape[1]} tokens, but the text tower has {c.length} positions")
         table_VD = Embedding(c.vocab, c.width, std=c.width**-0.5, name="embed")()
         position_TD = Embedding(c.length, c.width, "position", c.width**-0.5, name="position")()
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0) + jnp.take(position_TD, _within(segments_BT), axis=0)

@@ -248,8 +248,10 @@ def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement)
     params, subtrees = None, cfg.get("init_subtrees", ())
     if cfg.get("init_from", ""):
         # What the other run gives in full need not be drawn first.
-        drawn = state_lib.init_state(stage, optimizer, placement, cfg.seed).params if subtrees else None
-        params = checkpoint.load_params(cfg.init_from, subtrees, like=drawn or placement.abstract.params)
+        like = placement.abstract.params
+        if subtrees:
+            like = state_lib.init_state(stage, optimizer, placement, cfg.seed).params
+        params = checkpoint.load_params(cfg.init_from, subtrees, like=like)
     return state_lib.init_state(stage, optimizer, placement, cfg.seed, params)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import numpy as np
+import pytest
 
 from glmv_jax import models, presets
 from glmv_jax.models import build, two_tower
@@ -26,3 +27,12 @@ def test_texts_side_by_side_embed_as_alone():
     for n in range(2):
         np.testing.assert_allclose(together[:, n], two_tower.embed_text(cfg, params, alone[:, n]), atol=2e-6)
     assert np.abs(together[:, 0] - together[:, 1]).max() > 0.01
+
+
+def test_rows_longer_than_the_position_table_are_refused():
+    """A gather past the end of the table would give nan, and only on some rows."""
+    cfg = build.two_tower(presets.two_tower("nano"))
+    params = models.abstract_params(cfg)
+    rows = np.ones((2, cfg.text.length + 1), np.int32)
+    with pytest.raises(ValueError, match="rows of 29 tokens, but the text tower has 28 positions"):
+        jax.eval_shape(lambda p: two_tower.embed_text(cfg, p, rows), params)
