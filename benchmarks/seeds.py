@@ -10,12 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 from collections.abc import Callable, Sequence
-
-import jax
 
 from glmv_jax.train.checkpoint import load_config
 
@@ -27,7 +23,11 @@ class Run:
     """A finished quickstart: results by stage."""
 
     def __init__(self, folder: pathlib.Path):
+        missing = [stage for stage in STAGES if not (folder / stage / "results.json").is_file()]
+        if missing:
+            raise SystemExit(f"seeds.py: {folder} has no finished stage {missing[0]}; run the quickstart there first")
         self.results = {stage: json.loads((folder / stage / "results.json").read_text()) for stage in STAGES}
+        self.meta = json.loads((folder / "rl" / "meta.json").read_text())
         self.tasks = sorted(load_config(folder / "rl").data.weights)  # those that RL trains
 
     def value(self, stage: str, metric: str, when: str = "trained") -> float:
@@ -94,13 +94,12 @@ def main() -> None:
     print("| held-out data; mean (range) | compared with | trained |\n|---|---|---|")
     record = {}
     for what, other, number in table:
-        values = [number(run) for run in runs]
-        record[what] = values
-        print(f"| {what} | {span([other(run) for run in runs]) if other else ''} | {span(values)} |")
+        compared = [other(run) for run in runs] if other else []
+        record[what] = {"compared": compared, "trained": [number(run) for run in runs]}
+        print(f"| {what} | {span(compared) if compared else ''} | {span(record[what]['trained'])} |")
     if args.out:
-        line = {"runs": len(runs), "cpus": os.cpu_count(), "machine": platform.machine(), "jax": jax.__version__,
-                "python": platform.python_version(), "numbers": record}  # fmt: skip
-        args.out.write_text(json.dumps(line) + "\n")
+        line = {"runs": [{name: run.meta[name] for name in ("jax", "devices", "host")} for run in runs]}
+        args.out.write_text(json.dumps(line | {"numbers": record}, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":
