@@ -15,7 +15,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (95, 16) if nano else (2_000, 64)
+    steps, batch = (105, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
@@ -41,7 +41,8 @@ def get_config(arg=None):
         "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,
         "schedule": {"warmup": 0.02, "decay": "constant"},
-        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.1 if nano else 0.5)),
+        # At nano size training the encoder too costs an eighth more time and gains nothing that 1,152 questions show.
+        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.0 if nano else 0.5)),
     }
-    cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
+    cfg.eval = {"kinds": TASKS, "questions": 128, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     return cfg

@@ -17,7 +17,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (32, 16) if nano else (10_000, 256)
+    steps, batch = (28, 16) if nano else (10_000, 256)
     cfg = presets.run("sft", steps, batch)
     cfg.model = presets.vlm(arg.size)
     if not nano:
@@ -31,7 +31,7 @@ def get_config(arg=None):
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
         "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
-    cfg.eval = {"kinds": TASKS, "questions": 64, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
+    cfg.eval = {"kinds": TASKS, "questions": 128, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
     if arg.role == "control":
         cfg.data.seed, cfg.steps = 6, 1_000_000
         cfg.optim.lr, cfg.optim.schedule = 2e-3, {"warmup": 0, "decay": "constant"}

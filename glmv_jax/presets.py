@@ -68,13 +68,16 @@ def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> C
 
 
 def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """Optimiser groups of stages 3 and 4: Muon for the blocks' matrices, AdamW for the rest.
+    """Optimiser groups of stages 3 to 5: Muon for the blocks' matrices, AdamW for the rest.
 
-    vision: the encoder's rate relative to the decoder's.
+    vision: the encoder's rate relative to the decoder's; 0 freezes it, and its gradient is not even computed.
     """
-    return (
+    encoder = (
         (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": vision}),
         (r"vision/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.25 * vision}),
+    )
+    return (
+        *(encoder if vision else ((r"vision/.*", {"kind": "frozen"}),)),
         (r"(decoder|mtp/block|merger)/.*/kernel", {"kind": "muon", "wd": 0.1}),
         (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5}),
     )

@@ -29,6 +29,7 @@ SMALL = {
     "rl": ("experiments/rl_grpo.py", ["model.vision.depth=2", "model.decoder.depth=2", "rollout.prompts=8",
                                       "rollout.group=4", "rollout.minibatches=1", "rollout.max_new_tokens=6"]),
 }  # fmt: skip
+TRAINED_ENCODER = ((r"mtp/.*", {"kind": "frozen"}), *config.presets.vlm_groups(vision=0.5))
 
 
 def build(name: str):
@@ -37,6 +38,8 @@ def build(name: str):
     if name == "mim":  # no run to take a tower from here
         cfg.teachers.semantic = {"kind": "hog", "bins": 6, "weight": 1.0}
         overrides = [o for o in overrides if not o.startswith("teachers")]
+    if name == "rl":  # the encoder too, as beyond nano
+        cfg.optim.groups = TRAINED_ENCODER
     # Muon and Adam divide a gradient by its own size: where it is as small as Adam's eps (1e-8) its rounding comes
     # out as a few per cent of the learning rate (2e-5 at 5e-4 was seen). One small rate for all keeps that below 1e-5;
     # a wrong gradient would differ by the rate itself, 1e-4. Gradients themselves: tests/parallel/test_rules.py.
@@ -135,3 +138,16 @@ def test_the_policy_starts_at_ratio_one():
     _, (metrics, _) = stage.loss(params, {}, {}, batch, jax.random.key(0))
     np.testing.assert_allclose(metrics["ratio"], 1.0, atol=1e-4)
     np.testing.assert_allclose(metrics["ratio_max"], 1.0, atol=1e-3)
+
+
+def test_rl_counts_what_a_frozen_encoder_spares():
+    """One forward pass instead of a forward and a backward of twice the cost; the draft head is never run."""
+    frozen = main.stage_class("rl")(config.load("experiments/rl_grpo.py:size=nano"))
+    trained = main.stage_class("rl")(config.override(frozen.cfg.copy_and_resolve_references(),
+                                                     [f"optim.groups={TRAINED_ENCODER!r}"]))  # fmt: skip
+    batch = {"tokens": np.zeros((16, 256)), "frame": np.zeros((16, 128))}
+    model, vision = frozen.model, 16 * frozen.model.vision.flops(128)
+    assert not frozen.trains_encoder and trained.trains_encoder
+    assert trained.flops(batch) - frozen.flops(batch) == pytest.approx(2 * vision)
+    drafts = model.mtp.flops(16 * 256, 128)
+    assert trained.flops(batch) == pytest.approx(3 * (model.flops(16 * 256, 128, 16, 128) - drafts))

@@ -139,8 +139,8 @@ def _heldout_ids() -> list[str]:
 
 
 def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -> float:
-    """Accuracy of naming the concept of augmented views of held-out emoji by their neighbours among `views` other views
-    a concept; mean-pooled trunk features, nothing trained."""
+    """Accuracy of naming the concept of `views` augmented views of each held-out emoji by their neighbours among as
+    many other views; mean-pooled trunk features, nothing trained."""
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch)
     ids = _heldout_ids()
     labels = np.array([concept_number(i) for i in ids])
@@ -153,9 +153,9 @@ def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -
         batch = {name: np.stack([r[name] for r in rows]) for name in rows[0]}
         return np.asarray(embed(VisionInput(batch["patches"], batch["yx"], batch["frame"])))
 
-    gallery = np.concatenate([view(seed) for seed in range(views)])
-    found = probes.knn(gallery, np.tile(labels, views), view(views), k)
-    return float((found == labels).mean())
+    gallery, asked = (np.concatenate([view(seed) for seed in range(first, first + views)]) for first in (0, views))
+    labels = np.tile(labels, views)
+    return float((probes.knn(gallery, labels, asked, k) == labels).mean())
 
 
 def _pooled(x_BPD, frame_BP):

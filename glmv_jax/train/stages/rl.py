@@ -8,12 +8,14 @@ the sampler's, which equal the trainer's.
 from __future__ import annotations
 
 import collections
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from glmv_jax import optim
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses import policy
 from glmv_jax.losses.cross_entropy import entropy, logprobs
@@ -37,6 +39,8 @@ class RL(VLMStage):
         self.verifiers = tasks.verifiers(self.names)
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
         self.sampler = Sampler(self.model, sampling, r.group)
+        shapes = jax.eval_shape(self.init_params, jax.random.key(0))
+        self.trains_encoder = any(jax.tree.leaves(optim.trainable(cfg.optim, shapes)["vision"]))
         self.rows = tuple(r.rows)
         self.shape_buckets = len(self.rows)
         self._waiting: collections.deque = collections.deque()
@@ -80,6 +84,12 @@ class RL(VLMStage):
         branches = np.asarray(batch["branches"])
         starts = (branches > 0) & (branches != np.pad(branches, ((0, 0), (1, 0)))[:, :-1])
         return super().counts(batch) | {"samples": int(starts.sum())}
+
+    def flops(self, batch):
+        """Of the update alone. The draft head is not run; a frozen encoder is not run backwards."""
+        (B, T), P = batch["tokens"].shape, batch["frame"].shape[1]
+        spared = 0.0 if self.trains_encoder else 2 * B * self.model.vision.flops(P)
+        return 3 * dataclasses.replace(self.model, mtp=None).flops(B * T, T / 2, B, P) - spared
 
     def loss(self, params, constants, extra, batch, key):
         vision, tokens = inputs(batch)
