@@ -30,11 +30,11 @@ class Run:
         self.meta = json.loads((folder / "rl" / "meta.json").read_text())
         self.tasks = sorted(load_config(folder / "rl").data.weights)  # those that RL trains
 
-    def value(self, stage: str, metric: str, when: str = "trained") -> float:
-        return self.results[stage]["metrics"][metric][when]
+    def value(self, stage: str, metric: str, field: str = "trained") -> float:
+        return self.results[stage]["metrics"][metric][field]
 
-    def over_tasks(self, stage: str, kind: str) -> float:
-        return sum(self.value(stage, f"{kind}/{task}") for task in self.tasks) / len(self.tasks)
+    def over_tasks(self, stage: str, kind: str, field: str = "trained") -> float:
+        return sum(self.value(stage, f"{kind}/{task}", field) for task in self.tasks) / len(self.tasks)
 
     @property
     def minutes(self) -> float:
@@ -70,8 +70,9 @@ def rows(chance: Callable[[str], float]) -> list[tuple[str, Callable[[Run], floa
             (f"control: the same time of SFT, {how} answers, after stage 4", mean("sft"), mean("sft_more")),
         ]
     table += [
-        ("5 rl: accuracy with shuffled images, with grey ones", lambda run: run.over_tasks("rl", "accuracy_blind"),
-         lambda run: run.over_tasks("rl", "accuracy_shuffled")),
+        ("5 rl: accuracy with shuffled images, best constant answer",
+         lambda run: run.over_tasks("rl", "accuracy", "chance"), lambda run: run.over_tasks("rl", "accuracy_shuffled")),
+        ("5 rl: accuracy with grey images", None, lambda run: run.over_tasks("rl", "accuracy_blind")),
         ("minutes of all stages", None, lambda run: run.minutes),
     ]  # fmt: skip
     return table

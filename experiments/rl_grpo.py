@@ -15,7 +15,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano")
     nano = arg.size == "nano"
-    steps, batch = (105, 16) if nano else (2_000, 64)
+    steps, batch = (95, 16) if nano else (2_000, 64)
     cfg = presets.run("rl", steps, batch)
     cfg.model = presets.vlm(arg.size)
 
@@ -29,7 +29,7 @@ def get_config(arg=None):
         "prompts": 64,
         "group": 8,
         "minibatches": 1,
-        "rows": (16, 24, 32),
+        "rows": (16,) if nano else (16, 24, 32),
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,
@@ -44,5 +44,7 @@ def get_config(arg=None):
         # At nano size training the encoder too costs an eighth more time and gains nothing that 1,152 questions show.
         "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.0 if nano else 0.5)),
     }
-    cfg.eval = {"kinds": TASKS, "questions": 128, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
+    cfg.eval = {
+        "kinds": TASKS, "documents": 32, "questions": 96, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4,
+    }  # fmt: skip
     return cfg

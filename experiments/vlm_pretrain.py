@@ -14,7 +14,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", mmtp="image_token")
     nano = arg.size == "nano"
-    steps, batch = (500, 16) if nano else (50_000, 512)
+    steps, batch = (480, 16) if nano else (50_000, 512)
     cfg = presets.run("pretrain", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.vlm(arg.size)
     cfg.model.mtp.option = arg.mmtp
@@ -35,5 +35,5 @@ def get_config(arg=None):
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
         "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
-    cfg.eval = {"kinds": ("caption", "describe", "table"), "questions": 48}
+    cfg.eval = {"kinds": ("caption", "describe", "table"), "documents": 48}
     return cfg

@@ -31,7 +31,9 @@ def get_config(arg=None):
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
         "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
-    cfg.eval = {"kinds": TASKS, "questions": 128, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4}
+    cfg.eval = {
+        "kinds": TASKS, "documents": 32, "questions": 96, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4,
+    }  # fmt: skip
     if arg.role == "control":
         cfg.data.seed, cfg.steps = 6, 1_000_000
         cfg.optim.lr, cfg.optim.schedule = 2e-3, {"warmup": 0, "decay": "constant"}

@@ -16,6 +16,12 @@ from glmv_jax.eval.report_run import StageRun
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
 _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
 _CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
+# Columns that say what can be had without looking: (kind of accuracy, field of its result).
+_UNSEEN = {
+    "RL, images shuffled": ("accuracy_shuffled", "trained"),
+    "RL, grey image": ("accuracy_blind", "trained"),
+    "best constant answer": ("accuracy", "chance"),
+}
 
 
 class Cell(NamedTuple):
@@ -96,12 +102,12 @@ def share_table(stages: dict[str, StageRun]) -> Table:
 
 def rl_tables(stages: dict[str, StageRun]) -> list[Table]:
     """Held-out accuracy by task before and after reinforcement learning, beside the controls; none until RL has run."""
-    greedy = _rl_table(stages, "accuracy", ("accuracy_shuffled", "accuracy_blind"), "greedy answers")
-    drawn = _rl_table(stages, "accuracy_sampled", (), "answers drawn at temperature 1, as RL trains them")
+    greedy = _rl_table(stages, "accuracy", _UNSEEN, "greedy answers")
+    drawn = _rl_table(stages, "accuracy_sampled", {}, "answers drawn at temperature 1, as RL trains them")
     return [table for table in (greedy, drawn) if table]
 
 
-def _rl_table(stages: dict[str, StageRun], kind: str, controls: tuple[str, ...], how: str) -> Table | None:
+def _rl_table(stages: dict[str, StageRun], kind: str, controls: dict[str, tuple[str, str]], how: str) -> Table | None:
     """The tasks that were trained and their mean, then the tasks that were only looked at."""
     before, after, control = stages["sft"], stages["rl"], stages["sft_more"]
     prefix, weight = f"{kind}/", "data.weights."
@@ -116,15 +122,15 @@ def _rl_table(stages: dict[str, StageRun], kind: str, controls: tuple[str, ...],
         first = after.result(prefix + task, "untrained") if first is None else first
         gain = None if first is None else after.result(prefix + task) - first
         values = [first, after.result(prefix + task), gain, control.result(prefix + task)]
-        values += [after.result(f"{other}/{task}") for other in controls]
+        values += [after.result(f"{other}/{task}", field) for other, field in controls.values()]
         rows.append(_rl_row(task if task in trained else f"{task} (not trained in RL)", values))
         columns.append(values)
     known = [[value for value in column if value is not None] for column in zip(*columns[: len(trained)])]
     rows.insert(len(trained), _rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
-    header = ["task", "before RL", "after RL", "gain", "more SFT instead"]
-    header += ["RL, images shuffled", "RL, grey image"][: len(controls)]
+    header = ["task", "before RL", "after RL", "gain", "more SFT instead", *controls]
     note = "“More SFT instead” took the same wall time as RL."
-    note += " With shuffled images only what can be guessed is left." if controls else ""
+    if controls:
+        note += " With shuffled images only what can be guessed is left; a constant answer is one a task and language."
     return Table(f"Before and after reinforcement learning: {how}", header, rows, note)
 
 

@@ -20,7 +20,7 @@ from PIL import Image
 
 from glmv_jax.data import coordinates
 from glmv_jax.data.building import DocumentBuilder
-from glmv_jax.data.chat import parse_answer
+from glmv_jax.data.chat import boxed, parse_answer
 from glmv_jax.data.heldout import prompt_chunks
 from glmv_jax.data.records import Sample
 from glmv_jax.inference.sampler import Prompts, Sampler
@@ -56,6 +56,23 @@ def accuracy(samples: Sequence[Sample], texts: Sequence[str], score: Score, name
         right.setdefault(sample.source, []).append(bool(grade.correct))
     shares = {f"{name}/{source}": float(np.mean(values)) for source, values in right.items()}
     return shares | {f"{name}/mean": float(np.mean(list(shares.values())))}
+
+
+def best_constant(samples: Sequence[Sample], score: Score) -> dict[str, float]:
+    """Accuracy, named as `accuracy` names it, of the best constant answer to each task and language: what a model may
+    get that knows the task by heart and does not see. Chosen among the gold answers of these very samples, so it is
+    rather too high."""
+    groups: dict[str, dict[str, list[Sample]]] = {}
+    for sample in samples:
+        groups.setdefault(sample.source, {}).setdefault(sample.meta.get("lang", ""), []).append(sample)
+    shares = {}
+    for source, languages in groups.items():
+        right = 0
+        for group in languages.values():
+            answers = {boxed(sample.answer) for sample in group}
+            right += max(sum(grade.correct for grade in score(group, [text] * len(group))) for text in answers)
+        shares[f"accuracy/{source}"] = right / sum(map(len, languages.values()))
+    return shares | {"accuracy/mean": float(np.mean(list(shares.values())))}
 
 
 def with_shuffled_images(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:

@@ -115,11 +115,13 @@ def to_batch(
     names: Sequence[str],
     targets: int | None = None,
     per: str = "rollout",
-) -> Batch:
-    """Packed rows of the vlm batch contract with "branches", "advantage" and "old_logprob" [B, T], for one update.
+) -> tuple[Batch, int]:
+    """Packed rows of the vlm batch contract with "branches", "advantage" and "old_logprob" [B, T], for one update; and
+    the number of rollouts that found no room in them.
 
     Args:
-      records: rollouts, those of one prompt beside each other (they share it).
+      records: rollouts, those of one prompt beside each other (they share it), the most important prompts first: when
+        the rows are full, the prompts that still fit nowhere are left out with all their rollouts.
       prompts: the prompt batch they were made from.
       advantages_N: one number a rollout.
       rows: allowed numbers of rows, rising: the smallest that holds everything is used (each is one compilation).
@@ -129,7 +131,7 @@ def to_batch(
         there. The sum of weight * loss over the sum of weights is then the token mean (DAPO) or the mean over
         rollouts of their token means (GRPO), however the rollouts are packed.
     Raises:
-      UserError: a rollout is longer than a row, or all of them need more rows than allowed.
+      UserError: a rollout is longer than a row.
       ValueError: the prompt or its pixels are not those the answer was sampled from.
     """
     if per not in ("token", "rollout"):
@@ -138,17 +140,19 @@ def to_batch(
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
     size = (tokens, patches, prompts["patches"].shape[-1], tokens if targets is None else targets)
     packed: list[_Row] = []
+    left_out = 0
     kept = [pair for pair in zip(records, advantages_N) if len(pair[0].answer)]
     for _, group in itertools.groupby(kept, key=lambda pair: pair[0].row):
         group = list(group)
-        # The first row that holds the whole group; one too large for any row goes on in the next.
+        # The first row that holds the whole group, or rows of its own.
         row = next((row for row in packed if row.fits([record for record, _ in group], prompts)), None)
+        fresh: list[_Row] = []
         for record, advantage in group:
             if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
                 raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
             if row is None or not row.fits([record], prompts):
                 row = _Row(*size)
-                packed.append(row)
+                fresh.append(row)
                 if not row.fits([record], prompts):
                     raise UserError(
                         f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
@@ -157,9 +161,10 @@ def to_batch(
                     )
             row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
                     names.index(record.source))  # fmt: skip
-    count = next((n for n in rows if n >= len(packed)), None)
-    if count is None:
-        raise UserError(f"{len(records)} rollouts fill {len(packed)} rows of {tokens} tokens, but at most {max(rows)} "
-                        "rows are allowed; allow more rows or longer ones")  # fmt: skip
+        if len(packed) + len(fresh) > max(rows):
+            left_out += len(group)
+        else:
+            packed += fresh
+    count = min(n for n in rows if n >= len(packed))
     packed += [_Row(*size) for _ in range(count - len(packed))]
-    return {name: np.stack([row.arrays[name] for row in packed]) for name in packed[0].arrays}
+    return {name: np.stack([row.arrays[name] for row in packed]) for name in packed[0].arrays}, left_out

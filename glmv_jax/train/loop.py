@@ -71,7 +71,8 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
     cfg = stage.cfg
     total, max_seconds = cfg.steps, cfg.get("max_seconds", 0)
     log_every, eval_every, save_every = cfg.get("log_every", 10), cfg.get("eval_every", 0), cfg.get("save_every", 100)
-    progress = metrics.Progress(workdir.name, total)
+    wait = "rollouts" if stage.on_policy else "data wait"
+    progress = metrics.Progress(workdir.name, total, headline=stage.headline, wait=wait)
 
     placement, optimizer, trainable = prepare(stage)
     train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
@@ -129,7 +130,8 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
 
         # --------------------------------------------------------------------------------------------------------------
         # The loop. DO NOT CHANGE THE ORDER within a step:
-        #   batch   while the devices are still busy with the step before, so that data cost nothing if they can
+        #   batch   while the devices are still busy with the step before, so that data cost nothing if they can; one
+        #           that needs the new state has to wait for it, and that wait is not its own
         #   step    is only started here; it takes the memory of the old state
         #   log     of the step BEFORE: waiting for this one would leave the devices idle
         #   eval    of the new state, before the save: a resume from there does not repeat it
@@ -138,8 +140,11 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         out_of_time = _is_over(totals, max_seconds)
         while step < total and not out_of_time:
             step_began = time.monotonic()
+            if stage.on_policy:
+                recorder.flush()
+            asked = time.monotonic()
             batch, host_metrics = _next_batch(stage, data, state)
-            waited = time.monotonic() - step_began
+            waited = time.monotonic() - asked
 
             placed = placement.batch(batch)
             if train_step.is_new(placed):

@@ -144,7 +144,7 @@ class StepRecorder:
         last = step == self._progress.total
         if step % self._every == 0 or step == 1 or last:
             self._log.write(step, self._clock(), "train", values | rates)
-        self._progress.update(step, values["loss"], rates, last=last)
+        self._progress.update(step, values, rates, last=last)
 
 
 class Meter:
@@ -180,10 +180,15 @@ class Meter:
 
 
 class Progress:
-    """One line a stage: live on a terminal, a plain one now and then elsewhere. Messages go above it."""
+    """One line a stage: live on a terminal, a plain one now and then elsewhere. Messages go above it.
 
-    def __init__(self, name: str, total: int, file: Any = None) -> None:
-        self.name, self.total = name, total
+    headline: the metric that is shown. wait: what the time is called that batches take to come.
+    """
+
+    def __init__(
+        self, name: str, total: int, file: Any = None, *, headline: str = "loss", wait: str = "data wait"
+    ) -> None:
+        self.name, self.total, self.headline, self.wait = name, total, headline, wait
         self.seconds_left = math.inf  # set by a run that has a time budget
         self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
         self._live: Live | None = None
@@ -193,12 +198,13 @@ class Progress:
         """A line that stays."""
         self._console.print(Text(f"{self.name}: {message}"), soft_wrap=True)
 
-    def update(self, step: int, loss: float, rates: dict[str, float], *, last: bool = False) -> None:
-        """Shows where the run is, if it is time to."""
+    def update(self, step: int, values: dict[str, float], rates: dict[str, float], *, last: bool = False) -> None:
+        """Shows where the run is, if it is time to. values: metrics of the step, the headline among them."""
         now = time.monotonic()
         if now < self._next and not last:
             return
-        line = progress_line(self.name, step, self.total, loss, rates, self.seconds_left)
+        shown = f"{self.headline.removesuffix('/mean')} {values[self.headline]:.4g}"
+        line = progress_line(self.name, step, self.total, shown, rates, self.seconds_left, self.wait)
         if not self._console.is_terminal:
             self._console.print(Text(line), soft_wrap=True)
             self._next = now + PLAIN_EVERY
@@ -217,19 +223,20 @@ class Progress:
 
 
 def progress_line(
-    name: str, step: int, total: int, loss: float, rates: dict[str, float], seconds_left: float = math.inf
-) -> str:
+    name: str, step: int, total: int, shown: str, rates: dict[str, float], seconds_left: float = math.inf,
+    wait: str = "data wait",
+) -> str:  # fmt: skip
     """e.g. `mim  120/800  15%  eta 3:20  loss 1.234  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%`."""
     parts = [f"{name:<8} {step}/{total}", f"{100 * step // max(1, total)}%"]
     if rates:
         parts.append(f"eta {_clock(min(seconds_left, (total - step) / rates['steps_per_second']))}")
-    parts.append(f"loss {loss:.4g}")
+    parts.append(shown)
     if rates:
         parts += [
             f"{_number(rates['samples_per_second'])} samples/s",
             f"{_number(rates['tokens_per_second'])} tokens/s",
             f"{_number(rates['flops_per_second'], ' ')}FLOP/s",
-            f"data wait {100 * rates['data_wait']:.0f}%",
+            f"{wait} {100 * rates['data_wait']:.0f}%",
         ]
     return "  ".join(parts)
 

@@ -185,7 +185,7 @@ def test_terminal_tables_hold_the_numbers(run):
     report.show(run, console)
     shown = console.export_text()
     assert re.search(r"accuracy/count +0\.300 +0\.500 +0\.100", shown)
-    assert re.search(r"count +0\.300 +0\.500 +\+0\.200 +– +0\.150", shown), shown
+    assert re.search(r"count +0\.300 +0\.500 +\+0\.200 +– +0\.150 +– +0\.100", shown), shown
     assert re.search(r"mean +0\.400 +0\.600 +\+0\.200", shown)
     assert re.search(r"rl +4 min 10 s +28% +5T +29% +20G", shown), shown
     assert re.search(r"knn +0\.100 +0\.050", shown)

@@ -14,6 +14,7 @@ from glmv_jax import rl
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.heldout import heldout_questions
 from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import vlm
 from glmv_jax.inference.sampler import Sampler, Sampling
@@ -36,6 +37,16 @@ def test_accuracy_counts_right_answers_by_task(samples):
     shares = vlm.accuracy(samples, some, SCORE, "x")
     assert shares["x/count"] == shares["x/point"] == pytest.approx(2 / 3) and shares["x/read"] == 0.0
     assert shares["x/mean"] == pytest.approx(4 / 9)
+
+
+def test_the_best_constant_answer_is_one_a_task_and_language():
+    def sample(source, lang, answer):
+        return Sample("", source, (), "?", answer, meta={"check": "exact", "lang": lang})
+
+    golds = {("name", "en"): "cat cat dog", ("name", "zh"): "猫 狗 狗 狗", ("attribute", "en"): "red blue"}
+    samples = [sample(*group, gold) for group, said in golds.items() for gold in said.split()]
+    guessed = vlm.best_constant(samples, SCORE)
+    assert guessed == {"accuracy/name": 5 / 7, "accuracy/attribute": 1 / 2, "accuracy/mean": pytest.approx(17 / 28)}
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -50,7 +50,9 @@ def records(batch, params):
 
 
 def packed(records, batch, **changes):
-    return rl.to_batch(records, batch, np.arange(len(records)) + 1.0, **(SIZES | changes))
+    rows, left_out = rl.to_batch(records, batch, np.arange(len(records)) + 1.0, **(SIZES | changes))
+    assert not left_out
+    return rows
 
 
 def pieces(rows):
@@ -145,10 +147,22 @@ def test_another_picture_or_none_raises(records, batch):
 def test_row_counts_come_from_the_list(records, batch):
     counts = [len(packed(records[:n], batch)["tokens"]) for n in (1, len(records))]
     assert counts[0] == 4 and counts[1] in (4, 6, 8)
-    with pytest.raises(UserError, match="at most 1 rows are allowed"):
-        packed(records, batch, rows=(1,))
     with pytest.raises(UserError, match="do not fit a row of 15 and 32"):
         packed(records, batch, tokens=15)
+
+
+def test_prompts_that_find_no_room_are_left_out_last_first(records, batch):
+    """The rows that are there hold what they held with room for all; the prompts left out have no rollout in them."""
+    numbers = np.arange(len(records)) + 1.0
+    whole, _ = rl.to_batch(records, batch, numbers, **(SIZES | {"rows": (8,)}))
+    few, left_out = rl.to_batch(records, batch, numbers, **(SIZES | {"rows": (1,)}))
+    for name, array in few.items():
+        np.testing.assert_array_equal(array[0], whole[name][0], err_msg=name)
+    there = np.unique(few["advantage"][few["advantage"] > 0]).astype(int) - 1
+    with_answer = [n for n, record in enumerate(records) if len(record.answer)]
+    assert 0 < len(there) < len(with_answer) and there[0] == with_answer[0]
+    assert left_out == len(with_answer) - len(there)
+    assert not {records[n].row for n in there} & {records[n].row for n in with_answer if n not in there}
 
 
 def test_prompts_resume_and_do_not_meet_other_namespaces():

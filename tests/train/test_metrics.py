@@ -114,24 +114,26 @@ def test_progress_line():
         "steps_per_second": 2.0, "samples_per_second": 412.4, "tokens_per_second": 26_400.0,
         "flops_per_second": 4.81e10, "data_wait": 0.034,
     }  # fmt: skip
-    assert metrics.progress_line("mim", 120, 800, 1.23456, rates) == (
+    assert metrics.progress_line("mim", 120, 800, "loss 1.235", rates) == (
         "mim      120/800  15%  eta 5:40  loss 1.235  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%"
     )
-    assert "eta 0:07" in metrics.progress_line("mim", 120, 800, 1.2, rates, seconds_left=7.2)
-    assert "eta 1:01:01" in metrics.progress_line("mim", 0, 7322, 1.2, rates)
-    assert metrics.progress_line("rl", 0, 0, float("nan"), {}) == "rl       0/0  0%  loss nan"
+    assert "eta 0:07" in metrics.progress_line("mim", 120, 800, "loss 1.2", rates, seconds_left=7.2)
+    assert "eta 1:01:01" in metrics.progress_line("mim", 0, 7322, "loss 1.2", rates)
+    assert metrics.progress_line("rl", 0, 0, "loss nan", {}) == "rl       0/0  0%  loss nan"
+    assert metrics.progress_line("rl", 1, 2, "reward 0.5", rates, wait="rollouts").endswith("rollouts 3%")
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
     out = io.StringIO()
-    progress = metrics.Progress("toy", 100, out)
+    progress = metrics.Progress("toy", 100, out, headline="reward/mean")
     for step in range(1, 101):
         now[0] += 0.5
-        progress.update(step, 1.0, {}, last=step == 100)
+        progress.update(step, {"reward/mean": step / 100}, {}, last=step == 100)
     progress.say("a " + "very " * 60 + "long line [stays] whole")
     progress.close()
     lines = out.getvalue().splitlines()
     assert [line.split()[1] for line in lines[:-1]] == ["1/100", "21/100", "41/100", "61/100", "81/100", "100/100"]
+    assert lines[1].endswith("21%  reward 0.21")
     assert lines[-1].endswith("long line [stays] whole")

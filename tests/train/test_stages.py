@@ -55,7 +55,11 @@ def one_batch(stage):
     records = [r for r in _rollouts(stage, prompts)]
     advantages = np.random.default_rng(0).normal(size=len(records)).astype(np.float32)
     d = stage.cfg.data
-    return to_batch(records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names)
+    rows, left_out = to_batch(
+        records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names
+    )
+    assert not left_out
+    return rows
 
 
 def _rollouts(stage, prompts):

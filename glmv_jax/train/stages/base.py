@@ -37,11 +37,15 @@ class Stage(abc.ABC):
       name: what progress lines and results call the stage.
       shape_buckets: how many different batch shapes the data may have. Each is compiled once; one more stops the run,
         because a shape that keeps changing compiles for ever without anybody noticing.
+      headline: the metric that progress lines show.
+      on_policy: batches are made with the parameters of the step before, so the loop waits for it first.
       cfg: the config of the run.
     """
 
     name: str = ""
     shape_buckets: int = 1
+    headline: str = "loss"
+    on_policy: bool = False
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg

@@ -32,6 +32,8 @@ from glmv_jax.train.stages.vlm import VLMStage, inputs
 class RL(VLMStage):
     name = "rl"
     form = "chat"
+    headline = "reward/mean"
+    on_policy = True
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
@@ -70,14 +72,17 @@ class RL(VLMStage):
         advantages_NG = np.asarray(policy.group_advantages(rewards_NG, r.advantage))
         metrics = by_source(records)
         # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
-        # The others go whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        for groups in np.array_split(np.flatnonzero(advantages_NG.any(1)), r.minibatches):
+        # Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
+        # whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
+        spread_N = rewards_NG.std(1)
+        differing = [g for g in np.argsort(-spread_N, kind="stable") if spread_N[g] > 0]
+        for groups in (differing[i :: r.minibatches] for i in range(r.minibatches)):
             part = [records[g * r.group + i] for g in groups for i in range(r.group)]
-            rows = to_batch(
+            rows, left_out = to_batch(
                 part, batch, advantages_NG[groups].reshape(-1), rows=self.rows, tokens=self.cfg.data.tokens,
                 patches=self.cfg.data.patches, targets=self.cfg.data.targets, names=self.names, per=r.per,
             )  # fmt: skip
-            yield rows, metrics
+            yield rows, metrics | {"left_out": left_out / max(1, len(part))}
 
     def counts(self, batch):
         """Samples are answers."""

@@ -20,8 +20,7 @@ from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import vlm as vlm_eval
 from glmv_jax.inference.sampler import Sampler, Sampling
-from glmv_jax.losses.cross_entropy import cross_entropy, next_targets, per_source
-from glmv_jax.losses.mtp import mtp_loss
+from glmv_jax.losses.cross_entropy import cross_entropy, divide, per_source
 from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import build, vlm
 from glmv_jax.rl import tasks
@@ -35,6 +34,11 @@ def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
     """A vlm batch as the model takes it."""
     vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
     return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
+
+
+def _hits(right_BJ: jax.Array, weight_BJ: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The weight of what is right, and of all."""
+    return (right_BJ * weight_BJ).sum(), weight_BJ.sum()
 
 
 class VLMStage(Stage):
@@ -65,6 +69,25 @@ class VLMStage(Stage):
 
     def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)."""
+        targets, (ce, said_BJ, weight_BJ), drafts = self._predict(params, batch)
+        mtp = sum(draft.loss for draft, _, _ in drafts) / len(drafts)
+        _, drafted_BJ, draft_weight_BJ = drafts[0]
+        metrics = {
+            "ce": ce.loss,
+            "accuracy": divide(*_hits(said_BJ == targets.tokens_BJ, weight_BJ)),
+            "mtp": mtp,
+            "mtp_accuracy": divide(*_hits(drafted_BJ == targets.tokens_BJ, draft_weight_BJ)),
+            "mtp_agreement": divide(*_hits(drafted_BJ == said_BJ, draft_weight_BJ)),
+            "cut": targets.cut,
+        }
+        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
+        sums_S, weights_S = per_source(ce.nll_BT, weight_BJ, source_BJ, len(self.names))
+        for name, total, weight in zip(self.names, sums_S, weights_S):
+            metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
+        return ce.loss + self.cfg.loss.mtp * mtp, metrics
+
+    def _predict(self, params: Params, batch: Batch):
+        """The learnt tokens, and what the main head and each draft make of them: (cross entropy, argmax, weight)."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
         targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.builder.max_targets)
@@ -74,24 +97,8 @@ class VLMStage(Stage):
             logits_BJV = vlm.logits(self.model, params, hidden_BJD)
             return cross_entropy(logits_BJV, targets.tokens_BJ, weight_BJ), jnp.argmax(logits_BJV, -1), weight_BJ
 
-        ce, said_BJ, weight_BJ = head(out.hidden, 1)
         drafts = [head(h, k + 2) for k, h in enumerate(vlm.mtp_hidden(self.model, params, out, tokens))]
-        mtp = sum(draft.loss for draft, _, _ in drafts) / len(drafts)
-        share = lambda hit_BJ, w_BJ: (hit_BJ * w_BJ).sum() / jnp.maximum(w_BJ.sum(), 1e-6)  # noqa: E731
-        _, drafted_BJ, draft_weight_BJ = drafts[0]
-        metrics = {
-            "ce": ce.loss,
-            "accuracy": share(said_BJ == targets.tokens_BJ, weight_BJ),
-            "mtp": mtp,
-            "mtp_accuracy": share(drafted_BJ == targets.tokens_BJ, draft_weight_BJ),
-            "mtp_agreement": share(drafted_BJ == said_BJ, draft_weight_BJ),
-            "cut": targets.cut,
-        }
-        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
-        sums_S, weights_S = per_source(ce.nll_BT, weight_BJ, source_BJ, len(self.names))
-        for name, total, weight in zip(self.names, sums_S, weights_S):
-            metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
-        return ce.loss + self.cfg.loss.mtp * mtp, metrics
+        return targets, head(out.hidden, 1), drafts
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:
@@ -148,31 +155,34 @@ class VLMStage(Stage):
             )  # fmt: skip
         return metrics
 
+    def notes(self):
+        if self.form != "chat":
+            return {}
+        samples = [s for kind in self.questions.values() for s in kind]
+        note = "chance: the best constant answer to each task and language"
+        guessed = vlm_eval.best_constant(samples, self.score)
+        return {name: {"chance": share, "note": note} for name, share in guessed.items()}
+
     @functools.cached_property
     def _heldout(self) -> list[Batch]:
-        samples = [s for kind in zip(*self.questions.values()) for s in kind]
+        kinds = heldout.heldout_questions(list(self.cfg.eval.kinds), self.cfg.eval.documents)
+        samples = [s for kind in zip(*kinds.values()) for s in kind]
         if "text" in self.names:
             source = texts.Texts("heldout", 1)
-            samples += [source[i] for i in range(self.cfg.eval.questions)]
+            samples += [source[i] for i in range(self.cfg.eval.documents)]
         by_token = dataclasses.replace(self.builder, per="token")
-        return heldout.packed_batches(samples, by_token, self.form, self.cfg.batch, [*self.names, *self.questions])
+        return heldout.packed_batches(samples, by_token, self.form, self.cfg.batch, [*self.names, *kinds])
 
     @functools.cached_property
     def _measure(self):
         def sums(params, batch, seen):
-            vision, tokens = inputs(batch)
-            out = vlm.apply(self.model, params, vision._replace(patches=vision.patches * seen), tokens)
-            logits_BTV = vlm.logits(self.model, params, out.hidden)
-            targets_BT, weight_BT = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
-            ce = cross_entropy(logits_BTV, targets_BT, weight_BT)
-            draft_BTD = vlm.mtp_hidden(self.model, params, out, tokens)[:1]
-            mtp = mtp_loss(
-                [vlm.logits(self.model, params, h) for h in draft_BTD], tokens.tokens, tokens.segments,
-                tokens.loss_weight, tokens.image_row >= 0, main_logits_BTV=logits_BTV,
-            )  # fmt: skip
-            w, m = ce.weight, mtp.weight_K[0]
-            return {"loss": (ce.loss * w, w), "mtp_accuracy": (mtp.accuracy_K[0] * m, m),
-                    "mtp_agreement": (mtp.agreement_K[0] * m, m)}  # fmt: skip
+            batch = batch | {"patches": batch["patches"] * seen}
+            targets, (ce, said_BJ, _), [(_, drafted_BJ, weight_BJ), *_] = self._predict(params, batch)
+            return {
+                "loss": (ce.loss * ce.weight, ce.weight),
+                "mtp_accuracy": _hits(drafted_BJ == targets.tokens_BJ, weight_BJ),
+                "mtp_agreement": _hits(drafted_BJ == said_BJ, weight_BJ),
+            }
 
         return jax.jit(sums)
 
