@@ -49,7 +49,9 @@ def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
     for content in _tables(read(run_root)):
         drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for i, name in enumerate(content.header):
-            drawn.add_column(name, justify="left" if i == 0 or name == "metric" else "right", overflow="fold")
+            drawn.add_column(
+                name, justify="left" if i == 0 or name == "metric" else "right", overflow="fold", no_wrap=i == 0
+            )
         for row in content.rows:
             drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
         console.print(Text(f"\n{content.title}", style="bold"))

@@ -18,9 +18,9 @@ _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
 _CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
 # Columns that say what can be had without looking: (kind of accuracy, field of its result).
 _UNSEEN = {
-    "RL, images shuffled": ("accuracy_shuffled", "trained"),
-    "RL, grey image": ("accuracy_blind", "trained"),
-    "best constant answer": ("accuracy", "chance"),
+    "shuffled images": ("accuracy_shuffled", "trained"),
+    "grey image": ("accuracy_blind", "trained"),
+    "best constant": ("accuracy", "chance"),
 }
 
 
@@ -103,7 +103,7 @@ def share_table(stages: dict[str, StageRun]) -> Table:
 def rl_tables(stages: dict[str, StageRun]) -> list[Table]:
     """Held-out accuracy by task before and after reinforcement learning, beside the controls; none until RL has run."""
     greedy = _rl_table(stages, "accuracy", _UNSEEN, "greedy answers")
-    drawn = _rl_table(stages, "accuracy_sampled", {}, "answers drawn at temperature 1, as RL trains them")
+    drawn = _rl_table(stages, "accuracy_sampled", {}, "answers drawn at temperature 1")
     return [table for table in (greedy, drawn) if table]
 
 
@@ -123,14 +123,17 @@ def _rl_table(stages: dict[str, StageRun], kind: str, controls: dict[str, tuple[
         gain = None if first is None else after.result(prefix + task) - first
         values = [first, after.result(prefix + task), gain, control.result(prefix + task)]
         values += [after.result(f"{other}/{task}", field) for other, field in controls.values()]
-        rows.append(_rl_row(task if task in trained else f"{task} (not trained in RL)", values))
+        rows.append(_rl_row(task if task in trained else f"{task} †", values))
         columns.append(values)
     known = [[value for value in column if value is not None] for column in zip(*columns[: len(trained)])]
     rows.insert(len(trained), _rl_row("mean", [sum(column) / len(column) if column else None for column in known]))
-    header = ["task", "before RL", "after RL", "gain", "more SFT instead", *controls]
-    note = "“More SFT instead” took the same wall time as RL."
+    header = ["task", "before", "after", "gain", "more SFT", *controls]
+    note = "More SFT: instead of RL, for the same wall time."
     if controls:
-        note += " With shuffled images only what can be guessed is left; a constant answer is one a task and language."
+        note += " Shuffled images, grey image: after RL; only what can be guessed is left."
+        note += " Best constant: one answer to each task and language."
+    if tasks - trained:
+        note += " †: not trained in RL."
     return Table(f"Before and after reinforcement learning: {how}", header, rows, note)
 
 

@@ -200,7 +200,7 @@ def test_the_mean_of_reinforcement_learning_is_over_the_tasks_it_trained(run):
     results["metrics"] |= {f"accuracy_sampled/{task}": pair(0.2, 0.4) for task in TASKS}
     (run / "rl" / "results.json").write_text(json.dumps(results))
     greedy, drawn = report_tables.rl_tables(report_run.read(run))
-    assert [row[0].text for row in greedy.rows][:3] == [first, "mean", f"{others[0]} (not trained in RL)"]
+    assert [row[0].text for row in greedy.rows][:3] == [first, "mean", f"{others[0]} †"]
     assert [cell.text for cell in greedy.rows[0][1:]] == [cell.text for cell in greedy.rows[1][1:]]
     assert [cell.text for cell in drawn.rows[1]] == ["mean", "0.200", "0.400", "+0.200", "–"]
 

@@ -118,6 +118,16 @@ def test_rl_packs_only_groups_whose_rewards_differ():
     assert loss == 0.0 and all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
+def test_rl_takes_equal_rewards_for_equal(monkeypatch):
+    """Three times 0.1 has a deviation of 1e-17 in floating point."""
+    stage = main.stage_class("rl")(config.override(build("rl").cfg, ["rollout.group=3"]))
+    grade = Grade(0.1, False, {"format": 1.0, "score": 0.0})
+    monkeypatch.setattr(stage, "verifiers", dict.fromkeys(stage.names, lambda text, sample: grade))
+    state = types.SimpleNamespace(params=stage.init_params(jax.random.key(0)), step=0)
+    batch, metrics = stage.next_batch(stage.train_data(), state)
+    assert metrics["same/mean"] == 1.0 and metrics["left_out"] == 0.0 and not batch["segments"].any()
+
+
 def test_rl_packs_whole_groups(monkeypatch):
     stage = build("rl")
     monkeypatch.setattr(stage, "verifiers", {name: _by_parity for name in stage.names})

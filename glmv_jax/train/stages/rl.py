@@ -74,8 +74,8 @@ class RL(VLMStage):
         # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
         # Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
         # whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        spread_N = rewards_NG.std(1)
-        differing = [g for g in np.argsort(-spread_N, kind="stable") if spread_N[g] > 0]
+        differs_N = rewards_NG.max(1) > rewards_NG.min(1)  # the deviation of equal numbers may be 1e-17
+        differing = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if differs_N[g]]
         for groups in (differing[i :: r.minibatches] for i in range(r.minibatches)):
             part = [records[g * r.group + i] for g in groups for i in range(r.group)]
             rows, left_out = to_batch(
