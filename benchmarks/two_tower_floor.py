@@ -4,7 +4,7 @@ A pre-norm ViT of 0.8M parameters on 64 px squares and a text transformer, learn
 steps from nothing, sigmoid loss; in PyTorch, written apart from the package. It reads the same corpus, the same
 training concepts and the same held-out ones as experiments/cogvit_siglip.py, and prints one JSON line.
 
-    python benchmarks/two_tower_floor.py [--steps 800] [--seed 0] [--out benchmarks/results/two_tower_floor.json]
+    python benchmarks/two_tower_floor.py [--steps 800] [--seeds 0 1 2] [--out benchmarks/results/two_tower_floor.json]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import os
 import platform
 import time
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,30 +84,24 @@ def batches(tokenizer: Tokenizer, batch: int, seed: int):
         epoch += 1
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="also write the JSON line there")
-    args = parser.parse_args()
-
-    torch.manual_seed(args.seed)
+def run(steps: int, batch: int, seed: int) -> dict[str, Any]:
+    """Trains one model and measures what it finds among the held-out concepts."""
+    torch.manual_seed(seed)
     tokenizer = Tokenizer()
     model = TwoTower(tokenizer.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=args.steps, pct_start=0.1)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     began = time.monotonic()
-    for step, (images, texts) in zip(range(args.steps), batches(tokenizer, args.batch, args.seed)):
+    for step, (images, texts) in zip(range(steps), batches(tokenizer, batch, seed)):
         image, text = model.embed_image(torch.tensor(images)), model.embed_text(torch.tensor(texts).long())
         logits = model.scale.exp() * image @ text.T + model.bias
-        loss = (F.softplus(logits).sum() - logits.diagonal().sum()) / args.batch
+        loss = (F.softplus(logits).sum() - logits.diagonal().sum()) / batch
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
         if step % 100 == 0:
-            print(f"step {step} loss {loss.item():.3f} {time.monotonic() - began:.0f} s", flush=True)
+            print(f"seed {seed} step {step} loss {loss.item():.3f} {time.monotonic() - began:.0f} s", flush=True)
     seconds = time.monotonic() - began
 
     model.eval()
@@ -114,17 +109,29 @@ def main() -> None:
     with torch.no_grad():
         image = model.embed_image(torch.tensor(np.stack([pixels(p) for p in pairs.images]))).numpy()
         texts = {q: model.embed_text(torch.tensor(pairs.texts[q]).long()).numpy() for q in QUERIES}
-    recall = {q: probes.recall(probes.ranks(texts[q], image, pairs.concept)) for q in QUERIES}
-    result = {
-        "benchmark": "two_tower_floor", "recall": recall, "chance": probes.chance(pairs.concept),
-        "seconds": round(seconds, 1), "steps": args.steps, "batch": args.batch, "seed": args.seed,
+    return {
+        "seed": seed, "seconds": round(seconds, 1), "chance": probes.chance(pairs.concept),
+        "recall": {q: probes.recall(probes.ranks(texts[q], image, pairs.concept)) for q in QUERIES},
         "vit_parameters": sum(p.numel() for m in (model.patch, model.image) for p in m.parameters()),
-        "torch": torch.__version__, "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
     }  # fmt: skip
-    print(json.dumps(result))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--out", help="also write the JSON line there")
+    args = parser.parse_args()
+    line = json.dumps({
+        "benchmark": "two_tower_floor", "runs": [run(args.steps, args.batch, seed) for seed in args.seeds],
+        "steps": args.steps, "batch": args.batch, "torch": torch.__version__,
+        "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
+    })  # fmt: skip
+    print(line)
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+            file.write(line + "\n")
 
 
 if __name__ == "__main__":
