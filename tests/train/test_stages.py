@@ -8,16 +8,21 @@ from __future__ import annotations
 import types
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from glmv_jax import config, optim
+from glmv_jax.losses.cross_entropy import cross_entropy, next_targets
+from glmv_jax.losses.mtp import mtp_loss
+from glmv_jax.models import vlm
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl import Grade
 from glmv_jax.rl.batch import to_batch
 from glmv_jax.train import main
 from glmv_jax.train import state as state_lib
+from glmv_jax.train.stages.vlm import inputs
 from glmv_jax.train.step import make_train_step
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
@@ -105,6 +110,34 @@ def test_no_learnt_token_is_cut(name):
     data = stage.train_data()
     for _ in range(5):
         assert ((next(data)["loss_weight"] > 0).sum(1) <= stage.cfg.data.targets).all()
+
+
+def test_heldout_numbers_are_those_of_logits_at_every_token():
+    """The stage computes logits at learnt tokens only; here they are computed everywhere, and weighted."""
+    stage = main.stage_class("pretrain")(config.override(build("pretrain").cfg, ["eval.documents=2"]))
+    params = stage.init_params(jax.random.key(0))
+    # A random model is never right about 4,096 tokens; one that knows the eight commonest only is now and then.
+    learnt = np.concatenate([batch["tokens"][batch["loss_weight"] > 0] for batch in stage._heldout])
+    common = np.argsort(-np.bincount(learnt, minlength=stage.tokenizer.vocab_size))[:8]
+    head = params["decoder"]["head"]
+    params["decoder"]["head"] = jnp.zeros_like(head).at[:, common].set(head[:, common])
+    sums = np.zeros((3, 2))
+    for batch in stage._heldout:
+        vision, tokens = inputs(batch)
+        out = vlm.apply(stage.model, params, vision, tokens)
+        logits = vlm.logits(stage.model, params, out.hidden)
+        targets, weight = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
+        loss = cross_entropy(logits, targets, weight)
+        drafts = [vlm.logits(stage.model, params, h) for h in vlm.mtp_hidden(stage.model, params, out, tokens)]
+        mtp = mtp_loss(drafts, tokens.tokens, tokens.segments, tokens.loss_weight, tokens.image_row >= 0,
+                       main_logits_BTV=logits)  # fmt: skip
+        for row, value, weight in zip(sums, (loss.loss, mtp.accuracy_K[0], mtp.agreement_K[0]),
+                                      (loss.weight, mtp.weight_K[0], mtp.weight_K[0])):  # fmt: skip
+            row += float(value) * float(weight), float(weight)
+    assert sums[:, 0].all()
+    found = stage.heldout_loss(params)
+    names = ("heldout loss", "heldout mtp_accuracy", "heldout mtp_agreement")
+    np.testing.assert_allclose([found[name] for name in names], sums[:, 0] / sums[:, 1], rtol=1e-5)
 
 
 def test_rl_packs_only_groups_whose_rewards_differ():
