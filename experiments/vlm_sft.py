@@ -17,7 +17,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (28, 16) if nano else (10_000, 256)
+    steps, batch = (20, 16) if nano else (10_000, 256)
     cfg = presets.run("sft", steps, batch)
     cfg.model = presets.vlm(arg.size)
     if not nano:

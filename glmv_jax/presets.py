@@ -17,7 +17,7 @@ VISION: dict[str, dict[str, Any]] = {
     "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full"),
 }
 TEXT: dict[str, dict[str, Any]] = {
-    "nano": dict(vocab=4096, length=28, depth=2, width=128, heads=2, mlp=352),
+    "nano": dict(vocab=4096, length=28, depth=1, width=128, heads=2, mlp=352),
     "l": dict(vocab=151552, length=64, depth=24, width=1024, heads=16, mlp=4096, dtype="bfloat16", remat="full"),
 }
 DECODER: dict[str, dict[str, Any]] = {

@@ -7,9 +7,9 @@ import functools
 import jax
 import numpy as np
 
-from glmv_jax import models
 from glmv_jax.models import cogvit, decoder, vlm
 from glmv_jax.typing import TokenInput, VisionInput
+from tests.random_params import random_params
 
 VOCAB, IMAGE, WIDTH = 64, 9, 32
 
@@ -26,7 +26,7 @@ def config(vocab: int = VOCAB, patch: int = 2) -> vlm.VLMConfig:
 
 def params(cfg: vlm.VLMConfig, seed: int = 0) -> dict:
     """Random parameters, the output head and the table enlarged so that different contexts give different answers."""
-    tree = models.init_params(cfg, jax.random.key(seed))
+    tree = random_params(cfg, seed)
     tree["decoder"]["head"] = 3.0 * tree["decoder"]["head"]
     tree["decoder"]["embed"]["embedding"] = 20.0 * tree["decoder"]["embed"]["embedding"]
     return tree

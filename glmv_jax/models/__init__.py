@@ -5,13 +5,14 @@ from glmv_jax.models.api import abstract_params, count, init_params, logical_axe
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.mtp import MTPConfig
-from glmv_jax.models.two_tower import PoolConfig, TextConfig, TwoTowerConfig
+from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
 from glmv_jax.models.vlm import VLMConfig
 
 __all__ = [
     "CogViTConfig",
     "DecoderConfig",
     "MTPConfig",
+    "MeanConfig",
     "MergerConfig",
     "PoolConfig",
     "TextConfig",

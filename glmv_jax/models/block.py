@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.attention import Shared, Span, attention
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU
+from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, ones, zeros
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
@@ -34,6 +34,7 @@ class BlockConfig:
     bias: bool = False
     qk_norm: bool = False
     post_norms: bool = False  # a norm after attention and after the MLP too, before the residual sum (GLM decoders)
+    identity: bool = False  # starts as the identity: the last matrix of a branch, or the norm after it, at zero
     norm_eps: float = 1e-5
     swiglu_limit: float | None = None
     rotate: Callable = rope_lib.rotate_half
@@ -46,6 +47,14 @@ class BlockConfig:
     @property
     def g(self) -> int:
         return self.kv_heads or self.heads
+
+    @property
+    def out_init(self) -> Callable:
+        return zeros if self.identity and not self.post_norms else fan_in
+
+    @property
+    def gain_init(self) -> Callable:
+        return zeros if self.identity else ones
 
     def flops(self, keys: float) -> float:
         """Multiply-adds x 2 of one token through the forward pass when it sees `keys` keys."""
@@ -80,25 +89,30 @@ class Attention(nn.Module):
             shared = cache.get("prompt")
             cache = {"k": k_BTGK, "v": v_BTGK}
         out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key, shared)
-        out_BTD = Linear(c.width, ("heads", "embed"), c.bias, c.dtype, name="o")(out_BTHK.reshape(B, T, -1))
-        return out_BTD, cache
+        out = Linear(c.width, ("heads", "embed"), c.bias, c.dtype, c.out_init, name="o")
+        return out(out_BTHK.reshape(B, T, -1)), cache
 
 
 class Block(nn.Module):
-    """x += Attn(norm(x)); x += SwiGLU(norm(x)), with optional norms on the two branches' outputs."""
+    """x += Attn(norm(x)); x += SwiGLU(norm(x)), with optional norms on the two branches' outputs.
+
+    With `identity` both branches start at zero (Goyal et al., arXiv 1706.02677, section 5.1), so that the words a tower
+    reads are not drowned in random mixtures of them before anything is learnt.
+    """
 
     cfg: BlockConfig
 
     @nn.compact
     def __call__(self, x_BTD, cache, rope, query: Span, key: Span):
         c = self.cfg
-        norm = lambda name: RMSNorm("norm", c.norm_eps, name=name)  # noqa: E731
+        norm = lambda name, init=ones: RMSNorm("norm", c.norm_eps, init, name=name)  # noqa: E731
         with jax.named_scope("attention"):
             branch, cache = Attention(c, name="attention")(norm("norm1")(x_BTD), rope, query, key, cache)
-            x_BTD = x_BTD + (norm("post_norm1")(branch) if c.post_norms else branch)
+            x_BTD = x_BTD + (norm("post_norm1", c.gain_init)(branch) if c.post_norms else branch)
         with jax.named_scope("mlp"):
-            branch = SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, name="mlp")(norm("norm2")(x_BTD))
-            x_BTD = x_BTD + (norm("post_norm2")(branch) if c.post_norms else branch)
+            mlp = SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init, name="mlp")
+            branch = mlp(norm("norm2")(x_BTD))
+            x_BTD = x_BTD + (norm("post_norm2", c.gain_init)(branch) if c.post_norms else branch)
         return constrain(x_BTD, "batch", "length", "activation"), cache
 
 

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.mtp import MTPConfig
-from glmv_jax.models.two_tower import PoolConfig, TextConfig, TwoTowerConfig
+from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
 from glmv_jax.models.vlm import VLMConfig
 
 
@@ -19,11 +19,8 @@ def vision(cfg: ConfigDict) -> CogViTConfig:
 def two_tower(cfg: ConfigDict) -> TwoTowerConfig:
     """The two towers of stage 2; each pool has the width of its tower."""
     image, text = CogViTConfig(**cfg.vision), TextConfig(**cfg.text)
-
-    def pool(tower: CogViTConfig | TextConfig) -> PoolConfig:
-        return PoolConfig(tower.width, tower.heads, tower.mlp, cfg.embedding, tower.norm_eps, tower.dtype)
-
-    return TwoTowerConfig(image, text, pool(image), pool(text))
+    probe = PoolConfig(image.width, image.heads, image.mlp, cfg.embedding, image.norm_eps, image.dtype)
+    return TwoTowerConfig(image, text, probe, MeanConfig(text.width, cfg.embedding, text.dtype))
 
 
 def vlm(cfg: ConfigDict) -> VLMConfig:

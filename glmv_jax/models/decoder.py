@@ -42,8 +42,8 @@ class DecoderConfig:
     @property
     def block(self) -> BlockConfig:
         return BlockConfig(
-            self.width, self.heads, self.mlp, self.kv_heads, self.head_dim, post_norms=True, norm_eps=self.norm_eps,
-            rotate=rope_lib.rotate_pairs, dtype=self.dtype,
+            self.width, self.heads, self.mlp, self.kv_heads, self.head_dim, post_norms=True, identity=True,
+            norm_eps=self.norm_eps, rotate=rope_lib.rotate_pairs, dtype=self.dtype,
         )  # fmt: skip
 
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:

@@ -32,10 +32,11 @@ class Linear(nn.Module):
     axes: tuple[str, str]
     bias: bool = False
     dtype: str = "float32"
+    init: Callable = fan_in
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_IO = param(self, "kernel", fan_in, (x.shape[-1], self.features), self.axes)
+        kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
         y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
         if self.bias:
             name = "norm" if self.axes[1] == "embed" else self.axes[1]
@@ -61,10 +62,11 @@ class RMSNorm(nn.Module):
 
     axis: str = "norm"
     eps: float = 1e-5
+    init: Callable = ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        gain = param(self, "scale", ones, (x.shape[-1],), (self.axis,))
+        gain = param(self, "scale", self.init, (x.shape[-1],), (self.axis,))
         x32 = x.astype(jnp.float32)
         unit = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return gain.astype(x.dtype) * unit.astype(x.dtype)
@@ -93,6 +95,7 @@ class SwiGLU(nn.Module):
     bias: bool = False
     limit: float | None = None
     dtype: str = "float32"
+    down_init: Callable = fan_in
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -100,4 +103,5 @@ class SwiGLU(nn.Module):
         up = Linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name="up")(x)
         if self.limit is not None:
             gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
-        return Linear(self.features, ("mlp", "embed"), self.bias, self.dtype, name="down")(jax.nn.silu(gate) * up)
+        down = Linear(self.features, ("mlp", "embed"), self.bias, self.dtype, self.down_init, name="down")
+        return down(jax.nn.silu(gate) * up)

@@ -1,7 +1,8 @@
 """Stage 2: CogViT and a text tower meeting in one embedding space, with a learnt temperature and bias.
 
-The paper names neither CogViT's text tower nor its pooling. Here both sides pool with an attention probe (SigLIP's MAP
-head) and the text tower is the same block, bidirectional, with learned positions.
+The paper names neither CogViT's text tower nor its pooling. Here images pool with an attention probe (SigLIP's MAP
+head); the text tower is the same block, bidirectional, with learned positions, and pools with a mean. A tower that
+starts as the identity makes that a bag of words, which is what a few thousand texts can teach.
 params: {"vision", "image_head", "text", "text_head", "scale"}; "vision" is the trunk that stages 1 and 3 share.
 """
 
@@ -38,7 +39,7 @@ class TextConfig:
     @property
     def block(self) -> BlockConfig:
         return BlockConfig(
-            self.width, self.heads, self.mlp, qk_norm=True, norm_eps=self.norm_eps,
+            self.width, self.heads, self.mlp, qk_norm=True, identity=True, norm_eps=self.norm_eps,
             rotate=rope_lib.no_rotation, dtype=self.dtype,
         )  # fmt: skip
 
@@ -62,8 +63,8 @@ class TextTower(nn.Module):
         c = self.cfg
         if tokens_BT.shape[1] > c.length:
             raise ValueError(f"rows of {tokens_BT.shape[1]} tokens, but the text tower has {c.length} positions")
-        table_VD = Embedding(c.vocab, c.width, std=c.width**-0.5, name="embed")()
-        position_TD = Embedding(c.length, c.width, "position", c.width**-0.5, name="position")()
+        table_VD = Embedding(c.vocab, c.width, name="embed")()
+        position_TD = Embedding(c.length, c.width, "position", name="position")()
         x_BTD = jnp.take(table_VD, tokens_BT, axis=0) + jnp.take(position_TD, _within(segments_BT), axis=0)
         span = Span(segments_BT)
         x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD.astype(c.dtype), None, span, span)
@@ -92,21 +93,47 @@ class Pool(nn.Module):
     cfg: PoolConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, count: int = 1) -> jax.Array:
-        """[B, count, E], of segments 1 to count, not normalised. MAP: out = attn(probe, x); out += mlp(norm(out))."""
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        """[B, E], not normalised, of each row's segment 1. MAP: out = attn(probe, x); out += mlp(norm(out))."""
         c = self.cfg
         B, T, D = x_BTD.shape
         K = c.width // c.heads
         probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
         linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
-        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, count, D))).reshape(B, count, c.heads, K)
+        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, K)
         k, v = (linear(name)(x_BTD).reshape(B, T, c.heads, K) for name in ("k", "v"))
-        query = Span(jnp.broadcast_to(jnp.arange(1, count + 1), (B, count)))
-        out_BND = attention(q, k, v, query, Span(segments_BT)).reshape(B, count, D)
-        out_BND = linear("o", ("heads", "embed"))(out_BND)
-        branch_BND = RMSNorm("norm", c.norm_eps, name="norm")(out_BND)
-        out_BND += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BND)
-        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BND)
+        out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), Span(segments_BT)).reshape(B, D)
+        out_BD = linear("o", ("heads", "embed"))(out_BD)
+        branch_BD = RMSNorm("norm", c.norm_eps, name="norm")(out_BD)
+        out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BD)
+        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BD)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanConfig:
+    """The mean of a tower's features over each segment, and a projection to the shared width."""
+
+    width: int
+    out: int
+    dtype: str = "float32"
+
+    def module(self) -> nn.Module:
+        return Mean(self)
+
+    def example(self) -> tuple:
+        return jnp.zeros((1, 2, self.width)), jnp.ones((1, 2), jnp.int32), 1
+
+
+class Mean(nn.Module):
+    cfg: MeanConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, count: int) -> jax.Array:
+        """[B, count, E] of segments 1 to count, not normalised."""
+        c = self.cfg
+        in_BNT = (segments_BT[:, None] == jnp.arange(1, count + 1)[:, None]).astype(x_BTD.dtype)
+        mean_BND = in_BNT @ x_BTD / jnp.maximum(in_BNT.sum(-1, keepdims=True), 1)
+        return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(mean_BND)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +167,7 @@ class TwoTowerConfig:
     vision: cogvit.CogViTConfig
     text: TextConfig
     image_head: PoolConfig
-    text_head: PoolConfig
+    text_head: MeanConfig
     scale: ScaleConfig = ScaleConfig()
 
     def parts(self) -> dict[str, Any]:
@@ -159,8 +186,7 @@ class TwoTowerOutput(NamedTuple):
 def embed_image(cfg: TwoTowerConfig, params: Params, vision: VisionInput) -> jax.Array:
     """Unit embeddings [B, E], one image a row."""
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-    image_B1E = Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, _real(vision.frame))
-    return _unit(image_B1E[:, 0])
+    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, _real(vision.frame)))
 
 
 def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -173,7 +199,7 @@ def embed_texts(
 ) -> jax.Array:
     """Unit embeddings [B, count, E] of texts that stand side by side in a row as segments 1 to count."""
     features_BTD = TextTower(cfg.text).apply({"params": params["text"]}, tokens_BT, segments_BT)
-    return _unit(Pool(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
+    return _unit(Mean(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
 
 
 def apply(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from skimage.feature import hog
 
 from glmv_jax import models
 from glmv_jax.models import mim, teachers
+from tests.random_params import random_params
 
 
 def test_hog_equals_scikit_image():
@@ -44,7 +44,7 @@ def test_masked_pixels_are_not_seen():
     """Changing the pixels of a masked patch changes no prediction; of a visible one, all."""
     vision_cfg = models.CogViTConfig(depth=2, width=32, heads=4, mlp=64, patch=4)
     cfg = mim.MIMConfig(vision_cfg, mim.HeadsConfig(32, 48, (("a", 5), ("b", 7))))
-    params = models.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     image = jnp.array(np.random.default_rng(2).integers(0, 256, (1, 16, 16, 3)))
     vision = teachers.rows(image, 4, 2)
     mask = jnp.zeros((1, 16), bool).at[0, 5].set(True)

@@ -8,11 +8,12 @@ import pytest
 
 from glmv_jax import models, presets
 from glmv_jax.models import build, two_tower
+from tests.random_params import random_params
 
 
 def test_texts_side_by_side_embed_as_alone():
     cfg = build.two_tower(presets.two_tower("nano"))
-    params = models.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     rng = np.random.default_rng(0)
     tokens, segments, alone = (np.zeros(shape, np.int32) for shape in ((4, 24), (4, 24), (4, 2, 24)))
     for row in range(4):

@@ -14,8 +14,9 @@ import pytest
 
 from glmv_jax import models
 from glmv_jax.kernels.attention import Span
-from glmv_jax.models import api, block, decoder, vlm
+from glmv_jax.models import block, decoder, vlm
 from glmv_jax.typing import TokenInput, UserError, VisionInput
+from tests.random_params import random_params
 
 VISION = models.CogViTConfig(depth=2, width=32, heads=4, mlp=64, patch=4)
 DECODER = models.DecoderConfig(
@@ -51,7 +52,7 @@ def image_rows(rng, length: int = 12) -> tuple[VisionInput, TokenInput]:
 
 def test_packed_documents_do_not_see_each_other():
     cfg, rng = config(), np.random.default_rng(0)
-    params = api.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     tokens = text_rows(rng, 1, 12)
     start = jnp.array([0] * 5 + [5] * 7)
     packed = tokens._replace(
@@ -72,7 +73,7 @@ def pick(x, at_B):
 def test_cached_decoding_equals_one_parallel_pass():
     """Right-padded prompts of unlike length, an image in one of them, then one token at a time."""
     cfg, rng = config(), np.random.default_rng(1)
-    params = api.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     vision, row = image_rows(rng, 12)
     vision = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a)]), vision)
     tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), row, text_rows(rng, 1, 12))
@@ -93,7 +94,7 @@ def test_cached_decoding_equals_one_parallel_pass():
 def test_shared_prompts_equal_repeated_ones():
     """Three continuations of each of two prompts of unlike length: with the prompt's cache in common and copied."""
     cfg, rng = config(), np.random.default_rng(4)
-    params = api.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     group, lengths = 3, jnp.array([7, 4])
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text_rows(rng, 1, 7), text_rows(rng, 1, 7))
     cache = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
@@ -112,7 +113,7 @@ def test_shared_prompts_equal_repeated_ones():
 
 def test_scan_equals_unrolled():
     cfg, rng = config(), np.random.default_rng(2)
-    params = api.init_params(cfg, jax.random.key(0))["decoder"]
+    params = random_params(cfg)["decoder"]
     x = jnp.array(rng.normal(size=(2, 7, 32)), jnp.float32)
     span = Span(jnp.ones((2, 7), jnp.int32), jnp.broadcast_to(jnp.arange(7), (2, 7)))
     positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
@@ -125,7 +126,7 @@ def test_scan_equals_unrolled():
 
 def test_remat_changes_memory_not_gradients():
     rng = np.random.default_rng(3)
-    params = api.init_params(config(), jax.random.key(0))
+    params = random_params(config())
     tokens = text_rows(rng, 2, 8)
 
     def grads(remat: str):
@@ -148,7 +149,7 @@ def mtp_hidden(cfg, params, vision, tokens):
 
 def test_mmtp_options_agree_without_images():
     rng = np.random.default_rng(4)
-    params = api.init_params(config(), jax.random.key(0))
+    params = random_params(config())
     tokens = text_rows(rng, 2, 9)
     text_only = mtp_hidden(config("masked"), params, None, tokens)
     for option in ("embeddings", "image_token"):
@@ -160,7 +161,7 @@ def test_mmtp_options_agree_without_images():
 def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
     """The backbone's hidden states are cut off, so that only the MTP input is left as a way to the pixels."""
     cfg, rng = config(option), np.random.default_rng(5)
-    params = api.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     vision, tokens = image_rows(rng)
 
     def loss(patches):
@@ -174,7 +175,7 @@ def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
 def test_shared_image_row_learns_only_through_option_3():
     """The backbone never reads the placeholder's row of the table; the MTP head of option 3 does."""
     rng = np.random.default_rng(6)
-    params = api.init_params(config(), jax.random.key(0))
+    params = random_params(config())
     vision, tokens = image_rows(rng)
 
     def row_gradient(option: str, with_mtp: bool):
@@ -195,7 +196,7 @@ def test_shared_image_row_learns_only_through_option_3():
 def test_mtp_depth_2_reads_the_token_two_ahead():
     """Depth k at position i embeds t_{i+k}: changing t_j moves depth k only at positions >= j - k."""
     cfg, rng = config(), np.random.default_rng(7)
-    params = api.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     tokens = text_rows(rng, 1, 10)
     out = vlm.apply(cfg, params, None, tokens)
     changed = tokens._replace(tokens=tokens.tokens.at[0, 6].add(1))

@@ -13,6 +13,7 @@ from glmv_jax.models import build, two_tower, vlm
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import TokenInput, UserError, VisionInput
+from tests.random_params import random_params
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 
@@ -91,7 +92,7 @@ def two_tower_case():
 def test_one_and_eight_devices_agree(case, preset, sizes):
     """Loss and every gradient of the nano model, to 1e-5, under each preset. Batches split over the data axes."""
     cfg, loss, batch = case()
-    params = models.init_params(cfg, jax.random.key(0))
+    params = random_params(cfg)
     alone, alone_grads = jax.jit(jax.value_and_grad(loss))(params, batch)
     mesh, rules = mesh_lib.make_mesh(sizes), rules_lib.preset(preset)
     shardings = rules.shardings(mesh, models.logical_axes(cfg), models.abstract_params(cfg))

@@ -24,6 +24,7 @@ from glmv_jax.train import main
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.stages.vlm import inputs
 from glmv_jax.train.step import make_train_step
+from tests.random_params import switched_on
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 SMALL = {
@@ -48,7 +49,10 @@ def build(name: str):
     # Muon and Adam divide a gradient by its own size: where it is as small as Adam's eps (1e-8) its rounding comes
     # out as a few per cent of the learning rate (2e-5 at 5e-4 was seen). One small rate for all keeps that below 1e-5;
     # a wrong gradient would differ by the rate itself, 1e-4. Gradients themselves: tests/parallel/test_rules.py.
-    return main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4"]))
+    stage = main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4"]))
+    fresh = stage.init_params
+    stage.init_params = lambda key: switched_on(fresh(key))
+    return stage
 
 
 def one_batch(stage):
