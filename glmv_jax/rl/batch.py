@@ -8,8 +8,9 @@ of each branch.
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -138,33 +139,48 @@ def to_batch(
         raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
     if len(records) != len(advantages_N):
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
-    size = (tokens, patches, prompts["patches"].shape[-1], tokens if targets is None else targets)
+    channels = prompts["patches"].shape[-1]
+    new_row = functools.partial(_Row, tokens, patches, channels, tokens if targets is None else targets)
     packed: list[_Row] = []
     left_out = 0
     kept = [pair for pair in zip(records, advantages_N) if len(pair[0].answer)]
-    for _, group in itertools.groupby(kept, key=lambda pair: pair[0].row):
-        group = list(group)
+    for _, pairs in itertools.groupby(kept, key=lambda pair: pair[0].row):
+        group = list(pairs)
         # The first row that holds the whole group, or rows of its own.
         row = next((row for row in packed if row.fits([record for record, _ in group], prompts)), None)
-        fresh: list[_Row] = []
-        for record, advantage in group:
-            if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
-                raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
-            if row is None or not row.fits([record], prompts):
-                row = _Row(*size)
-                fresh.append(row)
-                if not row.fits([record], prompts):
-                    raise UserError(
-                        f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
-                        f"{_patches(record, prompts)} patches do not fit a row of {tokens} and {patches} with "
-                        f"{size[3]} answer tokens; enlarge the row"
-                    )
-            row.add(record, prompts, float(advantage), 1.0 if per == "token" else 1.0 / len(record.answer),
-                    names.index(record.source))  # fmt: skip
-        if len(packed) + len(fresh) > max(rows):
+        full = row is None and len(packed) == max(rows)
+        fresh = [] if full else _place(group, row, new_row, prompts, names, per)
+        if full or len(packed) + len(fresh) > max(rows):
             left_out += len(group)
         else:
             packed += fresh
     count = min(n for n in rows if n >= len(packed))
-    packed += [_Row(*size) for _ in range(count - len(packed))]
+    packed += [new_row() for _ in range(count - len(packed))]
     return {name: np.stack([row.arrays[name] for row in packed]) for name in packed[0].arrays}, left_out
+
+
+def _place(
+    group: Sequence[tuple[Rollout, float]],
+    row: _Row | None,
+    new_row: Callable[[], _Row],
+    prompts: Batch,
+    names: Sequence[str],
+    per: str,
+) -> list[_Row]:
+    """Adds a prompt's rollouts and their advantages to `row` and, once that is full or None, to new rows: these."""
+    fresh = []
+    for record, advantage in group:
+        if not np.array_equal(record.prompt, prompts["tokens"][record.row, : len(record.prompt)]):
+            raise ValueError(f"rollout {record.id}: row {record.row} of the prompt batch holds another prompt")
+        if row is None or not row.fits([record], prompts):
+            row = new_row()
+            fresh.append(row)
+            if not row.fits([record], prompts):
+                raise UserError(
+                    f"rollout {record.id}: {len(record.prompt) + len(record.answer)} tokens and "
+                    f"{_patches(record, prompts)} patches do not fit a row of {len(row.arrays['tokens'])} and "
+                    f"{len(row.arrays['frame'])} with {row.limit} answer tokens; enlarge the row"
+                )
+        weight = 1.0 if per == "token" else 1.0 / len(record.answer)
+        row.add(record, prompts, float(advantage), weight, names.index(record.source))
+    return fresh
