@@ -4,7 +4,7 @@
     glmv train --config experiments/cogvit_siglip.py:size=nano,role=teacher --workdir runs/teacher
 
 size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English, 180 concepts held out,
-           and single shapes and symbols for a quarter of the pairs. Held-out R@5 .16 to .24 (chance .028), three seeds.
+           and single shapes and symbols for a quarter of the pairs. Held-out R@5 .22 to .26 (chance .028), three seeds.
 role=teacher: a smaller tower trained from nothing for a short while; stage 1's semantic teacher.
 size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs.
 """
