@@ -30,7 +30,7 @@ def get_config(arg=None):
         "workers": 0 if nano else 8,
     }
     # In the few steps of nano semantics have to count for more: with equal weights the nearest-neighbour probe gained
-    # .025 and .003 over an untrained encoder, with these .047 and .053 (two seeds).
+    # .025 and .003 over an untrained encoder, with these .047 and .053 (two seeds; a teacher with another text pool).
     cfg.teachers = {
         "semantic": {"kind": "tower", "path": "", "weight": 3.0 if nano else 1.0},
         "texture": {"kind": "hog", "bins": 9, "weight": 0.5 if nano else 1.0},
