@@ -15,7 +15,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", role="student")
     nano = arg.size == "nano"
-    steps, batch = (320, 128) if nano else (120_000, 65_536)
+    steps, batch = (300, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
     if not nano:

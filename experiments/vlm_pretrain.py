@@ -14,7 +14,7 @@ from glmv_jax.config import parse_arg, presets
 def get_config(arg=None):
     arg = parse_arg(arg, size="nano", mmtp="image_token")
     nano = arg.size == "nano"
-    steps, batch = (400, 16) if nano else (50_000, 512)
+    steps, batch = (380, 16) if nano else (50_000, 512)
     cfg = presets.run("pretrain", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.vlm(arg.size)
     cfg.model.mtp.option = arg.mmtp

@@ -219,10 +219,10 @@ def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, p
 
 
 def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:
-    """A text of a pair. With `rng` one to three of the keywords, in any order; without it all, in theirs."""
+    """A text of a pair. With `rng` one or more of the keywords, in any order; without it all, in theirs."""
     name, keywords = texts[0], list(texts[1:])
     if rng is not None and keywords:
-        keywords = [keywords[i] for i in rng.permutation(len(keywords))[: rng.integers(1, 4)]]
+        keywords = [keywords[i] for i in rng.permutation(len(keywords))[: rng.integers(1, len(keywords) + 1)]]
     if kind == "name" or not keywords:
         return name
     return ", ".join(keywords if kind == "keywords" else [name, *keywords])
