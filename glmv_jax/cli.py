@@ -99,7 +99,10 @@ def train(args: argparse.Namespace) -> int:
     cfg = _config(args)
     workdir = os.path.abspath(args.workdir)
     _check_workdir(workdir, cfg)
-    os.makedirs(workdir, exist_ok=True)
+    try:
+        os.makedirs(workdir, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); give another folder") from None
     with _alone_in(workdir):
         from glmv_jax.train import main as train_main
 

@@ -125,7 +125,9 @@ def test_show_config_after_overrides(capsys, experiment):
 def test_workdir_that_is_a_file_of_another_stage_or_not_writable(capsys, experiment, tmp_path):
     line = complaint(capsys, "train", "--config", experiment, "--workdir", experiment)
     assert line.endswith("tiny.py is a file; give a folder")
-    assert "Not a directory" in complaint(capsys, "train", "--config", experiment, "--workdir", f"{experiment}/sub")
+    for folder, reason in ((f"{experiment}/sub", "Not a directory"), ("/proc/sub", "No such file or directory")):
+        line = complaint(capsys, "train", "--config", experiment, "--workdir", folder)
+        assert f"--workdir {folder} cannot be made ({reason}); give another folder" in line
 
     (tmp_path / "config.json").write_text(json.dumps({"stage": "mim"}))
     line = complaint(capsys, "train", "--config", experiment, "--workdir", str(tmp_path))
