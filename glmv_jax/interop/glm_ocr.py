@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glmv_jax.interop.table import Entry, convolution, fused, matrix, same
+from glmv_jax.interop.table import Entry, convolution, fused, linear, matrix, same
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.mtp import MTPConfig
@@ -64,10 +64,10 @@ def _vision(cfg: CogViTConfig) -> list[Entry]:
         Entry(hf + "attn.k_norm.weight", (ours + "attention/k_norm/scale",), same, n),
         Entry(hf + "norm1.weight", (ours + "norm1/scale",), same, n),
         Entry(hf + "norm2.weight", (ours + "norm2/scale",), same, n),
-        *_linear(hf + "attn.proj", ours + "attention/o", n),
+        *linear(hf + "attn.proj", ours + "attention/o", n),
     ]
     for name in ("gate", "up", "down"):
-        entries += _linear(f"{hf}mlp.{name}_proj", f"{ours}mlp/{name}", n)
+        entries += linear(f"{hf}mlp.{name}_proj", f"{ours}mlp/{name}", n)
     # Conv3d over (C, T, y, x): our patch vector holds them in that very order.
     patch = convolution((0, 1, 2, 3), (cfg.temporal_patch, cfg.patch, cfg.patch))
     return entries + [
@@ -124,11 +124,4 @@ def _mtp(cfg: DecoderConfig) -> list[Entry]:
         Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
         Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),
         Entry(hf + "shared_head.norm.weight", ("mtp/norm/scale",), same),
-    ]
-
-
-def _linear(hf: str, ours: str, layers: int | None) -> list[Entry]:
-    return [
-        Entry(hf + ".weight", (ours + "/kernel",), matrix, layers),
-        Entry(hf + ".bias", (ours + "/bias",), same, layers),
     ]

@@ -65,6 +65,22 @@ class Entry:
     layers: int | None = None
 
 
+def linear(theirs: str, ours: str, layers: int | None = None) -> list[Entry]:
+    """A torch Linear with a bias."""
+    return [
+        Entry(theirs + ".weight", (ours + "/kernel",), matrix, layers),
+        Entry(theirs + ".bias", (ours + "/bias",), same, layers),
+    ]
+
+
+def norm(theirs: str, ours: str, layers: int | None = None) -> list[Entry]:
+    """A LayerNorm."""
+    return [
+        Entry(theirs + ".weight", (ours + "/scale",), same, layers),
+        Entry(theirs + ".bias", (ours + "/bias",), same, layers),
+    ]
+
+
 def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore: Sequence[str] = ()) -> Params:
     """Our nested dict from their tensors.
 
@@ -81,7 +97,7 @@ def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore:
         loaded = [entry.transform.load(np.asarray(tensors[n])) for n in names]
         for position, path in enumerate(entry.ours):
             arrays = [one[position] for one in loaded]
-            _set(params, path, np.stack(arrays) if entry.layers is not None else np.ascontiguousarray(arrays[0]))
+            _set(params, path, np.stack(arrays) if entry.layers is not None else np.asarray(arrays[0], order="C"))
     unknown = sorted(set(tensors) - used)
     if unknown:
         raise UserError(f"checkpoint: {len(unknown)} tensors have no place in this family, the first is {unknown[0]}")

@@ -49,6 +49,16 @@ class BlockConfig:
         return self.kv_heads or self.heads
 
     @property
+    def biases(self) -> str:
+        """Which projections of the attention have one."""
+        return "qkvo" if self.bias else ""
+
+    @property
+    def layer(self) -> type[nn.Module]:
+        """The module that `stack` repeats."""
+        return Block
+
+    @property
     def out_init(self) -> Callable:
         return zeros if self.identity and not self.post_norms else fan_in
 
@@ -71,10 +81,12 @@ class Attention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         c = self.cfg
         B, T, _ = x_BTD.shape
-        project = lambda name, n, axis: Linear(n * c.k, ("embed", axis), c.bias, c.dtype, name=name)(x_BTD)  # noqa: E731
-        q_BTHK = project("q", c.heads, "heads").reshape(B, T, c.heads, c.k)
-        k_BTGK = project("k", c.g, "kv_heads").reshape(B, T, c.g, c.k)
-        v_BTGK = project("v", c.g, "kv_heads").reshape(B, T, c.g, c.k)
+
+        def project(name: str, n: int, axis: str) -> jax.Array:
+            return Linear(n * c.k, ("embed", axis), name in c.biases, c.dtype, name=name)(x_BTD).reshape(B, T, n, c.k)
+
+        q_BTHK = project("q", c.heads, "heads")
+        k_BTGK, v_BTGK = project("k", c.g, "kv_heads"), project("v", c.g, "kv_heads")
         if c.qk_norm:
             q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
@@ -89,7 +101,7 @@ class Attention(nn.Module):
             shared = cache.get("prompt")
             cache = {"k": k_BTGK, "v": v_BTGK}
         out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key, shared)
-        out = Linear(c.width, ("heads", "embed"), c.bias, c.dtype, c.out_init, name="o")
+        out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
         return out(out_BTHK.reshape(B, T, -1)), cache
 
 
@@ -123,7 +135,7 @@ def stack(
 
     Call it inside a compact module. cache: `LayerCache` with a leading L, or None; the updated k and v are returned.
     """
-    block = Block
+    block = cfg.layer
     if remat != "none":
         block = nn.remat(block, policy=policy(remat), prevent_cse=False)
     scanned = nn.scan(

@@ -1,0 +1,195 @@
+"""SigLIP and SigLIP 2 (Tschannen et al., arXiv 2502.14786): teachers, and baselines to evaluate beside.
+
+One image tower for the checkpoints of fixed size (Hugging Face `siglip`) and of native size (`siglip2`, NaFlex): their
+learned positions are a square table that is resized to the grid of each image, antialiased and bilinear; where grid and
+table are equal that is the table. Patches may stand in any order, `yx` says where they belong; one image a row.
+Text: both directions, no mask on padding, and the last token of a row of full length is the pooled one.
+
+Sources: big_vision `models/proj/image_text/naflex_vit.py`, `text_transformer.py`; transformers `modeling_siglip2.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.models.block import stack
+from glmv_jax.models.layers import Embedding, LayerNorm, Linear, normal, param
+from glmv_jax.models.two_tower import Scale, ScaleConfig
+from glmv_jax.models.vit import ViTBlockConfig, mlp_of
+from glmv_jax.typing import Params, VisionInput
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVisionConfig:
+    """Defaults are So400m/14 at 224 px. `table` is the side of the square of learned positions."""
+
+    depth: int = 27
+    width: int = 1152
+    heads: int = 16
+    mlp: int = 4304
+    patch: int = 14
+    table: int = 16
+    channels: int = 3
+    activation: str = "gelu_pytorch_tanh"
+    norm_eps: float = 1e-6
+    head: bool = True  # whether there is an attention pool
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def block(self) -> ViTBlockConfig:
+        return ViTBlockConfig(
+            self.width, self.heads, self.mlp, activation=self.activation, norm_eps=self.norm_eps, dtype=self.dtype)
+
+    @property
+    def patch_dim(self) -> int:
+        return self.patch**2 * self.channels
+
+    def flops(self, patches: int) -> float:
+        """Forward FLOPs of one image of `patches` patches."""
+        return patches * (2 * self.patch_dim * self.width + self.depth * self.block.flops(patches))
+
+    def module(self) -> nn.Module:
+        return SiglipVision(self)
+
+    def example(self) -> tuple:
+        one = jnp.zeros((1, 4, self.patch_dim)), jnp.zeros((1, 4, 2), jnp.int32), jnp.ones((1, 4), jnp.int32)
+        return (VisionInput(*one),)
+
+
+class SiglipVision(nn.Module):
+    """(features [B, P, D] after the last norm, pooled [B, D] or None). A patch is the vector (y, x, channel)."""
+
+    cfg: SiglipVisionConfig
+
+    @nn.compact
+    def __call__(self, vision: VisionInput) -> tuple[jax.Array, jax.Array | None]:
+        c = self.cfg
+        x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(vision.patches)
+        table_ND = Embedding(c.table**2, c.width, "position", name="position")()
+        x_BPD = x_BPD + resized_table(table_ND, vision.yx, grid(vision.yx, vision.frame)).astype(x_BPD.dtype)
+        span = Span((vision.frame > 0).astype(jnp.int32))
+        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, None, span, span)
+        x_BPD = LayerNorm(c.norm_eps, name="norm")(x_BPD)
+        return x_BPD, AttentionPool(c, name="head")(x_BPD, span) if c.head else None
+
+
+class AttentionPool(nn.Module):
+    """SigLIP's MAP head: out = attn(probe, x); out += MLP(LN(out))."""
+
+    cfg: SiglipVisionConfig
+
+    @nn.compact
+    def __call__(self, x_BPD: jax.Array, span: Span) -> jax.Array:
+        c = self.cfg
+        B, P, D = x_BPD.shape
+        probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
+        linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
+        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, -1)
+        k, v = (linear(name)(x_BPD).reshape(B, P, c.heads, -1) for name in ("k", "v"))
+        out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), span).reshape(B, D)
+        out_BD = linear("o", ("heads", "embed"))(out_BD)
+        mlp = mlp_of(c.activation, c.mlp, c.width, c.dtype, "mlp")
+        return out_BD + mlp(LayerNorm(c.norm_eps, name="norm")(out_BD))
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipTextConfig:
+    """Defaults are So400m's. `out` is the width of the pooled vector, the image tower's."""
+
+    vocab: int = 256_000
+    length: int = 64
+    depth: int = 27
+    width: int = 1152
+    heads: int = 16
+    mlp: int = 4304
+    out: int = 1152
+    activation: str = "gelu_pytorch_tanh"
+    norm_eps: float = 1e-6
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def block(self) -> ViTBlockConfig:
+        return ViTBlockConfig(
+            self.width, self.heads, self.mlp, activation=self.activation, norm_eps=self.norm_eps, dtype=self.dtype)
+
+    def module(self) -> nn.Module:
+        return SiglipText(self)
+
+    def example(self) -> tuple:
+        return (jnp.ones((1, self.length), jnp.int32),)
+
+
+class SiglipText(nn.Module):
+    """(features [B, T, D], pooled [B, out]) of rows of full length T: padding is read like any token."""
+
+    cfg: SiglipTextConfig
+
+    @nn.compact
+    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        c = self.cfg
+        T = tokens_BT.shape[1]
+        if T > c.length:
+            raise ValueError(f"rows of {T} tokens, but the text tower has {c.length} positions")
+        table_VD = Embedding(c.vocab, c.width, name="embed")()
+        position_TD = Embedding(c.length, c.width, "position", name="position")()[:T]
+        x_BTD = (jnp.take(table_VD, tokens_BT, axis=0) + position_TD).astype(c.dtype)
+        span = Span(jnp.ones_like(tokens_BT))
+        x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD, None, span, span)
+        x_BTD = LayerNorm(c.norm_eps, name="norm")(x_BTD)
+        return x_BTD, Linear(c.out, ("embed", "projection"), True, c.dtype, name="head")(x_BTD[:, -1])
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """Both towers, or the image tower alone (text None)."""
+
+    vision: SiglipVisionConfig
+    text: SiglipTextConfig | None = None
+
+    def parts(self) -> dict[str, Any]:
+        parts: dict[str, Any] = {"vision": self.vision}
+        return parts if self.text is None else parts | {"text": self.text, "scale": ScaleConfig()}
+
+
+def embed_image(cfg: SiglipVisionConfig, params: Params, vision: VisionInput) -> tuple[jax.Array, jax.Array | None]:
+    """(features [B, P, D], pooled [B, D], not normalised, or None)."""
+    return SiglipVision(cfg).apply({"params": params}, vision)
+
+
+def embed_text(cfg: SiglipTextConfig, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(features [B, T, D], pooled [B, out], not normalised)."""
+    return SiglipText(cfg).apply({"params": params}, tokens_BT)
+
+
+def scale(params: Params) -> tuple[jax.Array, jax.Array]:
+    """(log scale, bias) of the logits."""
+    return Scale(ScaleConfig()).apply({"params": params})
+
+
+def grid(yx_BP2: jax.Array, frame_BP: jax.Array) -> jax.Array:
+    """[B, 2] rows and columns of patches of each row's image."""
+    return jnp.where(frame_BP[..., None] > 0, yx_BP2 + 1, 1).max(1)
+
+
+def resized_table(table_ND: jax.Array, yx_BP2: jax.Array, grid_B2: jax.Array) -> jax.Array:
+    """[B, P, D]: the square table, resized to each image's grid, at its patches.
+
+    Antialiased bilinear as Pillow, jax.image and torch (antialias=True) do it: a triangle that is as wide as the larger
+    of a step of the table and a step of the grid, normalised inside the table.
+    """
+    n = round(table_ND.shape[0] ** 0.5)
+    step_B12 = n / grid_B2[:, None].astype(jnp.float32)
+    centre_BP2 = (yx_BP2 + 0.5) * step_B12 - 0.5
+    away_BP2n = jnp.abs(jnp.arange(n) - centre_BP2[..., None]) / jnp.maximum(step_B12, 1.0)[..., None]
+    weight_BP2n = jnp.maximum(1.0 - away_BP2n, 0.0)
+    weight_BP2n = weight_BP2n / weight_BP2n.sum(-1, keepdims=True)
+    weight_BPN = weight_BP2n[:, :, 0, :, None] * weight_BP2n[:, :, 1, None, :]
+    return weight_BPN.reshape(*yx_BP2.shape[:2], n * n) @ table_ND
