@@ -32,7 +32,7 @@ from glmv_jax.typing import Params, UserError
 _TOP_KEYS = ("lr", "schedule", "clip", "groups")
 _COMMON_KEYS = ("kind", "lr_mult", "wd", "schedule")
 _KIND_KEYS = {
-    "muon": (*_COMMON_KEYS, "momentum", "nesterov", "steps", "dtype", "scaling"),
+    "muon": (*_COMMON_KEYS, "momentum", "nesterov", "steps", "dtype", "scaling", "heads"),
     "adamw": (*_COMMON_KEYS, "betas", "eps", "decay_vectors"),
     "frozen": ("kind",),
 }
@@ -50,7 +50,9 @@ def slash_paths(tree: Any) -> list[str]:
     return [slash_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def build(cfg: Any, params: Params, total_steps: int) -> optax.GradientTransformation:
+def build(
+    cfg: Any, params: Params, total_steps: int, shardings: Params | None = None
+) -> optax.GradientTransformation:
     """The optimiser of a run.
 
     Args:
@@ -61,10 +63,12 @@ def build(cfg: Any, params: Params, total_steps: int) -> optax.GradientTransform
           wd        decoupled weight decay (times the learning rate), default 0. AdamW leaves vectors alone: leaves of
                     one dimension, or whose name is scale, bias or gain; decay_vectors=True decays them too
           schedule  in place of cfg.schedule
-          muon      momentum 0.95, nesterov True, steps 5, dtype "float32", scaling "rms" ("spectral")
+          muon      momentum 0.95, nesterov True, steps 5, dtype "float32", scaling "rms" ("spectral"), heads 1: as
+                    `muon.scale_by_muon`
           adamw     betas (0.9, 0.95), eps 1e-8
       params: the parameters, or their shapes.
       total_steps: updates in the run, for the schedules.
+      shardings: where the parameters live; with it Muon's matrices are shared out among the devices.
 
     Raises: UserError for unknown keys, uncovered parameters, and expressions that match nothing.
     """
@@ -75,8 +79,11 @@ def build(cfg: Any, params: Params, total_steps: int) -> optax.GradientTransform
     for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels), strict=True):
         members[label].append((slash_path(path), leaf))
 
+    where = None if shardings is None else dict(zip(slash_paths(shardings), jax.tree.leaves(shardings), strict=True))
     transforms = {
-        label: _transform(cfg, *groups[int(label)], members[label], total_steps) for label in members if members[label]
+        label: _transform(cfg, *groups[int(label)], members[label], total_steps, where)
+        for label in members
+        if members[label]
     }
     steps = [optax.partition(transforms, labels)]
     if cfg.get("clip", 0):
@@ -140,7 +147,7 @@ def _labels(groups: list[tuple[str, dict[str, Any]]], params: Params) -> Params:
     return jax.tree.unflatten(jax.tree.structure(params), [first[path] for path in paths])
 
 
-def _transform(cfg, regex, settings, leaves, total_steps) -> optax.GradientTransformation:
+def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.GradientTransformation:
     kind, wd = settings["kind"], settings.get("wd", 0.0)
     if kind == "frozen":
         return optax.set_to_zero()
@@ -150,8 +157,8 @@ def _transform(cfg, regex, settings, leaves, total_steps) -> optax.GradientTrans
         flat = [path for path, leaf in leaves if len(leaf.shape) < 2]
         if flat:
             raise UserError(f"optim group {regex!r}: Muon is for matrices, {flat[0]} is a vector; give it to AdamW")
-        options = {k: settings[k] for k in ("momentum", "nesterov", "steps", "scaling") if k in settings}
-        return muon(rate, wd, dtype=jnp.dtype(settings.get("dtype", "float32")), **options)
+        options = {k: settings[k] for k in ("momentum", "nesterov", "steps", "scaling", "heads") if k in settings}
+        return muon(rate, wd, dtype=jnp.dtype(settings.get("dtype", "float32")), shardings=shardings, **options)
     b1, b2 = settings.get("betas", (0.9, 0.95))
     decayed = None if settings.get("decay_vectors") else _decayed
     return optax.adamw(rate, b1, b2, settings.get("eps", 1e-8), weight_decay=wd, mask=decayed)

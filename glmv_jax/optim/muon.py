@@ -12,11 +12,15 @@ github.com/MoonshotAI/Moonlight `examples/toy_train.py`) for the scale that make
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding
+
+from glmv_jax.optim.spread import split_of, spread
 
 # Quintic iteration x <- a x + b x^3 + c x^5 on the singular values; pulls [~1e-2, 1] into about [0.7, 1.2] in 5 steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -76,20 +80,31 @@ def scale_by_muon(
     steps: int = 5,
     dtype: Any = jnp.float32,
     scaling: str = "rms",
+    heads: int = 1,
+    shardings: Mapping[str, NamedSharding] | None = None,
 ) -> optax.GradientTransformation:
     """Gradients -> scaled orthogonal updates (not yet times the learning rate, sign unchanged).
 
     Momentum is M <- momentum M + (1 - momentum) g in float32; Nesterov looks ahead with
     momentum M + (1 - momentum) g. Moonlight writes M <- momentum M + g: the factor is lost in the normalisation.
 
-    Raises: ValueError at init for a leaf of fewer than two dimensions.
+    Args:
+      steps, dtype: of `orthogonalise`.
+      scaling: of `matrix_scale`.
+      heads: a matrix counts as so many, side by side in its columns: each head of a projection is orthogonalised by
+        itself (GLM-5's Muon Split), so that heads may change at different rates.
+      shardings: slash path -> where that parameter lives. With it, and more than one device, the matrices are shared
+        out among the devices (`optim.spread`); without it every device orthogonalises all of them.
+
+    Raises: ValueError at init for a leaf of fewer than two dimensions, or columns that `heads` does not divide.
     """
 
     def init(params):
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if len(leaf.shape) < 2:
-                name = jax.tree_util.keystr(path, simple=True, separator="/")
-                raise ValueError(f"Muon needs matrices, and {name} has shape {tuple(leaf.shape)}; give it to AdamW")
+                raise ValueError(f"Muon needs matrices, and {_name(path)} has shape {leaf.shape}; give it to AdamW")
+            if leaf.shape[-1] % heads:
+                raise ValueError(f"{_name(path)} {leaf.shape}: its columns do not divide into {heads} heads")
         return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
     def update(grads, state, params=None):
@@ -97,10 +112,43 @@ def scale_by_muon(
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, grads) if nesterov else mean
-        updates = jax.tree.map(lambda u: orthogonalise(u, steps, dtype) * matrix_scale(u.shape, scaling), ahead)
-        return updates, MuonState(mean)
+
+        paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(ahead))
+        where = [shardings[_name(path)] for path in paths] if shardings else None
+        done = _all(lambda x: orthogonalise(x, steps, dtype), leaves, heads, dtype, where)
+        updates = [_unstack(x, u.shape, heads) * matrix_scale(x.shape, scaling) for x, u in zip(done, leaves)]
+        return jax.tree.unflatten(jax.tree.structure(ahead), updates), MuonState(mean)
 
     return optax.GradientTransformation(init, update)
+
+
+def _all(fn, leaves, heads: int, dtype: Any, shardings: list[NamedSharding] | None) -> list[jax.Array]:
+    """fn of every leaf as a stack [S, I, O] of matrices, on all devices alike or shared out among them."""
+    stacks = [_stack(leaf, heads) for leaf in leaves]
+    if shardings is None or shardings[0].mesh.size == 1:
+        return [fn(x) for x in stacks]
+    splits = [split_of(sharding, leaf.ndim) for sharding, leaf in zip(shardings, leaves)]
+    if heads > 1:  # what splits the columns would split the stack of heads, and a stack is whole
+        splits = [split._replace(columns=()) for split in splits]
+    # Where the products are in bfloat16, the matrices travel so too.
+    done = spread(lambda x: fn(x).astype(dtype), [x.astype(dtype) for x in stacks], splits, shardings[0].mesh)
+    return [x.astype(jnp.float32) for x in done]
+
+
+def _stack(x: jax.Array, heads: int) -> jax.Array:
+    """[..., I, H * K] -> [S * H, I, K]."""
+    *_, rows, columns = x.shape
+    return jnp.moveaxis(x.reshape(-1, rows, heads, columns // heads), 2, 1).reshape(-1, rows, columns // heads)
+
+
+def _unstack(x: jax.Array, shape: tuple[int, ...], heads: int) -> jax.Array:
+    """The inverse of `_stack`."""
+    *_, rows, columns = shape
+    return jnp.moveaxis(x.reshape(-1, heads, rows, columns // heads), 1, 2).reshape(shape)
+
+
+def _name(path: tuple) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def muon(
@@ -111,13 +159,15 @@ def muon(
     steps: int = 5,
     dtype: Any = jnp.float32,
     scaling: str = "rms",
+    heads: int = 1,
+    shardings: Mapping[str, NamedSharding] | None = None,
 ) -> optax.GradientTransformation:
     """Muon with decoupled weight decay: p <- p - lr * (scale * orthogonal + weight_decay * p).
 
     With scaling="rms" the learning rate and the weight decay are those one would give to AdamW.
     """
     return optax.chain(
-        scale_by_muon(momentum, nesterov, steps, dtype, scaling),
+        scale_by_muon(momentum, nesterov, steps, dtype, scaling, heads, shardings),
         optax.add_decayed_weights(weight_decay),
         optax.scale_by_learning_rate(learning_rate),
     )

@@ -41,8 +41,21 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     return jax.make_mesh(shape, names, devices=devices, axis_types=(AxisType.Auto,) * len(names))
 
 
+DATA_AXES = ("data", "fsdp")
+
+
+def data_axes(mesh: Mesh | None) -> tuple[str, ...]:
+    """The axes of `mesh` that split the rows of a batch; none without a mesh."""
+    return tuple(axis for axis in DATA_AXES if mesh is not None and axis in mesh.shape)
+
+
+def data_shards(mesh: Mesh | None) -> int:
+    """How many parts the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in data_axes(mesh)) if mesh is not None else 1
+
+
 def check_batch(batch: int, mesh: Mesh) -> None:
     """UserError when `batch` rows do not divide over the data axes of `mesh`; names the nearest size that does."""
-    parts = mesh.shape.get("data", 1) * mesh.shape.get("fsdp", 1)
+    parts = data_shards(mesh)
     if batch % parts:
         raise UserError(f"batch={batch} does not divide over {parts} data shards; try {-(-batch // parts) * parts}")

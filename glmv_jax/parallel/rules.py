@@ -12,6 +12,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.parallel import axes as axes_lib
+from glmv_jax.parallel.mesh import DATA_AXES
 from glmv_jax.typing import Axes, UserError
 
 MeshAxes = str | tuple[str, ...] | None
@@ -70,16 +71,15 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
             )
 
 
-_DATA = ("data", "fsdp")
 PRESETS: dict[str, Rules] = {
     # Parameters replicated, batch split: the laptop, and towers that fit.
-    "data": Rules({"batch": _DATA}),
+    "data": Rules({"batch": DATA_AXES}),
     # Parameters and optimiser state split over `fsdp` along the residual width (never the minor dim of a stack).
-    "fsdp": Rules({"batch": _DATA, "embed": "fsdp", "merge": "fsdp", "projection": None}),
+    "fsdp": Rules({"batch": DATA_AXES, "embed": "fsdp", "merge": "fsdp", "projection": None}),
     # As fsdp, and heads, MLP and vocabulary split over `tensor`.
     "fsdp_tensor": Rules(
         {
-            "batch": _DATA,
+            "batch": DATA_AXES,
             "embed": "fsdp",
             "merge": "fsdp",
             "heads": "tensor",
@@ -115,6 +115,12 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
         yield
     finally:
         _ACTIVE.reset(token)
+
+
+def active_mesh() -> Mesh | None:
+    """The mesh of the step that is being traced; None outside of one."""
+    active = _ACTIVE.get()
+    return None if active is None else active[0]
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:

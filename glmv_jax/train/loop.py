@@ -95,7 +95,10 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         state, host, step, totals = _initial_state(stage, optimizer, placement), None, 0, Totals()
         progress.say(f"{_count(state.params)} parameters, {total} steps{_origin(cfg)}")
     checkpoints.check_space(state)
-    constants = jax.device_put(stage.constants(), placement.replicated)
+    constants = jax.device_put(stage.constants(), placement.constants)
+    for shapes in map(placement.batch_shapes, stage.batch_shapes()):
+        progress.say(f"compiling the step for {_shapes(shapes)}")
+        train_step.compile(state, constants, shapes)
     data = stage.train_data()
     if host is not None:
         data.set_state(host["data"])
@@ -220,7 +223,8 @@ def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
     mesh = mesh_lib.make_mesh(dict(cfg.get("mesh", {"data": -1})))
     rules = rules_lib.preset(cfg.get("rules", "data"))
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
-    optimizer = optim.build(cfg.optim, shapes, cfg.steps)
+    shardings = rules.shardings(mesh, stage.logical_axes(), shapes)
+    optimizer = optim.build(cfg.optim, shapes, cfg.steps, shardings)
     return state_lib.place(stage, optimizer, mesh, rules), optimizer, optim.trainable(cfg.optim, shapes)
 
 

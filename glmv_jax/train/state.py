@@ -39,6 +39,7 @@ class Placement:
     rules: rules_lib.Rules
     state: TrainState  # of NamedSharding
     abstract: TrainState  # of jax.ShapeDtypeStruct, with those shardings
+    constants: Params  # of NamedSharding
     replicated: NamedSharding
 
     def batch(self, batch: Batch) -> Batch:
@@ -56,6 +57,18 @@ class Placement:
                 mesh_lib.check_batch(np.shape(x)[0] * jax.process_count(), self.mesh)
         return jax.tree.map(place, batch)
 
+    def batch_shapes(self, batch: Batch) -> Batch:
+        """As `batch`, for jax.ShapeDtypeStruct of this process' rows."""
+        rows, n = rules_lib.batch_sharding(self.mesh), jax.process_count()
+
+        def place(x):
+            shape = (x.shape[0] * n, *x.shape[1:]) if x.shape else ()
+            if shape:
+                mesh_lib.check_batch(shape[0], self.mesh)
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows if shape else self.replicated)
+
+        return jax.tree.map(place, batch)
+
 
 def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: rules_lib.Rules) -> Placement:
     """Shapes and shardings of the state of a run; nothing is allocated."""
@@ -69,7 +82,9 @@ def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rul
         extra=jax.tree.map(lambda _: replicated, shapes.extra),
     )
     put = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)  # noqa: E731
-    return Placement(mesh, rules, state, jax.tree.map(put, shapes, state), replicated)
+    axes, constants = stage.constant_axes(), stage.constants()
+    where = jax.tree.map(lambda _: replicated, constants) if axes is None else rules.shardings(mesh, axes, constants)
+    return Placement(mesh, rules, state, jax.tree.map(put, shapes, state), where, replicated)
 
 
 def init_state(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -61,18 +62,27 @@ class Stage(abc.ABC):
         """The tree of `init_params` with a tuple of logical axis names (`parallel.axes`) a leaf."""
 
     def constants(self) -> Params:
-        """Arrays the step reads and never changes: teachers, a reference policy. The loop replicates them."""
+        """Arrays the step reads and never changes: teachers, a reference policy. Where they live: `constant_axes`."""
         return {}
 
     def init_extra(self) -> Params:
         """State that the step carries without a gradient: running statistics of teachers. Traced under jit."""
         return {}
 
+    def constant_axes(self) -> Axes | None:
+        """The tree of `constants` with logical axis names a leaf, to split them as parameters are; None: whole."""
+        return None
+
     # --- one step ---------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def train_data(self) -> DataIterator:
         """A new iterator over training batches, at its beginning."""
+
+    def batch_shapes(self) -> Iterable[Batch]:
+        """jax.ShapeDtypeStruct of the batches to come, of this process' rows, for programs to be compiled before the
+        first step; none: each is compiled when it is met."""
+        return ()
 
     def next_batch(self, data: DataIterator, state: TrainState) -> tuple[Batch, dict[str, float]]:
         """The next batch (numpy arrays, leading dimension = rows) and metrics that were measured while making it.
