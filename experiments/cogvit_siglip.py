@@ -25,12 +25,22 @@ def get_config(arg=None):
 
     cfg.data = {
         "vocabulary": "",
-        "patches": 48 if nano else 256,
+        # Patches of an image row, drawn anew for each batch (NaFlex), and how often.
+        "lengths": (48,) if nano else (128, 256, 576, 784, 1024),
+        "length_shares": (1.0,) if nano else (0.2, 0.2, 0.2, 0.2, 0.2),
         "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
         "basics": 0.25 if nano else 0.0,  # share of single shapes and symbols
         "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,
     }
+    cfg.loss = {
+        "impl": "dense" if nano else "ring_bidir",
+        "chunk": 1024,  # rows of logits at a time, in the forms for many devices
+        "wire": "float32" if nano else "bfloat16",  # dtype in which features travel there
+        # Patches (and tokens) that a device embeds at a time, 0: all of its rows; the gradient is the same.
+        "positions": 0 if nano else 65_536,
+    }
+    cfg.eval = {"patches": 48 if nano else 256}
     # From few texts a tower learns little more than what words mean. With random branches, a probe for a pool and its
     # matrices at the full rate R@5 among 360 other concepts, set aside from training, was .12; with these it is .19.
     cfg.optim = {

@@ -38,10 +38,12 @@ from glmv_jax.data.basics import Basics
 from glmv_jax.data.basics import number as basics_number
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.faults import FaultLog, Guarded
+from glmv_jax.data.files import random_crop
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import Patcher, patchify, to_rgb
 from glmv_jax.data.packing import PackIterDataset, collate
 from glmv_jax.data.records import Pair, Sample
+from glmv_jax.data.schedule import Schedule
 from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, prefetched
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
@@ -105,16 +107,17 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
 
 def mim_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], *, batch: int, size: int = 64, patch: int = 8,
-    merge: int = 2, mask_ratio: float = 0.35, mask_kind: str = "blockwise", reading: Reading = Reading(),
+    merge: int = 2, mask_ratio: float = 0.35, mask_kind: str = "blockwise",
+    crop_scale: tuple[float, float] = (1.0, 1.0), reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
-    """Masked crops. sources: name -> random access of (id, PIL image); the crop is the source's work.
+    """Masked crops of size x size pixels. sources: name -> random access of (id, PIL image).
 
-    An image of another size than size x size is resized to it. mask_kind: "blockwise" or "random".
+    mask_kind: "blockwise" or "random". crop_scale: shares of an image's area that are cropped, see `files.random_crop`.
     """
     if mask_kind not in ("blockwise", "random"):
         raise UserError(f"unknown kind of mask {mask_kind!r}; choose blockwise or random")
-    transform = functools.partial(_mim_row, size=size, patch=patch, merge=merge, kind=mask_kind,
-                                  count=masks.count_for(mask_ratio, size // patch, size // patch))
+    transform = functools.partial(_mim_row, size=size, scale=tuple(crop_scale), patch=patch, merge=merge,
+                                  kind=mask_kind, count=masks.count_for(mask_ratio, size // patch, size // patch))
     names = list(sources)
     rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)
             for name, source in sources.items()}
@@ -122,12 +125,9 @@ def mim_batches(
     return reading.iterator(Stream(items, reading.workers))
 
 
-def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size: int, patch: int, merge: int,
-             kind: str, count: int, source: int) -> Rows:
-    image = to_rgb(record[1])
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BICUBIC)
-    pixels = np.asarray(image)
+def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size: int, scale: tuple[float, float],
+             patch: int, merge: int, kind: str, count: int, source: int) -> Rows:
+    pixels = np.asarray(random_crop(to_rgb(record[1]), rng, size, scale))
     patches, yx = patchify(pixels, patch, merge)
     mask = getattr(masks, kind)(rng, size // patch, size // patch, count)
     return vision_row(patches, yx, len(patches)) | {
@@ -138,13 +138,15 @@ def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size:
 
 
 def siglip_batches(
-    pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, text_length: int = 16,
-    chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
+    pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, lengths: Mapping[int, float] | None = None,
+    text_length: int = 16, chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
     reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
     """Image-text pairs, no emoji twice in a batch.
 
     pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
+    lengths: patches of an image row -> how often; each batch has one of them, the same on every host. None: always
+        the budget of `patcher`.
     basics: share of the pairs of `basics.Basics`. There are few of those, so they do repeat in a batch; the loss leaves
         out pairs of one concept.
     chinese: share of Chinese rows, one text an image; None: each image has a text in both languages.
@@ -153,17 +155,29 @@ def siglip_batches(
     texts = dict(texts or {"name": 0.5, "name+keywords": 0.3, "keywords": 0.2})
     if set(texts) - set(_TEXTS):
         raise UserError(f"unknown kind of text {min(set(texts) - set(_TEXTS))!r}; choose from {', '.join(_TEXTS)}")
-    order: Any = _ConceptEpochs(pairs, reading)
-    if batch > order.concepts:
-        raise UserError(f"a batch of {batch} needs as many concepts, this shard has {order.concepts}; lower the batch")
+    concepts = _ConceptEpochs(pairs, reading).concepts
+    if batch > concepts:
+        raise UserError(f"a batch of {batch} needs as many concepts, this shard has {concepts}; lower the batch")
     shares = np.array([texts.get(kind, 0.0) for kind in _TEXTS])
-    transform = functools.partial(_siglip_row, tokenizer=tokenizer, patcher=patcher, length=text_length,
-                                  chinese=chinese, shares=np.cumsum(shares / shares.sum()))
-    if basics:
-        own = Basics(reading.seed * reading.shards + reading.shard)
-        order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
-    rows = Stream(reading.guarded(order, transform, "pairs"), reading.workers, chunk=32)
-    return reading.iterator(UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load())))
+    transform = functools.partial(_siglip_row, tokenizer=tokenizer, length=text_length, chinese=chinese,
+                                  shares=np.cumsum(shares / shares.sum()))
+
+    def batches(length: int, reading: Reading) -> grain.IterDataset:
+        order: Any = _ConceptEpochs(pairs, reading)
+        if basics:
+            own = Basics(reading.seed * reading.shards + reading.shard)
+            order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
+        row = functools.partial(transform, patcher=dataclasses.replace(patcher, max_patches=length))
+        rows = Stream(reading.guarded(order, row, "pairs"), reading.workers, chunk=32)
+        return UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load()))
+
+    lengths = lengths or {patcher.max_patches: 1.0}
+    # Each length goes through the pairs in an order of its own.
+    streams = {str(length): batches(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n))
+               for n, length in enumerate(lengths)}
+    if len(streams) == 1:
+        return reading.iterator(*streams.values())
+    return reading.iterator(Schedule(streams, {str(length): share for length, share in lengths.items()}, reading.seed))
 
 
 class _ConceptEpochs:

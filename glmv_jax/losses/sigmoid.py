@@ -1,54 +1,64 @@
-"""The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343), dense: every image against every text of the batch."""
+"""The sigmoid loss of SigLIP (Zhai et al., arXiv 2303.15343): every image against every text of the global batch.
+
+    L = -(1/B) sum_ij log sigmoid(y_ij l_ij),   l_ij = s z_i . w_j + b,   y = +1 where text j is of image i, else -1
+
+Positives are B products of rows and are left to autodiff. The B x B negatives have three implementations, in
+`losses.negatives`, that differ in memory and in what they send, not in the result.
+"""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from glmv_jax.losses import negatives as negatives_lib
 from glmv_jax.losses.cross_entropy import divide
 
 
 def sigmoid_loss(
     image_BE: jax.Array,
-    text_BE: jax.Array,
+    text_BNE: jax.Array,
     log_scale: jax.Array,
     bias: jax.Array,
     concept_B: jax.Array | None = None,
+    *,
+    impl: str = "dense",
+    mesh: Mesh | None = None,
+    chunk: int = 1024,
+    wire: str = "bfloat16",
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """-(1/B) sum_ij log sigmoid(y_ij l_ij), l = exp(log_scale) image . text + bias, y = +1 on the diagonal, else -1.
-
-    Computed as (1/B) [sum_ij softplus(l_ij) - sum_i l_ii], which is the same and needs no matrix of labels.
+    """The loss, averaged over the N texts that each image has.
 
     Args:
-      image_BE, text_BE: [B, E] of unit norm; row i of one belongs to row i of the other.
-      log_scale: scalar, the log of the temperature (log 10 at the start).
+      image_BE: [B, E] of unit norm.
+      text_BNE: [B, N, E], or [B, E] for one text an image, of unit norm; row i belongs to row i of the images.
+      log_scale: scalar, the log of the temperature s (log 10 at the start).
       bias: scalar (-10 at the start, so that the many negatives cost nothing at first).
       concept_B: [B] int, optional: pairs off the diagonal that share a concept (one emoji under two names) are left
         out, since calling them negatives would be false.
+      impl: "dense", "ring_bidir" or "allgather_chunked"; the last two need `mesh` and rows split over its data axes.
+      chunk, wire: rows of logits at a time, and the dtype in which features travel and meet, of those two.
 
-    Returns: the loss, and metrics: r1_image_to_text and r1_text_to_image (share of rows whose own partner scores
-      highest within the batch; partners of the same concept count), positive and negative (mean logits), scale, bias.
+    Returns: the loss, and metrics: r1 (share of images that score their own text above every text of another concept in
+      the batch), positive and negative (mean logits), scale, bias.
+    Raises: UserError for an unknown `impl`, or when rows do not divide over the devices.
     """
-    logits_BB = jnp.matmul(image_BE, text_BE.T, preferred_element_type=jnp.float32)
-    logits_BB = logits_BB * jnp.exp(log_scale.astype(jnp.float32)) + bias.astype(jnp.float32)
-    B = logits_BB.shape[0]
-    own_BB = jnp.eye(B, dtype=bool)
-    alike_BB = own_BB if concept_B is None else concept_B[:, None] == concept_B[None, :]
-    counted_BB = own_BB | ~alike_BB
+    if text_BNE.ndim == 2:
+        text_BNE = text_BNE[:, None]
+    B, N, E = text_BNE.shape
+    scale, bias = jnp.exp(log_scale.astype(jnp.float32)), bias.astype(jnp.float32)
+    positive_BN = scale * jnp.einsum("be,bne->bn", image_BE, text_BNE, preferred_element_type=jnp.float32) + bias
+    label_B = jnp.arange(B) if concept_B is None else concept_B
 
-    diagonal_B = jnp.diagonal(logits_BB)
-    loss = (jnp.where(counted_BB, jax.nn.softplus(logits_BB), 0.0).sum() - diagonal_B.sum()) / B
-
-    def hit(axis):
-        return jnp.take_along_axis(alike_BB, jnp.argmax(logits_BB, axis, keepdims=True), axis).mean()
-
-    negatives_BB = ~alike_BB
+    run = negatives_lib.implementation(impl, mesh, chunk=chunk, wire=wire)
+    others = run(image_BE, text_BNE.reshape(B * N, E), label_B, jnp.repeat(label_B, N), scale, bias)
+    loss = (jax.nn.softplus(-positive_BN).sum() + others.softplus) / (B * N)
     metrics = {
-        "r1_image_to_text": hit(1),
-        "r1_text_to_image": hit(0),
-        "positive": diagonal_B.mean(),
-        "negative": divide((logits_BB * negatives_BB).sum(), negatives_BB.sum().astype(jnp.float32)),
-        "scale": jnp.exp(log_scale.astype(jnp.float32)),
-        "bias": bias.astype(jnp.float32),
+        "r1": (positive_BN > others.highest_B[:, None]).mean(),
+        "positive": positive_BN.mean(),
+        "negative": divide(others.logits, others.pairs),
+        "scale": scale,
+        "bias": bias,
     }
     return loss, metrics

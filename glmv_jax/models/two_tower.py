@@ -202,13 +202,17 @@ def embed_texts(
     return _unit(Mean(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
 
 
+def scale(cfg: TwoTowerConfig, params: Params) -> tuple[jax.Array, jax.Array]:
+    """(log scale, bias) of the logits."""
+    return Scale(cfg.scale).apply({"params": params["scale"]})
+
+
 def apply(
     cfg: TwoTowerConfig, params: Params, vision: VisionInput, tokens_BT: jax.Array, segments_BT: jax.Array, count: int
 ) -> TwoTowerOutput:
     """Images and their texts, `count` of each image in its row."""
-    log_scale, bias = Scale(cfg.scale).apply({"params": params["scale"]})
     text_BNE = embed_texts(cfg, params, tokens_BT, segments_BT, count)
-    return TwoTowerOutput(embed_image(cfg, params, vision), text_BNE, log_scale, bias)
+    return TwoTowerOutput(embed_image(cfg, params, vision), text_BNE, *scale(cfg, params))
 
 
 def _real(ids: jax.Array) -> jax.Array:

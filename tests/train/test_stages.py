@@ -38,7 +38,7 @@ SMALL = {
 TRAINED_ENCODER = ((r"mtp/.*", {"kind": "frozen"}), *config.presets.vlm_groups(vision=0.5))
 
 
-def build(name: str):
+def build(name: str, *more: str):
     file, overrides = SMALL[name]
     cfg = config.load(f"{file}:size=nano")
     if name == "mim":  # no run to take a tower from here
@@ -49,7 +49,7 @@ def build(name: str):
     # Muon and Adam divide a gradient by its own size: where it is as small as Adam's eps (1e-8) its rounding comes
     # out as a few per cent of the learning rate (2e-5 at 5e-4 was seen). One small rate for all keeps that below 1e-5;
     # a wrong gradient would differ by the rate itself, 1e-4. Gradients themselves: tests/parallel/test_rules.py.
-    stage = main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4"]))
+    stage = main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4", *more]))
     fresh = stage.init_params
     stage.init_params = lambda key: switched_on(fresh(key))
     return stage
@@ -80,13 +80,13 @@ def _rollouts(stage, prompts):
 
 def update(stage, batch, sizes: dict[str, int], rules: str):
     devices = jax.devices()[: int(np.prod(list(sizes.values())))]
-    mesh = mesh_lib.make_mesh(sizes, devices)
+    mesh, preset = mesh_lib.make_mesh(sizes, devices), rules_lib.preset(rules)
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
-    optimizer = optim.build(stage.cfg.optim, shapes, 10)
-    placement = state_lib.place(stage, optimizer, mesh, rules_lib.preset(rules))
+    optimizer = optim.build(stage.cfg.optim, shapes, 10, preset.shardings(mesh, stage.logical_axes(), shapes))
+    placement = state_lib.place(stage, optimizer, mesh, preset)
     state = state_lib.init_state(stage, optimizer, placement, 0)
     step = make_train_step(stage, optimizer, placement, trainable=optim.trainable(stage.cfg.optim, shapes))
-    constants = jax.device_put(stage.constants(), placement.replicated)
+    constants = jax.device_put(stage.constants(), placement.constants)
     state, metrics = step(state, constants, placement.batch(batch))
     assert step.traces == 1
     return jax.device_get(state.params), jax.device_get(metrics)
@@ -105,6 +105,31 @@ def test_one_update_on_1_and_on_8_devices(name):
             np.testing.assert_allclose(many_metrics[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, many)
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+
+
+@needs_8
+@pytest.mark.parametrize("sizes, rules", [({"data": 8}, "data"), ({"data": 2, "fsdp": 4}, "fsdp")])
+@pytest.mark.parametrize("impl", ["ring_bidir", "allgather_chunked"])
+def test_stage_2_as_it_is_at_scale(impl, sizes, rules):
+    """The loss over many devices and rows embedded two at a time: the update of the plain form on one device."""
+    batch = one_batch(build("siglip"))
+    alone, metrics = update(build("siglip"), batch, {"data": 1}, "data")
+    large = build("siglip", f"loss.impl={impl}", "loss.positions=100", "loss.chunk=3")
+    many, many_metrics = update(large, batch, sizes, rules)
+    for key in metrics:
+        np.testing.assert_allclose(many_metrics[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, many)
+
+
+def test_shapes_that_are_compiled_ahead_are_those_that_come():
+    stage = build("siglip", "data.lengths=(16, 32, 48)", "data.length_shares=(1.0, 1.0, 1.0)")
+    shapes = {length: b for length, b in zip((16, 32, 48), stage.batch_shapes(), strict=True)}
+    assert stage.shape_buckets == 3
+    data = stage.train_data()
+    for _ in range(6):
+        batch = next(data)
+        expected = shapes[batch["frame"].shape[1]]
+        assert {k: (v.shape, v.dtype) for k, v in batch.items()} == {k: (v.shape, v.dtype) for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("name", ["pretrain", "sft"])

@@ -1,5 +1,10 @@
 """Stage 2, SigLIP: images and their names in two languages meet in one space, at native sizes and aspect ratios
-(section 2.1 of the report). The global batch of 64K and the ring form of the loss are for larger meshes."""
+(section 2.1 of the report).
+
+The length of the image rows may change from step to step (NaFlex); the global batch never does. What does not fit is
+embedded some rows at a time, with the gradient of the whole batch (`parallel.micro`), and the loss has forms for many
+devices (`losses.sigmoid`).
+"""
 
 from __future__ import annotations
 
@@ -17,6 +22,9 @@ from glmv_jax.eval import probes
 from glmv_jax.eval.samples import SampleWriter
 from glmv_jax.losses.sigmoid import sigmoid_loss
 from glmv_jax.models import build, two_tower
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.parallel.micro import in_pieces, pieces_for
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import knn_probe, reading
 from glmv_jax.typing import VisionInput
@@ -34,7 +42,8 @@ class SigLIP(Stage):
         v = self.model.vision
         self._image = jax.jit(lambda p, v: two_tower.embed_image(self.model, p, v))
         self._text = jax.jit(lambda p, t: two_tower.embed_text(self.model, p, t))
-        self.patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=cfg.data.patches)
+        self.patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=cfg.eval.patches)
+        self.shape_buckets = len(cfg.data.lengths)
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
@@ -45,23 +54,41 @@ class SigLIP(Stage):
 
     def loss(self, params, constants, extra, batch, key):
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
-        N = batch["lang"].shape[1]
-        out = two_tower.apply(self.model, params, vision, batch["tokens"], batch["segments"], N)
-        # With N texts an image, the mean of N losses of B x B pairs: a text meets every image and its own once.
-        losses, metrics = zip(*(
-            sigmoid_loss(out.image, out.text[:, n], out.log_scale, out.bias, batch["concept"]) for n in range(N)
-        ))  # fmt: skip
-        mean = lambda *x: sum(x) / N  # noqa: E731
-        return mean(*losses), (jax.tree.map(mean, *metrics), extra)
+        texts, N = (batch["tokens"], batch["segments"]), batch["lang"].shape[1]
+        image_BE = self._embedded(lambda rows: two_tower.embed_image(self.model, params, rows), vision)
+        text_BNE = self._embedded(lambda rows: two_tower.embed_texts(self.model, params, *rows, N), texts)
+        log_scale, bias = two_tower.scale(self.model, params)
+        c = self.cfg.loss
+        loss, metrics = sigmoid_loss(
+            image_BE, text_BNE, log_scale, bias, batch["concept"], impl=c.impl, mesh=rules_lib.active_mesh(),
+            chunk=c.chunk, wire=c.wire,
+        )  # fmt: skip
+        return loss, (metrics, extra)
+
+    def _embedded(self, embed, rows):
+        """embed(rows), as many rows at a time as `loss.positions` allows a device, whatever the batch."""
+        B, length = jax.tree.leaves(rows)[0].shape[:2]
+        shards = mesh_lib.data_shards(rules_lib.active_mesh())
+        return in_pieces(embed, rows, pieces_for(B, shards, length, self.cfg.loss.positions))
 
     # ------------------------------------------------------------------------------------------------- data
     def train_data(self):
         d = self.cfg.data
         return pipeline.siglip_batches(
             emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.cfg.batch,
-            text_length=self.model.text.length, chinese=None if d.both_languages else 0.5, texts=dict(d.texts),
-            basics=d.basics, reading=reading(self.cfg),
+            lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.model.text.length,
+            chinese=None if d.both_languages else 0.5, texts=dict(d.texts), basics=d.basics,
+            reading=reading(self.cfg),
         )  # fmt: skip
+
+    def batch_shapes(self):
+        B, T, N = self.cfg.batch, self.model.text.length, 2 if self.cfg.data.both_languages else 1
+        ints = {"tokens": (B, T), "segments": (B, T), "concept": (B,), "lang": (B, N)}
+        for P in self.cfg.data.lengths:
+            shapes = {name: jax.ShapeDtypeStruct(s, np.int32) for name, s in ints.items()}
+            vision = {"patches": ((B, P, self.model.vision.patch_dim), np.float32), "yx": ((B, P, 2), np.int32)}
+            yield shapes | {name: jax.ShapeDtypeStruct(*s) for name, s in vision.items()} | {
+                "frame": jax.ShapeDtypeStruct((B, P), np.int32)}
 
     def counts(self, batch):
         return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}

@@ -1,0 +1,106 @@
+"""What does the sigmoid loss of 8,192 to 65,536 pairs need on 8 to 256 TPU chips, and does the ring hide its transfers?
+
+Compiled for TPU topologies on any x86 Linux machine with `pip install 'glmv_jax[tpu]'`; nothing is run. For each batch,
+number of chips and implementation, forward and backward: temporary memory of a chip, and how many of its transfers are
+started and only later waited for, with products in between. The n x B logits of a chip, which a dense form keeps, stand
+beside it. Prints one JSON line.
+
+    python benchmarks/sigmoid_loss.py [--batches 8192 65536] [--chips 8 64 256] [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import time
+
+# Before jax: describe TPUs that are not there.
+os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
+
+from glmv_jax.losses.negatives import IMPLEMENTATIONS  # noqa: E402
+from glmv_jax.losses.sigmoid import sigmoid_loss  # noqa: E402
+from glmv_jax.parallel.mesh import make_mesh  # noqa: E402
+
+TOPOLOGIES = {8: "v5e:2x4", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
+TRANSFER = re.compile(r"%(\S+) = .*? (all-gather|collective-permute|reduce-scatter|async-collective)-start\(")
+PRODUCT = re.compile(r" (while|fusion|convolution|dot|custom-call)\(")
+
+
+def overlaps(hlo: str) -> dict[str, int]:
+    """Of a scheduled program: transfers, those that are asynchronous, those with work before they are waited for."""
+    found = {"transfers": 0, "asynchronous": 0, "with work between": 0}
+    found["transfers"] = len(re.findall(r" (?:all-gather|collective-permute|reduce-scatter)(?:-start)?\(", hlo))
+    waiting: dict[str, bool] = {}
+    for line in hlo.splitlines():
+        if line.startswith(("%", "ENTRY", "}")):
+            waiting = {}
+        elif start := TRANSFER.search(line):
+            waiting[start[1]] = False
+        elif " = " in line and "-done(" in line:
+            names = [name for name in waiting if f"%{name})" in line or f"%{name}," in line]
+            for name in names:
+                found["asynchronous"] += 1
+                found["with work between"] += waiting.pop(name)
+        elif PRODUCT.search(line):
+            waiting = dict.fromkeys(waiting, True)
+    return found
+
+
+def row(batch: int, chips: int, impl: str, width: int, chunk: int) -> dict:
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chips]).devices
+    mesh = make_mesh({"data": chips}, devices)
+    rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
+    scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
+    args = [jax.ShapeDtypeStruct((batch, width), jnp.float32, sharding=rows)] * 2 + [scalar, scalar]
+
+    def loss(*a):
+        return sigmoid_loss(*a, impl=impl, mesh=mesh, chunk=chunk)[0]
+
+    began = time.monotonic()
+    out = (everywhere, (rows, rows, everywhere, everywhere))
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), out_shardings=out)
+    result = {"batch": batch, "chips": chips, "impl": impl, "logits MB": batch // chips * batch * 4 / 1e6}
+    try:
+        compiled = step.lower(*args).compile()
+    except jax.errors.JaxRuntimeError as error:
+        return result | {"error": str(error).splitlines()[0][:200]}
+    memory = compiled.memory_analysis()
+    return result | {
+        "temporary MB": round(memory.temp_size_in_bytes / 1e6, 1), **overlaps(compiled.as_text()),
+        "compile s": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8192, 16_384, 32_768, 65_536])
+    parser.add_argument("--chips", type=int, nargs="+", default=[8, 64, 256], choices=TOPOLOGIES)
+    parser.add_argument("--width", type=int, default=1024, help="of the shared embedding")
+    parser.add_argument("--chunk", type=int, default=1024)
+    parser.add_argument("--out", help="also write the JSON line there")
+    args = parser.parse_args()
+    rows = []
+    for batch in args.batches:
+        for chips in args.chips:
+            for impl in IMPLEMENTATIONS:
+                rows.append(row(batch, chips, impl, args.width, args.chunk))
+                print(rows[-1], file=sys.stderr, flush=True)
+    line = json.dumps({"benchmark": "sigmoid_loss", "kind": "compiled, not run", "rows": rows, "width": args.width,
+                       "chunk": args.chunk, "jax": jax.__version__})  # fmt: skip
+    print(line)
+    if args.out:
+        with open(args.out, "w", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
+if __name__ == "__main__":
+    main()

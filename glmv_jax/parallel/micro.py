@@ -1,0 +1,48 @@
+"""A batch in pieces, where the whole must be embedded before there is a loss.
+
+A contrastive loss needs all rows of the global batch at once, but only their embeddings. So rows go through the towers
+piece by piece, keeping nothing but embeddings; the loss gives their gradients; and each piece goes forward once more,
+keeping what its own backward pass needs (GradCache, Gao et al., arXiv 2101.06983). Memory is that of one piece, the
+gradient that of the whole batch, the price one more forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from glmv_jax.typing import UserError
+
+
+def in_pieces(fn: Callable[[Any], Any], rows: Any, pieces: int) -> Any:
+    """fn(rows), computed for rows / pieces at a time, forward and backward.
+
+    Args:
+      fn: a tree of arrays [b, ...] -> a tree of arrays [b, ...], row by row independent.
+      rows: a tree of arrays [B, ...]. Piece n is rows n, n + pieces, n + 2 pieces, ...: a batch that is split over
+        devices gives each piece its rows from all of them, and none has to move.
+      pieces: 1 is fn(rows) itself, with nothing computed twice.
+
+    Raises: UserError when B does not divide into `pieces`.
+    """
+    if pieces == 1:
+        return fn(rows)
+    B = jax.tree.leaves(rows)[0].shape[0]
+    if B % pieces:
+        raise UserError(f"{B} rows do not divide into {pieces} pieces; change the batch or the rows at a time")
+    dealt = jax.tree.map(lambda x: x.reshape(B // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+    # Inside a scan nothing can be merged across the checkpoint, so the barrier against that is left out.
+    _, out = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(fn, prevent_cse=False)(piece)), None, dealt)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), out)
+
+
+def pieces_for(rows: int, devices: int, cost: float, budget: float) -> int:
+    """The fewest equal pieces of `rows` rows, whole rows on each of `devices`, of at most `budget` on a device.
+
+    cost: of one row (patches, say), in the unit of `budget`; budget 0: no limit. A single row may exceed it.
+    """
+    own = rows // devices
+    fits = lambda n: own % n == 0 and (own // n * cost <= budget or n == own)  # noqa: E731
+    return 1 if not budget else next(n for n in range(1, own + 1) if fits(n))
