@@ -24,16 +24,22 @@ def get_config(arg=None):
 
     cfg.data = {
         "weights": {"natural": 0.8, "instruction": 0.1, "scientific": 0.1},
+        # Where each comes from: a folder of pictures or tar files of samples; "": the shipped corpus.
+        "sources": {"natural": "", "instruction": "", "scientific": ""},
+        "crop_scale": (1.0, 1.0) if nano else (0.2, 1.0),  # share of a picture's area that a crop shows
         "size": 48 if nano else 224,
         "mask_ratio": 0.35,
         "mask_kind": "blockwise",
         "workers": 0 if nano else 8,
     }
+    # kind: siglip, dinov3 (their path is the folder of a public checkpoint), tower (a run directory) or hog (no path).
+    # size: side in pixels of the image that the teacher sees, 0 where its grid of patches is the student's.
+    entry = dict(path="", size=0, dtype="float32" if nano else "bfloat16", bins=9)
     # In the few steps of nano semantics have to count for more: with equal weights the nearest-neighbour probe gained
     # .025 and .003 over an untrained encoder, with these .047 and .053 (two seeds; a teacher with another text pool).
     cfg.teachers = {
-        "semantic": {"kind": "tower", "path": "", "weight": 3.0 if nano else 1.0},
-        "texture": {"kind": "hog", "bins": 9, "weight": 0.5 if nano else 1.0},
+        "semantic": dict(entry, kind="tower" if nano else "siglip", weight=3.0 if nano else 1.0),
+        "texture": dict(entry, kind="hog" if nano else "dinov3", weight=0.5 if nano else 1.0),
     }
     cfg.loss = {"on": "masked", "head_hidden": 256 if nano else 2048}
 

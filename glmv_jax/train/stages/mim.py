@@ -12,15 +12,16 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import models
-from glmv_jax.data import emoji, images, pipeline
+from glmv_jax.data import emoji, files, images, pipeline
+from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import concept_number, vision_row
 from glmv_jax.eval import probes
 from glmv_jax.losses import distill
-from glmv_jax.models import build, cogvit, mim, teachers
-from glmv_jax.train import checkpoint
+from glmv_jax.models import build, cogvit, mim
+from glmv_jax.train import teachers
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.typing import UserError, VisionInput
+from glmv_jax.typing import VisionInput
 
 
 def reading(cfg: ConfigDict) -> pipeline.Reading:
@@ -37,10 +38,16 @@ class MIM(Stage):
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
         vision = build.vision(cfg.model)
-        self.teachers = [make_teacher(name, t, vision) for name, t in cfg.teachers.items()]
+        self.teachers = [teachers.make(name, t, vision, cfg.data.size) for name, t in cfg.teachers.items()]
         features = tuple((t.name, t.channels) for t in self.teachers)
         self.model = mim.MIMConfig(vision, mim.HeadsConfig(vision.width, cfg.loss.head_hidden, features, vision.dtype))
-        self.sources = {name: images.Images(name, "train", cfg.seed) for name in cfg.data.weights}
+        self.sources = {name: self._source(name, cfg.data.sources[name]) for name in cfg.data.weights}
+
+    def _source(self, name: str, path: str):
+        """A part of the shipped corpus, or pictures on disk."""
+        if path:
+            return files.ImageFiles(path, FaultLog(self.cfg.faults or None))
+        return images.Images(name, "train", self.cfg.seed)
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
@@ -51,6 +58,9 @@ class MIM(Stage):
 
     def constants(self):
         return {t.name: t.params for t in self.teachers}
+
+    def constant_axes(self):
+        return {t.name: t.axes for t in self.teachers}
 
     def init_extra(self):
         return {"stats": {t.name: distill.init_stats(t.channels) for t in self.teachers}}
@@ -73,7 +83,7 @@ class MIM(Stage):
         d, v = self.cfg.data, self.model.vision
         return pipeline.mim_batches(
             sources, dict(d.weights), batch=batch, size=d.size, patch=v.patch, mask_ratio=d.mask_ratio,
-            mask_kind=d.mask_kind, reading=reading,
+            mask_kind=d.mask_kind, crop_scale=d.crop_scale, reading=reading,
         )  # fmt: skip
 
     def train_data(self):
@@ -84,8 +94,7 @@ class MIM(Stage):
 
     def flops(self, batch):
         B, P = batch["frame"].shape
-        towers = sum(self.model.vision.flops(P) for t in self.teachers if t.params)
-        return B * (3 * self.model.flops(P) + towers)
+        return B * (3 * self.model.flops(P) + sum(t.flops for t in self.teachers))
 
     # ------------------------------------------------------------------------------------------------- evaluation
     def evaluate(self, params, extra, *, full: bool):
@@ -112,26 +121,6 @@ class MIM(Stage):
         for t in self.teachers:
             notes[f"heldout/{t.name}/loss"] = {"chance": None, "note": f"masked patches; teacher: {t.about}"}
         return notes
-
-
-def make_teacher(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig) -> teachers.Teacher:
-    """A teacher from its entry in the config: kind "hog", or "tower" with the run directory of a stage-2 run."""
-    if cfg.kind == "hog":
-        return teachers.hog(name, student.patch, cfg.bins)
-    if cfg.kind == "tower":
-        if not cfg.path:
-            raise UserError(
-                f"teachers.{name}.path is empty: train one with experiments/cogvit_siglip.py:role=teacher and give its "
-                "run directory"
-            )
-        run = checkpoint.load_config(cfg.path)
-        vision = build.two_tower(run.model).vision
-        if vision.patch != student.patch:
-            raise UserError(f"teachers.{name}: its patch {vision.patch} is not the student's {student.patch}")
-        params = checkpoint.load_params(cfg.path, subtrees=["vision"])["vision"]
-        about = f"image tower of {cfg.path}: CogViT {vision.depth}x{vision.width}, SigLIP on the corpus"
-        return teachers.tower(name, vision, params, about)
-    raise UserError(f"teachers.{name}.kind={cfg.kind!r} is not known; choose tower or hog")
 
 
 def _heldout_ids() -> list[str]:

@@ -1,0 +1,65 @@
+"""The teachers of stage 1, from their entries in the config."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict
+
+from glmv_jax.interop import dinov3, siglip
+from glmv_jax.models import build, cogvit, teachers
+from glmv_jax.train import checkpoint
+from glmv_jax.typing import UserError
+
+KINDS = ("siglip", "dinov3", "tower", "hog")
+
+
+def make(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int) -> teachers.Teacher:
+    """One teacher.
+
+    Args:
+      cfg: kind, and for the kind
+          siglip, dinov3   path of a checkpoint folder (SigLIP also an .npz of big_vision); size in pixels of what it
+                           sees, 0 for the student's grid; dtype of its parameters and products
+          tower            path of the run directory of a stage-2 run
+          hog              bins
+      crop: side in pixels of the student's image.
+    """
+    grid = crop // student.patch
+    if cfg.kind == "hog":
+        return teachers.hog(name, student.patch, cfg.bins)
+    if cfg.kind not in KINDS:
+        raise UserError(f"teachers.{name}.kind={cfg.kind!r} is not known; choose from {', '.join(KINDS)}")
+    if not cfg.path:
+        hint = {
+            "siglip": "give the folder of a SigLIP or SigLIP 2 checkpoint",
+            "dinov3": "give the folder of a DINOv3 checkpoint",
+            "tower": "train one with experiments/cogvit_siglip.py:role=teacher and give its run directory",
+        }
+        raise UserError(f"teachers.{name}.path is empty: {hint[cfg.kind]}")
+    if cfg.kind == "tower":
+        return _tower(name, cfg.path, student, grid)
+    dtype = cfg.get("dtype", "float32")
+    where = {"size": cfg.get("size", 0), "grid": grid}
+    if cfg.kind == "siglip":
+        both, params = siglip.load(cfg.path, text=False, dtype=dtype)
+        c = both.vision
+        about = f"SigLIP {c.depth}x{c.width}/{c.patch} of {cfg.path}"
+        return teachers.siglip(name, c, _cast(params["vision"], dtype), about, **where)
+    c, params = dinov3.load(cfg.path, dtype=dtype)
+    about = f"DINOv3 {c.depth}x{c.width}/{c.patch} of {cfg.path}"
+    return teachers.dinov3(name, c, _cast(params, dtype), about, **where)
+
+
+def _tower(name: str, path: str, student: cogvit.CogViTConfig, grid: int) -> teachers.Teacher:
+    run = checkpoint.load_config(path)
+    vision = build.two_tower(run.model).vision
+    if vision.patch != student.patch:
+        raise UserError(f"teachers.{name}: its patch {vision.patch} is not the student's {student.patch}")
+    params = checkpoint.load_params(path, subtrees=["vision"])["vision"]
+    about = f"image tower of {path}: CogViT {vision.depth}x{vision.width}, SigLIP on the corpus"
+    return teachers.tower(name, vision, params, about, grid=grid)
+
+
+def _cast(params, dtype: str):
+    return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)
