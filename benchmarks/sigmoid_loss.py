@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from importlib.metadata import version
 
 # Before jax: describe TPUs that are not there.
 os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
@@ -95,7 +96,7 @@ def main() -> None:
                 rows.append(row(batch, chips, impl, args.width, args.chunk))
                 print(rows[-1], file=sys.stderr, flush=True)
     line = json.dumps({"benchmark": "sigmoid_loss", "kind": "compiled, not run", "rows": rows, "width": args.width,
-                       "chunk": args.chunk, "jax": jax.__version__})  # fmt: skip
+                       "chunk": args.chunk, "jax": jax.__version__, "libtpu": version("libtpu")})  # fmt: skip
     print(line)
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:

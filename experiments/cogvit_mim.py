@@ -2,12 +2,17 @@
 
     glmv train --config experiments/cogvit_mim.py:size=nano --workdir runs/mim \
         --config.teachers.semantic.path=runs/teacher
+    glmv train --config experiments/cogvit_mim.py:size=l --workdir runs/mim \
+        --config.teachers.semantic.path=siglip2-so400m-patch14-224 \
+        --config.teachers.texture.path=dinov3-vitl16-pretrain-lvd1689m \
+        --config.data.sources.natural='natural-{000..999}.tar' --config.data.sources.scientific=charts/
 
 size=nano: two CPU cores, about a minute; held-out loss 5.5 -> 2.02, nearest-neighbour probe .18 -> .22, three seeds.
            The semantic teacher is the image tower of a stage-2 run (experiments/cogvit_siglip.py:role=teacher), the
            texture teacher is HOG and needs no file.
-size=l:    the 403M encoder at 224 px, 90 of 256 patches masked, as in section 2.1 of the report. Steps, batch and rates
-are not published; those here are a start.
+size=l:    the 403M encoder at 224 px, 90 of 256 patches masked, a SigLIP 2 and a DINOv3 teacher, as in section 2.1 of
+           the report. Which of their sizes, and steps, batch and rates, are not published; those here are a start.
+           Teachers are folders as Hugging Face saves them, pictures are folders or tars of samples.
 """
 
 from glmv_jax.config import parse_arg, presets
