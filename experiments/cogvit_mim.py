@@ -46,7 +46,11 @@ def get_config(arg=None):
         "semantic": dict(entry, kind="tower" if nano else "siglip", weight=3.0 if nano else 1.0),
         "texture": dict(entry, kind="hog" if nano else "dinov3", weight=0.5 if nano else 1.0),
     }
-    cfg.loss = {"on": "masked", "head_hidden": 256 if nano else 2048}
+    cfg.loss = {
+        "on": "masked",  # or "all"
+        "cosine": 1.0, "smooth_l1": 1.0, "mse": 0.0,  # factors of the terms
+        "head_hidden": 256 if nano else 2048,
+    }  # fmt: skip
 
     cfg.optim = {
         "lr": 6e-3 if nano else 1e-3,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from glmv_jax.losses.cross_entropy import divide
-from glmv_jax.typing import Params
+from glmv_jax.typing import Params, UserError
 
 
 def init_stats(channels: int) -> Params:
@@ -74,38 +74,43 @@ def distill_loss(
     *,
     cosine: float = 1.0,
     smooth_l1: float = 1.0,
+    mse: float = 0.0,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """sum over teachers of weight * mean over tokens of [cosine (1 - cos) + smooth_l1 * mean over channels of huber].
+    """sum over teachers of weight * mean over tokens of [cosine (1 - cos) + mean over channels of distances].
 
     Args:
       predicted: teacher name -> [B, P, C], the student's head for that teacher.
       target: teacher name -> [B, P, C], standardised features; they get no gradient.
       mask_BP: [B, P] bool, tokens that count: the masked ones (MIM), or every real one.
       weights: teacher name -> factor; 1 where absent.
-      cosine, smooth_l1: factors of the two terms (huber of width 1: x^2/2 below 1, |x| - 1/2 above).
+      cosine, smooth_l1, mse: factors of the terms. smooth_l1 is x^2/2 below 1 and |x| - 1/2 above, mse is x^2.
 
-    Returns: the loss, and for each teacher metrics `<name>/loss`, `<name>/cos` (mean cosine), `<name>/smooth_l1`.
-    Raises: ValueError when the names differ: a teacher without a head is an error, not a loss of 0.
+    Returns: the loss, and for each teacher metrics `<name>/loss`, `<name>/cos` (mean cosine), `<name>/smooth_l1`,
+      `<name>/mse`.
+    Raises: ValueError when the names differ: a teacher without a head is an error, not a loss of 0; UserError when no
+      term counts.
     """
+    if not (cosine or smooth_l1 or mse):
+        raise UserError("the loss of stage 1 has no term; give loss.cosine, loss.smooth_l1 or loss.mse a factor")
     weights = dict(weights or {})
     if set(predicted) != set(target) or not set(weights) <= set(target):
         raise ValueError(f"heads {sorted(predicted)}, teachers {sorted(target)} and weights {sorted(weights)} differ")
     tokens = mask_BP.sum().astype(jnp.float32)
     total, metrics = jnp.float32(0.0), {}
     for name in sorted(predicted):
-        cos_BP, l1_BP = _compare(predicted[name], target[name])
-        cos = divide((cos_BP * mask_BP).sum(), tokens)
-        l1 = divide((l1_BP * mask_BP).sum(), tokens)
-        loss = cosine * (1.0 - cos) * (tokens > 0) + smooth_l1 * l1
-        metrics |= {f"{name}/loss": loss, f"{name}/cos": cos, f"{name}/smooth_l1": l1}
+        compared = _compare(predicted[name], target[name])
+        cos, l1, square = (divide((x_BP * mask_BP).sum(), tokens) for x_BP in compared)
+        loss = cosine * (1.0 - cos) * (tokens > 0) + smooth_l1 * l1 + mse * square
+        metrics |= {f"{name}/loss": loss, f"{name}/cos": cos, f"{name}/smooth_l1": l1, f"{name}/mse": square}
         total = total + weights.get(name, 1.0) * loss
     return total, metrics
 
 
-def _compare(predicted_BPC: Any, target_BPC: Any) -> tuple[jax.Array, jax.Array]:
+def _compare(predicted_BPC: Any, target_BPC: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Cosine, smooth L1 and squared error of each token, [B, P]."""
     x, y = predicted_BPC.astype(jnp.float32), jax.lax.stop_gradient(target_BPC.astype(jnp.float32))
     # rsqrt of (sum + tiny) keeps the gradient finite at a prediction of exactly 0.
     unit = lambda v: v * jax.lax.rsqrt(jnp.square(v).sum(-1, keepdims=True) + 1e-12)  # noqa: E731
     gap = jnp.abs(x - y)
     huber = jnp.where(gap < 1.0, 0.5 * jnp.square(gap), gap - 0.5)
-    return (unit(x) * unit(y)).sum(-1), huber.mean(-1)
+    return (unit(x) * unit(y)).sum(-1), huber.mean(-1), jnp.square(gap).mean(-1)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from glmv_jax.losses import distill
+from glmv_jax.typing import UserError
 
 B, P = 2, 6
 
@@ -56,7 +57,16 @@ def test_terms_equal_torch():
     _, metrics = jax.jit(distill.distill_loss)({"t": jnp.asarray(x)}, {"t": jnp.asarray(y)}, MASK)
     tx, ty = torch.tensor(x[MASK]), torch.tensor(y[MASK])
     assert float(metrics["t/smooth_l1"]) == pytest.approx(float(torch.nn.functional.smooth_l1_loss(tx, ty)), rel=1e-5)
+    assert float(metrics["t/mse"]) == pytest.approx(float(torch.nn.functional.mse_loss(tx, ty)), rel=1e-5)
     assert float(metrics["t/cos"]) == pytest.approx(float(torch.cosine_similarity(tx, ty).mean()), rel=1e-5)
+
+
+def test_each_term_counts_by_its_factor():
+    x, y = {"t": jnp.asarray(features(4))}, {"t": jnp.asarray(features(5))}
+    loss, metrics = jax.jit(lambda: distill.distill_loss(x, y, MASK, cosine=0.5, smooth_l1=0.0, mse=2.0))()
+    assert float(loss) == pytest.approx(0.5 * (1 - float(metrics["t/cos"])) + 2.0 * float(metrics["t/mse"]), rel=1e-6)
+    with pytest.raises(UserError, match="has no term; give loss.cosine"):
+        distill.distill_loss(x, y, MASK, cosine=0.0, smooth_l1=0.0)
 
 
 def test_an_exact_prediction_costs_nothing_and_a_zero_one_has_a_finite_gradient():

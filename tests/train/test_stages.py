@@ -24,6 +24,7 @@ from glmv_jax.train import main
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.stages.vlm import inputs
 from glmv_jax.train.step import make_train_step
+from glmv_jax.typing import UserError
 from tests.random_params import switched_on
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
@@ -119,6 +120,17 @@ def test_stage_2_as_it_is_at_scale(impl, sizes, rules):
     for key in metrics:
         np.testing.assert_allclose(many_metrics[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, many)
+
+
+def test_stage_1_counts_masked_patches_or_all():
+    losses = {}
+    for on in ("masked", "all"):
+        stage = build("mim", f"loss.on={on}", "loss.mse=1.0")
+        batch, params = one_batch(stage), stage.init_params(jax.random.key(0))
+        losses[on] = float(jax.jit(stage.loss)(params, stage.constants(), stage.init_extra(), batch, None)[0])
+    assert losses["masked"] != pytest.approx(losses["all"], rel=1e-3)
+    with pytest.raises(UserError, match="loss.on='mask' is not known; choose masked or all"):
+        build("mim", "loss.on=mask")
 
 
 def test_shapes_that_are_compiled_ahead_are_those_that_come():

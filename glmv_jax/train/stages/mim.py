@@ -21,7 +21,7 @@ from glmv_jax.losses import distill
 from glmv_jax.models import build, cogvit, mim
 from glmv_jax.train import teachers
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.typing import VisionInput
+from glmv_jax.typing import UserError, VisionInput
 
 
 def reading(cfg: ConfigDict) -> pipeline.Reading:
@@ -37,6 +37,8 @@ class MIM(Stage):
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
+        if cfg.loss.on not in ("masked", "all"):
+            raise UserError(f"loss.on={cfg.loss.on!r} is not known; choose masked or all")
         vision = build.vision(cfg.model)
         self.teachers = [teachers.make(name, t, vision, cfg.data.size) for name, t in cfg.teachers.items()]
         features = tuple((t.name, t.channels) for t in self.teachers)
@@ -75,7 +77,8 @@ class MIM(Stage):
         predicted = mim.apply(self.model, params, vision, batch["mask"])
         where = batch["mask"] if self.cfg.loss.on == "masked" else batch["frame"] > 0
         weights = {name: t.weight for name, t in self.cfg.teachers.items()}
-        loss, metrics = distill.distill_loss(predicted, target, where, weights)
+        terms = {name: self.cfg.loss[name] for name in ("cosine", "smooth_l1", "mse")}
+        loss, metrics = distill.distill_loss(predicted, target, where, weights, **terms)
         return loss, (metrics, {"stats": stats})
 
     # ------------------------------------------------------------------------------------------------- data
