@@ -27,12 +27,30 @@ def knn(gallery_NE: np.ndarray, labels_N: np.ndarray, query_ME: np.ndarray, k: i
     return classes[votes.argmax(1)]
 
 
-def ranks(query_NE: np.ndarray, key_NE: np.ndarray, group_N: np.ndarray) -> np.ndarray:
-    """[N] how many keys of another group score strictly higher than the best key of the query's own group."""
-    scores_NN = unit(query_NE) @ unit(key_NE).T
-    own_NN = group_N[:, None] == group_N[None, :]
-    best_N = np.where(own_NN, scores_NN, -np.inf).max(1)
-    return ((scores_NN > best_N[:, None]) & ~own_NN).sum(1)
+def ranks(
+    query_NE: np.ndarray, key_ME: np.ndarray, group_N: np.ndarray, key_group_M: np.ndarray | None = None,
+    rows: int = 1024,
+) -> np.ndarray:  # fmt: skip
+    """[N] how many keys of another group score strictly higher than the best key of the query's own group.
+
+    With images as groups that is retrieval as CLIP counts it: a text looks for its image, and an image with several
+    captions has found one when any of them is.
+
+    Args:
+      group_N, key_group_M: the groups of queries and of keys; key_group_M is group_N if not given.
+      rows: queries at a time, so that N x M scores need not fit into memory.
+    Raises: ValueError when a query's group has no key.
+    """
+    key_group_M = group_N if key_group_M is None else key_group_M
+    if missing := set(np.unique(group_N).tolist()) - set(np.unique(key_group_M).tolist()):
+        raise ValueError(f"{len(missing)} groups of queries have no key, the first is {min(missing)}")
+    key_ME, found = unit(key_ME), []
+    for start in range(0, len(query_NE), rows):
+        scores_RM = unit(query_NE[start : start + rows]) @ key_ME.T
+        own_RM = group_N[start : start + rows, None] == key_group_M[None, :]
+        best_R = np.where(own_RM, scores_RM, -np.inf).max(1)
+        found.append(((scores_RM > best_R[:, None]) & ~own_RM).sum(1))
+    return np.concatenate(found)
 
 
 def recall(ranks_N: np.ndarray, at: Sequence[int] = (1, 5)) -> dict[str, float]:

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from glmv_jax.eval import probes
+
+
+def test_retrieval_with_several_captions_an_image():
+    """By brute force, as CLIP counts: a text finds its image; an image finds any of its texts."""
+    rng = np.random.default_rng(0)
+    image_of_text = np.repeat(np.arange(40), rng.integers(1, 6, 40))
+    images, texts = rng.normal(size=(40, 6)), rng.normal(size=(len(image_of_text), 6))
+    texts += 0.7 * images[image_of_text]
+    cosine = np.array([[t @ i / np.linalg.norm(t) / np.linalg.norm(i) for i in images] for t in texts])
+    for k in (1, 5, 10):
+        to_image = np.mean([image_of_text[n] in np.argsort(-row)[:k] for n, row in enumerate(cosine)])
+        to_text = np.mean([n in image_of_text[np.argsort(-cosine[:, n])[:k]] for n in range(40)])
+        found = probes.ranks(texts, images, image_of_text, np.arange(40), rows=7)
+        back = probes.ranks(images, texts, np.arange(40), image_of_text, rows=7)
+        assert probes.recall(found, (k,)) == {f"R@{k}": to_image} and probes.recall(back, (k,)) == {f"R@{k}": to_text}
+    with pytest.raises(ValueError, match="1 groups of queries have no key, the first is 40"):
+        probes.ranks(images, texts, np.arange(1, 41), image_of_text)
 
 
 def test_knn_on_separated_clusters_and_by_hand():
