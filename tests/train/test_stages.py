@@ -134,6 +134,8 @@ def test_stage_1_counts_masked_patches_or_all():
 
 
 def test_shapes_that_are_compiled_ahead_are_those_that_come():
+    with pytest.raises(UserError, match="data.lengths=.16, 32. and .*: give each once, with a share"):
+        build("siglip", "data.lengths=(16, 32)")
     stage = build("siglip", "data.lengths=(16, 32, 48)", "data.length_shares=(1.0, 1.0, 1.0)")
     shapes = {length: b for length, b in zip((16, 32, 48), stage.batch_shapes(), strict=True)}
     assert stage.shape_buckets == 3

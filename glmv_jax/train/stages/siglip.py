@@ -27,7 +27,7 @@ from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.micro import in_pieces, pieces_for
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import knn_probe, reading
-from glmv_jax.typing import VisionInput
+from glmv_jax.typing import UserError, VisionInput
 
 QUERIES = ("en name", "zh name", "zh name+keywords")
 
@@ -43,7 +43,12 @@ class SigLIP(Stage):
         self._image = jax.jit(lambda p, v: two_tower.embed_image(self.model, p, v))
         self._text = jax.jit(lambda p, t: two_tower.embed_text(self.model, p, t))
         self.patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=cfg.eval.patches)
-        self.shape_buckets = len(cfg.data.lengths)
+        d = cfg.data
+        if len(d.lengths) != len(d.length_shares) or len(set(d.lengths)) != len(d.lengths):
+            raise UserError(
+                f"data.lengths={d.lengths} and data.length_shares={d.length_shares}: give each once, with a share"
+            )
+        self.shape_buckets = len(d.lengths)
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
