@@ -30,9 +30,12 @@ class ImageFiles:
         self.names: list[str] = []
         if os.path.isdir(self.path):
             self.names = sorted(_pictures(self.path))
-        if not self.names:
-            if os.path.isdir(self.path) and not list(Path(self.path).glob("*.tar")):
+            tars = any(Path(self.path).glob("*.tar"))
+            if tars and self.names:
+                raise UserError(f"{path}: {len(self.names)} pictures and tar files in one folder; put them in two")
+            if not tars and not self.names:
                 raise UserError(f"{path}: no picture ({', '.join(EXTENSIONS)}) and no .tar in this folder")
+        if not self.names:
             self.tars = Tars(path, log)
 
     def __len__(self) -> int:

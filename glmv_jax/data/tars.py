@@ -23,6 +23,7 @@ from glmv_jax.data.faults import FaultLog
 from glmv_jax.typing import UserError
 
 CACHE = "~/.cache/glmv_jax/tars"
+_FORMAT = 1  # of what is in the cache
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Paths = str | Path | Sequence[str | Path]
@@ -50,7 +51,6 @@ class Tars:
         tables = [_cached(path, log or FaultLog(None), kept) for path in self.files]
         self._samples = list(itertools.chain.from_iterable(tables))
         self._ends = list(itertools.accumulate(map(len, tables)))
-        self._descriptors: dict[int, int] = {}
         if not self._samples:
             raise UserError(f"{paths}: no sample in {len(self.files)} tar files")
 
@@ -60,18 +60,9 @@ class Tars:
     def __getitem__(self, i: int) -> tuple[str, dict[str, bytes]]:
         file = bisect.bisect_right(self._ends, i)
         key, members = self._samples[i]
-        if file not in self._descriptors:
-            self._descriptors[file] = os.open(self.files[file], os.O_RDONLY)
-        read = {ext: os.pread(self._descriptors[file], size, offset) for ext, (offset, size) in members.items()}
+        with open(self.files[file], "rb", buffering=0) as tar:  # not kept open: there may be thousands
+            read = {ext: os.pread(tar.fileno(), size, offset) for ext, (offset, size) in members.items()}
         return f"{Path(self.files[file]).name}/{key}", read
-
-    def __getstate__(self) -> dict:
-        """For worker processes, which open the files themselves."""
-        return self.__dict__ | {"_descriptors": {}}
-
-    def __del__(self) -> None:
-        for descriptor in self.__dict__.get("_descriptors", {}).values():
-            os.close(descriptor)
 
 
 def expand(paths: Paths) -> list[str]:
@@ -93,13 +84,13 @@ def expand(paths: Paths) -> list[str]:
 
 def _cached(path: str, log: FaultLog, cache: str) -> list[_Sample]:
     stat = os.stat(path)
-    mark = json.dumps([os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
+    mark = json.dumps([_FORMAT, os.path.abspath(path), stat.st_size, stat.st_mtime_ns])
     kept = Path(cache).expanduser() / f"{hashlib.sha256(mark.encode()).hexdigest()[:32]}.json"
     if cache and kept.exists():
         try:
             return [(key, {ext: tuple(at) for ext, at in files.items()}) for key, files in json.loads(kept.read_text())]
         except (OSError, ValueError):
-            pass  # written half, or by another version: the headers say it again
+            pass  # cannot be read, or is no JSON: the headers say it again
     samples, whole = _scan(path, log)
     if cache and whole:
         try:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import pickle
+import resource
 import tarfile
 
 import numpy as np
@@ -93,6 +95,21 @@ def test_wrong_paths(tmp_path):
     (tmp_path / "pictures").mkdir()
     with pytest.raises(UserError, match="no picture .*and no .tar"):
         ImageFiles(tmp_path / "pictures")
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    with pytest.raises(UserError, match="1 pictures and tar files in one folder; put them in two"):
+        ImageFiles(tmp_path)
+
+
+def test_more_tars_than_files_may_be_open(tmp_path):
+    limit, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for n in range(60):
+        write_tar(tmp_path / f"{n:03d}.tar", {"a": {"txt": str(n).encode()}})
+    tars = Tars(tmp_path, cache="")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 20, hard))
+    try:
+        assert [int(tars[n][1]["txt"]) for n in range(60)] == list(range(60))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 @pytest.mark.parametrize("form", ["folder", "tar"])
