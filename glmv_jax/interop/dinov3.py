@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from glmv_jax.interop.folder import Tensors, read_config
-from glmv_jax.interop.table import Entry, Transform, convolution, linear, norm, same, to_params
+from glmv_jax.interop.table import Entry, Transform, check_shapes, convolution, linear, norm, same, to_params
+from glmv_jax.models.api import abstract_params
 from glmv_jax.models.dinov3 import DINOv3Config
 from glmv_jax.typing import Params, UserError
 
@@ -24,7 +25,8 @@ _PROJECTIONS = {"q": "query_bias", "k": "key_bias", "v": "value_bias", "o": "pro
 def load(path: str | Path, *, dtype: str = "float32") -> tuple[DINOv3Config, Params]:
     """A checkpoint folder. Raises: UserError as `interop.siglip.load`."""
     cfg = config(read_config(path), dtype=dtype)
-    return cfg, to_params(table(cfg), Tensors(path, _rename), ["embeddings.mask_token"])
+    params = to_params(table(cfg), Tensors(path, _rename), ["embeddings.mask_token"])
+    return cfg, check_shapes(params, abstract_params(cfg))
 
 
 def config(hf: Mapping[str, Any], *, dtype: str = "float32") -> DINOv3Config:

@@ -14,7 +14,19 @@ from typing import Any
 import numpy as np
 
 from glmv_jax.interop.folder import Tensors, read_config
-from glmv_jax.interop.table import Entry, Transform, convolution, fused, linear, matrix, norm, same, to_params
+from glmv_jax.interop.table import (
+    Entry,
+    Transform,
+    check_shapes,
+    convolution,
+    fused,
+    linear,
+    matrix,
+    norm,
+    same,
+    to_params,
+)
+from glmv_jax.models.api import abstract_params
 from glmv_jax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from glmv_jax.models.vit import ACTIVATIONS
 from glmv_jax.typing import Params, UserError
@@ -38,7 +50,8 @@ def load(path: str | Path, *, text: bool = True, dtype: str = "float32") -> tupl
         skipped += [name for name in tensors if not name.startswith("vision_model.")]
     if not cfg.vision.head:
         skipped += [name for name in tensors if name.startswith("vision_model.head.")]
-    return cfg, to_params(table(cfg, linear_patches=hf["model_type"].startswith("siglip2")), tensors, skipped)
+    params = to_params(table(cfg, linear_patches=hf["model_type"].startswith("siglip2")), tensors, skipped)
+    return cfg, check_shapes(params, abstract_params(cfg))
 
 
 def config(hf: Mapping[str, Any], *, text: bool = True, dtype: str = "float32") -> SiglipConfig:
@@ -154,7 +167,7 @@ def _load_npz(path: Path, *, text: bool, dtype: str) -> tuple[SiglipConfig, Para
     text = text and "params/txt/Embed_0/embedding" in tensors
     cfg = SiglipConfig(_npz_vision(tensors, dtype), _npz_text(tensors, dtype) if text else None)
     ignored = [] if text else [name for name in tensors if not name.startswith("params/img/")]
-    return cfg, to_params(npz_table(cfg), tensors, ignored)
+    return cfg, check_shapes(to_params(npz_table(cfg), tensors, ignored), abstract_params(cfg))
 
 
 def _unstacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

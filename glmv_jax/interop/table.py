@@ -104,6 +104,17 @@ def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore:
     return params
 
 
+def check_shapes(params: Params, like: Params) -> Params:
+    """`params`; UserError when one has another shape than in `like` (arrays or their shapes), as when config.json is of
+    another checkpoint."""
+    want = flatten(like)
+    for path, x in flatten(params).items():
+        if tuple(x.shape) != tuple(want[path].shape):
+            raise UserError(f"checkpoint: {path} has shape {tuple(x.shape)}, but its config says {want[path].shape}; "
+                            "config and weights are of different models")
+    return params
+
+
 def to_tensors(table: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
     """Their tensors from our nested dict; UserError when a parameter of ours is in no entry."""
     flat = flatten(params)

@@ -157,6 +157,10 @@ def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.Gr
         flat = [path for path, leaf in leaves if len(leaf.shape) < 2]
         if flat:
             raise UserError(f"optim group {regex!r}: Muon is for matrices, {flat[0]} is a vector; give it to AdamW")
+        heads = settings.get("heads", 1)
+        odd = [path for path, leaf in leaves if heads < 1 or leaf.shape[-1] % heads]
+        if odd:
+            raise UserError(f"optim group {regex!r}: the columns of {odd[0]} do not divide into heads={heads}")
         options = {k: settings[k] for k in ("momentum", "nesterov", "steps", "scaling", "heads") if k in settings}
         return muon(rate, wd, dtype=jnp.dtype(settings.get("dtype", "float32")), shardings=shardings, **options)
     b1, b2 = settings.get("betas", (0.9, 0.95))

@@ -190,6 +190,14 @@ def test_big_vision_npz_equals_the_folder(tmp_path, naflex, stacked):
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
 
 
+def test_a_checkpoint_in_bfloat16(tmp_path):
+    model = randomise(transformers.DINOv3ViTModel(
+        transformers.DINOv3ViTConfig(patch_size=4, num_register_tokens=4, **SMALL))).bfloat16()
+    cfg, params = dinov3_lib.load(saved(model, tmp_path))
+    got = np.asarray(params["blocks"]["mlp"]["up"]["kernel"][1], np.float32)
+    np.testing.assert_array_equal(got, model.model.layer[1].mlp.up_proj.weight.detach().float().numpy().T)
+
+
 @pytest.mark.parametrize("prefix", ["layer.", "model.layer."])
 @pytest.mark.parametrize("size", ["small", "gated"])
 def test_dinov3(tmp_path, size, prefix):
@@ -243,6 +251,11 @@ def test_broken_folders_are_one_clear_line(tmp_path):
         dinov3_lib.load(tmp_path)
 
     folder = saved(siglip_fixed("small"), tmp_path / "model", shards=True)
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"intermediate_size": 48', '"intermediate_size": 56'))
+    with pytest.raises(UserError, match=r"mlp/.* has shape \(.*48.* config and weights are of different models"):
+        siglip_lib.load(folder)
+    (folder / "config.json").write_text(config)
     shard = sorted(folder.glob("*.safetensors"))[0]
     content = shard.read_bytes()
     shard.write_bytes(content[: len(content) // 2])

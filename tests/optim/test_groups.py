@@ -137,6 +137,7 @@ def test_global_norm_clip():
         ([("kernel", dict(kind="muon")), (".*", dict(kind="adamw"))], "must match the whole path, as '.*kernel.*'"),
         ([(".*/.*", dict(kind="adamw")), ("head/.*", dict(kind="frozen"))], "'head/.*' is never used.*move it up"),
         ([(".*", dict(kind="muon"))], "Muon is for matrices, head/bias is a vector"),
+        ([("head/kernel", dict(kind="muon", heads=2)), (".*", dict(kind="adamw"))], "columns of head/kernel .*heads=2"),
         ([(".*", dict(kind="lion"))], "kind='lion' is not one of muon, adamw, frozen"),
         ([(".*", dict(kind="adamw", beta=(0.9, 0.9)))], "unknown key 'beta'; nearest: betas"),
         ([(".*", dict(kind="muon", betas=(0.9, 0.9)))], "unknown key 'betas'"),
