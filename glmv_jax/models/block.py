@@ -12,7 +12,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.attention import Shared, Span, attention
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, ones, zeros
+from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
@@ -103,6 +103,21 @@ class Attention(nn.Module):
         out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key, shared)
         out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
         return out(out_BTHK.reshape(B, T, -1)), cache
+
+
+def probed(module: nn.Module, x_BTD: jax.Array, key: Span, heads: int, dtype: str) -> jax.Array:
+    """[B, D]: what one learned query finds in each row's segment 1. Parameters "probe", "q", "k", "v", "o" of `module`;
+    call it inside a compact one."""
+    B, T, D = x_BTD.shape
+    probe_D = param(module, "probe", normal(D**-0.5), (D,), ("norm",))
+
+    def linear(name: str, x: jax.Array, axes: tuple[str, str] = ("embed", "heads")) -> jax.Array:
+        return Linear(D, axes, True, dtype, name=name)(x)
+
+    q = linear("q", jnp.broadcast_to(probe_D.astype(dtype), (B, 1, D))).reshape(B, 1, heads, -1)
+    k, v = (linear(name, x_BTD).reshape(B, T, heads, -1) for name in ("k", "v"))
+    out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), key).reshape(B, D)
+    return linear("o", out_BD, ("heads", "embed"))
 
 
 class Block(nn.Module):

@@ -58,7 +58,7 @@ class CogViTConfig:
         return CogViT(self)
 
     def example(self) -> tuple:
-        return (_example_rows(self.patch_dim),)
+        return (example_rows(self.patch_dim),)
 
 
 class CogViT(nn.Module):
@@ -119,7 +119,8 @@ class Merger(nn.Module):
         return SwiGLU(c.hidden, c.width, False, c.swiglu_limit, c.dtype, name="mlp")(x_BMD)
 
 
-def _example_rows(patch_dim: int) -> VisionInput:
+def example_rows(patch_dim: int) -> VisionInput:
+    """The smallest input of a vision tower, for shapes."""
     return VisionInput(jnp.zeros((1, 4, patch_dim)), jnp.zeros((1, 4, 2), jnp.int32), jnp.ones((1, 4), jnp.int32))
 
 

@@ -17,6 +17,7 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import stack
+from glmv_jax.models.cogvit import example_rows
 from glmv_jax.models.layers import LayerNorm, Linear, normal, param
 from glmv_jax.models.siglip import grid
 from glmv_jax.models.vit import ViTBlockConfig
@@ -61,8 +62,7 @@ class DINOv3Config:
         return DINOv3(self)
 
     def example(self) -> tuple:
-        one = jnp.zeros((1, 4, self.patch_dim)), jnp.zeros((1, 4, 2), jnp.int32), jnp.ones((1, 4), jnp.int32)
-        return (VisionInput(*one),)
+        return (example_rows(self.patch_dim),)
 
 
 class DINOv3(nn.Module):

@@ -17,28 +17,25 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span, attention
-from glmv_jax.models.block import stack
-from glmv_jax.models.layers import Embedding, LayerNorm, Linear, normal, param
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models.block import probed, stack
+from glmv_jax.models.cogvit import example_rows
+from glmv_jax.models.layers import Embedding, LayerNorm, Linear
 from glmv_jax.models.two_tower import Scale, ScaleConfig
 from glmv_jax.models.vit import ViTBlockConfig, mlp_of
 from glmv_jax.typing import Params, VisionInput
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipVisionConfig:
-    """Defaults are So400m/14 at 224 px. `table` is the side of the square of learned positions."""
+class _TowerConfig:
+    """What both towers have; defaults are So400m's."""
 
     depth: int = 27
     width: int = 1152
     heads: int = 16
     mlp: int = 4304
-    patch: int = 14
-    table: int = 16
-    channels: int = 3
     activation: str = "gelu_pytorch_tanh"
     norm_eps: float = 1e-6
-    head: bool = True  # whether there is an attention pool
     dtype: str = "float32"
     remat: str = "none"
 
@@ -46,6 +43,16 @@ class SiglipVisionConfig:
     def block(self) -> ViTBlockConfig:
         return ViTBlockConfig(
             self.width, self.heads, self.mlp, activation=self.activation, norm_eps=self.norm_eps, dtype=self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipVisionConfig(_TowerConfig):
+    """Defaults are those at 224 px. `table` is the side of the square of learned positions."""
+
+    patch: int = 14
+    table: int = 16
+    channels: int = 3
+    head: bool = True  # whether there is an attention pool
 
     @property
     def patch_dim(self) -> int:
@@ -59,8 +66,7 @@ class SiglipVisionConfig:
         return SiglipVision(self)
 
     def example(self) -> tuple:
-        one = jnp.zeros((1, 4, self.patch_dim)), jnp.zeros((1, 4, 2), jnp.int32), jnp.ones((1, 4), jnp.int32)
-        return (VisionInput(*one),)
+        return (example_rows(self.patch_dim),)
 
 
 class SiglipVision(nn.Module):
@@ -88,37 +94,18 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x_BPD: jax.Array, span: Span) -> jax.Array:
         c = self.cfg
-        B, P, D = x_BPD.shape
-        probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
-        linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
-        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, -1)
-        k, v = (linear(name)(x_BPD).reshape(B, P, c.heads, -1) for name in ("k", "v"))
-        out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), span).reshape(B, D)
-        out_BD = linear("o", ("heads", "embed"))(out_BD)
+        out_BD = probed(self, x_BPD, span, c.heads, c.dtype)
         mlp = mlp_of(c.activation, c.mlp, c.width, c.dtype, "mlp")
         return out_BD + mlp(LayerNorm(c.norm_eps, name="norm")(out_BD))
 
 
 @dataclasses.dataclass(frozen=True)
-class SiglipTextConfig:
-    """Defaults are So400m's. `out` is the width of the pooled vector, the image tower's."""
+class SiglipTextConfig(_TowerConfig):
+    """`out` is the width of the pooled vector, the image tower's."""
 
     vocab: int = 256_000
     length: int = 64
-    depth: int = 27
-    width: int = 1152
-    heads: int = 16
-    mlp: int = 4304
     out: int = 1152
-    activation: str = "gelu_pytorch_tanh"
-    norm_eps: float = 1e-6
-    dtype: str = "float32"
-    remat: str = "none"
-
-    @property
-    def block(self) -> ViTBlockConfig:
-        return ViTBlockConfig(
-            self.width, self.heads, self.mlp, activation=self.activation, norm_eps=self.norm_eps, dtype=self.dtype)
 
     def module(self) -> nn.Module:
         return SiglipText(self)

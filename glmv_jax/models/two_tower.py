@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.block import BlockConfig, stack
-from glmv_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, normal, param
+from glmv_jax.models.block import BlockConfig, probed, stack
+from glmv_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, param
 from glmv_jax.typing import Params, VisionInput
 
 
@@ -96,14 +96,7 @@ class Pool(nn.Module):
     def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         """[B, E], not normalised, of each row's segment 1. MAP: out = attn(probe, x); out += mlp(norm(out))."""
         c = self.cfg
-        B, T, D = x_BTD.shape
-        K = c.width // c.heads
-        probe_D = param(self, "probe", normal(c.width**-0.5), (c.width,), ("norm",))
-        linear = lambda name, axes=("embed", "heads"): Linear(c.width, axes, True, c.dtype, name=name)  # noqa: E731
-        q = linear("q")(jnp.broadcast_to(probe_D.astype(c.dtype), (B, 1, D))).reshape(B, 1, c.heads, K)
-        k, v = (linear(name)(x_BTD).reshape(B, T, c.heads, K) for name in ("k", "v"))
-        out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), Span(segments_BT)).reshape(B, D)
-        out_BD = linear("o", ("heads", "embed"))(out_BD)
+        out_BD = probed(self, x_BTD, Span(segments_BT), c.heads, c.dtype)
         branch_BD = RMSNorm("norm", c.norm_eps, name="norm")(out_BD)
         out_BD += SwiGLU(c.mlp, c.width, True, None, c.dtype, name="mlp")(branch_BD)
         return Linear(c.out, ("embed", "projection"), False, c.dtype, name="projection")(out_BD)
