@@ -1,7 +1,8 @@
-"""Attention over segments, in plain jnp (the twin that faster paths are held against)."""
+"""Attention over segments: plain jnp, and on NVIDIA GPUs cuDNN's fused kernel, which writes no logits to memory."""
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,36 @@ def attention(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, shared: Shared | None = None
 ) -> jax.Array:
     """softmax(q k^T / sqrt(K)) v with grouped key/value heads (H = G * R); softmax in float32. Returns [B, T, H, K]."""
+    if shared is None and supported(q_BTHK, k_BSGK):
+        return fused(q_BTHK, k_BSGK, v_BSGK, query, key)
+    return plain(q_BTHK, k_BSGK, v_BSGK, query, key, shared)
+
+
+def supported(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
+    """Whether cuDNN's kernel takes these: half precision, even lengths (with a mask), narrow heads, Ampere or newer."""
+    T, K, S = q_BTHK.shape[1], q_BTHK.shape[3], k_BSGK.shape[1]
+    half = q_BTHK.dtype == k_BSGK.dtype and q_BTHK.dtype in (jnp.bfloat16, jnp.float16)
+    return half and T % 2 == 0 and S % 2 == 0 and K % 8 == 0 and K <= 128 and _fused_device()
+
+
+@functools.cache
+def _fused_device() -> bool:
+    if jax.default_backend() != "gpu":
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "")  # "9.0"; another maker's GPU has none, or "gfx90a"
+    return capability.partition(".")[0].isdecimal() and float(capability) >= 8.0
+
+
+def fused(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span) -> jax.Array:
+    """The fast path. The mask is one number a pair of positions, shared by the heads: half a MB at 512 positions."""
+    mask_B1TS = visible(query, key)[:, None]
+    return jax.nn.dot_product_attention(q_BTHK, k_BSGK, v_BSGK, mask=mask_B1TS, implementation="cudnn")
+
+
+def plain(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, shared: Shared | None = None
+) -> jax.Array:
+    """The twin."""
     B, T, H, K = q_BTHK.shape
     S, G = k_BSGK.shape[1:3]
     q = (q_BTHK * K**-0.5).reshape(B, T, G, H // G, K)

@@ -144,11 +144,13 @@ class Block(nn.Module):
 
 
 def stack(
-    cfg: BlockConfig, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None
+    cfg: BlockConfig, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
+    unroll: int = 1,
 ) -> tuple[jax.Array, Any]:
     """`depth` blocks as one scan, parameters stacked on a leading "layers" axis under the name "blocks".
 
     Call it inside a compact module. cache: `LayerCache` with a leading L, or None; the updated k and v are returned.
+    unroll: blocks a turn of the scan's loop.
     """
     block = cfg.layer
     if remat != "none":
@@ -160,6 +162,7 @@ def stack(
         in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
         out_axes=0,
         length=depth,
+        unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     return scanned(cfg, name="blocks")(x_BTD, cache, rope, query, key)

@@ -38,9 +38,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
         y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
-        if self.bias:
+        if self.bias:  # added in float32, so that its gradient, a sum over all rows, is taken there
             name = "norm" if self.axes[1] == "embed" else self.axes[1]
-            y = y + param(self, "bias", zeros, (self.features,), (name,)).astype(self.dtype)
+            y = (y.astype(jnp.float32) + param(self, "bias", zeros, (self.features,), (name,))).astype(self.dtype)
         return y
 
 
@@ -69,7 +69,8 @@ class RMSNorm(nn.Module):
         gain = param(self, "scale", self.init, (x.shape[-1],), (self.axis,))
         x32 = x.astype(jnp.float32)
         unit = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
-        return gain.astype(x.dtype) * unit.astype(x.dtype)
+        # A product of two bfloat16 numbers is exact in float32, and there the gain's gradient is summed.
+        return (gain.astype(x.dtype).astype(jnp.float32) * unit.astype(x.dtype).astype(jnp.float32)).astype(x.dtype)
 
 
 class LayerNorm(nn.Module):
