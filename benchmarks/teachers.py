@@ -1,0 +1,135 @@
+"""What does each teacher of stage 1 bring? Semantic alone, texture alone, both, and no stage 1 at all.
+
+    python benchmarks/teachers.py --runs runs/teachers [--seeds 0 1 2] [--jobs 1] [--out FILE.json]
+
+For each seed the semantic teacher is trained first, then stage 1 with each choice of teachers, then the same stage 2
+from each. The numbers are those of the held-out concepts: the nearest-neighbour probe of the encoder after stage 1 and
+after stage 2, and retrieval after stage 2 as the mean of its six directions. Prints a table in Markdown; --out keeps
+every number as one line of JSON and draws them beside it, as .svg. About 55 minutes for three seeds on two CPU cores.
+Stop it whenever you like: the same command goes on, and finished runs are passed over.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import html
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Sequence
+
+from glmv_jax.eval.report_svg import label, ticks
+
+ARMS = {"none": "no stage 1", "semantic": "semantic only", "texture": "texture only", "both": "both"}
+PANELS = ("probe after stage 1", "probe after stage 2", "R@1 after stage 2", "R@5 after stage 2")
+MIM, SIGLIP = "experiments/cogvit_mim.py:size=nano", "experiments/cogvit_siglip.py:size=nano"
+
+
+def train(log: pathlib.Path, config: str, workdir: pathlib.Path, *overrides: str) -> None:
+    """One `glmv train`; what it prints goes to `log`."""
+    command = [sys.executable, "-m", "glmv_jax.cli", "train", "--config", config, "--workdir", str(workdir)]
+    with log.open("a", encoding="utf-8") as file:
+        code = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT).returncode
+    if code:
+        raise SystemExit(f"teachers.py: {workdir} ended with exit code {code}; its last words are in {log}")
+    print(f"{workdir}: done", file=sys.stderr, flush=True)
+
+
+def teacher(runs: pathlib.Path, seed: int) -> None:
+    folder = runs / f"seed{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    train(folder / "teacher.log", f"{SIGLIP},role=teacher", folder / "teacher", f"--config.seed={seed}")
+
+
+def arm(runs: pathlib.Path, seed: int, name: str) -> None:
+    folder, start = runs / f"seed{seed}", []
+    log = folder / f"{name}.log"
+    if name != "none":
+        path = [] if name == "texture" else [f"--config.teachers.semantic.path={folder / 'teacher'}"]
+        only = {"semantic": ",texture=false", "texture": ",semantic=false", "both": ""}[name]
+        train(log, f"{MIM}{only}", folder / f"mim_{name}", f"--config.seed={seed}", *path)
+        start = [f"--config.init_from={folder / f'mim_{name}'}"]
+    train(log, SIGLIP, folder / f"siglip_{name}", f"--config.seed={seed}", *start)
+
+
+def numbers(runs: pathlib.Path, seed: int, name: str) -> dict[str, float]:
+    """The four numbers of one run; without stage 1 the first is that of the untrained encoder."""
+    read = lambda stage: json.loads((runs / f"seed{seed}" / stage / "results.json").read_text())["metrics"]  # noqa: E731
+    siglip = read(f"siglip_{name}")
+    mean = lambda at: [v["trained"] for key, v in siglip.items() if key.endswith(at)]  # noqa: E731
+    before = siglip["knn"]["untrained"] if name == "none" else read(f"mim_{name}")["knn"]["trained"]
+    recalls = [sum(values) / len(values) for values in (mean(" R@1"), mean(" R@5"))]
+    return dict(zip(PANELS, (before, siglip["knn"]["trained"], *recalls), strict=True))
+
+
+def table(found: dict[str, list[dict[str, float]]]) -> str:
+    lines = [f"| teachers | {' | '.join(PANELS)} |", "|---" * (len(PANELS) + 1) + "|"]
+    for name, rows in found.items():
+        cells = []
+        for panel in PANELS:
+            values = [row[panel] for row in rows]
+            cells.append(f"{sum(values) / len(values):.3f} ({min(values):.3f} to {max(values):.3f})")
+        lines.append(f"| {ARMS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(found: dict[str, list[dict[str, float]]]) -> str:
+    """A panel a number: a dot a seed, a bar at the mean. One SVG that needs nothing else."""
+    wide, high, left, top, bottom = 230, 190, 40, 26, 34
+    parts = [
+        "<style>text{font:10px sans-serif;fill:#444}.t{font-size:11px;font-weight:bold}.g{stroke:#ddd}"
+        ".m{stroke:#222;stroke-width:2}.d{fill:#3b6fb6;fill-opacity:.75}"
+        "@media(prefers-color-scheme:dark){text{fill:#ccc}.g{stroke:#444}.m{stroke:#eee}}</style>"
+    ]
+    for n, panel in enumerate(PANELS):
+        x0 = n * wide
+        every = [row[panel] for rows in found.values() for row in rows]
+        marks = ticks(0.0, max(every), 4)
+        y_of = lambda v, top_mark=marks[-1]: high - bottom - (high - top - bottom) * v / top_mark  # noqa: E731
+        parts.append(f'<text class="t" x="{x0 + left}" y="14">{html.escape(panel)}</text>')
+        for mark in marks:
+            y = y_of(mark)
+            parts.append(f'<path class="g" d="M{x0 + left} {y:.1f}H{x0 + wide - 8}"/>')
+            parts.append(f'<text x="{x0 + left - 5}" y="{y + 3:.1f}" text-anchor="end">{label(mark)}</text>')
+        step = (wide - left - 8) / len(found)
+        for i, (name, rows) in enumerate(found.items()):
+            x, values = x0 + left + (i + 0.5) * step, [row[panel] for row in rows]
+            mean = y_of(sum(values) / len(values))
+            parts.append(f'<path class="m" d="M{x - 13:.1f} {mean:.1f}h26"/>')
+            parts += [f'<circle class="d" cx="{x:.1f}" cy="{y_of(v):.1f}" r="3.5"/>' for v in values]
+            parts.append(f'<text x="{x:.1f}" y="{high - bottom + 14}" text-anchor="middle">{html.escape(name)}</text>')
+    size = f"{wide * len(PANELS)} {high}"
+    return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{"".join(parts)}</svg>\n'
+
+
+def in_turn(jobs: int, function, calls: Sequence[tuple]) -> None:
+    """function(*call) for all, `jobs` of them at a time; the first failure ends it."""
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(function, *call) for call in calls]):
+            done.result()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/teachers"), help="folder of the runs")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (each wants two cores)")
+    parser.add_argument("--out", type=pathlib.Path, help="file for the JSON line; the plot goes beside it")
+    args = parser.parse_args()
+    runs = args.runs.absolute()
+    in_turn(args.jobs, teacher, [(runs, seed) for seed in args.seeds])
+    in_turn(args.jobs, arm, [(runs, seed, name) for name in reversed(ARMS) for seed in args.seeds])
+
+    found = {name: [numbers(runs, seed, name) for seed in args.seeds] for name in ARMS}
+    print(table(found))
+    if args.out:
+        meta = json.loads((runs / f"seed{args.seeds[0]}" / "siglip_both" / "meta.json").read_text())
+        line = {"seeds": args.seeds, "numbers": found} | {name: meta[name] for name in ("jax", "devices", "host")}
+        args.out.write_text(json.dumps(line) + "\n", encoding="utf-8")
+        args.out.with_suffix(".svg").write_text(plot(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
