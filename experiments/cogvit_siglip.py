@@ -20,6 +20,8 @@ def get_config(arg=None):
     cfg.model = presets.two_tower(arg.size)
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+        # Of a layer the products are kept and the rest is computed anew, which costs less than writing it down.
+        cfg.model.vision.remat = cfg.model.text.remat = "dots"
     if arg.role == "teacher":
         cfg.steps, cfg.model.vision.depth = 110, 3
 
@@ -38,7 +40,7 @@ def get_config(arg=None):
         "chunk": 1024,  # rows of logits at a time, in the forms for many devices
         "wire": "float32" if nano else "bfloat16",  # dtype in which features travel there
         # Patches (and tokens) that a device embeds at a time, 0: all of its rows; the gradient is the same.
-        "positions": 0 if nano else 65_536,
+        "positions": 0 if nano else 16_384,
     }
     cfg.eval = {"patches": 48 if nano else 256}
     # From few texts a tower learns little more than what words mean. With random branches, a probe for a pool and its

@@ -29,10 +29,17 @@ class UserError(Exception):
     """
 
 
+# Of pixels in [0, 1], by channel: what CogViT was trained with (OpenAI's CLIP preprocessing).
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
 class VisionInput(NamedTuple):
     """Rows of image patches. Four consecutive patches are one 2x2 merge block, so any cut at a multiple of 4 is legal.
 
-    patches: [B, P, C*t*p*p] float, layout (channel, frame, y, x) inside a patch, normalised pixels.
+    patches: [B, P, 3*p*p] uint8, the pixels of still images, layout (channel, y, x) inside a patch; the tower
+             normalises them and repeats a still frame as often as its patches have frames. Or, as the public processors
+             give them, [B, P, 3*t*p*p] float, normalised with CLIP_MEAN and CLIP_STD, layout (channel, frame, y, x).
     yx:      [B, P, 2] int, patch coordinates inside its frame (row, column).
     frame:   [B, P] int, 0 = padding; one id a frame (a still image is one frame): attention never crosses it.
     """

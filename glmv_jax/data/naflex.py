@@ -5,8 +5,8 @@ sides rounded to the merge factor, area inside a budget. `naflex_size` is SigLIP
 `pp/proj/image_text/ops_naflex.py`): the largest size of the native aspect ratio within a number of patches. Ours
 rounds sides to patch * merge, not to patch, so that whole 2x2 merge blocks exist.
 
-Patch rows come in merge-block order (H/2, W/2, 2, 2); a patch is the vector (C, T, ph, pw) of CLIP-normalised pixels,
-a still image being its frame twice (T = 2).
+Patch rows come in merge-block order (H/2, W/2, 2, 2); a patch is the vector (C, ph, pw) of its pixels as they are,
+uint8. Normalising them, and showing a still frame twice, is the tower's part: on the way there they are an eighth.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from PIL import Image, ImageOps
 
 from glmv_jax.typing import UserError
 
-CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 MAX_ASPECT = 200
 MAX_PIXELS = 1 << 26  # 67 million: an 8k page scan passes, a decompression bomb does not
 
@@ -153,31 +151,21 @@ def grid_coordinates(rows: int, columns: int, merge: int = 2) -> np.ndarray:
     return yx_P2
 
 
-def normalise(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [..., 3] -> float32, CLIP mean and deviation."""
-    return (pixels.astype(np.float32) * np.float32(1 / 255) - CLIP_MEAN) / CLIP_STD
-
-
-def patchify(pixels_HW3: np.ndarray, patch: int, merge: int = 2, temporal: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [H, W, 3], sides multiples of patch * merge -> (patches float32 [P, 3*temporal*patch**2], yx int32 [P, 2]).
-    """
+def patchify(pixels_HW3: np.ndarray, patch: int, merge: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [H, W, 3], sides multiples of patch * merge -> (patches uint8 [P, 3*patch**2], yx int32 [P, 2])."""
     height, width, _ = pixels_HW3.shape
     if height % (patch * merge) or width % (patch * merge):
         raise UserError(f"image size {width}x{height} is no multiple of {patch * merge} (patch * merge); resize it")
     rows, columns = height // patch, width // patch
-    blocks = normalise(pixels_HW3).reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-    frame = blocks.transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
-    patches = np.broadcast_to(frame, (*frame.shape[:5], temporal, patch, patch))
-    return patches.reshape(rows * columns, -1), grid_coordinates(rows, columns, merge)
+    blocks = pixels_HW3.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
+    return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, -1), grid_coordinates(rows, columns, merge)
 
 
 def unpatchify(patches_PC: np.ndarray, yx_P2: np.ndarray, patch: int) -> np.ndarray:
-    """The picture of one frame's patches (padding removed): uint8 [H, W, 3], the first of the temporal copies."""
+    """The picture of one image's patches (padding removed): uint8 [H, W, 3]."""
     rows, columns = yx_P2.max(0) + 1
-    first = patches_PC.reshape(len(patches_PC), 3, -1, patch, patch)[:, :, 0].transpose(0, 2, 3, 1)
-    pixels = np.clip(np.rint((first * CLIP_STD + CLIP_MEAN) * 255), 0, 255).astype(np.uint8)
     canvas = np.zeros((rows, columns, patch, patch, 3), np.uint8)
-    canvas[yx_P2[:, 0], yx_P2[:, 1]] = pixels
+    canvas[yx_P2[:, 0], yx_P2[:, 1]] = patches_PC.reshape(-1, 3, patch, patch).transpose(0, 2, 3, 1)
     return canvas.swapaxes(1, 2).reshape(rows * patch, columns * patch, 3)
 
 
@@ -185,7 +173,7 @@ def unpatchify(patches_PC: np.ndarray, yx_P2: np.ndarray, patch: int) -> np.ndar
 class Patcher:
     """Image -> patches under one sizing policy.
 
-    patch, merge, temporal: the tower's patch side, merge block side and frames a patch.
+    patch, merge, temporal: the tower's patch side, merge block side and frames a patch (which `smart` budgets count).
     max_patches:  the budget of one image (a multiple of merge**2).
     min_patches:  only for `smart`: smaller images are enlarged to it.
     policy:       "naflex" (fills the budget, native aspect ratio) or "smart" (GLM-OCR: keeps the size if it can).
@@ -209,7 +197,7 @@ class Patcher:
     @property
     def channels(self) -> int:
         """Length of a patch vector."""
-        return 3 * self.temporal * self.patch**2
+        return 3 * self.patch**2
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that an image of this size is resized to."""
@@ -232,6 +220,6 @@ class Patcher:
         return image.resize((width, height), getattr(Image.Resampling, self.resample.upper()))
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
-        """PIL image -> (patches float32 [P, channels], yx int32 [P, 2]), P at most `max_patches`."""
+        """PIL image -> (patches uint8 [P, channels], yx int32 [P, 2]), P at most `max_patches`."""
         rgb = image if image.mode == "RGB" else to_rgb(image)
-        return patchify(np.asarray(self.resize(rgb)), self.patch, self.merge, self.temporal)
+        return patchify(np.asarray(self.resize(rgb)), self.patch, self.merge)

@@ -54,7 +54,7 @@ class Row:
             "image_row": np.full(tokens, -1, np.int32),
             "loss_weight": np.zeros(tokens, np.float32),
             "source": np.full(tokens, -1, np.int32),
-            "patches": np.zeros((patches, channels), np.float32),
+            "patches": np.zeros((patches, channels), np.uint8),
             "yx": np.zeros((patches, 2), np.int32),
             "frame": np.zeros(patches, np.int32),
         }

@@ -4,10 +4,10 @@ Everything is a function of (arguments, seed, index): sources are random-access,
 proportions, guarded against broken records, made in worker processes if asked, and batched. The state is a small
 JSON-able dict; restored in a new process, with any number of workers, it gives the very next batch.
 
-Batch contract (NumPy; B rows of this shard, P patches, C = 3 * temporal * patch**2, T tokens; `VisionInput` and
-`TokenInput` in `glmv_jax.typing` say what the arrays mean):
+Batch contract (NumPy; B rows of this shard, P patches, C = 3 * patch**2, T tokens; `VisionInput` and `TokenInput` in
+`glmv_jax.typing` say what the arrays mean):
 
-    mim      patches [B,P,C] f32, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
+    mim      patches [B,P,C] u8, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
              each row, image [B,S,S,3] uint8 (the crop, for teachers), source [B] i32 (index among the sources)
     siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens, segments [B,Tt] i32 (N
              texts an image side by side, each with its eos; segment n is text n, 0 padding), concept [B] i32 (no two
@@ -96,7 +96,7 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
     count, channels = patches_PC.shape
     if count > budget:
         raise UserError(f"an image of {count} patches does not fit a row of {budget}; raise the patch budget")
-    row = {"patches": np.zeros((budget, channels), np.float32), "yx": np.zeros((budget, 2), np.int32),
+    row = {"patches": np.zeros((budget, channels), np.uint8), "yx": np.zeros((budget, 2), np.int32),
            "frame": np.zeros(budget, np.int32)}
     row["patches"][:count], row["yx"][:count], row["frame"][:count] = patches_PC, yx_P2, 1
     return row

@@ -19,7 +19,7 @@ from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, stack
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
 from glmv_jax.parallel.rules import constrain
-from glmv_jax.typing import VisionInput
+from glmv_jax.typing import CLIP_MEAN, CLIP_STD, VisionInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,7 @@ class CogViTConfig:
     swiglu_limit: float | None = None
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1  # blocks a turn of the loop over layers: on a GPU a whole loop's copies cost a sixth of the step
 
     @property
     def patch_dim(self) -> int:
@@ -71,13 +72,14 @@ class CogViT(nn.Module):
         """Patch features [B, P, D] after the final norm. Where mask_BP is true the patch's embedding is replaced by
         mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
         c = self.cfg
-        x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(vision.patches)
+        patches = normalised(vision.patches, c.channels, c.temporal_patch)
+        x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
         if mask_BP is not None:
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
         x_BPD = constrain(x_BPD, "batch", "length", "activation")
         rope = rope_lib.axial(vision.yx, c.block.k, c.rope_theta)
         span = Span(vision.frame)
-        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span)
+        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
 
 
@@ -117,6 +119,18 @@ class Merger(nn.Module):
         x_BMD = Linear(c.width, ("embed", "projection"), False, c.dtype, name="proj")(x_BMD)
         x_BMD = jax.nn.gelu(LayerNorm(c.norm_eps, name="norm")(x_BMD), approximate=False)
         return SwiGLU(c.hidden, c.width, False, c.swiglu_limit, c.dtype, name="mlp")(x_BMD)
+
+
+def normalised(patches: jax.Array, channels: int, frames: int) -> jax.Array:
+    """[..., C*p*p] uint8 pixels -> [..., C*frames*p*p] float32, normalised, a still frame as many times as a patch has
+    frames. Patches that are float have been normalised and stay as they are."""
+    if patches.dtype != jnp.uint8:
+        return patches
+    shape = (channels, 1, 1)
+    pixels = patches.reshape(*patches.shape[:-1], channels, 1, -1).astype(jnp.float32) * jnp.float32(1 / 255)
+    pixels = (pixels - jnp.array(CLIP_MEAN).reshape(shape)) / jnp.array(CLIP_STD).reshape(shape)
+    pixels = jnp.broadcast_to(pixels, (*pixels.shape[:-2], frames, pixels.shape[-1]))
+    return pixels.reshape(*patches.shape[:-1], -1)
 
 
 def example_rows(patch_dim: int) -> VisionInput:

@@ -20,8 +20,6 @@ from glmv_jax.models import siglip as siglip_lib
 from glmv_jax.models.hog import hog_cells
 from glmv_jax.typing import Axes, Params, UserError, VisionInput
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5)
@@ -47,7 +45,7 @@ def tower(name: str, cfg: cogvit.CogViTConfig, params: Params, about: str, *, gr
     """The patch features of a CogViT, frozen; its grid is the student's."""
 
     def features(params: Params, images_BHW3: jax.Array) -> jax.Array:
-        return cogvit.apply(cfg, params, rows(images_BHW3, cfg.patch, cfg.temporal_patch)).astype(jnp.float32)
+        return cogvit.apply(cfg, params, rows(images_BHW3, cfg.patch)).astype(jnp.float32)
 
     return Teacher(name, about, cfg.width, params, api.logical_axes(cfg), cfg.flops(grid**2), features)
 
@@ -126,13 +124,11 @@ def merge_order(grid_BYXC: jax.Array) -> jax.Array:
     return join(grid_BYXC, 2).reshape(B, Y * X, C)
 
 
-def rows(images_BHW3: jax.Array, patch: int, temporal_patch: int) -> VisionInput:
-    """uint8 images of one size as CogViT's input: CLIP normalisation, a still frame repeated, layout (C, t, y, x)."""
+def rows(images_BHW3: jax.Array, patch: int) -> VisionInput:
+    """uint8 images of one size as CogViT's input."""
     B, H, W, _ = images_BHW3.shape
-    pixels = (images_BHW3.astype(jnp.float32) / 255.0 - jnp.array(CLIP_MEAN)) / jnp.array(CLIP_STD)
     Y, X = H // patch, W // patch
-    patches: Any = pixels.reshape(B, Y, patch, X, patch, 3).transpose(0, 1, 3, 5, 2, 4)  # [B, Y, X, 3, patch, patch]
-    patches = jnp.repeat(patches[:, :, :, :, None], temporal_patch, axis=4).reshape(B, Y, X, -1)
+    patches = images_BHW3.reshape(B, Y, patch, X, patch, 3).transpose(0, 1, 3, 5, 2, 4).reshape(B, Y, X, -1)
     yx = jnp.stack(jnp.meshgrid(jnp.arange(Y), jnp.arange(X), indexing="ij"), -1)
     yx = jnp.broadcast_to(merge_order(yx[None]), (B, Y * X, 2))
     return VisionInput(merge_order(patches), yx, jnp.ones((B, Y * X), jnp.int32))

@@ -23,7 +23,7 @@ MERGE = 4  # patches of a merged visual token
 class _Row:
     """A row under construction; arrays are those of the vlm batch contract and four more."""
 
-    def __init__(self, tokens: int, patches: int, channels: int, targets: int):
+    def __init__(self, tokens: int, patches: int, like: np.ndarray, targets: int):
         self.arrays: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),
             "positions": np.zeros((tokens, 3), np.int32),
@@ -34,7 +34,7 @@ class _Row:
             "source": np.full(tokens, -1, np.int32),
             "advantage": np.zeros(tokens, np.float32),
             "old_logprob": np.zeros(tokens, np.float32),
-            "patches": np.zeros((patches, channels), np.float32),
+            "patches": np.zeros((patches, like.shape[-1]), like.dtype),
             "yx": np.zeros((patches, 2), np.int32),
             "frame": np.zeros(patches, np.int32),
         }
@@ -139,8 +139,7 @@ def to_batch(
         raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
     if len(records) != len(advantages_N):
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
-    channels = prompts["patches"].shape[-1]
-    new_row = functools.partial(_Row, tokens, patches, channels, tokens if targets is None else targets)
+    new_row = functools.partial(_Row, tokens, patches, prompts["patches"], tokens if targets is None else targets)
     packed: list[_Row] = []
     left_out = 0
     kept = [pair for pair in zip(records, advantages_N) if len(pair[0].answer)]

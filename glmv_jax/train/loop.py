@@ -158,7 +158,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
             state, values = train_step(state, constants, placed)
             step += 1
 
-            counts, flops = stage.counts(batch), stage.flops(batch)
+            counts, flops = _of_all_processes(stage.counts(batch), stage.flops(batch))
             totals.add(counts, flops)
             recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, waited, counts, flops)
             if recorder.skipped_in_a_row >= MAX_SKIPPED:
@@ -246,6 +246,12 @@ def _next_batch(stage: Stage, data: Any, state: state_lib.TrainState) -> tuple[d
         return stage.next_batch(data, state)
     except StopIteration:
         raise UserError(f"{stage.name}: the training data ended; make them repeat, or lower steps") from None
+
+
+def _of_all_processes(counts: dict[str, int], flops: float) -> tuple[dict[str, int], float]:
+    """What this process counted of its rows, times the processes: each has as many."""
+    n = jax.process_count()
+    return {name: n * count for name, count in counts.items()}, n * flops
 
 
 def _is_over(totals: Totals, max_seconds: float) -> bool:

@@ -30,7 +30,7 @@ def test_chat_form():
         f"[gMASK]<sop><|user|><|begin_of_image|>{pads}<|end_of_image|>How many?<|assistant|></think>"
         "<|begin_of_box|>3<|end_of_box|><|endoftext|>")
     assert spelled(document, learnt=True) == "<|begin_of_box|>3<|end_of_box|><|endoftext|>"
-    assert document.patches == 32 and document.images[0][0].shape == (32, 384)
+    assert document.patches == 32 and document.images[0][0].shape == (32, 192)
     assert (document.source, document.id) == ("count", "count/train/1")
     unboxed = BUILDER.chat(dataclasses.replace(QUESTION, boxed=False))
     assert spelled(unboxed, learnt=True) == "3<|endoftext|>"

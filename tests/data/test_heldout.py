@@ -17,7 +17,7 @@ KINDS = ["count", "spatial"]
 def test_pairs_are_the_held_out_concepts_with_their_texts():
     pairs = heldout.heldout_pairs(TOKENIZER, PATCHER)
     assert len(set(pairs.concept)) == len(pairs.ids) == 180
-    assert pairs.vision["patches"].shape == (180, 64, 384)
+    assert pairs.vision["patches"].shape == (180, 64, 192)
     for row, name in enumerate(pairs.names["zh"]):
         np.testing.assert_array_equal(pairs.texts["zh name"][row], TOKENIZER.fixed(name, 16))
     assert set(pairs.texts) == {"en name", "zh name", "en name+keywords", "zh name+keywords"}

@@ -28,7 +28,7 @@ def document(rng: np.random.Generator, grids: list[tuple[int, int]], texts: list
             merged = rows * columns // 4
             tokens += [IMAGE] * merged
             image_of += [number] * merged
-            images.append((rng.standard_normal((rows * columns, CHANNELS)).astype(np.float32),
+            images.append((rng.integers(0, 256, (rows * columns, CHANNELS), np.uint8),
                            naflex.grid_coordinates(rows, columns)))
     weights = rng.random(len(tokens)).astype(np.float32)
     return Document(np.array(tokens, np.int32), weights, np.array(image_of, np.int32), tuple(images),

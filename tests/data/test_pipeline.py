@@ -62,7 +62,7 @@ def assert_same(a: dict, b: dict) -> None:
 
 
 def check_vision(batch: dict, rows: int, patches: int) -> None:
-    assert batch["patches"].shape == (rows, patches, 384) and batch["patches"].dtype == np.float32
+    assert batch["patches"].shape == (rows, patches, 192) and batch["patches"].dtype == np.uint8
     assert batch["yx"].shape == (rows, patches, 2) and batch["yx"].dtype == np.int32
     assert batch["frame"].shape == (rows, patches) and batch["frame"].dtype == np.int32
     assert not batch["patches"][batch["frame"] == 0].any()

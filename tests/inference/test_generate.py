@@ -39,7 +39,7 @@ def test_the_answer_is_the_greedy_one(model, picture, chat):
     answer = generate(model, asked, max_new_tokens=2)
     builder = DocumentBuilder(TOKENIZER, model.patcher, 64, 16)
     document = builder.prompt(asked) if chat else builder.pretrain(asked)
-    rows = collate([document], 64, 16, 384, ["question"])
+    rows = collate([document], 64, 16, 192, ["question"])
     last = int(rows["length"][0]) - (1 if chat else 2)  # a pretraining text ends with its end token
     # Only the first token: what follows it is the sampler's own test. Special tokens would be suppressed.
     logits = tiny_vlm.batch_logits(CFG, model.params, rows)[0, last]

@@ -239,3 +239,13 @@ def test_evaluating_a_finished_run_again_gives_its_numbers(whole):
     assert main.evaluate(workdir) == {name: row["trained"] for name, row in results["metrics"].items()}
     with pytest.raises(UserError, match="is no run"):
         main.evaluate(workdir / "nothing")
+
+
+def test_batch_counts_the_rows_of_all_processes(monkeypatch):
+    stage = Toy(config(batch=6))
+    assert stage.own_rows == 6
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    assert stage.own_rows == 2
+    monkeypatch.setattr(jax, "process_count", lambda: 4)
+    with pytest.raises(UserError, match="batch=6 does not divide over 4 processes; try 8"):
+        stage.own_rows  # noqa: B018

@@ -35,9 +35,10 @@ def test_stage_2_with_a_global_batch_of_64k():
     shapes = list(stage.batch_shapes())[1]
     program = compiled(stage, shapes)
     text = program.as_text()
-    # Patches of a device: 8,192 rows of 256; the towers see 256 rows of them at a time.
+    # Patches of a device: 8,192 rows of 256; the towers see 64 rows of them at a time.
     rows = cfg.loss.positions // 256
     assert f"[{rows},256,1024]" in text.replace("bf16", "").replace("f32", "") and "collective-permute" in text
-    patches = 65_536 // mesh_lib.data_shards(loop.prepare(stage)[0].mesh) * 256 * stage.model.vision.patch_dim * 4
-    # Beside the pixels (dealt anew into pieces, in and out of the scan) there is room for one piece and the parameters.
-    assert program.memory_analysis().temp_size_in_bytes < 2 * patches + 16e9
+    patches = 65_536 // mesh_lib.data_shards(loop.prepare(stage)[0].mesh) * 256 * stage.patcher.channels
+    # Beside the pixels (dealt anew into pieces, in and out of the scan) there is room for the parameters and for one
+    # piece, whose products take 11 GB; those of all rows would take 1,400.
+    assert program.memory_analysis().temp_size_in_bytes < 2 * patches + 32e9

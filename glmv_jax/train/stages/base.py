@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
 
-from glmv_jax.typing import Axes, Batch, Params
+from glmv_jax.typing import Axes, Batch, Params, UserError
 
 if TYPE_CHECKING:
     from glmv_jax.train.state import TrainState
@@ -78,6 +78,17 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def train_data(self) -> DataIterator:
         """A new iterator over training batches, at its beginning."""
+
+    @property
+    def own_rows(self) -> int:
+        """Rows that this process makes of a batch; `cfg.batch` counts those of all processes.
+
+        Raises: UserError when they do not divide.
+        """
+        batch, n = self.cfg.batch, jax.process_count()
+        if batch % n:
+            raise UserError(f"batch={batch} does not divide over {n} processes; try {-(-batch // n) * n}")
+        return batch // n
 
     def batch_shapes(self) -> Iterable[Batch]:
         """jax.ShapeDtypeStruct of the batches to come, of this process' rows, for programs to be compiled before the

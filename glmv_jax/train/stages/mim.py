@@ -90,7 +90,7 @@ class MIM(Stage):
         )  # fmt: skip
 
     def train_data(self):
-        return self._batches(self.sources, reading(self.cfg), self.cfg.batch)
+        return self._batches(self.sources, reading(self.cfg), self.own_rows)
 
     def counts(self, batch):
         return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}

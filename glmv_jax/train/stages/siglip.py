@@ -80,18 +80,18 @@ class SigLIP(Stage):
     def train_data(self):
         d = self.cfg.data
         return pipeline.siglip_batches(
-            emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.cfg.batch,
+            emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.own_rows,
             lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.model.text.length,
             chinese=None if d.both_languages else 0.5, texts=dict(d.texts), basics=d.basics,
             reading=reading(self.cfg),
         )  # fmt: skip
 
     def batch_shapes(self):
-        B, T, N = self.cfg.batch, self.model.text.length, 2 if self.cfg.data.both_languages else 1
+        B, T, N = self.own_rows, self.model.text.length, 2 if self.cfg.data.both_languages else 1
         ints = {"tokens": (B, T), "segments": (B, T), "concept": (B,), "lang": (B, N)}
         for P in self.cfg.data.lengths:
             shapes = {name: jax.ShapeDtypeStruct(s, np.int32) for name, s in ints.items()}
-            vision = {"patches": ((B, P, self.model.vision.patch_dim), np.float32), "yx": ((B, P, 2), np.int32)}
+            vision = {"patches": ((B, P, self.patcher.channels), np.uint8), "yx": ((B, P, 2), np.int32)}
             yield shapes | {name: jax.ShapeDtypeStruct(*s) for name, s in vision.items()} | {
                 "frame": jax.ShapeDtypeStruct((B, P), np.int32)}
 

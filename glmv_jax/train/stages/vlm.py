@@ -22,7 +22,7 @@ from glmv_jax.eval import vlm as vlm_eval
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses.cross_entropy import cross_entropy, divide, per_source
 from glmv_jax.losses.select import predictors, select
-from glmv_jax.models import build, vlm
+from glmv_jax.models import build, cogvit, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
 from glmv_jax.train.stages.base import Stage
@@ -110,7 +110,7 @@ class VLMStage(Stage):
     def train_data(self):
         return pipeline.vlm_batches(
             self.sources("train", self.data_seed), dict(self.cfg.data.weights), self.builder, form=self.form,
-            batch=self.cfg.batch, reading=reading(self.cfg),
+            batch=self.own_rows, reading=reading(self.cfg),
         )  # fmt: skip
 
     @property
@@ -176,7 +176,8 @@ class VLMStage(Stage):
     @functools.cached_property
     def _measure(self):
         def sums(params, batch, seen):
-            batch = batch | {"patches": batch["patches"] * seen}
+            v = self.model.vision
+            batch = batch | {"patches": cogvit.normalised(batch["patches"], v.channels, v.temporal_patch) * seen}
             targets, (ce, said_BJ, _), [(_, drafted_BJ, weight_BJ), *_] = self._predict(params, batch)
             return {
                 "loss": (ce.loss * ce.weight, ce.weight),
