@@ -33,19 +33,21 @@ def train(log: pathlib.Path, config: str, workdir: pathlib.Path, *overrides: str
     with log.open("a", encoding="utf-8") as file:
         code = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT).returncode
     if code:
-        raise SystemExit(f"teachers.py: {workdir} ended with exit code {code}; its last words are in {log}")
+        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+        raise SystemExit(f"teachers.py: {workdir} ended with exit code {code}; its last words in {log}:\n{last}")
     print(f"{workdir}: done", file=sys.stderr, flush=True)
 
 
 def teacher(runs: pathlib.Path, seed: int) -> None:
     folder = runs / f"seed{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
     train(folder / "teacher.log", f"{SIGLIP},role=teacher", folder / "teacher", f"--config.seed={seed}")
 
 
-def arm(runs: pathlib.Path, seed: int, name: str) -> None:
+def arm(runs: pathlib.Path, seed: int, name: str, taught: concurrent.futures.Future) -> None:
     folder, start = runs / f"seed{seed}", []
     log = folder / f"{name}.log"
+    if name in ("semantic", "both"):
+        taught.result()
     if name != "none":
         path = [] if name == "texture" else [f"--config.teachers.semantic.path={folder / 'teacher'}"]
         only = {"semantic": ",texture=false", "texture": ",semantic=false", "both": ""}[name]
@@ -104,10 +106,16 @@ def plot(found: dict[str, list[dict[str, float]]]) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{"".join(parts)}</svg>\n'
 
 
-def in_turn(jobs: int, function, calls: Sequence[tuple]) -> None:
-    """function(*call) for all, `jobs` of them at a time; the first failure ends it."""
+def train_all(runs: pathlib.Path, seeds: Sequence[int], jobs: int) -> None:
+    """Everything, `jobs` runs at a time; the first failure ends it."""
     with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(function, *call) for call in calls]):
+        for seed in seeds:
+            (runs / f"seed{seed}").mkdir(parents=True, exist_ok=True)
+        taught = {seed: pool.submit(teacher, runs, seed) for seed in seeds}  # first: some of the others wait for them
+        runs_to_do = [pool.submit(arm, runs, seed, name, taught[seed]) for name in ARMS for seed in seeds]
+        for done in concurrent.futures.as_completed([*taught.values(), *runs_to_do]):
+            if done.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
             done.result()
 
 
@@ -119,9 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=pathlib.Path, help="file for the JSON line; the plot goes beside it")
     args = parser.parse_args()
     runs = args.runs.absolute()
-    in_turn(args.jobs, teacher, [(runs, seed) for seed in args.seeds])
-    in_turn(args.jobs, arm, [(runs, seed, name) for name in reversed(ARMS) for seed in args.seeds])
-
+    train_all(runs, args.seeds, args.jobs)
     found = {name: [numbers(runs, seed, name) for seed in args.seeds] for name in ARMS}
     print(table(found))
     if args.out:
