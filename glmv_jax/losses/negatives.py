@@ -1,25 +1,28 @@
 """What the negatives of the sigmoid loss add up to: sum of softplus(s z_i . w_j + b) over all pairs of unlike labels.
 
-Three implementations of one function. `dense` is plain jnp: the oracle, and enough for one device. The other two keep
-only features, scale and bias for the backward pass and compute logits anew there, a few rows at a time; texts come from
-the other devices
+Three implementations of one function. `dense` is plain jnp: the oracle, and enough for one device. In the other two the
+images and texts of other devices come by, some at a time, and meet this device's own
 
-    ring_bidir          in both directions round a ring, each hop while the device works on the hop before. A text takes
-                        its gradient along, one hop behind it, and the gradient is sent home at the end.
-    allgather_chunked   in one all-gather; gradients go home in one reduce-scatter. For meshes of hundreds of devices or
-                        several slices, where few large messages beat many small ones.
+    ring_bidir          in both directions round a ring, each hop while the device works on the hop before
+    allgather_chunked   gathered from everywhere, a piece while the device works on the piece before. For several slices
+                        and for rings whose hops are too small, where few large messages beat many small ones.
 
-so a device holds O(n E + chunk n) numbers in the ring, O(B E + chunk B) with the all-gather, for n = B / devices rows
-of its own; never the n x B logits that autodiff of a dense form keeps.
+The gradient is taken on the way, when there will be one: own images meet the texts that come by, which gives the loss
+and their gradient, and own texts meet the images. So every gradient is summed where it is needed, none travels, and the
+backward pass only scales. Against sending texts round twice, the second time with their gradient in float32, this is as
+many products, one round instead of two, and half the bytes: 4 n E a hop where 8 n E went.
 
-Sources: open_clip `src/open_clip/loss.py` (the bidirectional ring, without the custom gradient) and big_vision
+A device holds O(n E + chunk n) numbers in the ring, O(n E + (E + chunk) GATHERED) with the all-gather, for n = B /
+devices rows of its own: nothing grows with B but its share of it.
+
+Sources: open_clip `src/open_clip/loss.py` (the bidirectional ring, without a gradient of its own) and big_vision
 `_deprecated_contrastive.py`, whose authors dropped ppermute because autodiff keeps the texts of every hop.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,9 +31,11 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax.parallel.mesh import data_axes, data_shards
+from glmv_jax.parallel.ring import ring_order
 from glmv_jax.typing import UserError
 
 IMPLEMENTATIONS = ("dense", "ring_bidir", "allgather_chunked")
+GATHERED = 8192  # images (and their texts) of all devices that allgather_chunked has on a device at a time
 
 
 class Negatives(NamedTuple):
@@ -45,20 +50,34 @@ class Negatives(NamedTuple):
     highest_B: jax.Array
 
 
-class _Texts(NamedTuple):
-    """Texts that travel: features [M, E] in the wire's dtype and labels [M]."""
+class _Side(NamedTuple):
+    """Images or texts: features [m, E] in the wire's dtype and labels [m]."""
 
     features: jax.Array
     label: jax.Array
 
 
+class _Rows(NamedTuple):
+    """What meets: texts, and images where texts want a gradient."""
+
+    image: _Side | None
+    text: _Side
+
+
 class _Grads(NamedTuple):
-    """Of the sum of softplus, float32."""
+    """Of the sum of softplus, float32; those of image and text still without the factor `scale`."""
 
     image: jax.Array
     text: jax.Array
     scale: jax.Array
     bias: jax.Array
+
+
+class _Found(NamedTuple):
+    """What a device knows after some meetings: sums so far, highest logits so far, gradients so far (or none)."""
+
+    sums: Negatives
+    grads: _Grads | None
 
 
 def implementation(
@@ -76,18 +95,16 @@ def implementation(
     axes = data_axes(mesh)
     if not axes:
         raise UserError(f"loss impl={name!r} needs a mesh with a data or fsdp axis; use impl='dense' without one")
-    forward, backward = (ring_forward, ring_backward) if name == "ring_bidir" else (gather_forward, gather_backward)
-    return _distributed(forward, backward, mesh, axes, chunk, wire)
+    return _distributed(_ring if name == "ring_bidir" else _gather, mesh, axes, chunk, wire)
 
 
 def dense(image_BE, text_ME, image_label_B, text_label_M, scale, bias) -> Negatives:
     """All logits at once."""
-    logits_BM = scale * jnp.matmul(image_BE, text_ME.T, preferred_element_type=jnp.float32) + bias
-    unlike_BM = image_label_B[:, None] != text_label_M[None, :]
-    return _sums(logits_BM, unlike_BM)
+    cosine_BM = jnp.matmul(image_BE, text_ME.T, preferred_element_type=jnp.float32)
+    return _sums(scale * cosine_BM + bias, image_label_B[:, None] != text_label_M[None, :])
 
 
-# --- one device: its images against some texts, a few rows of logits at a time ----------------------------------------
+# --- one device: its rows against some visitors, a few rows of logits at a time ---------------------------------------
 
 
 def _sums(logits_CM: jax.Array, unlike_CM: jax.Array) -> Negatives:
@@ -99,194 +116,172 @@ def _sums(logits_CM: jax.Array, unlike_CM: jax.Array) -> Negatives:
     )
 
 
-def _add(a: Negatives, b: Negatives) -> Negatives:
-    return Negatives(a.softplus + b.softplus, a.logits + b.logits, a.pairs + b.pairs, jnp.maximum(a[3], b[3]))
+def _add(a: _Found, b: _Found) -> _Found:
+    total = jax.tree.map(jnp.add, a, b)
+    highest = jnp.maximum(a.sums.highest_B, b.sums.highest_B)
+    return total._replace(sums=total.sums._replace(highest_B=highest))
 
 
-def _cosines(image_CE: jax.Array, texts: _Texts) -> jax.Array:
-    return jnp.matmul(image_CE.astype(texts.features.dtype), texts.features.T, preferred_element_type=jnp.float32)
+def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
+    """Own images against the visiting texts and, where there are visiting images, own texts against those."""
+    grads = visiting.image is not None
+
+    def of_images(cosine_CM, unlike_CM):
+        sums = _sums(scale * cosine_CM + bias, unlike_CM)
+        if not grads:
+            return sums[:3], sums.highest_B
+        g_CM = _slope(cosine_CM, unlike_CM, scale, bias)
+        row = _times(g_CM, visiting.text)
+        return (*sums[:3], (g_CM * cosine_CM).sum(), g_CM.sum()), (sums.highest_B, row)
+
+    def of_texts(cosine_CM, unlike_CM):
+        return (), _times(_slope(cosine_CM, unlike_CM, scale, bias), visiting.image)
+
+    if not grads:
+        total, highest = _by_rows(of_images, own.image, visiting.text, chunk)
+        return _Found(Negatives(*total, highest), None)
+    total, (highest, image) = _by_rows(of_images, own.image, visiting.text, chunk)
+    _, text = _by_rows(of_texts, own.text, visiting.image, chunk)
+    return _Found(Negatives(*total[:3], highest), _Grads(image, text, *total[3:]))
 
 
-def _block(image_nE, label_n, texts: _Texts, scale, bias, chunk: int) -> Negatives:
-    """Negatives of own images and these texts; logits live `chunk` rows at a time."""
+def _by_rows(fn: Callable, own: _Side, visiting: _Side, chunk: int) -> tuple[Any, Any]:
+    """fn(cosine [c, M], unlike [c, M]) -> (sums, rows), for c <= chunk own rows at a time; sums added, rows in order.
 
-    def rows(total, part):
-        image_CE, label_C = part
-        got = _sums(scale * _cosines(image_CE, texts) + bias, label_C[:, None] != texts.label[None, :])
-        return jax.tree.map(jnp.add, total, got[:3]), got.highest_B
-
-    zero = jnp.zeros((), jnp.float32)
-    total, highest = jax.lax.scan(rows, (zero, zero, zero), _rows((image_nE, label_n), chunk))
-    return Negatives(*total, highest.reshape(-1))
-
-
-def _block_grads(image_nE, label_n, texts: _Texts, scale, bias, chunk: int) -> _Grads:
-    """Gradients of `_block(...).softplus`."""
-    wire = texts.features.dtype
-
-    def rows(carry, part):
-        text_ME, scale_sum, bias_sum = carry
-        image_CE, label_C = part
-        cosine_CM = _cosines(image_CE, texts)
-        unlike_CM = label_C[:, None] != texts.label[None, :]
-        g_CM = jnp.where(unlike_CM, jax.nn.sigmoid(scale * cosine_CM + bias), 0.0)
-        product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
-        text_ME += product(g_CM.astype(wire).T, image_CE.astype(wire))
-        carry = text_ME, scale_sum + (g_CM * cosine_CM).sum(), bias_sum + g_CM.sum()
-        return carry, product(g_CM.astype(wire), texts.features)
-
-    zero = jnp.zeros((), jnp.float32)
-    start = (jnp.zeros(texts.features.shape, jnp.float32), zero, zero)
-    (text_ME, scale_sum, bias_sum), image = jax.lax.scan(rows, start, _rows((image_nE, label_n), chunk))
-    return _Grads(scale * image.reshape(image_nE.shape), scale * text_ME, scale_sum, bias_sum)
-
-
-def _rows(arrays: Any, chunk: int) -> Any:
-    """[n, ...] -> [n / c, c, ...] for the largest c <= chunk that divides n."""
-    n = jax.tree.leaves(arrays)[0].shape[0]
-    c = next(c for c in range(min(chunk, n), 0, -1) if n % c == 0)
-    return jax.tree.map(lambda x: x.reshape(n // c, c, *x.shape[1:]), arrays)
-
-
-# --- the ring ---------------------------------------------------------------------------------------------------------
-
-
-def _shift(x: Any, axes: tuple[str, ...], size: int, by: int) -> Any:
-    """Each device's arrays go to the device `by` places further."""
-    perm = [(i, (i + by) % size) for i in range(size)]
-    return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axes, perm), x)
-
-
-def ring_forward(image_nE, label_n, texts: _Texts, scale, bias, *, axes, size: int, chunk: int) -> Negatives:
-    """Inside shard_map: this device's images against all texts.
-
-    After k hops a device has the texts of its k-th neighbour on either side, so (size - 1) // 2 pairs of hops do; when
-    the number of devices is even one more hop brings the texts from opposite. The next texts are always on their way
-    while the ones before are worked on.
+    c divides the number of own rows.
     """
-    block = lambda t: _block(image_nE, label_n, t, scale, bias, chunk)  # noqa: E731
-    shift = functools.partial(_shift, axes=axes, size=size)
-    pairs = (size - 1) // 2
+    m = own.label.shape[0]
+    c = next(c for c in range(min(chunk, m), 0, -1) if m % c == 0)
+
+    def part(side: _Side):
+        cosine = jnp.matmul(side.features, visiting.features.T, preferred_element_type=jnp.float32)
+        return fn(cosine, side.label[:, None] != visiting.label[None, :])
+
+    if c == m:
+        return part(own)
+    parts = jax.tree.map(lambda x: x.reshape(m // c, c, *x.shape[1:]), own)
+    zero, _ = _zeros(part, jax.tree.map(lambda x: x[0], parts))
+
+    def step(total, side):
+        sums, rows = part(side)
+        return jax.tree.map(jnp.add, total, sums), rows
+
+    total, rows = jax.lax.scan(step, zero, parts)
+    return total, jax.tree.map(lambda x: x.reshape(m, *x.shape[2:]), rows)
+
+
+def _zeros(fn: Callable, arg: Any) -> Any:
+    """Zeros in the shapes of fn(arg)."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, arg))
+
+
+def _slope(cosine_CM, unlike_CM, scale, bias) -> jax.Array:
+    """d softplus / d logit."""
+    return jnp.where(unlike_CM, jax.nn.sigmoid(scale * cosine_CM + bias), 0.0)
+
+
+def _times(g_CM: jax.Array, visiting: _Side) -> jax.Array:
+    features = visiting.features
+    return jnp.matmul(g_CM.astype(features.dtype), features, preferred_element_type=jnp.float32)
+
+
+# --- who comes by, inside shard_map -----------------------------------------------------------------------------------
+
+Meet = Callable[[_Rows], _Found]
+
+
+def _ring(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int]) -> _Found:
+    """This device's rows and all others', that travel round the ring `order`.
+
+    After k hops a device has the rows of its k-th neighbour on either side, so (size - 1) // 2 pairs of hops do; when
+    the number of devices is even one more hop brings those from opposite. The next rows are always on their way while
+    the ones before are worked on.
+    """
+
+    size = len(order)
+
+    def shift(rows: _Rows, by: int) -> _Rows:
+        perm = [(order[i], order[(i + by) % size]) for i in range(size)]
+        return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axes, perm), rows)
+
     if size == 1:
-        return block(texts)
-    right, left = shift(texts, by=1), shift(texts, by=-1)  # with two devices the same, and only one is used
-    total = block(texts)
+        return meet(own)
+    right, left = shift(own, 1), shift(own, -1)  # with two devices the same, and only one is used
+    found = meet(own)
 
     def hop(carry, _):
-        total, right, left = carry
-        arriving = shift(right, by=1), shift(left, by=-1)
-        return (_add(total, _add(block(right), block(left))), *arriving), None
+        found, right, left = carry
+        arriving = shift(right, 1), shift(left, -1)
+        return (_add(_add(found, meet(right)), meet(left)), *arriving), None
 
-    if pairs:
-        (total, right, left), _ = jax.lax.scan(hop, (total, right, left), None, length=pairs - 1)
-        opposite = shift(right, by=1)
-        total = _add(total, _add(block(right), block(left)))
-        right = opposite
-    return _add(total, block(right)) if size % 2 == 0 else total
-
-
-def ring_backward(image_nE, label_n, texts: _Texts, scale, bias, *, axes, size: int, chunk: int) -> _Grads:
-    """Inside shard_map: gradients of own images and own texts, and this device's part of those of scale and bias.
-
-    Texts go round once more. The gradient of a text that is k hops from home is added to, then sent after it while the
-    next hop is worked on; at the end each is `pairs` (or one more) hops away and is sent home in one.
-    """
-    grads = lambda t: _block_grads(image_nE, label_n, t, scale, bias, chunk)  # noqa: E731
-    shift = functools.partial(_shift, axes=axes, size=size)
     pairs = (size - 1) // 2
-    if size == 1:
-        return grads(texts)
-    right, left = shift(texts, by=1), shift(texts, by=-1)
-    own = grads(texts)
-    image, s, b = own.image, own.scale, own.bias
-    from_right, from_left = own.text, jnp.zeros_like(own.text)  # gradients of the texts that go right, and left
-
-    def meet(sums, right, left, from_right, from_left):
-        """Both gradients catch up with their texts, and get this device's part."""
-        from_right, from_left = shift(from_right, by=1), shift(from_left, by=-1)
-        one, two = grads(right), grads(left)
-        ours = (one.image, one.scale, one.bias), (two.image, two.scale, two.bias)
-        sums = jax.tree.map(lambda x, y, z: x + y + z, sums, *ours)
-        return sums, from_right + one.text, from_left + two.text
-
-    def hop(carry, _):
-        sums, right, left, from_right, from_left = carry
-        arriving = shift(right, by=1), shift(left, by=-1)
-        sums, from_right, from_left = meet(sums, right, left, from_right, from_left)
-        return (sums, *arriving, from_right, from_left), None
-
-    sums = (image, s, b)
     if pairs:
-        carry = (sums, right, left, from_right, from_left)
-        (sums, right, left, from_right, from_left), _ = jax.lax.scan(hop, carry, None, length=pairs - 1)
-        opposite = shift(right, by=1)
-        sums, from_right, from_left = meet(sums, right, left, from_right, from_left)
+        (found, right, left), _ = jax.lax.scan(hop, (found, right, left), None, length=pairs - 1)
+        opposite = shift(right, 1)
+        found = _add(_add(found, meet(right)), meet(left))
         right = opposite
-    away = pairs
-    if size % 2 == 0:
-        from_right = shift(from_right, by=1)
-        last = grads(right)
-        sums = jax.tree.map(jnp.add, sums, (last.image, last.scale, last.bias))
-        from_right, away = from_right + last.text, pairs + 1
-    text = shift(from_right, by=-away) + (shift(from_left, by=pairs) if pairs else 0.0)
-    return _Grads(sums[0], text, sums[1], sums[2])
+    return _add(found, meet(right)) if size % 2 == 0 else found
 
 
-# --- the all-gather ---------------------------------------------------------------------------------------------------
+def _gather(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int]) -> _Found:
+    """This device's rows and everybody's, gathered a piece at a time: the next while the one before is worked on."""
+    n = jax.tree.leaves(own)[0].shape[0]
+    fits = lambda p: n % p == 0 and (n // p * len(order) <= GATHERED or p == n)  # noqa: E731
+    pieces = next(p for p in range(1, n + 1) if fits(p))
+    parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), own)
+    part = lambda i: jax.tree.map(lambda x: x[i], parts)  # noqa: E731
+    everyone = lambda rows: jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), rows)  # noqa: E731
+    here = everyone(part(0))
+    if pieces == 1:
+        return meet(here)
 
+    def piece(carry, rows):
+        found, here = carry
+        arriving = everyone(rows)
+        return (_add(found, meet(here)), arriving), None
 
-def gather_forward(image_nE, label_n, texts: _Texts, scale, bias, *, axes, size: int, chunk: int) -> Negatives:
-    """Inside shard_map: this device's images against all texts."""
-    everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), texts)
-    return _block(image_nE, label_n, everyone, scale, bias, max(1, chunk // size))
-
-
-def gather_backward(image_nE, label_n, texts: _Texts, scale, bias, *, axes, size: int, chunk: int) -> _Grads:
-    """Inside shard_map: gradients of own images and own texts, and this device's part of those of scale and bias."""
-    everyone = jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), texts)
-    grads = _block_grads(image_nE, label_n, everyone, scale, bias, max(1, chunk // size))
-    return grads._replace(text=jax.lax.psum_scatter(grads.text, axes, tiled=True))
+    nothing = _zeros(meet, here)
+    nothing = nothing._replace(sums=nothing.sums._replace(highest_B=nothing.sums.highest_B - jnp.inf))
+    rest = jax.tree.map(lambda x: x[1:], parts)
+    (found, here), _ = jax.lax.scan(piece, (nothing, here), rest)
+    return _add(found, meet(here))
 
 
 # --- around them: shard_map, and a gradient of our own ----------------------------------------------------------------
 
 
-def _distributed(forward: Callable, backward: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int, wire: str):
-    size = data_shards(mesh)
+def _distributed(visit: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int, wire: str) -> Callable[..., Negatives]:
+    size, order = data_shards(mesh), ring_order(mesh, axes)
     rows, everywhere = P(axes), P()
-    specs = (rows, rows, rows, rows, everywhere, everywhere)
 
-    def local_forward(image, text, image_label, text_label, scale, bias):
-        texts = _Texts(text.astype(wire), text_label)
-        found = forward(image, image_label, texts, scale, bias, axes=axes, size=size, chunk=chunk)
-        return Negatives(*jax.lax.psum(tuple(found[:3]), axes), found.highest_B)
+    def local(image, text, image_label, text_label, scale, bias, *, grads: bool):
+        own = _Rows(_Side(image.astype(wire), image_label), _Side(text.astype(wire), text_label))
+        meet = lambda visiting: _meet(own, visiting, scale, bias, chunk)  # noqa: E731
+        sums, slopes = visit(meet, own if grads else own._replace(image=None), axes, order)
+        sums = Negatives(*jax.lax.psum(tuple(sums[:3]), axes), sums.highest_B)
+        if not grads:
+            return sums
+        both = jax.lax.psum((slopes.scale, slopes.bias), axes)
+        return sums, _Grads((scale * slopes.image).astype(image.dtype), (scale * slopes.text).astype(text.dtype), *both)
 
-    def local_backward(image, text, image_label, text_label, scale, bias):
-        texts = _Texts(text.astype(wire), text_label)
-        grads = backward(image, image_label, texts, scale, bias, axes=axes, size=size, chunk=chunk)
-        return grads._replace(scale=jax.lax.psum(grads.scale, axes), bias=jax.lax.psum(grads.bias, axes))
-
-    # check_vma off: nothing is differentiated through these, and the sums over devices are explicit.
-    out = Negatives(everywhere, everywhere, everywhere, rows)
-    run_forward = jax.shard_map(local_forward, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
-    out = _Grads(rows, rows, everywhere, everywhere)
-    run_backward = jax.shard_map(local_backward, mesh=mesh, in_specs=specs, out_specs=out, check_vma=False)
+    def run(*args, grads: bool):
+        out = Negatives(everywhere, everywhere, everywhere, rows)
+        out = (out, _Grads(rows, rows, everywhere, everywhere)) if grads else out
+        specs = (rows, rows, rows, rows, everywhere, everywhere)
+        # check_vma off: nothing is differentiated through this, and the sums over devices are explicit.
+        return jax.shard_map(functools.partial(local, grads=grads), mesh=mesh, in_specs=specs, out_specs=out,
+                             check_vma=False)(*args)  # fmt: skip
 
     @jax.custom_vjp
-    def negatives(image, text, image_label, text_label, scale, bias):
-        return run_forward(image, text, image_label, text_label, scale, bias)
+    def negatives(*args):
+        return run(*args, grads=False)
 
-    def negatives_fwd(*args):
-        return run_forward(*args), args
-
-    def negatives_bwd(args, cotangent):
-        image, text, *_ = args
+    def backward(grads: _Grads, cotangent: Negatives):
         g = cotangent.softplus  # the other outputs are metrics
-        grads = run_backward(*args)
-        return ((g * grads.image).astype(image.dtype), (g * grads.text).astype(text.dtype), None, None,
-                g * grads.scale, g * grads.bias)
+        image, text, scale, bias = ((g * x).astype(x.dtype) for x in grads)
+        return image, text, None, None, scale, bias
 
-    negatives.defvjp(negatives_fwd, negatives_bwd)
+    negatives.defvjp(functools.partial(run, grads=True), backward)
 
     def checked(image, text, *rest):
         for what, x in (("images", image), ("texts", text)):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glmv_jax.losses import negatives as negatives_lib
 from glmv_jax.losses.sigmoid import sigmoid_loss
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.typing import UserError
@@ -63,6 +64,24 @@ def test_equals_dense(impl, mesh):
         assert np.abs(expected).max() > 1e-4
 
 
+def test_in_whatever_order_the_ring_goes(monkeypatch):
+    monkeypatch.setattr(negatives_lib, "ring_order", lambda mesh, axes: [2, 0, 3, 5, 1, 4])
+    (_, grads), (_, want) = both("ring_bidir", mesh_of(data=6), 12, wire="float32")
+    for got, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("gathered", [1, 8, 20])
+def test_in_however_many_pieces_everything_is_gathered(monkeypatch, gathered):
+    """12 rows on each of 4 devices: one by one, two or four a device at a time."""
+    monkeypatch.setattr(negatives_lib, "GATHERED", gathered)
+    ((_, metrics), grads), ((_, want_metrics), want) = both(
+        "allgather_chunked", mesh_of(data=4), 48, texts=2, concepts=30, wire="float32", chunk=5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, want_metrics)
+    for got, expected in zip(grads, want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_other_axes_of_the_mesh_hold_copies(impl):
     mesh = mesh_of(data=2, fsdp=2, tensor=2)
@@ -83,21 +102,26 @@ def test_bfloat16_on_the_wire(impl):
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_what_travels_is_bfloat16_and_the_program_does_not_grow_with_the_ring(impl):
+    """With a gradient too: features travel, and no gradient does."""
+
     def transfers(devices, transform):
         mesh = mesh_of(data=devices)
         args = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((8 * devices, E), (8 * devices, E), (), ())]
         run = jax.jit(transform(lambda *a: sigmoid_loss(*a, impl=impl, mesh=mesh)[0]))
-        return re.findall(r"stablehlo\.(?:collective_permute|all_gather).*-> tensor<(.*)>", run.lower(*args).as_text())
+        sends = "collective_permute|all_gather|reduce_scatter|all_to_all"
+        return re.findall(rf"stablehlo\.(?:{sends}).*-> tensor<(.*)>", run.lower(*args).as_text())
 
-    features = [kind for kind in transfers(8, lambda f: f) if f"x{E}x" in kind]
-    assert features and all(kind.endswith("bf16") for kind in features)
-    assert len(transfers(8, jax.grad)) == len(transfers(6, jax.grad))
+    for transform in (lambda f: f, jax.grad):
+        features = [kind for kind in transfers(8, transform) if f"x{E}x" in kind]
+        assert features and all(kind.endswith("bf16") for kind in features)
+        assert len(transfers(8, transform)) == len(transfers(6, transform))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_memory_does_not_hold_the_logits(impl):
-    """At 8 devices and 1024 rows a device the n x B logits are 32 MiB a device; the dense form keeps several."""
-    mesh, rows = mesh_of(data=8), 8192
+def test_memory_does_not_hold_the_logits(monkeypatch, impl):
+    """At 8 devices and 512 rows a device the n x B logits are 8 MiB a device; the dense form keeps several."""
+    monkeypatch.setattr(negatives_lib, "GATHERED", 1024)
+    mesh, rows = mesh_of(data=8), 4096
     split = NamedSharding(mesh, PartitionSpec("data"))
     args = [jax.ShapeDtypeStruct((rows, E), jnp.float32, sharding=split)] * 2
     args += [jax.ShapeDtypeStruct((), jnp.float32)] * 2
@@ -107,7 +131,7 @@ def test_memory_does_not_hold_the_logits(impl):
         return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
     logits = rows // 8 * rows * 4
-    assert temporary(impl) < logits / 8 < logits < temporary("dense")
+    assert temporary(impl) < logits / 6 < logits < temporary("dense")
 
 
 def test_wrong_input():
