@@ -12,7 +12,8 @@ import jax
 import numpy as np
 import pytest
 
-from glmv_jax import models, optim
+from glmv_jax import config, models, optim
+from glmv_jax.models import build
 from glmv_jax.models.cogvit import CogViTConfig
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
@@ -97,3 +98,21 @@ def test_the_optimiser_of_a_run_spreads_its_matrices():
     params = jax.device_put(params, shardings)
     text = jax.jit(lambda g, s: tx.update(g, s, g)[0]).lower(params, tx.init(params)).compile().as_text()
     assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == 4  # q, k, v, o; gate, up, down
+
+
+def test_cogvit_l_is_two_stacks_and_four_all_to_alls_whatever_else_its_optimiser_does():
+    """The published size under its experiment's rules and groups on 8 devices, compiled and not run: q, k, v, o of all
+    layers are one stack, gate, up and down another. No parameter, gradient or momentum is gathered or summed."""
+    cfg = config.load("experiments/cogvit_mim.py:size=l")
+    model = build.vision(cfg.model)
+    params, axes = {"vision": models.abstract_params(model)}, {"vision": models.logical_axes(model)}
+    shardings = rules_lib.preset(cfg.rules).shardings(make_mesh({"fsdp": 8}), axes, params)
+    tx = optim.build(cfg.optim, params, cfg.steps, shardings)
+    shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
+    update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0], out_shardings=shardings)
+    program = update.lower(shapes, shapes).compile()
+    sent = re.findall(r" = (.*) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", program.as_text())
+    arrays = [kind for result, kind in sent if re.search(r"\[\d", result)]  # the rest sum the gradient's norm
+    assert arrays == ["all-to-all"] * 4
+    matrices = 4 * 15 * 2 * 24 * 1024**3 + 3 * 5 * 2 * 24 * (2 * 4 + 1) * 1024**3
+    assert program.cost_analysis()["flops"] < 1.02 * matrices / 8
