@@ -111,7 +111,8 @@ def test_cogvit_l_is_two_stacks_and_four_all_to_alls_whatever_else_its_optimiser
     shapes = jax.tree.map(lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at), params, shardings)
     update = jax.jit(lambda grads, params: tx.update(grads, tx.init(params), params)[0], out_shardings=shardings)
     program = update.lower(shapes, shapes).compile()
-    sent = re.findall(r" = (.*) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(?:-start)?\(", program.as_text())
+    kinds = "all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute"
+    sent = re.findall(rf" = (.*) ({kinds})(?:-start)?\(", program.as_text())
     arrays = [kind for result, kind in sent if re.search(r"\[\d", result)]  # the rest sum the gradient's norm
     assert arrays == ["all-to-all"] * 4
     matrices = 4 * 15 * 2 * 24 * 1024**3 + 3 * 5 * 2 * 24 * (2 * 4 + 1) * 1024**3
