@@ -13,6 +13,13 @@ size=nano: two CPU cores, about a minute; held-out loss 5.5 -> 2.02, nearest-nei
 size=l:    the 403M encoder at 224 px, 90 of 256 patches masked, a SigLIP 2 and a DINOv3 teacher, as in section 2.1 of
            the report. Which of their sizes, and steps, batch and rates, are not published; those here are a start.
            Teachers are folders as Hugging Face saves them, pictures are folders or tars of samples.
+
+The teachers can see their crops beforehand, for many runs or on other machines; a crop at size=l takes 1.1 MB:
+
+    glmv cache-teachers --config experiments/cogvit_mim.py:size=l --out features --items 1000000 \
+        --config.teachers.semantic.path=... --config.teachers.texture.path=... --config.data.sources.natural=...
+    glmv train --config experiments/cogvit_mim.py:size=l --workdir runs/mim \
+        --config.data.teacher_cache=features --config.data.sources.natural=...
 """
 
 from glmv_jax.config import parse_arg, presets
@@ -33,6 +40,9 @@ def get_config(arg=None):
         "weights": {"natural": 0.8, "instruction": 0.1, "scientific": 0.1},
         # Where each comes from: a folder of pictures or tar files of samples; "": the shipped corpus.
         "sources": {"natural": "", "instruction": "", "scientific": ""},
+        "heldout": 0.01,  # share of a source's own pictures (at least 8) to report on; 0: report on the shipped corpus
+        # A folder of features from `glmv cache-teachers`, read instead of running the teachers; "": they run.
+        "teacher_cache": "",
         "crop_scale": (1.0, 1.0) if nano else (0.2, 1.0),  # share of a picture's area that a crop shows
         "size": 48 if nano else 224,
         "mask_ratio": 0.35,
@@ -41,7 +51,8 @@ def get_config(arg=None):
     }
     # kind: siglip, dinov3 (their path is the folder of a public checkpoint), tower (a run directory) or hog (no path).
     # size: side in pixels of the image that the teacher sees, 0 where its grid of patches is the student's.
-    entry = dict(path="", size=0, dtype="float32" if nano else "bfloat16", bins=9)
+    # normalise: channel (running mean and variance of each channel) or phi_s (all turned to have the same variance).
+    entry = dict(path="", size=0, dtype="float32" if nano else "bfloat16", bins=9, normalise="channel")
     # In the few steps of nano semantics have to count for more: with equal weights the nearest-neighbour probe gained
     # .025 and .003 over an untrained encoder, with these .047 and .053 (two seeds; a teacher with another text pool).
     cfg.teachers = {
@@ -55,6 +66,7 @@ def get_config(arg=None):
         "on": "masked",  # or "all"
         "cosine": 1.0, "smooth_l1": 1.0, "mse": 0.0,  # factors of the terms
         "head_hidden": 256 if nano else 2048,
+        "calibration": 16,  # batches that phi_s takes its statistics from, before the first step
     }  # fmt: skip
 
     cfg.optim = {

@@ -110,6 +110,31 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def cache_teachers(args: argparse.Namespace) -> int:
+    """Writes what the teachers of stage 1 see, for training to read instead of running them.
+
+    Called again with the same values it goes on where it stopped. Several machines can write at once, a part each.
+
+      glmv cache-teachers --config experiments/cogvit_mim.py:size=l --out features --items 1000000 --hosts 4 \\
+          --part 1/4 --config.teachers.semantic.path=siglip2-so400m-patch14-224 --config.data.sources.natural=photos/
+      glmv train --config experiments/cogvit_mim.py:size=l --workdir runs/mim --config.data.teacher_cache=features \\
+          --config.data.sources.natural=photos/
+
+    Crops, seed, sources and teachers have to be those of the training, which refuses any other cache. Beyond --items
+    the training sees the same crops again, with other masks.
+    """
+    cfg = _config(args)
+    from glmv_jax.train import teacher_cache
+    from glmv_jax.train.checkpoint import quiet_orbax
+
+    quiet_orbax()
+    part = tuple(int(n) if n.isdecimal() else 0 for n in args.part.split("/"))
+    if len(part) != 2:
+        raise UserError(f"--part {args.part} is not P/N; give for example 1/4")
+    teacher_cache.write(cfg, args.out, items=args.items, hosts=args.hosts, part=part)
+    return 0
+
+
 def generate(args: argparse.Namespace) -> int:
     """Answers a prompt, with or without an image, with the model of the recipe's last finished stage.
 
@@ -254,6 +279,7 @@ def _alone_in(workdir: str):
 
 _COMMANDS = {
     "train": train,
+    "cache-teachers": cache_teachers,
     "generate": generate,
     "eval": evaluate,
     "report": report,
@@ -286,10 +312,16 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         )
         subs[name].set_defaults(function=function)
 
-    for name in ("train", "show-config"):
+    for name in ("train", "cache-teachers", "show-config"):
         subs[name].add_argument("--config", required=True, metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
         subs[name].epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
     subs["train"].add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
+
+    sub = subs["cache-teachers"]
+    sub.add_argument("--out", required=True, metavar="DIR", help="the cache, made if missing")
+    sub.add_argument("--items", type=int, default=0, metavar="N", help="crops of all hosts; default: every one read")
+    sub.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts that the training will have (default 1)")
+    sub.add_argument("--part", default="1/1", metavar="P/N", help="write only the P-th of N parts (default 1/1: all)")
 
     sub = subs["generate"]
     sub.add_argument("--run", required=True, metavar="DIR", help="a recipe's run directory, as runs/quickstart")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from glmv_jax.data.tars import Tars
 from glmv_jax.typing import UserError
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff")
+FEW = 8  # pictures that are held out however small their share
 
 
 class ImageFiles:
@@ -37,19 +41,49 @@ class ImageFiles:
                 raise UserError(f"{path}: no picture ({', '.join(EXTENSIONS)}) and no .tar in this folder")
         if not self.names:
             self.tars = Tars(path, log)
+        self.numbers: Sequence[int] = range(len(self.names) if self.tars is None else len(self.tars))
 
     def __len__(self) -> int:
-        return len(self.names) if self.tars is None else len(self.tars)
+        return len(self.numbers)
 
     def __getitem__(self, i: int) -> tuple[str, Image.Image]:
+        number = int(self.numbers[i])
         if self.tars is None:
-            return self.names[i], load_image(os.path.join(self.path, self.names[i]))
-        id_, files = self.tars[i]
+            return self.names[number], load_image(os.path.join(self.path, self.names[number]))
+        id_, files = self.tars[number]
         content = picture(id_, files)
         try:
             return id_, load_image(content)
         except UserError as error:  # which knows the bytes alone
             raise UserError(f"sample {id_}: {error}") from None
+
+    def ids(self) -> list[str]:
+        """The id of each picture, none of which is read."""
+        name = self.names.__getitem__ if self.tars is None else self.tars.id_of
+        return [name(int(number)) for number in self.numbers]
+
+    def split(self, share: float) -> tuple[ImageFiles, ImageFiles]:
+        """Two parts, for training and held out: by a hash of the id, so a picture stays where it is as others come.
+
+        share: held out, at least FEW pictures or a quarter. UserError for fewer than 4 pictures.
+        """
+        hashes = np.array([_hash(id_) for id_ in self.ids()], np.uint64)
+        few = min(FEW, len(hashes) // 4)
+        if not few:
+            raise UserError(f"{self.path}: {len(hashes)} pictures are too few to hold some out; give at least 4, or "
+                            "set data.heldout=0 to report on the shipped corpus")
+        bound = max(int(share * 2**64), int(np.partition(hashes, few - 1)[few - 1]) + 1)
+        held = hashes < np.uint64(min(bound, 2**64 - 1))
+        return self._part(~held), self._part(held)
+
+    def _part(self, picked: np.ndarray) -> ImageFiles:
+        part = copy.copy(self)
+        part.numbers = np.asarray(self.numbers)[picked]
+        return part
+
+
+def _hash(id_: str) -> int:
+    return int.from_bytes(hashlib.blake2b(id_.encode(errors="surrogateescape"), digest_size=8).digest(), "big")
 
 
 def picture(id_: str, files: dict[str, bytes]) -> bytes:
@@ -60,29 +94,38 @@ def picture(id_: str, files: dict[str, bytes]) -> bytes:
     raise UserError(f"sample {id_} has no picture, only {', '.join(sorted(files)) or 'nothing'}")
 
 
-def random_crop(image: Image.Image, rng: np.random.Generator, side: int, scale: tuple[float, float]) -> Image.Image:
-    """A part of the picture as a square of `side` pixels (Inception's random resized crop).
+def crop_box(
+    size: tuple[int, int], rng: np.random.Generator, scale: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """A part of a picture of (width, height), as left, top, right, bottom (Inception's random resized crop).
 
     scale: least and largest share of the area, drawn evenly; the aspect ratio is drawn from 3:4 to 4:3 in logarithm.
-    (1, 1): the whole picture, squeezed.
+    (1, 1): the whole picture.
     """
-    width, height = image.size
-    box = (0, 0, width, height)
-    if scale != (1.0, 1.0):
-        for _ in range(10):
-            area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
-            w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-                box = (x, y, x + w, y + h)
-                break
-        else:  # a very long picture: a square of its short side
-            short = min(width, height)
-            x, y = int(rng.integers(width - short + 1)), int(rng.integers(height - short + 1))
-            box = (x, y, x + short, y + short)
-    if box == (0, 0, side, side) == (0, 0, width, height):
+    width, height = size
+    if scale == (1.0, 1.0):
+        return 0, 0, width, height
+    for _ in range(10):
+        area, aspect = width * height * rng.uniform(*scale), np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round((area * aspect) ** 0.5), round((area / aspect) ** 0.5)
+        if 0 < w <= width and 0 < h <= height:
+            break
+    else:  # a very long picture: a square of its short side
+        w = h = min(width, height)
+    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    return x, y, x + w, y + h
+
+
+def cropped(image: Image.Image, box: tuple[int, int, int, int], side: int) -> Image.Image:
+    """That part of the picture, squeezed into a square of `side` pixels."""
+    if box == (0, 0, side, side) == (0, 0, *image.size):
         return image
     return image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+
+
+def random_crop(image: Image.Image, rng: np.random.Generator, side: int, scale: tuple[float, float]) -> Image.Image:
+    """A part of the picture, see `crop_box`, as a square of `side` pixels."""
+    return cropped(image, crop_box(image.size, rng, scale), side)
 
 
 def _pictures(folder: str) -> list[str]:

@@ -8,7 +8,8 @@ Batch contract (NumPy; B rows of this shard, P patches, C = 3 * patch**2, T toke
 `glmv_jax.typing` say what the arrays mean):
 
     mim      patches [B,P,C] u8, yx [B,P,2] i32, frame [B,P] i32, mask [B,P] bool with the same number of True in
-             each row, image [B,S,S,3] uint8 (the crop, for teachers), source [B] i32 (index among the sources)
+             each row, source [B] i32 (index among the sources), and image [B,S,S,3] uint8 (the crop, for teachers) or
+             features: teacher -> [B,P,Ct] bf16, read from a cache
     siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens, segments [B,Tt] i32 (N
              texts an image side by side, each with its eos; segment n is text n, 0 padding), concept [B] i32 (no two
              alike in a batch, over all shards), lang [B,N] i32 (index in LANGUAGES)
@@ -33,17 +34,18 @@ import grain
 import numpy as np
 from PIL import Image
 
-from glmv_jax.data import emoji, masks
+from glmv_jax.data import emoji, features, masks
 from glmv_jax.data.basics import Basics
 from glmv_jax.data.basics import number as basics_number
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.faults import FaultLog, Guarded
-from glmv_jax.data.files import random_crop
+from glmv_jax.data.files import crop_box, cropped
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import Patcher, patchify, to_rgb
 from glmv_jax.data.packing import PackIterDataset, collate
 from glmv_jax.data.records import Pair, Sample
 from glmv_jax.data.schedule import Schedule
+from glmv_jax.data.seeds import generator
 from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, prefetched
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
@@ -105,33 +107,87 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
 # ------------------------------------------------------------------------------------------------------ stage 1: mim
 
 
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """A cache of teachers' features as the source of a batch's `features`. names: of the teachers that are read."""
+
+    cache: features.FeatureCache
+    names: tuple[str, ...]
+    split: str = "train"
+
+
 def mim_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], *, batch: int, size: int = 64, patch: int = 8,
     merge: int = 2, mask_ratio: float = 0.35, mask_kind: str = "blockwise",
-    crop_scale: tuple[float, float] = (1.0, 1.0), reading: Reading = Reading(),
+    crop_scale: tuple[float, float] = (1.0, 1.0), reading: Reading = Reading(), keys: bool = False,
+    stored: Stored | None = None,
 ) -> grain.DatasetIterator:
     """Masked crops of size x size pixels. sources: name -> random access of (id, PIL image).
 
     mask_kind: "blockwise" or "random". crop_scale: shares of an image's area that are cropped, see `files.random_crop`.
+    keys: rows also hold key [B, 64] and id [B], see `features.key`. stored: features come from there; when its crops
+    are used up they come again in the same order with new masks.
     """
     if mask_kind not in ("blockwise", "random"):
         raise UserError(f"unknown kind of mask {mask_kind!r}; choose blockwise or random")
-    transform = functools.partial(_mim_row, size=size, scale=tuple(crop_scale), patch=patch, merge=merge,
-                                  kind=mask_kind, count=masks.count_for(mask_ratio, size // patch, size // patch))
+    mask = _Mask(mask_kind, size // patch, masks.count_for(mask_ratio, size // patch, size // patch))
+    transform = functools.partial(_mim_row, size=size, scale=tuple(crop_scale), patch=patch, merge=merge, mask=mask,
+                                  keys=keys or stored is not None)
     names = list(sources)
     rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)
             for name, source in sources.items()}
-    items = grain.MapDataset.source(Mixture(rows, weights)).batch(batch, drop_remainder=True)
-    return reading.iterator(Stream(items, reading.workers))
+    crops: Any = Mixture(rows, weights)
+    if stored is not None:
+        stored.cache.check_whole(stored.split, reading.shard)
+        crops = _Again(crops, stored.cache.items[stored.split], mask, reading.seed)
+    batches: Any = Stream(grain.MapDataset.source(crops).batch(batch, drop_remainder=True), reading.workers)
+    if stored is not None:
+        batches = features.WithFeatures(batches, stored.cache, stored.names, stored.split, reading.shard)
+    return reading.iterator(batches)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+    kind: str
+    side: int
+    count: int
+
+    def __call__(self, rng: np.random.Generator, yx_P2: np.ndarray) -> np.ndarray:
+        """[P] bool in the order of the row."""
+        return masks.in_row_order(getattr(masks, self.kind)(rng, self.side, self.side, self.count), yx_P2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Again:
+    """The first `count` rows over and over, with their position; masks are drawn anew from the second time on."""
+
+    rows: Mixture
+    count: int
+    mask: _Mask
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, k: int) -> Rows:
+        row = self.rows[k % self.count]
+        if k >= self.count:
+            row = row | {"mask": self.mask(generator(self.seed, "mask", k), row["yx"])}
+        return row | {"position": np.int64(k % self.count)}
 
 
 def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size: int, scale: tuple[float, float],
-             patch: int, merge: int, kind: str, count: int, source: int) -> Rows:
-    pixels = np.asarray(random_crop(to_rgb(record[1]), rng, size, scale))
+             patch: int, merge: int, mask: _Mask, source: int, keys: bool) -> Rows:
+    picture = to_rgb(record[1])
+    box = crop_box(picture.size, rng, scale)
+    pixels = np.asarray(cropped(picture, box, size))
     patches, yx = patchify(pixels, patch, merge)
-    mask = getattr(masks, kind)(rng, size // patch, size // patch, count)
-    return vision_row(patches, yx, len(patches)) | {
-        "mask": masks.in_row_order(mask, yx), "image": pixels, "source": np.int32(source)}
+    row = vision_row(patches, yx, len(patches)) | {
+        "mask": mask(rng, yx), "image": pixels, "source": np.int32(source)}
+    if keys:
+        row |= {"key": features.key(record[0], source, box, picture.size, pixels),
+                "id": np.bytes_(record[0].encode(errors="surrogateescape"))}
+    return row
 
 
 # --------------------------------------------------------------------------------------------------- stage 2: siglip

@@ -58,11 +58,18 @@ class Tars:
         return len(self._samples)
 
     def __getitem__(self, i: int) -> tuple[str, dict[str, bytes]]:
-        file = bisect.bisect_right(self._ends, i)
-        key, members = self._samples[i]
+        file = self._file_of(i)
+        _, members = self._samples[i]
         with open(self.files[file], "rb", buffering=0) as tar:  # not kept open: there may be thousands
             read = {ext: os.pread(tar.fileno(), size, offset) for ext, (offset, size) in members.items()}
-        return f"{Path(self.files[file]).name}/{key}", read
+        return self.id_of(i), read
+
+    def id_of(self, i: int) -> str:
+        """The id of item i, which is not read."""
+        return f"{Path(self.files[self._file_of(i)]).name}/{self._samples[i][0]}"
+
+    def _file_of(self, i: int) -> int:
+        return bisect.bisect_right(self._ends, i)
 
 
 def expand(paths: Paths) -> list[str]:

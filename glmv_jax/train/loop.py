@@ -96,6 +96,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         progress.say(f"{_count(state.params)} parameters, {total} steps{_origin(cfg)}")
     checkpoints.check_space(state)
     constants = jax.device_put(stage.constants(), placement.constants)
+    state = state._replace(extra=stage.begin(placement, constants, state.extra, fresh=restored is None))
     for shapes in map(placement.batch_shapes, stage.batch_shapes()):
         progress.say(f"compiling the step for {_shapes(shapes)}")
         train_step.compile(state, constants, shapes)

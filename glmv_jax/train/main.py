@@ -88,7 +88,9 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
     if restored is None:
         raise UserError(f"{workdir} has no checkpoint yet; train it first")
     state, _ = restored
-    return stage.evaluate(state.params, state.extra, full=True)
+    constants = jax.device_put(stage.constants(), placement.constants)
+    extra = stage.begin(placement, constants, state.extra, fresh=False)
+    return stage.evaluate(state.params, extra, full=True)
 
 
 def _keep_compiled_programs(folder: str) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax.interop import dinov3, siglip
 from glmv_jax.models import build, cogvit, teachers
+from glmv_jax.optim import slash_path
 from glmv_jax.train import checkpoint
 from glmv_jax.typing import UserError
 
@@ -49,6 +55,37 @@ def make(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int) ->
     c, params = dinov3.load(cfg.path, dtype=dtype)
     about = f"DINOv3 {c.depth}x{c.width}/{c.patch} of {cfg.path}"
     return teachers.dinov3(name, c, _cast(params, dtype), about, **where)
+
+
+def stored(name: str, about: Mapping[str, Any], folder: str) -> teachers.Teacher:
+    """One whose features are read from a cache, at no cost; about: its entry in `FeatureCache.teachers`."""
+
+    def apply(params, images):
+        raise ValueError(f"teacher {name} is read from {folder}, and this batch has no features")
+
+    return teachers.Teacher(name, f"{about['about']}, stored", about["channels"], {}, {}, 0.0, apply)
+
+
+def facts(name: str, cfg: ConfigDict, weights: str | None) -> dict[str, Any]:
+    """What a teacher's features depend on; weights: `digest` of its parameters, None where they are not at hand."""
+    entry = {"kind": cfg.kind}
+    if cfg.kind in ("siglip", "dinov3"):
+        entry |= {"size": cfg.get("size", 0), "dtype": cfg.get("dtype", "float32")}
+    if cfg.kind == "hog":
+        entry["bins"] = cfg.bins
+    if weights is not None:
+        entry["weights"] = weights
+    return {f"teachers.{name}.{key}": value for key, value in entry.items()}
+
+
+def digest(params: Any) -> str:
+    """A hash of parameters, the same for the same numbers in whatever files they came."""
+    result = hashlib.sha256()
+    for path, x in jax.tree_util.tree_leaves_with_path(params):
+        x = np.ascontiguousarray(jax.device_get(x))
+        result.update(f"{slash_path(path)} {x.dtype} {x.shape}".encode())
+        result.update(x.view(np.uint8) if x.ndim else x.tobytes())
+    return result.hexdigest()[:32]
 
 
 def _tower(name: str, path: str, student: cogvit.CogViTConfig, grid: int) -> teachers.Teacher:

@@ -152,3 +152,25 @@ def test_crops_are_parts_of_the_picture():
     np.testing.assert_array_equal(whole, np.asarray(picture.resize((32, 32), Image.Resampling.BICUBIC)))
     long = Image.new("RGB", (4000, 10))
     assert random_crop(long, rng, 32, (0.2, 1.0)).size == (32, 32)
+
+
+def test_held_out_pictures_stay_held_out_as_others_come(tmp_path):
+    for i in range(60):
+        Image.new("RGB", (4, 4), (i, i, i)).save(tmp_path / f"{i}.png")
+    train, held = ImageFiles(tmp_path).split(0.3)
+    assert not set(train.ids()) & set(held.ids()) and len(train) + len(held) == 60 and 8 < len(held) < 30
+    assert [held[i][0] for i in range(len(held))] == held.ids() and [id_ for id_, _ in train] == train.ids()
+    for i in range(60, 80):
+        Image.new("RGB", (4, 4)).save(tmp_path / f"{i}.png")
+    more_train, more_held = ImageFiles(tmp_path).split(0.3)
+    assert set(train.ids()) <= set(more_train.ids()) and set(held.ids()) <= set(more_held.ids())
+    assert len(ImageFiles(tmp_path).split(1e-9)[1]) == 8  # a few at least
+
+
+def test_few_pictures_and_tars_are_split_too(tmp_path):
+    shard(tmp_path / "a.tar", 0)
+    train, held = pickle.loads(pickle.dumps(ImageFiles(tmp_path).split(0.01)))
+    assert (len(train), len(held)) == (4, 1) and held[0][0] == held.ids()[0] and train[3][1].size == (40, 30)
+    write_tar(tmp_path / "a.tar", {"1": {"jpg": jpeg(1)}})
+    with pytest.raises(UserError, match="1 pictures are too few to hold some out; give at least 4, or set data.h"):
+        ImageFiles(tmp_path).split(0.01)

@@ -12,7 +12,7 @@ import jax
 from glmv_jax.typing import Axes, Batch, Params, UserError
 
 if TYPE_CHECKING:
-    from glmv_jax.train.state import TrainState
+    from glmv_jax.train.state import Placement, TrainState
 
 
 class DataIterator(Protocol):
@@ -31,8 +31,8 @@ class Stage(abc.ABC):
     """One stage of the recipe. Subclasses are made from the config alone and hold no training state.
 
     The loop calls, in this order: `init_params` (traced, for shapes and for values), `logical_axes`, `init_extra`,
-    `constants`, `train_data`, `evaluate` (the untrained numbers), then again and again `next_batch` and, inside the
-    jitted step, `loss`; at the end `evaluate`, `write_samples` and `notes`.
+    `constants`, `begin`, `train_data`, `evaluate` (the untrained numbers), then again and again `next_batch` and,
+    inside the jitted step, `loss`; at the end `evaluate`, `write_samples` and `notes`.
 
     Attributes:
       name: what progress lines and results call the stage.
@@ -72,6 +72,15 @@ class Stage(abc.ABC):
     def constant_axes(self) -> Axes | None:
         """The tree of `constants` with logical axis names a leaf, to split them as parameters are; None: whole."""
         return None
+
+    def begin(self, placement: Placement, constants: Params, extra: Params, *, fresh: bool) -> Params:
+        """Called once, with everything where it lives and before the first evaluation; returns `extra`.
+
+        fresh: nothing was restored, so what has to be measured before the first step is measured here. `constants` may
+        be kept: an evaluation then uses the very arrays that the step reads.
+        """
+        del placement, constants, fresh
+        return extra
 
     # --- one step ---------------------------------------------------------------------------------------------------
 

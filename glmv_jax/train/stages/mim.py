@@ -6,30 +6,54 @@ weights are not in it; ours follow the spec of each module and are all in the co
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import hashlib
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from glmv_jax import models
 from glmv_jax.data import emoji, files, images, pipeline
 from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.features import FORMAT, FeatureCache
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import concept_number, vision_row
 from glmv_jax.eval import probes
-from glmv_jax.losses import distill
+from glmv_jax.losses import distill, phi_s
 from glmv_jax.models import build, cogvit, mim
+from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import teachers
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.typing import UserError, VisionInput
+from glmv_jax.train.state import Placement
+from glmv_jax.typing import Params, UserError, VisionInput
+
+SPLITS = ("train", "heldout")
 
 
-def reading(cfg: ConfigDict) -> pipeline.Reading:
-    """This process' share of the data, in the order that the run's seed gives."""
+def reading(
+    cfg: ConfigDict, split: str = "train", host: int | None = None, hosts: int | None = None
+) -> pipeline.Reading:
+    """A host's share of the data (of this process, if not given), in the order that the run's seed gives.
+
+    Held-out data do not depend on that seed.
+    """
     return pipeline.Reading(
-        seed=cfg.seed, shard=jax.process_index(), shards=jax.process_count(), workers=cfg.data.workers,
-        faults=cfg.faults or None,
+        seed=cfg.seed if split == "train" else 1, shard=jax.process_index() if host is None else host,
+        shards=hosts or jax.process_count(), workers=cfg.data.workers, faults=cfg.faults or None,
     )  # fmt: skip
+
+
+def _identity(source: Any) -> str:
+    """Which pictures a source has, in words."""
+    if isinstance(source, images.Images):
+        return f"the shipped corpus ({source.split})"
+    ids = hashlib.sha256("\0".join(source.ids()).encode(errors="surrogateescape")).hexdigest()
+    return f"{len(source)} pictures ({ids[:16]})"
 
 
 class MIM(Stage):
@@ -39,17 +63,51 @@ class MIM(Stage):
         super().__init__(cfg)
         if cfg.loss.on not in ("masked", "all"):
             raise UserError(f"loss.on={cfg.loss.on!r} is not known; choose masked or all")
+        self.normalise = {name: t.get("normalise", "channel") for name, t in cfg.teachers.items()}
+        for name, how in self.normalise.items():
+            if how not in ("channel", "phi_s"):
+                raise UserError(f"teachers.{name}.normalise={how!r} is not known; choose channel or phi_s")
         vision = build.vision(cfg.model)
-        self.teachers = [teachers.make(name, t, vision, cfg.data.size) for name, t in cfg.teachers.items()]
+        folder = cfg.data.get("teacher_cache", "")
+        self.cache = FeatureCache(folder) if folder else None
+        self.teachers = [self._teacher(name, t, vision) for name, t in cfg.teachers.items()]
         features = tuple((t.name, t.channels) for t in self.teachers)
         self.model = mim.MIMConfig(vision, mim.HeadsConfig(vision.width, cfg.loss.head_hidden, features, vision.dtype))
-        self.sources = {name: self._source(name, cfg.data.sources[name]) for name in cfg.data.weights}
+        parts = {name: self._source(name, cfg.data.sources[name]) for name in cfg.data.weights}
+        self.sources = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(SPLITS)}
+        if self.cache:
+            self.cache.check(self.facts(jax.process_count()))
+        self._begun: tuple[Placement, Params] | None = None
 
-    def _source(self, name: str, path: str):
-        """A part of the shipped corpus, or pictures on disk."""
-        if path:
-            return files.ImageFiles(path, FaultLog(self.cfg.faults or None))
-        return images.Images(name, "train", self.cfg.seed)
+    def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig):
+        """One that runs, or one that the cache knows; then its weights are compared if they are here."""
+        if self.cache is None:
+            return teachers.make(name, entry, vision, self.cfg.data.size)
+        weights = None
+        if entry.kind == "hog" or entry.path:
+            weights = teachers.digest(teachers.make(name, entry, vision, self.cfg.data.size).params)
+        self.cache.check(teachers.facts(name, entry, weights))
+        return teachers.stored(name, self.cache.teachers[name], str(self.cache.path))
+
+    def _source(self, name: str, path: str) -> tuple[Any, Any]:
+        """Training and held-out part: of pictures on disk, or of the shipped corpus."""
+        if not path:
+            return images.Images(name, "train", self.cfg.seed), images.Images(name, "heldout", 1)
+        share = self.cfg.data.get("heldout", 0.0)
+        if not 0.0 <= share < 1.0:
+            raise UserError(f"data.heldout={share} is no share of the pictures; give a number from 0 to below 1")
+        pictures = files.ImageFiles(path, FaultLog(self.cfg.faults or None))
+        return pictures.split(share) if share else (pictures, images.Images(name, "heldout", 1))
+
+    def facts(self, hosts: int) -> dict[str, Any]:
+        """What the crops of each host depend on."""
+        d = self.cfg.data
+        facts = {"format": FORMAT, "seed": self.cfg.seed, "hosts": hosts, "data.size": d.size,
+                 "model.vision.patch": self.model.vision.patch, "data.crop_scale": tuple(d.crop_scale),
+                 "data.weights": dict(d.weights)}  # fmt: skip
+        for split, sources in self.sources.items():
+            facts |= {f"{split} pictures of {name}": _identity(source) for name, source in sources.items()}
+        return facts
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
@@ -65,14 +123,52 @@ class MIM(Stage):
         return {t.name: t.axes for t in self.teachers}
 
     def init_extra(self):
-        return {"stats": {t.name: distill.init_stats(t.channels) for t in self.teachers}}
+        start = {"channel": distill.init_stats, "phi_s": phi_s.init}
+        return {"stats": {t.name: start[self.normalise[t.name]](t.channels) for t in self.teachers}}
+
+    def begin(self, placement, constants, extra, *, fresh):
+        self._begun = placement, constants
+        turned = [t for t in self.teachers if self.normalise[t.name] == "phi_s"]
+        if not (fresh and turned):
+            return extra
+        seen = self._moments(turned, placement, constants)
+        fitted = {t.name: phi_s.fit(seen[t.name]) for t in turned}
+        if jax.process_count() > 1:  # one host's rounding for all
+            fitted = multihost_utils.broadcast_one_to_all(fitted)
+        return {"stats": extra["stats"] | jax.device_put(fitted, placement.replicated)}
+
+    def _moments(self, turned, placement, constants) -> dict[str, phi_s.Moments]:
+        """Of the features of the first batches, the same that training begins with."""
+        moments = jax.jit(lambda constants, batch: {
+            t.name: phi_s.batch_moments(self._features(t, constants, batch)) for t in turned
+        }, out_shardings=placement.replicated)  # fmt: skip
+        seen: dict[str, phi_s.Moments] = {}
+        with contextlib.closing(self.train_data()) as data, rules_lib.use(placement.mesh, placement.rules):
+            for _ in range(self.cfg.loss.calibration):
+                batch = placement.batch(next(data))
+                found = {k: batch[k] for k in ("image", "features") if k in batch}
+                rows = batch["frame"].size
+                for name, (mean, scatter) in jax.device_get(moments(constants, found)).items():
+                    new = phi_s.Moments(float(rows), np.float64(mean), np.float64(scatter))
+                    seen[name] = seen[name] + new if name in seen else new
+        return seen
+
+    def _features(self, teacher, constants, batch):
+        """[B, P, C] of one teacher, live or stored."""
+        if self.cache is not None:
+            return batch["features"][teacher.name].astype(jnp.float32)
+        return jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
 
     def loss(self, params, constants, extra, batch, key):
         target, stats = {}, {}
         for teacher in self.teachers:
-            features_BPC = jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
-            stats[teacher.name] = distill.update_stats(extra["stats"][teacher.name], features_BPC)
-            target[teacher.name] = distill.standardise(features_BPC, stats[teacher.name])
+            name, old = teacher.name, extra["stats"][teacher.name]
+            features_BPC = self._features(teacher, constants, batch)
+            if self.normalise[name] == "phi_s":
+                stats[name], target[name] = old, phi_s.apply(features_BPC, old)
+            else:
+                stats[name] = distill.update_stats(old, features_BPC)
+                target[name] = distill.standardise(features_BPC, stats[name])
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
         predicted = mim.apply(self.model, params, vision, batch["mask"])
         where = batch["mask"] if self.cfg.loss.on == "masked" else batch["frame"] > 0
@@ -82,15 +178,17 @@ class MIM(Stage):
         return loss, (metrics, {"stats": stats})
 
     # ------------------------------------------------------------------------------------------------- data
-    def _batches(self, sources, reading, batch):
+    def batches(self, split: str, reading: pipeline.Reading, batch: int, *, keys: bool = False):
+        """Crops of a split in the order that the reading gives. keys: for a cache, see `pipeline.mim_batches`."""
         d, v = self.cfg.data, self.model.vision
+        stored = pipeline.Stored(self.cache, tuple(t.name for t in self.teachers), split) if self.cache else None
         return pipeline.mim_batches(
-            sources, dict(d.weights), batch=batch, size=d.size, patch=v.patch, mask_ratio=d.mask_ratio,
-            mask_kind=d.mask_kind, crop_scale=d.crop_scale, reading=reading,
+            self.sources[split], dict(d.weights), batch=batch, size=d.size, patch=v.patch, mask_ratio=d.mask_ratio,
+            mask_kind=d.mask_kind, crop_scale=d.crop_scale, reading=reading, keys=keys, stored=stored,
         )  # fmt: skip
 
     def train_data(self):
-        return self._batches(self.sources, reading(self.cfg), self.own_rows)
+        return self.batches("train", reading(self.cfg), self.own_rows)
 
     def counts(self, batch):
         return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}
@@ -106,23 +204,28 @@ class MIM(Stage):
         return metrics | {"knn": knn_probe(self.model.vision, params["vision"])}
 
     def _heldout_loss(self, params, extra):
+        placement, constants = self._begun or (None, self.constants())
         if not hasattr(self, "_heldout"):
-            sources = {name: images.Images(name, "heldout", 1) for name in self.cfg.data.weights}
-            data = self._batches(sources, pipeline.Reading(seed=1, ahead=0), self.cfg.batch)
-            self._heldout = [next(data) for _ in range(self.cfg.eval.batches)]
+            here = dataclasses.replace(reading(self.cfg, "heldout"), workers=0, ahead=0)  # a few batches, once
+            with contextlib.closing(self.batches("heldout", here, self.cfg.batch)) as data:
+                self._heldout = [next(data) for _ in range(self.cfg.eval.batches)]
             self._loss = jax.jit(self.loss)
             # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that
             # the first number is comparable with the last.
-        constants = self.constants()
-        results = [self._loss(params, constants, extra, batch, jax.random.key(0)) for batch in self._heldout]
+        with rules_lib.use(placement.mesh, placement.rules) if placement else contextlib.nullcontext():
+            put = placement.batch if placement else lambda batch: batch
+            results = [self._loss(params, constants, extra, put(batch), jax.random.key(0)) for batch in self._heldout]
         rows = [{"loss": loss, **metrics} for loss, (metrics, _) in results]
         return {f"heldout/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
     def notes(self):
         classes = len({concept_number(i) for i in _heldout_ids()})
         notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
+        own = [f"{len(source)} of {name}" for name, source in self.sources["heldout"].items()
+               if isinstance(source, files.ImageFiles)]
+        pictures = f"; held-out pictures: {', '.join(own)}" if own else ""
         for t in self.teachers:
-            notes[f"heldout/{t.name}/loss"] = {"chance": None, "note": f"masked patches; teacher: {t.about}"}
+            notes[f"heldout/{t.name}/loss"] = {"chance": None, "note": f"masked patches; teacher: {t.about}{pictures}"}
         return notes
 
 
