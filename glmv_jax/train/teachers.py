@@ -12,7 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax.interop import dinov3, siglip
-from glmv_jax.models import build, cogvit, teachers
+from glmv_jax.models import api, build, cogvit, teachers
+from glmv_jax.models import dinov3 as dinov3_lib
+from glmv_jax.models import siglip as siglip_lib
 from glmv_jax.optim import slash_path
 from glmv_jax.train import checkpoint
 from glmv_jax.typing import UserError
@@ -55,6 +57,21 @@ def make(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int) ->
     c, params = dinov3.load(cfg.path, dtype=dtype)
     about = f"DINOv3 {c.depth}x{c.width}/{c.patch} of {cfg.path}"
     return teachers.dinov3(name, c, _cast(params, dtype), about, **where)
+
+
+def abstract(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int) -> teachers.Teacher:
+    """As `make`, but a public teacher has shapes for parameters and needs no file: SigLIP So400m/14, DINOv3 ViT-L/16.
+
+    For compiling the step of a run whose weights are elsewhere.
+    """
+    if cfg.kind not in ("siglip", "dinov3"):
+        return make(name, cfg, student, crop)
+    config = siglip_lib.SiglipVisionConfig if cfg.kind == "siglip" else dinov3_lib.DINOv3Config
+    teacher, dtype = getattr(teachers, cfg.kind), cfg.get("dtype", "float32")
+    c = config(dtype=dtype)
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.dtype(dtype)), api.abstract_params(c))
+    about = f"{cfg.kind} {c.depth}x{c.width}/{c.patch}, shapes alone"
+    return teacher(name, c, params, about, size=cfg.get("size", 0), grid=crop // student.patch)
 
 
 def stored(name: str, about: Mapping[str, Any], folder: str) -> teachers.Teacher:

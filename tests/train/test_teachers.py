@@ -1,6 +1,6 @@
-"""Public teachers inside stage 1: transformers' own folders, transformers' own answers, and a run on a mesh.
+"""Public teachers inside stage 1: transformers' own folders, transformers' own answers.
 
-Not covered: released weights; a teacher that does not fit one device (only that its parameters are split).
+Whole runs with them are in test_real_teachers. Not covered: released weights.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ml_collections import ConfigDict  # noqa: E402
 from glmv_jax.models.cogvit import CogViTConfig  # noqa: E402
 from glmv_jax.train import teachers  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
-from tests.interop.test_public_towers import OTHER, SMALL, TEXT, randomise  # noqa: E402
+from tests.train import hf_folders  # noqa: E402
 
 STUDENT = CogViTConfig(depth=1, width=16, heads=2, mlp=16, patch=4)
 CROP = 16  # a grid of 4 x 4
@@ -35,19 +35,12 @@ def entry(**values):
 
 @pytest.fixture(scope="module")
 def siglip_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("siglip")
-    vision = dict(image_size=CROP, patch_size=4, **SMALL)
-    config = transformers.SiglipConfig(text_config=TEXT | SMALL | {"projection_size": 32}, vision_config=vision)
-    randomise(transformers.SiglipModel(config)).save_pretrained(folder)
-    return folder
+    return hf_folders.siglip(tmp_path_factory.mktemp("siglip"), CROP, 4)
 
 
 @pytest.fixture(scope="module")
 def dinov3_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dinov3")
-    config = transformers.DINOv3ViTConfig(patch_size=8, image_size=32, num_register_tokens=4, **OTHER)
-    randomise(transformers.DINOv3ViTModel(config)).save_pretrained(folder)
-    return folder
+    return hf_folders.dinov3(tmp_path_factory.mktemp("dinov3"), 32, 8)
 
 
 def test_siglip_sees_what_its_own_processor_gives(siglip_folder):

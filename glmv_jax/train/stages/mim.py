@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -59,8 +60,10 @@ def _identity(source: Any) -> str:
 class MIM(Stage):
     name = "mim"
 
-    def __init__(self, cfg: ConfigDict) -> None:
+    def __init__(self, cfg: ConfigDict, make: Callable = teachers.make) -> None:
+        """make: how a teacher is had; `teachers.abstract` to compile a step without weights."""
         super().__init__(cfg)
+        self._make = make
         if cfg.loss.on not in ("masked", "all"):
             raise UserError(f"loss.on={cfg.loss.on!r} is not known; choose masked or all")
         self.normalise = {name: t.get("normalise", "channel") for name, t in cfg.teachers.items()}
@@ -82,10 +85,10 @@ class MIM(Stage):
     def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig):
         """One that runs, or one that the cache knows; then its weights are compared if they are here."""
         if self.cache is None:
-            return teachers.make(name, entry, vision, self.cfg.data.size)
+            return self._make(name, entry, vision, self.cfg.data.size)
         weights = None
         if entry.kind == "hog" or entry.path:
-            weights = teachers.digest(teachers.make(name, entry, vision, self.cfg.data.size).params)
+            weights = teachers.digest(self._make(name, entry, vision, self.cfg.data.size).params)
         self.cache.check(teachers.facts(name, entry, weights))
         return teachers.stored(name, self.cache.teachers[name], str(self.cache.path))
 
