@@ -66,7 +66,7 @@ def get_config(arg=None):
         "on": "masked",  # or "all"
         "cosine": 1.0, "smooth_l1": 1.0, "mse": 0.0,  # factors of the terms
         "head_hidden": 256 if nano else 2048,
-        "calibration": 16,  # batches that phi_s takes its statistics from, before the first step
+        "calibration": 16 if nano else 2,  # batches that phi_s takes its statistics from, before the first step
     }  # fmt: skip
 
     cfg.optim = {

@@ -32,7 +32,7 @@ from glmv_jax.typing import UserError
 FORMAT = 1
 KEY = 64
 _CELLS, _LEVELS = 4, 6  # of the thumbnail: cells a side, and how far a colour may be from the stored one
-_FILE_BYTES = 2**28
+FILE_BYTES = 2**28
 _DTYPES = {"BF16": np.dtype(np.uint16), "U8": np.dtype(np.uint8)}  # as they are read; bfloat16 has no buffer of its own
 
 
@@ -40,14 +40,14 @@ def key(id_: str, source: int, box: Sequence[int], size: Sequence[int], pixels_S
     """[64] uint8: which crop this is, and how it looks."""
     what = hashlib.blake2b(json.dumps([id_, source, *box, *size]).encode(), digest_size=16).digest()
     n = pixels_SS3.shape[0] // _CELLS
-    cells = pixels_SS3[: n * _CELLS, : n * _CELLS].reshape(_CELLS, n, _CELLS, n, 3)
-    means = cells.mean((1, 3), dtype=np.float32).round().astype(np.uint8)
-    return np.concatenate([np.frombuffer(what, np.uint8), means.ravel()])
+    lines = pixels_SS3[: n * _CELLS, : n * _CELLS].reshape(_CELLS, n, -1)
+    sums = lines.sum(1, dtype=np.uint32).reshape(_CELLS, _CELLS, n, 3).sum(2)  # in two: many times faster than at once
+    return np.concatenate([np.frombuffer(what, np.uint8), (sums // n**2).astype(np.uint8).ravel()])
 
 
 def rows_per_file(bytes_per_crop: int) -> int:
     """A power of two from 16 to 256, and a quarter of a gigabyte at most if it can: so much a kill may cost."""
-    return 2 ** min(8, max(4, int(math.log2(_FILE_BYTES / bytes_per_crop))))
+    return 2 ** min(8, max(4, int(math.log2(FILE_BYTES / bytes_per_crop))))
 
 
 def folder(split: str, host: int) -> str:

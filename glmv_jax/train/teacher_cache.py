@@ -40,11 +40,19 @@ class Plan:
     patches: int
     crop_bytes: int
 
-    def part(self, p: int, n: int) -> list[File]:
-        """The files of the p-th of n writers, in the order in which they are written."""
-        files = [(split, host, number) for split, items in self.items.items() for host in range(self.hosts)
-                 for number in range(items // self.rows)]  # fmt: skip
-        return files[len(files) * (p - 1) // n : len(files) * p // n]
+    def part(self, p: int, n: int) -> range:
+        """Which files the p-th of n writers writes, of all files in a row."""
+        files = self.hosts * sum(self.items.values()) // self.rows
+        return range(files * (p - 1) // n, files * p // n)
+
+    def file(self, i: int) -> File:
+        """The i-th of all files."""
+        for split, items in self.items.items():
+            each = items // self.rows
+            if i < self.hosts * each:
+                return split, i // each, i % each
+            i -= self.hosts * each
+        raise IndexError(i)
 
 
 def write(cfg: Any, out: str | Path, *, items: int = 0, hosts: int = 1, part: tuple[int, int] = (1, 1)) -> None:
@@ -52,7 +60,8 @@ def write(cfg: Any, out: str | Path, *, items: int = 0, hosts: int = 1, part: tu
 
     Args:
       items: crops of the training, of all hosts together; 0: all that its steps read. Rounded up to whole files.
-        A run that reads more sees the same crops again, with other masks.
+        A run that reads more sees the same crops again, with other masks. Asked for more than there are, the cache
+        grows; for fewer, the rest stays unused.
       part: (p, n): only the p-th of n parts, for n machines that write at the same time.
     Raises:
       UserError: another stage, a folder with another cache, too little room on the disk.
@@ -67,15 +76,16 @@ def write(cfg: Any, out: str | Path, *, items: int = 0, hosts: int = 1, part: tu
     plan = _plan(stage, items or cfg.steps * cfg.batch * hosts, hosts)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        _record(stage, plan, out)
-        todo = [file for file in plan.part(*part) if not _path(out, file).exists()]
-        needed, free = len(todo) * plan.rows * plan.crop_bytes, shutil.disk_usage(out).free
-        if needed > free:
+        share, there = plan.part(*part), sum(1 for _ in out.rglob("*.safetensors"))
+        needed, free = (len(share) - there) * plan.rows * plan.crop_bytes, shutil.disk_usage(out).free
+        if needed > free:  # before anything is listed: a slip in --items may ask for more files than memory holds
             raise UserError(f"{out}: {size_text(needed)} of features are to be written and {size_text(free)} are free; "
                             "choose fewer --items or another --out")
+        _record(stage, plan, out)
+        todo = [file for file in map(plan.file, share) if not _path(out, file).exists()]
         progress = Progress("teachers", len(todo), headline="MB")
         progress.say(f"{len(todo) * plan.rows:,} crops in {len(todo)} files, {plan.crop_bytes:,} bytes a crop, "
-                     f"{size_text(needed)} in all")
+                     f"{size_text(len(todo) * plan.rows * plan.crop_bytes)} in all")
         with contextlib.closing(progress):
             _write(stage, plan, todo, out, progress)
     progress.say(f"written; train with --config.data.teacher_cache={out}")
@@ -92,19 +102,17 @@ def _plan(stage: mim.MIM, items: int, hosts: int) -> Plan:
 
 
 def _record(stage: mim.MIM, plan: Plan, out: Path) -> None:
-    """cache.json; UserError when the folder holds another cache. More items than there were are an extension."""
+    """cache.json; UserError when the folder holds another cache. Its items may change: they are how many are used."""
     facts = stage.facts(plan.hosts)
     for t in stage.teachers:
         facts |= teachers.facts(t.name, stage.cfg.teachers[t.name], teachers.digest(t.params))
     about = {t.name: {"channels": t.channels, "about": t.about} for t in stage.teachers}
-    items = dict(plan.items)
     if (out / "cache.json").exists():
         old = features.FeatureCache(out)
         old.check(facts)
         if set(old.teachers) != set(about):
             raise UserError(f"{out} is a cache of the teachers {', '.join(sorted(old.teachers))}; give another --out")
-        items = {split: max(n, old.items[split]) for split, n in items.items()}
-    write_json(out / "cache.json", {"facts": facts, "items": items, "rows": plan.rows, "teachers": about})
+    write_json(out / "cache.json", {"facts": facts, "items": plan.items, "rows": plan.rows, "teachers": about})
 
 
 def _path(out: Path, file: File) -> Path:

@@ -8,6 +8,7 @@ write or read at the same time.
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,19 +23,24 @@ pytest.importorskip("transformers")
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
+import safetensors.numpy as safetensors  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from glmv_jax import config  # noqa: E402
+from glmv_jax.data import features  # noqa: E402
 from glmv_jax.data.faults import FaultLog  # noqa: E402
+from glmv_jax.data.features import FeatureCache  # noqa: E402
 from glmv_jax.losses import phi_s  # noqa: E402
 from glmv_jax.parallel import mesh as mesh_lib  # noqa: E402
 from glmv_jax.parallel import rules as rules_lib  # noqa: E402
 from glmv_jax.train import checkpoint, loop, main, teacher_cache  # noqa: E402
 from glmv_jax.train.metrics import read_jsonl  # noqa: E402
+from glmv_jax.train.stages import mim  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
 from tests.train import hf_folders  # noqa: E402
 from tests.train.test_stages import update  # noqa: E402
 
+SHORT = 2**16  # 32 crops of these small teachers
 ROOT = Path(__file__).parents[2]
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 
@@ -49,12 +55,21 @@ def world(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         noise = Image.fromarray(rng.integers(0, 256, (5, 6, 3)).astype(np.uint8))
         noise.resize(rng.integers(30, 90, 2).tolist(), Image.Resampling.BICUBIC).save(folder / f"{i:03d}.jpg")
-    broken = root / "pictures" / "0" / "027.jpg"
+    broken = root / "pictures" / "0" / "015.jpg"
     broken.write_bytes(broken.read_bytes()[:200])
-    for name in ("siglip", "other"):
-        hf_folders.siglip(root / name, 32, 8)
+    shutil.copytree(hf_folders.siglip(root / "siglip", 32, 8), root / "other")
+    weights = safetensors.load_file(root / "other" / "model.safetensors")
+    weights["vision_model.post_layernorm.bias"][0] += 1e-3
+    safetensors.save_file(weights, root / "other" / "model.safetensors", {"format": "pt"})
     hf_folders.dinov3(root / "dinov3", 64, 16)
     return root
+
+
+@pytest.fixture(autouse=True, scope="module")
+def short_files():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(features, "FILE_BYTES", SHORT)
+        yield
 
 
 def experiment(world, *more: str, live=True, kind=("siglip", "dinov3")):
@@ -77,7 +92,7 @@ def live(world):
 
 @pytest.fixture(scope="module")
 def cache(world):
-    teacher_cache.write(experiment(world), world / "cache", items=600)
+    teacher_cache.write(experiment(world), world / "cache", items=60)
     return world / "cache"
 
 
@@ -94,10 +109,10 @@ def test_a_broken_picture_is_counted_and_held_out_ones_are_not_trained_on(world,
     assert [row["step"] for row in rows(workdir)] == [1, 2, 3, 4, 5, 6]
     assert not any(row["skipped"] for row in rows(workdir))
     log = FaultLog(workdir / "faults.jsonl")
-    assert set(log.counts()) == {"natural"} and '/0/027.jpg' in log.path.read_text()
+    assert set(log.counts()) == {"natural"} and '/0/015.jpg' in log.path.read_text()
     stage = main.stage_class("mim")(experiment(world))
     train, held = (set(stage.sources[split]["natural"].ids()) for split in ("train", "heldout"))
-    assert not train & held and len(train | held) == 30 and len(held) == 7 and "0/027.jpg" in train
+    assert not train & held and len(train | held) == 30 and len(held) == 7 and "0/015.jpg" in train
     note = results["metrics"]["heldout/semantic/loss"]["note"]
     assert "SigLIP 2x32/8 of" in note and note.endswith("at 32 px; held-out pictures: 7 of natural")
 
@@ -129,7 +144,7 @@ def test_a_foreign_cache_is_refused(world, cache):
         main.stage_class("mim")(cfg)
     with pytest.raises(UserError, match="data.crop_scale is .0.3, 1.0. there and .0.2, 1.0. here"):
         build("data.crop_scale=(0.2, 1.0)", live=False)
-    with pytest.raises(UserError, match="train pictures of natural is 23 pictures .* there and 15 pictures"):
+    with pytest.raises(UserError, match="train pictures of natural is 23 pictures .* there and 1. pictures"):
         build("data.heldout=0.5", live=False)
     with pytest.raises(UserError, match="teachers.texture.dtype is bfloat16 there and float32 here"):
         build("teachers.texture.dtype=float32", live=False)
@@ -139,24 +154,49 @@ def test_a_foreign_cache_is_refused(world, cache):
 
 def test_a_killed_writer_goes_on_and_parts_make_a_whole(world, cache, tmp_path):
     want = files(cache)
-    assert list(want) == ["heldout-0000/000000.safetensors", *(f"train-0000/00000{n}.safetensors" for n in range(3))]
+    assert list(want) == [f"{name}.safetensors" for name in ("heldout-0000/000000", "train-0000/000000",
+                                                             "train-0000/000001")]  # fmt: skip
     for part in ((1, 3), (2, 3), (3, 3)):
-        teacher_cache.write(experiment(world), tmp_path / "parts", items=600, part=part)
+        teacher_cache.write(experiment(world), tmp_path / "parts", items=60, part=part)
     assert files(tmp_path / "parts") == want
 
-    write = f"teacher_cache.write(experiment(Path({str(world)!r})), {str(tmp_path / 'killed')!r}, items=600)"
-    code = f"from tests.train.test_real_teachers import *\n{write}"
+    write = f"teacher_cache.write(experiment(Path({str(world)!r})), {str(tmp_path / 'killed')!r}, items=60)"
+    code = f"from tests.train.test_real_teachers import *\nfeatures.FILE_BYTES = SHORT\n{write}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "killed/train-0000/000000.safetensors").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     begun = files(tmp_path / "killed")
-    assert 2 <= len(begun) < 4 and all(want[name] == content for name, content in begun.items())
-    times = {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in begun}
-    teacher_cache.write(experiment(world), tmp_path / "killed", items=600)
-    assert files(tmp_path / "killed") == want
-    assert times == {name: (tmp_path / "killed" / name).stat().st_mtime_ns for name in begun}
+    assert len(begun) == 2  # by the time the second of training was due it was dead
+    (tmp_path / "killed/train-0000/000001.safetensors.1.part").write_bytes(b"half")
+    teacher_cache.write(experiment(world), tmp_path / "killed", items=60)
+    again = files(tmp_path / "killed")
+    assert list(again) == list(want) and all(again[name] == content for name, content in begun.items())
+    seen, keys = FeatureCache(tmp_path / "killed").read("train", 0, np.arange(64), ["semantic"])
+    first, first_keys = FeatureCache(cache).read("train", 0, np.arange(64), ["semantic"])
+    np.testing.assert_array_equal(keys, first_keys)
+    np.testing.assert_allclose(seen["semantic"].astype(np.float32), first["semantic"].astype(np.float32), atol=0.05)
+
+
+def test_each_host_reads_its_own_crops(world, tmp_path):
+    """Written for two hosts; what the second one reads is what it would have seen."""
+    cfg = experiment(world, kind=("hog", "hog"))
+    teacher_cache.write(cfg, tmp_path, items=20, hosts=2)
+    live = mim.MIM(experiment(world, kind=("hog", "hog")))
+    with pytest.raises(UserError, match="hosts is 2 there and 1 here"):
+        mim.MIM(experiment(world, f"data.teacher_cache={tmp_path}", kind=("hog", "hog")))
+    reading = mim.reading(live.cfg, "train", 1, 2)
+    images = live.batches("train", reading, 4)
+    want = next(images)
+    live.cache = FeatureCache(tmp_path)
+    stored = live.batches("train", reading, 4)
+    got = next(stored)
+    for data in (images, stored):
+        data.close()
+    np.testing.assert_array_equal(got["patches"], want["patches"])
+    seen = live.teachers[0].apply({}, jnp.asarray(want["image"])).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(got["features"]["semantic"], np.asarray(seen))
 
 
 def test_a_disk_that_is_too_small_is_told_before(world, tmp_path):

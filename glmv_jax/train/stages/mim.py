@@ -80,6 +80,10 @@ class MIM(Stage):
         self.sources = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(SPLITS)}
         if self.cache:
             self.cache.check(self.facts(jax.process_count()))
+            asked, there = cfg.eval.batches * cfg.batch, self.cache.items["heldout"]
+            if asked > there:
+                raise UserError(f"the teacher cache {folder} holds {there} held-out crops, eval.batches of this batch "
+                                f"take {asked}; run glmv cache-teachers with these values, it adds what is missing")
         self._begun: tuple[Placement, Params] | None = None
 
     def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig):
@@ -134,6 +138,7 @@ class MIM(Stage):
         turned = [t for t in self.teachers if self.normalise[t.name] == "phi_s"]
         if not (fresh and turned):
             return extra
+        print(f"{self.name}: statistics for PHI-S from {self.cfg.loss.calibration} batches", flush=True)
         seen = self._moments(turned, placement, constants)
         fitted = {t.name: phi_s.fit(seen[t.name]) for t in turned}
         if jax.process_count() > 1:  # one host's rounding for all
