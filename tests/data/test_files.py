@@ -44,7 +44,7 @@ def shard(path, first, n=5):
 
 @pytest.fixture(autouse=True)
 def no_cache_of_ours(monkeypatch, tmp_path):
-    monkeypatch.setattr("glmv_jax.data.tars.CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("glmv_jax.data.cache.FOLDER", str(tmp_path / "cache"))
 
 
 def test_samples_by_number(tmp_path):
