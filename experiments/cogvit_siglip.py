@@ -7,13 +7,19 @@ size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English
            and single shapes and symbols for a quarter of the pairs. Held-out R@5 .22 to .26 (chance .028), three seeds.
 role=teacher: a smaller tower trained from nothing for a short while; stage 1's semantic teacher.
 size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs.
+sources=a+b: pairs on disk (glmv_jax/data/pairs) instead of the shipped corpus, under names of your own:
+
+    glmv train --config experiments/cogvit_siglip.py:size=l,sources=web+wukong --workdir runs/siglip \
+        --config.init_from=runs/mim \
+        --config.data.sources.web.path='web-{00000..09999}.tar' --config.data.sources.web.weight=3 \
+        --config.data.sources.wukong.path=wukong/ --config.data.sources.wukong.lang=zh
 """
 
 from glmv_jax.config import parse_arg, presets
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="nano", role="student")
+    arg = parse_arg(arg, size="nano", role="student", sources="")
     nano = arg.size == "nano"
     steps, batch = (300, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
@@ -25,13 +31,18 @@ def get_config(arg=None):
     if arg.role == "teacher":
         cfg.steps, cfg.model.vision.depth = 110, 3
 
+    # Of a source, see `Source` in glmv_jax/data/pairs; format "" is told from the path.
+    entry = dict(path="", format="", weight=1.0, lang="auto", image="", text="", alike="image", split="train")
     cfg.data = {
+        "sources": {name: dict(entry) for name in filter(None, arg.sources.split("+"))},  # none: the shipped corpus
+        "heldout": 0.02 if nano else 0.001,  # share of the sources' records kept for evaluation
+        "chinese": 0.5,  # share of Chinese texts, whatever the sources hold, where an image has one text
         "vocabulary": "",
         # Patches of an image row, drawn anew for each batch (NaFlex), and how often.
         "lengths": (48,) if nano else (128, 256, 576, 784, 1024),
         "length_shares": (1.0,) if nano else (0.2, 0.2, 0.2, 0.2, 0.2),
-        "both_languages": nano,  # a text in each language an image; else one, half of them Chinese
-        "basics": 0.25 if nano else 0.0,  # share of single shapes and symbols
+        "both_languages": nano and not arg.sources,  # a text in each language an image; else one
+        "basics": 0.25 if nano and not arg.sources else 0.0,  # share of single shapes and symbols
         "texts": {"name": 0.3, "name+keywords": 0.5, "keywords": 0.2},
         "workers": 0 if nano else 8,
     }
@@ -42,7 +53,7 @@ def get_config(arg=None):
         # Patches (and tokens) that a device embeds at a time, 0: all of its rows; the gradient is the same.
         "positions": 0 if nano else 16_384,
     }
-    cfg.eval = {"patches": 48 if nano else 256}
+    cfg.eval = {"patches": 48 if nano else 256, "pairs": 200 if nano else 1000}  # pairs: of the sources, a language
     # From few texts a tower learns little more than what words mean. With random branches, a probe for a pool and its
     # matrices at the full rate R@5 among 360 other concepts, set aside from training, was .12; with these it is .19.
     cfg.optim = {

@@ -33,7 +33,7 @@ class ImageFiles:
         self.tars: Tars | None = None
         self.names: list[str] = []
         if os.path.isdir(self.path):
-            self.names = sorted(_pictures(self.path))
+            self.names = sorted(pictures(self.path)[0])
             tars = any(Path(self.path).glob("*.tar"))
             if tars and self.names:
                 raise UserError(f"{path}: {len(self.names)} pictures and tar files in one folder; put them in two")
@@ -59,7 +59,7 @@ class ImageFiles:
 
     def ids(self) -> list[str]:
         """The id of each picture, none of which is read."""
-        name = self.names.__getitem__ if self.tars is None else self.tars.id_of
+        name = self.names.__getitem__ if self.tars is None else self.tars.id
         return [name(int(number)) for number in self.numbers]
 
     def split(self, share: float) -> tuple[ImageFiles, ImageFiles]:
@@ -128,10 +128,13 @@ def random_crop(image: Image.Image, rng: np.random.Generator, side: int, scale: 
     return cropped(image, crop_box(image.size, rng, scale), side)
 
 
-def _pictures(folder: str) -> list[str]:
-    found = []
+def pictures(folder: str) -> tuple[list[str], list[str]]:
+    """Names of the pictures and of all other files in a folder, however deep; hidden ones are left out."""
+    found: tuple[list[str], list[str]] = [], []
     for root, _, names in os.walk(folder, followlinks=True):
         inside = os.path.relpath(root, folder)
-        found += [os.path.normpath(os.path.join(inside, name)) for name in names
-                  if name.rpartition(".")[2].lower() in EXTENSIONS and not name.startswith(".")]
+        for name in names:
+            if not name.startswith("."):
+                other = name.rpartition(".")[2].lower() not in EXTENSIONS
+                found[other].append(os.path.normpath(os.path.join(inside, name)))
     return found

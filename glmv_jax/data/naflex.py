@@ -11,6 +11,7 @@ uint8. Normalising them, and showing a still frame twice, is the tower's part: o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
@@ -18,6 +19,7 @@ import math
 import pathlib
 import struct
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -39,16 +41,24 @@ def load_image(source: str | pathlib.Path | bytes | Image.Image, max_pixels: int
     """
     if isinstance(source, Image.Image):
         return to_rgb(source)
+    with opened(source, max_pixels) as image:
+        image.load()
+        return to_rgb(image)
+
+
+@contextlib.contextmanager
+def opened(source: str | pathlib.Path | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """The picture of a file or of its bytes as Pillow opens it, its pixels not yet decoded; UserError as `load_image`,
+    also for what is raised while it is in use."""
     name = "the image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-            opened = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
-        with opened as image:
+            file = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        with file as image:
             if image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError
-            image.load()
-            return to_rgb(image)
+            yield image
     except FileNotFoundError:
         raise UserError(f"{name} does not exist; check the path") from None
     except (IsADirectoryError, PermissionError) as error:

@@ -11,8 +11,9 @@ Batch contract (NumPy; B rows of this shard, P patches, C = 3 * patch**2, T toke
              each row, source [B] i32 (index among the sources), and image [B,S,S,3] uint8 (the crop, for teachers) or
              features: teacher -> [B,P,Ct] bf16, read from a cache
     siglip   patches, yx, frame (NaFlex: native aspect ratio, padded to the budget), tokens, segments [B,Tt] i32 (N
-             texts an image side by side, each with its eos; segment n is text n, 0 padding), concept [B] i32 (no two
-             alike in a batch, over all shards), lang [B,N] i32 (index in LANGUAGES)
+             texts an image side by side, each with its eos; segment n is text n, 0 padding), concept [B] i32 (of the
+             shipped corpus no two alike in a batch, over all shards; rows that are alike are no negatives of each
+             other), lang [B,N] i32 (index in LANGUAGES)
     vlm      tokens [B,T] i32, positions [B,T,3] i32, segments [B,T] i32, image_row [B,T] i32, loss_weight [B,T] f32,
              source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row)
     prompts  the vlm arrays with one prompt a row, and length [B] i32, next_position [B] i32 (`packing.collate`),
@@ -27,14 +28,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 from PIL import Image
 
-from glmv_jax.data import emoji, features, masks
+from glmv_jax.data import emoji, features, masks, pairs
 from glmv_jax.data.basics import Basics
 from glmv_jax.data.basics import number as basics_number
 from glmv_jax.data.building import Document, DocumentBuilder
@@ -43,6 +44,7 @@ from glmv_jax.data.files import crop_box, cropped
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import Patcher, patchify, to_rgb
 from glmv_jax.data.packing import PackIterDataset, collate
+from glmv_jax.data.pairs import balance, picture
 from glmv_jax.data.records import Pair, Sample
 from glmv_jax.data.schedule import Schedule
 from glmv_jax.data.seeds import generator
@@ -227,13 +229,59 @@ def siglip_batches(
         rows = Stream(reading.guarded(order, row, "pairs"), reading.workers, chunk=32)
         return UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load()))
 
-    lengths = lengths or {patcher.max_patches: 1.0}
-    # Each length goes through the pairs in an order of its own.
+    return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
+
+
+def _of_lengths(batches: Callable[[int, Reading], grain.IterDataset], lengths: Mapping[int, float], reading: Reading
+                ) -> grain.DatasetIterator:
+    """Batches of image rows of one length, which changes from batch to batch and is the same on every host.
+
+    Each length goes through the pairs in an order of its own.
+    """
     streams = {str(length): batches(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n))
                for n, length in enumerate(lengths)}
     if len(streams) == 1:
         return reading.iterator(*streams.values())
     return reading.iterator(Schedule(streams, {str(length): share for length, share in lengths.items()}, reading.seed))
+
+
+def pair_batches(
+    sources: Mapping[str, pairs.Source], tokenizer: Tokenizer, patcher: Patcher, *, batch: int,
+    lengths: Mapping[int, float] | None = None, text_length: int = 64, chinese: float | None = 0.5,
+    heldout: float = 0.0, reading: Reading = Reading(),
+) -> grain.DatasetIterator:
+    """Image-text pairs of sources on disk, in the form of `siglip_batches`. A record may come twice in a batch.
+
+    `concept` is a hash of the picture (or of the text, where a source says so): pairs of one picture are no negatives
+    of each other, on whatever hosts they are. Pairs of different pictures with the same text are, as in SigLIP.
+    chinese: share of Chinese rows, one text an image; None: a text in both languages, of records that have both.
+    heldout: share of records that is never trained on (`heldout.source_pairs`).
+    """
+    parts = balance.opened(sources, reading.shard, reading.shards, reading.log)
+    balanced = balance.Balanced(parts, chinese, heldout)
+
+    def batches(length: int, reading: Reading) -> grain.IterDataset:
+        own = dataclasses.replace(patcher, max_patches=length)
+
+        def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
+            row = functools.partial(_pair_row, langs=langs, alike=sources[name].alike, tokenizer=tokenizer, patcher=own,
+                                    length=text_length)
+            return reading.guarded(order, row, name)
+
+        rows = Stream(balanced.mixed(reading.seed, guard), reading.workers, chunk=32)
+        return UniqueBatchIterDataset(rows, batch, "concept", below=0)
+
+    return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
+
+
+def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: Tokenizer,
+              patcher: Patcher, length: int) -> Rows:
+    pair = ref.reader[ref.index]
+    texts = [pair.texts[lang][rng.integers(len(pair.texts[lang]))] for lang in langs]
+    tokens, segments = tokenizer.side_by_side(texts, length)
+    return vision_row(*patcher(picture.sized(pair.image, patcher)), patcher.max_patches) | {
+        "tokens": tokens, "segments": segments, "concept": np.int32(picture.label(pairs.alike(pair, alike))),
+        "lang": np.array([LANGUAGES.index(lang) for lang in langs], np.int32)}
 
 
 class _ConceptEpochs:

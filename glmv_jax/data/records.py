@@ -34,9 +34,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """An image and its texts by language ("en", "zh"), each a list whose first entry is the name."""
+    """An image and its texts by language ("en", "zh").
+
+    image: RGB; encoded bytes from sources on disk, to be decoded when the size it is needed at is known.
+    texts: of the shipped corpus the name, then keywords; of sources on disk captions of equal rank.
+    """
 
     id: str
-    image: Image.Image
+    image: Image.Image | bytes
     texts: dict[str, list[str]]
     source: str = "emoji"

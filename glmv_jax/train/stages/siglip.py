@@ -15,7 +15,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import models
-from glmv_jax.data import emoji, heldout, pipeline
+from glmv_jax.data import emoji, heldout, pairs, pipeline
+from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import probes
@@ -30,6 +31,7 @@ from glmv_jax.train.stages.mim import knn_probe, reading
 from glmv_jax.typing import UserError, VisionInput
 
 QUERIES = ("en name", "zh name", "zh name+keywords")
+EVAL_ROWS = 256  # held-out rows that are embedded at a time
 
 
 class SigLIP(Stage):
@@ -49,6 +51,11 @@ class SigLIP(Stage):
                 f"data.lengths={d.lengths} and data.length_shares={d.length_shares}: give each once, with a share"
             )
         self.shape_buckets = len(d.lengths)
+        self.sources = {name: pairs.Source.of(name, entry) for name, entry in d.get("sources", {}).items()}
+        if self.sources and d.basics:
+            raise UserError("data.basics is a share of the shipped corpus; with data.sources set data.basics=0")
+        for source in self.sources.values():
+            source.files()  # a path that is wrong is said now
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
@@ -79,11 +86,15 @@ class SigLIP(Stage):
     # ------------------------------------------------------------------------------------------------- data
     def train_data(self):
         d = self.cfg.data
+        shared = dict(
+            batch=self.own_rows, lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.model.text.length,
+            chinese=None if d.both_languages else d.chinese, reading=reading(self.cfg),
+        )  # fmt: skip
+        if self.sources:
+            return pipeline.pair_batches(self.sources, self.tokenizer, self.patcher, heldout=d.heldout, **shared)
         return pipeline.siglip_batches(
-            emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, batch=self.own_rows,
-            lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.model.text.length,
-            chinese=None if d.both_languages else 0.5, texts=dict(d.texts), basics=d.basics,
-            reading=reading(self.cfg),
+            emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, texts=dict(d.texts), basics=d.basics,
+            **shared,
         )  # fmt: skip
 
     def batch_shapes(self):
@@ -104,45 +115,68 @@ class SigLIP(Stage):
 
     # ------------------------------------------------------------------------------------------------- evaluation
     def evaluate(self, params, extra, *, full: bool):
-        """Retrieval among held-out concepts, both ways; the nearest-neighbour probe of the trunk."""
-        pairs, image_NE, text_NE = self._embed(params)
+        """Retrieval among held-out pairs, both ways; the nearest-neighbour probe of the trunk."""
         metrics = {}
-        for query in QUERIES:
-            found = probes.recall(probes.ranks(text_NE[query], image_NE, pairs.concept))
-            back = probes.recall(probes.ranks(image_NE, text_NE[query], pairs.concept))
-            metrics |= {f"{query} -> image {k}": v for k, v in found.items()}
-            metrics |= {f"image -> {query} {k}": v for k, v in back.items()}
+        for held, image_NE, text_NE in self._embed(params):
+            for query in text_NE:
+                found = probes.recall(probes.ranks(text_NE[query], image_NE, held.concept))
+                back = probes.recall(probes.ranks(image_NE, text_NE[query], held.concept))
+                metrics |= {f"{query} -> image {k}": v for k, v in found.items()}
+                metrics |= {f"image -> {query} {k}": v for k, v in back.items()}
         return metrics | ({"knn": knn_probe(self.model.vision, params["vision"])} if full else {})
 
     @functools.cached_property
-    def pairs(self):
-        return heldout.heldout_pairs(self.tokenizer, self.patcher, self.model.text.length)
+    def heldout_sets(self):
+        """Sets of held-out pairs: the shipped corpus', or of the sources one a language."""
+        cfg, options = self.cfg, (self.tokenizer, self.patcher, self.model.text.length)
+        if not self.sources:
+            return [heldout.heldout_pairs(*options)]
+        log = FaultLog(cfg.faults or None)
+        found = heldout.source_pairs(self.sources, *options, share=cfg.data.heldout, limit=cfg.eval.pairs, log=log)
+        return list(found.values())
 
     def _embed(self, params):
-        pairs = self.pairs
-        image_NE = np.asarray(self._image(params, VisionInput(*(pairs.vision[k] for k in ("patches", "yx", "frame")))))
-        return pairs, image_NE, {q: np.asarray(self._text(params, pairs.texts[q])) for q in QUERIES}
+        """(pairs, image embeddings, text embeddings by query) of each held-out set."""
+        for held in self.heldout_sets:
+            vision = VisionInput(*(held.vision[k] for k in ("patches", "yx", "frame")))
+            texts = {q: _in_chunks(lambda t: self._text(params, t), held.texts[q]) for q in _queries(held)}
+            yield held, _in_chunks(lambda v: self._image(params, v), vision), texts
 
     def notes(self):
-        at = probes.chance(self.pairs.concept)
-        names = [name for q in QUERIES for name in (f"{q} -> image", f"image -> {q}")]
-        classes = len(set(self.pairs.concept.tolist()))
-        notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
-        return notes | {
-            f"{name} {k}": {"chance": v, "note": "held-out concepts"} for name in names for k, v in at.items()
-        }
+        n = emoji.HELD_OUT
+        notes = {"knn": {"chance": 1.0 / n, "note": f"which of {n} held-out concepts, 5 neighbours"}}
+        for held in self.heldout_sets:
+            names = [name for q in _queries(held) for name in (f"{q} -> image", f"image -> {q}")]
+            about = f"{len(held.ids)} held-out pairs" if self.sources else "held-out concepts"
+            at = probes.chance(held.concept)
+            notes |= {f"{name} {k}": {"chance": v, "note": about} for name in names for k, v in at.items()}
+        return notes
 
     def write_samples(self, params, extra, folder):
         """For a few held-out queries in each language, the five nearest images."""
-        pairs, image_NE, text_NE = self._embed(params)
         writer = SampleWriter(folder)
-        for query in ("en name", "zh name+keywords"):
-            lang = query[:2]
-            scores_NN = text_NE[query] @ image_NE.T
-            for i in np.random.default_rng(0).permutation(len(pairs.ids))[:12].tolist():
-                order = np.argsort(-scores_NN[i])[:5].tolist()
-                writer.add(
-                    kind="retrieval", id=pairs.ids[i], source="retrieval", query=pairs.names[lang][i], lang=lang,
-                    images=[writer.image(pairs.ids[j], pairs.images[j]) for j in order],
-                    gold=order.index(i) if i in order else None, correct=order[0] == i,
-                )  # fmt: skip
+        for held, image_NE, text_NE in self._embed(params):
+            for query in {query[:2]: query for query in text_NE}.values():  # of each language the last
+                lang = query[:2]
+                scores_NN = text_NE[query] @ image_NE.T
+                for i in np.random.default_rng(0).permutation(len(held.ids))[:12].tolist():
+                    order = np.argsort(-scores_NN[i])[:5].tolist()
+                    writer.add(
+                        kind="retrieval", id=held.ids[i], source="retrieval", query=held.names[lang][i], lang=lang,
+                        images=[writer.image(held.ids[j], held.images[j]) for j in order],
+                        gold=order.index(i) if i in order else None, correct=order[0] == i,
+                    )  # fmt: skip
+
+
+def _queries(held: heldout.HeldoutPairs) -> list[str]:
+    return [query for query in QUERIES if query in held.texts]
+
+
+def _in_chunks(embed, rows):
+    """embed(rows) as an array of the host, EVAL_ROWS rows at a time; the last ones are filled up with the first."""
+    n = jax.tree.leaves(rows)[0].shape[0]
+    if n <= EVAL_ROWS:
+        return np.asarray(embed(rows))
+    chunks = np.arange(-(-n // EVAL_ROWS) * EVAL_ROWS).reshape(-1, EVAL_ROWS) % n
+    take = lambda chunk: jax.tree.map(lambda x: x[chunk], rows)  # noqa: E731
+    return np.concatenate([np.asarray(embed(take(chunk))) for chunk in chunks])[:n]
