@@ -36,8 +36,11 @@ def _file(path: str):
     except ImportError:
         raise UserError("reading array_record files needs array_record; pip install 'glmv_jax[data]'") from None
     try:
-        return array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0", file_reader_buffer_size=32768)
-    except (RuntimeError, ValueError) as error:
+        reader = array_record_module.ArrayRecordReader(path, "readahead_buffer_size:0", file_reader_buffer_size=32768)
+        if not reader.ok():
+            reader.read([0])  # says what is wrong, which opening it does not
+        return reader
+    except (RuntimeError, ValueError, IndexError) as error:
         raise UserError(f"the array_record file cannot be read ({_line(error)})") from None
 
 

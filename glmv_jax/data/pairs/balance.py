@@ -24,13 +24,13 @@ from glmv_jax.data.pairs import Source
 from glmv_jax.data.pairs.reader import Reader
 from glmv_jax.typing import UserError
 
-FILES_A_HOST = 4  # with fewer, hosts share out the records of every file
+FILES_A_HOST = 16  # with fewer, hosts share out the records of every file
 LEAST = 1e-5  # of a language: a source with a smaller share of it has none to speak of
 WINDOW = 16  # blocks that are read side by side
 TRIES = 1000
 SMALL = 1 << 16  # up to here a permutation is drawn: an index shuffle of few costs up to milliseconds
 
-Part = tuple[Source, Reader, slice]  # a source, what reads this host's files of it, and this host's records of those
+Part = tuple[Source, Reader, slice]  # a source, what reads this host's files of it, which of their records are its own
 
 WRONG = 1 << len(LANGUAGES)  # in the index: has no text that could be read
 
@@ -45,14 +45,24 @@ class Ref(NamedTuple):
 
 def opened(sources: Mapping[str, Source], shard: int, shards: int, log: FaultLog, cache: str | None = None
            ) -> dict[str, Part]:
-    """This host's part of each source: some of its files, or where those are few, every `shards`-th record of all."""
+    """This host's part of each source: some of its files, or where those are few, some records of every file.
+
+    Either is dealt out in a random order, the same on all hosts: one in which languages take turns is often met.
+    """
     found = {}
     for name, source in sources.items():
-        files = source.files()
-        mine = files[shard::shards] if len(files) >= FILES_A_HOST * shards else files
-        part = slice(None) if mine is not files else slice(shard, None, shards)
-        found[name] = source, source.open(mine, name, log, cache), part
+        files, part = source.files(), slice(shard, None, shards)
+        if len(files) >= FILES_A_HOST * shards:
+            files, part = [files[n] for n in _dealt(len(files), part)], slice(None)
+        found[name] = source, source.open(files, name, log, cache), part
     return found
+
+
+def _dealt(n: int, part: slice) -> np.ndarray:
+    """This part of 0 ... n - 1 in a random order, put in order again."""
+    if part in (slice(None), slice(0, None, 1)):
+        return np.arange(n)
+    return np.sort(np.random.default_rng(n).permutation(n)[part])
 
 
 def held_out(id_: str, share: float) -> bool:
@@ -168,8 +178,8 @@ class Balanced:
                 raise UserError(_missing(langs, chinese, parts))
 
     def _add(self, name: str, source: Source, bits: np.ndarray, part: slice) -> None:
-        rows = np.arange(len(bits), dtype=np.uint32 if len(bits) < 2**32 else np.int64)[part]
-        bits = bits[part]
+        rows = _dealt(len(bits), part).astype(np.uint32 if len(bits) < 2**32 else np.int64)
+        bits = bits[rows]
         if not len(rows):
             raise UserError(f"source {name!r} has too few records for so many hosts; use fewer")
         wants = {langs: sum(1 << LANGUAGES.index(lang) for lang in langs) for langs in self._shares}

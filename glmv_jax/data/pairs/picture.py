@@ -20,13 +20,17 @@ def sized(content: bytes, patcher: Patcher) -> Image.Image:
     """
     with opened(content) as image:
         turned = image.getexif().get(_ORIENTATION) in _TURNED
-        width, height = reversed(image.size) if turned else image.size
-        height, width = patcher.size(height, width)
-        image.draft(None, (height, width) if turned else (width, height))  # of use for JPEG alone
+        height, width = patcher.size(*(image.size if turned else image.size[::-1]))
+        stored = (height, width) if turned else (width, height)
+        resample = getattr(Image.Resampling, patcher.resample.upper())
+        if image.format == "JPEG":
+            drafted = image.draft(None, stored)  # where its corners come to lie: not always on whole pixels
+            image.load()
+            if image.size != stored:
+                return to_rgb(image.resize(stored, resample, box=drafted[1] if drafted else None))
         image.load()
         rgb = to_rgb(image)
-    return rgb if rgb.size == (width, height) else rgb.resize((width, height), getattr(
-        Image.Resampling, patcher.resample.upper()))
+    return rgb if rgb.size == (width, height) else rgb.resize((width, height), resample)
 
 
 def label(content: bytes | str) -> int:
