@@ -8,7 +8,6 @@ from PIL import Image
 
 from glmv_jax.data.naflex import Patcher, opened, to_rgb
 
-_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF: these orientations swap width and height
 
 
 def sized(content: bytes, patcher: Patcher) -> Image.Image:
@@ -18,19 +17,16 @@ def sized(content: bytes, patcher: Patcher) -> Image.Image:
     which its format makes cheap: half the time for 640x480 to 252x196, at 45 dB from the picture decoded in full.
     UserError: no picture, a broken one, or one too long for the patcher.
     """
+    resample = getattr(Image.Resampling, patcher.resample.upper())
     with opened(content) as image:
-        turned = image.getexif().get(_ORIENTATION) in _TURNED
-        height, width = patcher.size(*(image.size if turned else image.size[::-1]))
-        stored = (height, width) if turned else (width, height)
-        resample = getattr(Image.Resampling, patcher.resample.upper())
-        if image.format == "JPEG":
-            drafted = image.draft(None, stored)  # where its corners come to lie: not always on whole pixels
+        if image.format == "JPEG":  # resized before it is set upright: sizes do not depend on that
+            size = patcher.size(*image.size[::-1])[::-1]
+            drafted = image.draft(None, size)  # and where its corners come to lie: not always on whole pixels
             image.load()
-            if image.size != stored:
-                return to_rgb(image.resize(stored, resample, box=drafted[1] if drafted else None))
+            return to_rgb(image.resize(size, resample, box=drafted[1] if drafted else None))
         image.load()
         rgb = to_rgb(image)
-    return rgb if rgb.size == (width, height) else rgb.resize((width, height), resample)
+    return patcher.resize(rgb)
 
 
 def label(content: bytes | str) -> int:

@@ -174,6 +174,9 @@ def test_an_epoch_has_every_record_once_and_the_next_another_order(tmp_path):
     numbers = np.array([int(id_.rpartition("/")[2]) for id_ in rows[:600]])
     assert [len(set(numbers[i : i + 112] // 7)) for i in (0, 112)] == [16, 16], "a few row groups at a time"
     assert np.abs(np.diff(numbers[:112])).mean() > 20, "and mixed within them"
+    found = sources(web={"path": made.texts_tar(tmp_path / "a.tar", [EN] * 50)})
+    rows = [id_ for id_, _, _ in refs(found, 100, chinese=0.0)]
+    assert sorted(rows[:50]) == sorted(rows[50:]) and rows[:50] != rows[50:] and rows[:50] != sorted(rows[:50])
 
 
 def test_resumed_in_workers_and_without(tmp_path):
@@ -318,10 +321,11 @@ def test_a_large_jpeg_is_decoded_small_and_is_the_same_picture(orientation, tmp_
 
 
 def test_a_picture_of_its_size_is_not_resized_again():
-    """`sized` settles the size; the patcher must then leave it."""
+    """`sized` settles the size, of a JPEG before it is set upright; the patcher must then leave it."""
     rng = np.random.default_rng(0)
     for _ in range(300):
         height, width = (int(np.exp(rng.uniform(np.log(8), np.log(3000)))) for _ in range(2))
         if max(height, width) < 150 * min(height, width):
             patcher = Patcher(patch=14, max_patches=int(rng.choice([128, 256, 576, 784, 1024])))
-            assert patcher.size(*patcher.size(height, width)) == patcher.size(height, width)
+            size = patcher.size(height, width)
+            assert patcher.size(*size) == size == patcher.size(width, height)[::-1]
