@@ -19,6 +19,7 @@ from typing import Any
 from glmv_jax.config import nearest
 from glmv_jax.data.emoji import LANGUAGES
 from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.files import EXTENSIONS
 from glmv_jax.data.pairs import tfds
 from glmv_jax.data.pairs.fields import Fields
 from glmv_jax.data.pairs.reader import Reader
@@ -109,11 +110,15 @@ def told(name: str, path: str) -> str:
     names = os.listdir(text) if os.path.isdir(text) else [os.path.basename(text.rstrip("/"))]
     if tfds.INFO in names:
         return "tfds"
-    found = {format for format in ("tar", "parquet", "array_record")
-             if any(f".{format}" in n.lower() for n in names)}
-    if not found and os.path.isdir(text):
+    found = {form for form in ("tar", "parquet", "array_record") if any(f".{form}" in n.lower() for n in names)}
+    if not found and _has_pictures(text):
         return "folder"
     if len(found) != 1:
-        what = f"holds {' and '.join(sorted(found))}" if found else "says no format"
+        what = f"holds {' and '.join(sorted(found))}" if found else "says no format, and is no folder of pictures"
         raise UserError(f"data.sources.{name}: {path} {what}; set data.sources.{name}.format: {', '.join(FORMATS)}")
     return found.pop()
+
+
+def _has_pictures(folder: str) -> bool:
+    return any(name.rpartition(".")[2].lower() in EXTENSIONS for _, _, names in os.walk(folder, followlinks=True)
+               for name in names)

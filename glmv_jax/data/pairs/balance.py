@@ -26,7 +26,7 @@ from glmv_jax.typing import UserError
 
 FILES_A_HOST = 16  # with fewer, hosts share out the records of every file
 LEAST = 1e-5  # of a language: a source with a smaller share of it has none to speak of
-WINDOW = 16  # blocks that are read side by side
+WINDOW = 1024  # records of blocks that are read side by side
 TRIES = 1000
 SMALL = 1 << 16  # up to here a permutation is drawn: an index shuffle of few costs up to milliseconds
 
@@ -103,14 +103,15 @@ def _bits(reader: Reader, i: int) -> int:
 class Order:
     """Some records of one source, each once an epoch in a new order, without end. Item i is a `Ref`.
 
-    Where a file gives records in blocks (parquet's row groups), WINDOW blocks are read side by side: the blocks are
-    shuffled, then the records within each window. A held-out record gives way to the next one.
+    Where a file gives records in blocks (parquet's row groups), a few are read side by side: the blocks are shuffled,
+    then the records within each window of about WINDOW records. A held-out record gives way to the next one.
     """
 
     def __init__(self, reader: Reader, rows: np.ndarray, seed: int, heldout: float) -> None:
         self.reader, self.rows, self.seed, self.heldout = reader, rows, seed, heldout
         starts = np.unique(np.searchsorted(rows, reader.blocks()))
         self._starts = np.append(starts[starts < len(rows)], len(rows))  # of the blocks, among `rows`
+        self._width = max(2, -(-WINDOW * (len(self._starts) - 1) // len(rows)))  # blocks of a window
         self._epoch: tuple[int, np.ndarray, np.ndarray] | None = None
         self._window: tuple[tuple[int, int], np.ndarray] | None = None
 
@@ -129,8 +130,8 @@ class Order:
 
     def _shuffled(self, epoch: int, place: int) -> int:
         blocks, ends = self._blocks(epoch)
-        first = np.searchsorted(ends, place, side="right") // WINDOW * WINDOW  # block of the window that place is in
-        start, end = (int(ends[n - 1]) if n else 0 for n in (first, min(first + WINDOW, len(ends))))
+        first = np.searchsorted(ends, place, side="right") // self._width * self._width  # of its window's blocks
+        start, end = (int(ends[n - 1]) if n else 0 for n in (first, min(first + self._width, len(ends))))
         place = start + self._in_window(epoch, start, end - start, place - start)
         block = int(np.searchsorted(ends, place, side="right"))
         return int(self._starts[blocks[block]]) + place - (int(ends[block - 1]) if block else 0)

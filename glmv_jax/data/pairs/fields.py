@@ -1,8 +1,9 @@
 """Which fields of a record are its picture and its texts, whatever the format: columns, keys of a JSON file, features
 of an example, or the files of a sample by extension.
 
-Texts are taken from fields that name a language (en, zh, caption_en, zh.txt ...) and else from the first of `TEXTS`
-that is there; their language is what the source declares or, with "auto", what their characters say.
+Texts are taken from fields that name a language (en, zh, caption_en, zh.txt ...) and, for languages that none names,
+from the first of `TEXTS` that is there; its language is what the source declares or, with "auto", what its characters
+say.
 """
 
 from __future__ import annotations
@@ -57,20 +58,25 @@ class Fields:
 
     def texts(self, record: Record) -> dict[str, list[str]]:
         """Texts by language; a language is there only with a text. UserError: none, or something other than text."""
-        named = {name: _language_of(name) for name in record if not self.text or name == self.text}
-        found: dict[str, list[str]] = {}
-        for name, lang in named.items():
+        named: dict[str, list[str]] = {}
+        for name in record:
+            lang = _language_of(name) if self.text in ("", name) else ""
             if lang and self.lang in ("auto", lang):
-                found.setdefault(lang, []).extend(_strings(name, record[name]))
-        found = {lang: texts for lang, texts in found.items() if texts}
+                named.setdefault(lang, []).extend(_strings(name, record[name]))
+        found: dict[str, list[str]] = {}
         name = self.text or next((n for n in TEXTS if record.get(n) is not None), "")
-        if not found and name and not named.get(name):
-            for text in _strings(name, record.get(name)):
-                found.setdefault(language(text) if self.lang == "auto" else self.lang, []).append(text)
+        for text in _strings(name, record.get(name)) if not _language_of(name) else ():
+            found.setdefault(language(text) if self.lang == "auto" else self.lang, []).append(text)
+        found |= {lang: texts for lang, texts in named.items() if texts}
         if not found:
             what = f"its text {name!r} is empty" if record.get(name) is not None else "no text"
             raise UserError(f"{what}; it has {', '.join(sorted(record)) or 'nothing'}")
         return found
+
+    def uses(self, name: str, picture: bool) -> bool:
+        """Whether a field of this name may be what is taken."""
+        text = name == self.text if self.text else name in TEXTS or bool(_language_of(name))
+        return text or (picture and (name == self.image if self.image else name in IMAGES))
 
 
 def _content(value: Any) -> Any:

@@ -1,8 +1,8 @@
 """Parquet files, as Hugging Face's data sets are stored: a column of pictures, struct<bytes, path> or binary, and
 columns of texts (strings, or lists of them).
 
-A record is found by its row group, the least that a parquet file gives. Some are kept, so it pays that records of one
-row group are asked for close together, as `balance.Order` does.
+A record is found by its row group, the least that a parquet file gives. Those used last are kept, and `balance.Order`
+asks for the records of few row groups at a time. Small ones (100 records) are the best: each worker process reads each.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from glmv_jax.data.pairs.fields import Record
 from glmv_jax.data.pairs.reader import Opened, Reader
 from glmv_jax.typing import UserError
 
-ROW_GROUPS = 24  # kept in memory
+KEPT = 1 << 30  # bytes of row groups in memory, in each process
 
 
 class Parquet(Reader):
@@ -71,10 +71,10 @@ class Parquet(Reader):
             self._kept.move_to_end(key)
             return self._kept[key]
         opened = self._open[self.files[file]]
-        columns = None if picture else [f.name for f in opened.schema_arrow if not _holds_bytes(f.type)]
+        columns = [name for name in opened.schema_arrow.names if self.fields.uses(name, picture)]
         table = _guarded(lambda: opened.read_row_group(group, columns=columns), f"row group {group}")
         self._kept[key] = table
-        if len(self._kept) > ROW_GROUPS:
+        while sum(kept.nbytes for kept in self._kept.values()) > KEPT and len(self._kept) > 1:
             self._kept.popitem(last=False)
         return table
 
@@ -106,8 +106,3 @@ def _file(path: str):
 def _closed(file) -> None:
     file.close()
 
-
-def _holds_bytes(kind) -> bool:
-    pyarrow = _pyarrow()
-    inner = [kind.field(n).type for n in range(kind.num_fields)] if pyarrow.types.is_struct(kind) else [kind]
-    return any(pyarrow.types.is_binary(t) or pyarrow.types.is_large_binary(t) for t in inner)

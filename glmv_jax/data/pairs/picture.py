@@ -9,7 +9,6 @@ from PIL import Image
 from glmv_jax.data.naflex import Patcher, opened, to_rgb
 
 
-
 def sized(content: bytes, patcher: Patcher) -> Image.Image:
     """An encoded picture as RGB of the very size that `patcher` gives one of its dimensions.
 

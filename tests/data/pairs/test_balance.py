@@ -166,14 +166,16 @@ def test_hosts_read_disjoint_parts_and_lengths_alike(files, tmp_path):
 
 
 def test_an_epoch_has_every_record_once_and_the_next_another_order(tmp_path):
-    images = made.hugging_face([made.jpeg(i, format="PNG") for i in range(600)])
-    found = sources(web={"path": made.parquet(tmp_path / "a.parquet", {"image": images, "text": [EN] * 600}, 7)})
-    rows = [id_ for id_, _, _ in refs(found, 1200, chinese=0.0)]
-    assert sorted(rows[:600]) == sorted(rows[600:]) == sorted(set(rows))
-    assert rows[:600] != rows[600:] and rows != [id_ for id_, _, _ in refs(found, 1200, chinese=0.0, seed=1)]
-    numbers = np.array([int(id_.rpartition("/")[2]) for id_ in rows[:600]])
-    assert [len(set(numbers[i : i + 112] // 7)) for i in (0, 112)] == [16, 16], "a few row groups at a time"
-    assert np.abs(np.diff(numbers[:112])).mean() > 20, "and mixed within them"
+    n, group = 3500, 350
+    columns = {"image": made.hugging_face([b"x"] * n), "text": [EN] * n}
+    found = sources(web={"path": made.parquet(tmp_path / "a.parquet", columns, group)})
+    rows = [id_ for id_, _, _ in refs(found, 2 * n, chinese=0.0)]
+    assert sorted(rows[:n]) == sorted(rows[n:]) == sorted(set(rows))
+    assert rows[:n] != rows[n:] and rows[:n] != [id_ for id_, _, _ in refs(found, n, chinese=0.0, seed=1)]
+    numbers = np.array([int(id_.rpartition("/")[2]) for id_ in rows[:n]])
+    windows = [numbers[i : i + 3 * group] // group for i in (0, 3 * group)]
+    assert [len(set(window)) for window in windows] == [3, 3], "a few row groups at a time"
+    assert np.mean(np.diff(windows[0]) != 0) > 0.5, "and mixed within them"
     found = sources(web={"path": made.texts_tar(tmp_path / "a.tar", [EN] * 50)})
     rows = [id_ for id_, _, _ in refs(found, 100, chinese=0.0)]
     assert sorted(rows[:50]) == sorted(rows[50:]) and rows[:50] != rows[50:] and rows[:50] != sorted(rows[:50])

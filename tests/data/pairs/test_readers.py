@@ -149,7 +149,7 @@ def test_tfds_and_array_record_read_the_same_files(tmp_path):
 def test_declared_languages_and_fields(tmp_path):
     samples = {"0": {"jpg": made.jpeg(1), "png": made.jpeg(2), "txt": b"a cat", "zh.txt": "猫\n小猫".encode()}}
     path = made.tar(tmp_path / "a.tar", samples)
-    assert read(path).texts(0) == {"zh": ["猫", "小猫"]}
+    assert read(path).texts(0) == {"en": ["a cat"], "zh": ["猫", "小猫"]}
     assert read(path, lang="zh").texts(0) == {"zh": ["猫", "小猫"]}
     assert read(path, lang="en")[0].texts == {"en": ["a cat"]}
     assert read(path, text="txt", lang="zh").texts(0) == {"zh": ["a cat"]}
@@ -163,8 +163,11 @@ def test_parquet_reads_a_row_group_and_pictures_beside_it(tmp_path):
     assert made.shade(reader[9].image) == 7
     assert reader.blocks().tolist() == [0, 4, 8]
     assert {key[1] for key in reader._kept} == {2}, "of three row groups one was read"
-    reader = read(made.parquet(tmp_path / "b.parquet", {"jpg": [made.jpeg(3)], "text": ["t"]}))
+    columns = {"jpg": [made.jpeg(3)], "text": ["t"], "embedding": [[0.5] * 99]}
+    reader = read(made.parquet(tmp_path / "b.parquet", columns))
     assert reader[0].image == made.jpeg(3), "a column of plain bytes"
+    reader.texts(0)
+    assert [table.column_names for table in reader._kept.values()] == [["jpg", "text"], ["text"]]
 
 
 @pytest.mark.parametrize("form", ["parquet", "array_record", "tar", "tfds"])
@@ -298,7 +301,7 @@ def test_formats_are_told_from_paths(tmp_path):
     ({"path": "a.tar", "lang": "fr"}, r"web\.lang='fr' is not known; choose auto, en, zh"),
     ({"path": "a.tar", "format": "zip"}, r"web\.format='zip' is not known; choose folder, tar"),
     ({"path": "a.tar", "weight": 0.0}, r"web\.weight=0.0 must be above 0"),
-    ({"path": "data.bin"}, r"data.bin says no format; set data\.sources\.web\.format"),
+    ({"path": "data.bin"}, r"data.bin says no format.*; set data\.sources\.web\.format"),
 ])  # fmt: skip
 def test_wrong_configs(entry, error):
     with pytest.raises(UserError, match=error) as caught:
@@ -313,9 +316,8 @@ def test_paths_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         Source.of("web", {"path": str(tmp_path / "absent"), "format": "folder"}).files()
     (tmp_path / "empty").mkdir()
-    source = Source.of("web", {"path": str(tmp_path / "empty")})
-    with pytest.raises(UserError, match="source 'web': no record"):
-        source.open(source.files(), "web")
+    with pytest.raises(UserError, match="empty says no format, and is no folder of pictures; set"):
+        Source.of("web", {"path": str(tmp_path / "empty")})
     made.tar(tmp_path / "a.tar", {"a": {"txt": b"t"}})
     made.parquet(tmp_path / "a.parquet", {"text": ["t"]})
     with pytest.raises(UserError, match="holds parquet and tar; set"):
