@@ -41,7 +41,7 @@ def cached(path: str, kind: str, build: Callable[[], tuple[Arrays, bool]], folde
     if whole:
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
-            temporary = kept.with_suffix(f".{os.getpid()}")
+            temporary = kept.with_suffix(f".{os.uname().nodename}-{os.getpid()}")  # hosts may share the folder
             with temporary.open("wb") as file:
                 np.savez(file, **arrays)
             temporary.replace(kept)

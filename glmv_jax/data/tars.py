@@ -114,6 +114,7 @@ def _table(samples: dict[str, dict[str, tuple[int, int]]]) -> Arrays:
     keys = [key.encode() for key in samples]
     files = [(ext, *at) for sample in samples.values() for ext, at in sample.items()]
     extensions = sorted({ext for ext, _, _ in files})
+    large = any(size >= 2**32 for _, _, size in files)
     number = {ext: n for n, ext in enumerate(extensions)}
     return {
         "keys": np.frombuffer(b"".join(keys), np.uint8),
@@ -122,7 +123,7 @@ def _table(samples: dict[str, dict[str, tuple[int, int]]]) -> Arrays:
         "extensions": np.array(extensions, np.str_),
         "extension": np.array([number[ext] for ext, _, _ in files], np.uint16),
         "offset": np.array([offset for _, offset, _ in files], np.int64),
-        "size": np.array([size for _, _, size in files], np.int64),
+        "size": np.array([size for _, _, size in files], np.int64 if large else np.uint32),
     }
 
 

@@ -45,7 +45,7 @@ class Source:
     format:   one of FORMATS; "": told from the path.
     weight:   how often it is read beside the others, within each language (`balance`).
     lang:     "en" or "zh": all its texts are; "auto": told record by record, by field or by characters, in one reading
-              of all texts whose result is kept.
+              of all texts (of array_record and TFDS, of whole records) whose result is kept.
     image, text: names of the fields, "" for the usual ones (`fields`).
     alike:    what makes two pairs of a batch no negatives of each other: the same "image" (its bytes), or the same
               "text", for data with few different texts.

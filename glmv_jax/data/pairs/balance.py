@@ -25,7 +25,7 @@ from glmv_jax.data.pairs.reader import Reader
 from glmv_jax.typing import UserError
 
 FILES_A_HOST = 16  # with fewer, hosts share out the records of every file
-LEAST = 1e-5  # of a language: a source with a smaller share of it has none to speak of
+LEAST = 1e-5  # a source in which a language has a smaller share, or that has a smaller share of a language, is left out
 WINDOW = 1024  # records of blocks that are read side by side
 TRIES = 1000
 SMALL = 1 << 16  # up to here a permutation is drawn: an index shuffle of few costs up to milliseconds
@@ -197,10 +197,11 @@ class Balanced:
         """Endless random access. guard(order, languages of a row, source's name) -> random access of what it makes."""
         by_language = {}
         for langs, weights in self._weights.items():
-            orders = {name: guard(Order(self._readers[name], self._rows[langs][name], seed, self._heldout), langs, name)
-                      for name in weights}
             total = sum(weights.values())
-            by_language["+".join(langs)] = Mixture(orders, {name: w / total for name, w in weights.items()})
+            shares = {name: weight / total for name, weight in weights.items() if weight >= LEAST * total}
+            orders = {name: guard(Order(self._readers[name], self._rows[langs][name], seed, self._heldout), langs, name)
+                      for name in shares}
+            by_language["+".join(langs)] = Mixture(orders, shares)
         return Mixture(by_language, {"+".join(langs): share for langs, share in self._shares.items()})
 
     def count(self) -> dict[str, dict[str, int]]:

@@ -4,6 +4,8 @@
 The length of the image rows may change from step to step (NaFlex); the global batch never does. What does not fit is
 embedded some rows at a time, with the gradient of the whole batch (`parallel.micro`), and the loss has forms for many
 devices (`losses.sigmoid`).
+
+Pairs are the shipped corpus, or with `data.sources` what lies on disk (`data.pairs`); a share of that is held out.
 """
 
 from __future__ import annotations

@@ -121,6 +121,12 @@ def test_a_language_that_is_missing(tmp_path):
         batches(found, chinese=1.5)
 
 
+def test_a_source_of_hardly_any_weight_is_left_out(tmp_path):
+    a, b = (made.texts_tar(tmp_path / f"{n}.tar", [EN, ZH]) for n in "ab")
+    drawn = refs(sources(a={"path": a}, b={"path": b, "weight": 1e-9}), 50)
+    assert {name for _, _, name in drawn} == {"a"}
+
+
 def test_languages_are_read_once(tmp_path, capsys):
     path = made.texts_tar(tmp_path / "a.tar", [EN, ZH, EN, ZH])
     for _ in range(2):
