@@ -15,7 +15,7 @@ import itertools
 import os
 import re
 import tarfile
-from collections.abc import Collection, Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,17 +65,27 @@ class Tars:
         start, end = _span(table["key_ends"], row)
         return f"{Path(self.files[file]).name}/{table['keys'][start:end].tobytes().decode()}"
 
-    def read(self, i: int, without: Collection[str] = ()) -> dict[str, bytes]:
-        """The files of sample i by extension, but those `without`."""
-        file, row = self._locate(i)
+    def extensions(self, i: int) -> list[str]:
+        """Those of the files of sample i, in their order; nothing is read."""
+        return [extension for extension, _ in self._members(i)]
+
+    def read(self, i: int, wanted: Container[str] | None = None, without: Container[str] = ()) -> dict[str, bytes]:
+        """The files of sample i by extension: all, or those `wanted`, but not those `without`."""
+        file, _ = self._locate(i)
         table = self._tables[file]
         found = {}
         with open(self.files[file], "rb", buffering=0) as tar:  # not kept open: there may be thousands
-            for at in range(*_span(table["file_ends"], row)):
-                extension = str(table["extensions"][table["extension"][at]])
-                if extension not in without:
+            for extension, at in self._members(i):
+                if (wanted is None or extension in wanted) and extension not in without:
                     found[extension] = os.pread(tar.fileno(), int(table["size"][at]), int(table["offset"][at]))
         return found
+
+    def _members(self, i: int) -> list[tuple[str, int]]:
+        """(extension, place in the file's table) of the files of sample i."""
+        file, row = self._locate(i)
+        table = self._tables[file]
+        places = range(*_span(table["file_ends"], row))
+        return [(str(table["extensions"][table["extension"][at]]), at) for at in places]
 
     def _locate(self, i: int) -> tuple[int, int]:
         if not 0 <= i < len(self):

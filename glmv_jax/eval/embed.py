@@ -18,59 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from PIL import Image
 
 from glmv_jax.data.faults import BUGS, FaultLog
-from glmv_jax.data.naflex import Patcher
-from glmv_jax.data.pipeline import vision_row
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
-from glmv_jax.typing import Batch, Params, UserError, VisionInput
+from glmv_jax.typing import Batch, Params, UserError
 
 Features = dict[str, np.ndarray]
 _SAY_AFTER = 10.0  # seconds between lines of progress
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A trained model as the evaluators see it.
-
-    image:    (params, VisionInput) -> features by name, [B, E] each: "trunk" (the mean of CogViT's patch features) and,
-              of a model that has texts, "embedding" (unit length, in the space of the texts).
-    text:     (params, rows of `tokenize`) -> [B, E] unit embeddings; None for a model without texts.
-    tokenize: text -> int32 [T].
-    params, mesh, rules: the weights and where they live.
-    batch:    rows at a time, over all hosts and devices.
-    """
-
-    image: Callable[[Params, VisionInput], dict[str, jax.Array]]
-    patcher: Patcher
-    params: Params
-    mesh: Mesh
-    rules: rules_lib.Rules
-    text: Callable[[Params, jax.Array], jax.Array] | None = None
-    tokenize: Callable[[str], np.ndarray] | None = None
-    batch: int = 256
-
-    def images(self) -> Embedder:
-        """The embedder of pictures: items are PIL images."""
-
-        def apply(params: Params, rows: Batch) -> dict[str, jax.Array]:
-            return self.image(params, VisionInput(rows["patches"], rows["yx"], rows["frame"]))
-
-        def row(picture: Any) -> Batch:
-            return vision_row(*self.patcher(picture), self.patcher.max_patches)
-
-        blank = row(Image.new("RGB", (64, 64)))
-        return Embedder(apply, row, blank, self.params, self.mesh, self.rules, self.batch)
-
-    def texts(self) -> Embedder:
-        """The embedder of texts: items are strings. UserError for a model without texts."""
-        if self.text is None:
-            raise UserError("this model has no text tower; texts need a run of stage siglip")
-        row = lambda text: {"tokens": self.tokenize(text)}  # noqa: E731
-        apply = lambda params, rows: {"embedding": self.text(params, rows["tokens"])}  # noqa: E731
-        return Embedder(apply, row, row(""), self.params, self.mesh, self.rules, self.batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +40,7 @@ class Embedded:
 
 
 class Embedder:
-    """`embedder(items)`: features of items 0, 1, 2, ..., on every host.
+    """`embedder(params, items)`: features of items 0, 1, 2, ..., on every host.
 
     Args:
       apply: (params, batch of rows) -> features [B, E] by name; compiled once.
@@ -97,10 +52,9 @@ class Embedder:
 
     def __init__(
         self, apply: Callable[[Params, Batch], dict[str, jax.Array]], row: Callable[[Any], Batch], blank: Batch,
-        params: Params, mesh: Mesh, rules: rules_lib.Rules, batch: int = 256, threads: int = 8,
+        mesh: Mesh, rules: rules_lib.Rules, batch: int = 256, threads: int = 8,
     ) -> None:  # fmt: skip
-        self.row, self.blank, self.params, self.mesh, self.rules = row, blank, params, mesh, rules
-        self.threads = threads
+        self.row, self.blank, self.mesh, self.rules, self.threads = row, blank, mesh, rules, threads
         self.hosts = len({d.process_index for d in mesh.devices.flat})
         unit = int(np.lcm(mesh_lib.data_shards(mesh), self.hosts))
         self.batch = -(-max(1, batch) // unit) * unit
@@ -114,8 +68,9 @@ class Embedder:
         self._sharding = rules_lib.batch_sharding(mesh)
 
     def __call__(
-        self, items: Sequence[Any], name: str = "items", ids: Sequence[str] | None = None, log: FaultLog | None = None
-    ) -> Embedded:
+        self, params: Params, items: Sequence[Any], name: str = "items", ids: Sequence[str] | None = None,
+        log: FaultLog | None = None,
+    ) -> Embedded:  # fmt: skip
         """Features of all items that `row` can read; faults go to `log` under `name`, with their ids.
 
         Raises: UserError when there are no items or none of them can be read.
@@ -128,7 +83,7 @@ class Embedder:
         read = functools.partial(self._read, items, name, ids, log or FaultLog())
         for done, rows in enumerate(self._batches(len(items), read)):
             with rules_lib.use(self.mesh, self.rules):
-                out = self._step(self.params, rows)
+                out = self._step(params, rows)
             if pending is not None:  # fetched one behind, so that the devices always have work
                 _put(features, seen, pending)
             pending = out

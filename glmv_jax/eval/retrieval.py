@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from glmv_jax.eval import probes, shards
 
@@ -63,31 +63,18 @@ def ranks(
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rows"))
 def _ranks(query, group, keys_KBE, key_groups_KB, *, mesh: Mesh, rows: int):
-    everywhere, split = PartitionSpec(), shards.rows_spec(mesh)
+    def some(query_RE, group_R, keys_KBE, key_groups_KB):
+        def best(so_far_R, block):
+            score_RB, own_RB = shards.scores(query_RE, block[0]), block[1] == group_R[:, None]
+            return jnp.maximum(so_far_R, jnp.where(own_RB, score_RB, -jnp.inf).max(1)), None
 
-    def local(query_QE, group_Q, keys_KBE, key_groups_KB):
-        def one(args):
-            query_RE, group_R = args
+        def higher(so_far_R, block):
+            score_RB, other_RB = shards.scores(query_RE, block[0]), block[1] != group_R[:, None]
+            counted_RB = (score_RB > best_R[:, None]) & other_RB & (block[1] >= 0)
+            return so_far_R + counted_RB.sum(1, dtype=jnp.int32), None
 
-            def best(so_far_R, block):
-                score_RB, own_RB = shards.scores(query_RE, block[0]), block[1] == group_R[:, None]
-                return jnp.maximum(so_far_R, jnp.where(own_RB, score_RB, -jnp.inf).max(1)), None
+        blocks = (keys_KBE, key_groups_KB)
+        best_R, _ = jax.lax.scan(best, jnp.full(len(query_RE), -jnp.inf), blocks)
+        return jax.lax.scan(higher, jnp.zeros(len(query_RE), jnp.int32), blocks)[0]
 
-            def higher(so_far_R, block):
-                score_RB, other_RB = shards.scores(query_RE, block[0]), block[1] != group_R[:, None]
-                counted_RB = (score_RB > best_R[:, None]) & other_RB & (block[1] >= 0)
-                return so_far_R + counted_RB.sum(1, dtype=jnp.int32), None
-
-            blocks = (keys_KBE, key_groups_KB)
-            best_R, _ = jax.lax.scan(best, jnp.full(len(query_RE), -jnp.inf), blocks)
-            count_R, _ = jax.lax.scan(higher, jnp.zeros(len(query_RE), jnp.int32), blocks)
-            return count_R
-
-        chunks = (query_QE.reshape(-1, rows, query_QE.shape[1]), group_Q.reshape(-1, rows))
-        return jax.lax.map(one, chunks).reshape(-1)
-
-    specs = (split, split, everywhere, everywhere)
-    ranks = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=split, check_vma=False)
-    return jax.lax.with_sharding_constraint(
-        ranks(query, group, keys_KBE, key_groups_KB), jax.sharding.NamedSharding(mesh, everywhere)
-    )
+    return shards.map_rows(some, mesh, rows, (query, group), (keys_KBE, key_groups_KB))

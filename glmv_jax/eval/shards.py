@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +42,24 @@ def whole(mesh: Mesh, array: np.ndarray) -> jax.Array:
     """The array on every device of `mesh`."""
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, NamedSharding(mesh, PartitionSpec()), lambda at: array[at])
+
+
+def map_rows(
+    function: Callable[..., Any], mesh: Mesh, block: int, split: Sequence[jax.Array], whole: Sequence[jax.Array] = ()
+) -> Any:
+    """Under jit: `function(*blocks of split, *whole)` for block after block of each device's rows, on every device.
+
+    split: arrays as `split_rows` made them. Returns what the function does, with the rows of all blocks, everywhere.
+    """
+    rows, everywhere = rows_spec(mesh), PartitionSpec()
+
+    def local(split: Sequence[jax.Array], whole: Sequence[jax.Array]) -> Any:
+        blocks = jax.tree.map(lambda x: x.reshape(-1, block, *x.shape[1:]), tuple(split))
+        out = jax.lax.map(lambda some: function(*some, *whole), blocks)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), out)
+
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=(rows, everywhere), out_specs=rows, check_vma=False)
+    return jax.lax.with_sharding_constraint(mapped(tuple(split), tuple(whole)), NamedSharding(mesh, everywhere))
 
 
 def rows_spec(mesh: Mesh) -> PartitionSpec:
