@@ -93,7 +93,7 @@ class DataSet:
         read = {"classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions}[kind]
         good, labels, faults = [], [], 0
         for i in range(count):
-            id_, files = tars.read(i, _LABELS)
+            id_, files = tars.id(i), tars.read(i, _LABELS)
             try:
                 labels.append((id_, read(files)))
                 good.append(i)
@@ -124,7 +124,7 @@ class _Pictures(Sequence):
         return len(self.chosen)
 
     def __getitem__(self, i: int) -> Image.Image:
-        _, files = self.tars.read(self.chosen[i], IMAGES)
+        files = self.tars.read(self.chosen[i], IMAGES)
         if not files:
             raise UserError(f"the sample has no picture ({', '.join(IMAGES)})")
         return load_image(next(iter(files.values())))

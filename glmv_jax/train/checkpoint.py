@@ -179,6 +179,14 @@ def load_params(
     Raises: UserError when there is no such run, it has not finished, nothing can be read, a subtree is missing, or
       shapes differ (names the path and both shapes).
     """
+    return load_item(newest(run_dir, finished=finished) / "params", subtrees, like)
+
+
+def newest(run_dir: str | Path, *, finished: bool = True) -> Path:
+    """The folder of a run's newest checkpoint that is whole; its name is the step.
+
+    Raises: UserError when there is no such run, nothing can be read, or, with `finished`, it has not finished.
+    """
     run_dir = Path(run_dir).absolute()
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
@@ -190,7 +198,7 @@ def load_params(
     for step in sorted((int(p.name) for p in folder.iterdir() if p.name.isdigit()), reverse=True):
         problem = damage(folder / str(step))
         if problem is None:
-            return _load_item(folder / str(step) / "params", subtrees, like)
+            return folder / str(step)
     raise UserError(f"{run_dir}: its parameters cannot be read ({problem}); train that stage again")
 
 
@@ -205,7 +213,8 @@ def load_config(run_dir: str | Path) -> ConfigDict:
         raise UserError(f"{path} is not JSON ({error}); train that stage again") from error
 
 
-def _load_item(path: Path, subtrees: Sequence[str], like: Params | None) -> Params:
+def load_item(path: Path, subtrees: Sequence[str] = (), like: Params | None = None) -> Params:
+    """The tree in `<checkpoint>/params`; arguments and errors as for `load_params`."""
     saved = _metadata(path)
     chosen = _inside(_table(saved), subtrees)
     for subtree in subtrees:

@@ -27,8 +27,6 @@ from typing import Any
 import jax
 
 from glmv_jax import optim
-from glmv_jax.parallel import mesh as mesh_lib
-from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import checkpoint, metrics
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.disk import write_json
@@ -221,8 +219,7 @@ def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
     config that does not fit.
     """
     cfg = stage.cfg
-    mesh = mesh_lib.make_mesh(dict(cfg.get("mesh", {"data": -1})))
-    rules = rules_lib.preset(cfg.get("rules", "data"))
+    mesh, rules = stage.place()
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
     shardings = rules.shardings(mesh, stage.logical_axes(), shapes)
     optimizer = optim.build(cfg.optim, shapes, cfg.steps, shardings)

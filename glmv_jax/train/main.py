@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import datetime
 import importlib
 import importlib.metadata
 import json
 import os
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 from glmv_jax.config import flat, nearest
+from glmv_jax.eval import datasets
 from glmv_jax.parallel.host import keep_freed_memory
 from glmv_jax.train import checkpoint, loop
 from glmv_jax.train.checkpoint import quiet_orbax
@@ -75,22 +80,71 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
 
     Raises: UserError when there is no such run or nothing in it can be read.
     """
-    quiet_orbax()
     workdir = Path(workdir).expanduser().absolute()
+    with _config_of(workdir) as cfg:
+        if cfg.get("match_wall", ""):
+            cfg.max_seconds = _train_seconds(cfg.match_wall)
+        stage = stage_class(cfg.stage)(cfg)
+        placement, _, _ = loop.prepare(stage)
+        checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2))
+        restored = checkpoints.restore(placement.abstract)
+        checkpoints.close()
+        if restored is None:
+            raise UserError(f"{workdir} has no checkpoint yet; train it first")
+        state, _ = restored
+        constants = jax.device_put(stage.constants(), placement.constants)
+        extra = stage.begin(placement, constants, state.extra, fresh=False)
+        return stage.evaluate(state.params, extra, full=True)
+
+
+def evaluate_data(
+    workdir: str | Path, root: str | Path, names: Sequence[str] = (), settings: Mapping[str, Any] | None = None, *,
+    limit: int = 0, patches: int = 0, batch: int = 256, say: Callable[[str, dict[str, Any]], None] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The report on a stage-1 or stage-2 run and the data sets in `root` (all, or those named), as JSON can hold it.
+
+    settings: fields of `datasets.Settings`. Measures that are not given are those that need no fitting.
+    limit, say: as `datasets.Evaluation.folder` has them; patches, batch: as `Stage.as_towers`.
+    Raises: UserError when there is no such run, it is of another stage, or there are no such data.
+    """
+    workdir = Path(workdir).expanduser().absolute()
+    with _config_of(workdir) as cfg:
+        stage = stage_class(cfg.stage)(cfg)
+        towers = stage.as_towers(patches=patches, batch=batch)
+        settings = datasets.Settings(**{"measures": datasets.default_measures(towers), **(settings or {})})
+        evaluation = datasets.Evaluation(towers, settings)
+        datasets.chosen(root, names)  # before the weights are read, which may take long
+        shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
+        shardings = towers.rules.shardings(towers.mesh, stage.logical_axes(), shapes)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+        saved = checkpoint.newest(workdir, finished=False)
+        params = checkpoint.load_item(saved / "params", like=like)
+        report = evaluation.folder(params, root, names, limit=limit, say=say)
+        about = {
+            "run": str(workdir), "stage": stage.name, "step": int(saved.name), "root": str(root), **_versions(),
+            "date": _now(), "patches": towers.patcher.max_patches, "batch": batch, "limit": limit,
+            "settings": dataclasses.asdict(settings),
+        }  # fmt: skip
+        wanted = cfg.get("eval", {})
+        targets = {"targets": dict(wanted.get("targets", {})), "targets_from": wanted.get("targets_from", "")}
+        return about | report | targets
+
+
+@contextlib.contextmanager
+def _config_of(workdir: Path) -> Iterator[Any]:
+    """The config of a run that is to be evaluated; a key that it lacks is said in one line."""
+    quiet_orbax()
     cfg = checkpoint.load_config(workdir)
-    if cfg.get("match_wall", ""):
-        cfg.max_seconds = _train_seconds(cfg.match_wall)
-    stage = stage_class(cfg.stage)(cfg)
-    placement, _, _ = loop.prepare(stage)
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2))
-    restored = checkpoints.restore(placement.abstract)
-    checkpoints.close()
-    if restored is None:
-        raise UserError(f"{workdir} has no checkpoint yet; train it first")
-    state, _ = restored
-    constants = jax.device_put(stage.constants(), placement.constants)
-    extra = stage.begin(placement, constants, state.extra, fresh=False)
-    return stage.evaluate(state.params, extra, full=True)
+    try:
+        yield cfg
+    except (AttributeError, KeyError) as error:
+        if "ml_collections" not in traceback.extract_tb(error.__traceback__)[-1].filename:
+            raise
+        key = str(error).strip("\"'").split("\n")[0]
+        raise UserError(
+            f"{workdir / 'config.json'} lacks {key}: it is of another version of glmv_jax; evaluate it with that "
+            "version, or add the key with the value that its experiment file has today"
+        ) from error
 
 
 def _keep_compiled_programs(folder: str) -> None:
@@ -119,14 +173,21 @@ def _write_records(stage: Stage, workdir: Path) -> None:
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
     meta = {
         "stage": stage.name,
-        "glmv_jax": _version(),
-        "jax": jax.__version__,
-        "devices": [f"{d.platform}:{d.device_kind}" for d in jax.devices()],
+        **_versions(),
         "host": {"cores": os.cpu_count(), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
-        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "started": _now(),
         "params": sum(x.size for x in jax.tree.leaves(shapes)),
     }
     write_json(workdir / "meta.json", meta)
+
+
+def _versions() -> dict[str, Any]:
+    devices = [f"{d.platform}:{d.device_kind}" for d in jax.devices()]
+    return {"glmv_jax": _version(), "jax": jax.__version__, "devices": devices}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _version() -> str:

@@ -8,10 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import Axes, Batch, Params, UserError
 
 if TYPE_CHECKING:
+    from glmv_jax.eval.towers import Towers
     from glmv_jax.train.state import Placement, TrainState
 
 
@@ -128,6 +132,18 @@ class Stage(abc.ABC):
     @abc.abstractmethod
     def flops(self, batch: Batch) -> float:
         """Floating-point operations that the model needs for one step on the batch (recomputation not counted)."""
+
+    # --- where it lives -----------------------------------------------------------------------------------------------
+
+    def place(self) -> tuple[Mesh, rules_lib.Rules]:
+        """The mesh and the rules of the config. UserError when they do not fit the devices that are here."""
+        mesh = mesh_lib.make_mesh(dict(self.cfg.get("mesh", {"data": -1})))
+        return mesh, rules_lib.preset(self.cfg.get("rules", "data"))
+
+    def as_towers(self, *, patches: int = 0, batch: int = 256) -> Towers:
+        """What `eval.datasets` needs of the model. patches: of a picture, 0 for as many as its evaluations have.
+        batch: rows at a time. UserError for a stage whose model has no features of pictures to give."""
+        raise UserError(f"stage {self.name} is not evaluated on data sets; give a run of mim or siglip")
 
     # --- what is reported ---------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.features import FORMAT, FeatureCache
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import concept_number, vision_row
-from glmv_jax.eval import probes
+from glmv_jax.eval import probes, towers
 from glmv_jax.losses import distill, phi_s
 from glmv_jax.models import build, cogvit, mim
 from glmv_jax.parallel import rules as rules_lib
@@ -211,11 +211,18 @@ class MIM(Stage):
         metrics = self._heldout_loss(params, extra)
         return metrics | {"knn": knn_probe(self.model.vision, params["vision"])}
 
+    def as_towers(self, *, patches: int = 0, batch: int = 256) -> towers.Towers:
+        """The trunk for `eval.datasets`; pictures get as many patches as in training unless `patches` says else."""
+        v = self.model.vision
+        budget = patches or (self.cfg.data.size // v.patch) ** 2
+        patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=budget)
+        return towers.of_trunk(v, patcher, *self.place(), batch)
+
     def _heldout_loss(self, params, extra):
         placement, constants = self._begun or (None, self.constants())
         if not hasattr(self, "_heldout"):
             here = dataclasses.replace(reading(self.cfg, "heldout"), workers=0, ahead=0)  # a few batches, once
-            with contextlib.closing(self.batches("heldout", here, self.cfg.batch)) as data:
+            with contextlib.closing(self.batches("heldout", here, self.own_rows)) as data:
                 self._heldout = [next(data) for _ in range(self.cfg.eval.batches)]
             self._loss = jax.jit(self.loss)
             # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that
@@ -247,7 +254,7 @@ def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch)
     ids = _heldout_ids()
     labels = np.array([concept_number(i) for i in ids])
-    embed = jax.jit(lambda v: _pooled(cogvit.apply(vision, params, v), v.frame))
+    embed = jax.jit(lambda v: towers.pooled(cogvit.apply(vision, params, v), v.frame))
 
     def view(seed: int) -> np.ndarray:
         rng = np.random.default_rng([7, seed])
@@ -260,7 +267,3 @@ def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -
     labels = np.tile(labels, views)
     return float((probes.knn(gallery, labels, asked, k) == labels).mean())
 
-
-def _pooled(x_BPD, frame_BP):
-    weight = (frame_BP > 0).astype(jnp.float32)[..., None]
-    return (x_BPD * weight).sum(1) / weight.sum(1)

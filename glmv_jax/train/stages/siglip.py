@@ -10,6 +10,7 @@ Pairs are the shipped corpus, or with `data.sources` what lies on disk (`data.pa
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -21,7 +22,7 @@ from glmv_jax.data import emoji, heldout, pairs, pipeline
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
-from glmv_jax.eval import probes
+from glmv_jax.eval import datasets, probes, towers
 from glmv_jax.eval.samples import SampleWriter
 from glmv_jax.losses.sigmoid import sigmoid_loss
 from glmv_jax.models import build, two_tower
@@ -125,7 +126,28 @@ class SigLIP(Stage):
                 back = probes.recall(probes.ranks(image_NE, text_NE[query], held.concept))
                 metrics |= {f"{query} -> image {k}": v for k, v in found.items()}
                 metrics |= {f"image -> {query} {k}": v for k, v in back.items()}
-        return metrics | ({"knn": knn_probe(self.model.vision, params["vision"])} if full else {})
+        if full:
+            metrics["knn"] = knn_probe(self.model.vision, params["vision"])
+        return metrics | self._data_sets(params, full)
+
+    def as_towers(self, *, patches: int = 0, batch: int = 256) -> towers.Towers:
+        patcher = dataclasses.replace(self.patcher, max_patches=patches or self.patcher.max_patches)
+        return towers.of_two_tower(self.model, self.tokenizer, patcher, *self.place(), batch)
+
+    def _data_sets(self, params, full: bool) -> dict[str, float]:
+        """Zero-shot and retrieval on the data sets of `eval.suite`: all pictures, or in the short look the first few
+        (of `short`; 0: none)."""
+        suite = self.cfg.eval.get("suite", {})
+        if not suite.get("root", "") or not (full or suite.short):
+            return {}
+        report = self._evaluation.folder(params, suite.root, suite.datasets, limit=0 if full else suite.short)
+        for name, reason in report["failed"].items():
+            raise UserError(f"eval.suite: {name} cannot be evaluated: {reason}")
+        return datasets.flat(report["datasets"])
+
+    @functools.cached_property
+    def _evaluation(self) -> datasets.Evaluation:
+        return datasets.Evaluation(self.as_towers(), log=FaultLog(self.cfg.faults or None))
 
     @functools.cached_property
     def heldout_sets(self):

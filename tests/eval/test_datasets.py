@@ -1,0 +1,248 @@
+"""Data sets in CLIP benchmark's layout through `glmv eval`, with small random towers; the numbers against brute force.
+
+Not covered: several hosts (one process here), and whether a model is any good.
+"""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from glmv_jax import cli, config
+from glmv_jax.config import flat
+from glmv_jax.eval import datasets, probes, suite
+from glmv_jax.eval.folders import DataSet
+from glmv_jax.train import checkpoint, loop, main
+from glmv_jax.train import state as state_lib
+from glmv_jax.typing import UserError
+from tests.eval import small_suite
+
+SMALL = {
+    "siglip": ["model.vision.depth=1", "model.text.depth=1", "batch=8", "eval.patches=16"],
+    "mim": ["model.vision.depth=1", "batch=8", "teachers.semantic.kind=hog", "teachers.semantic.path="],
+}
+FILES = {"siglip": "experiments/cogvit_siglip.py:size=nano", "mim": "experiments/cogvit_mim.py:size=nano"}
+
+
+def run_of(folder, name, *more):
+    """The work directory of an untrained run."""
+    stage = main.stage_class(name)(config.override(config.load(FILES[name]), [*SMALL[name], "rules=fsdp", *more]))
+    placement, optimizer, _ = loop.prepare(stage)
+    state = state_lib.init_state(stage, optimizer, placement, 0)
+    checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
+    checkpoints.save(7, state, {})
+    checkpoints.wait()
+    checkpoints.close()
+    (folder / "config.json").write_text(json.dumps(flat(stage.cfg)))
+    return folder, stage, state.params
+
+
+@pytest.fixture(scope="module")
+def siglip(tmp_path_factory):
+    mesh = "mesh={'data':2,'fsdp':4}" if jax.device_count() >= 8 else "mesh={'data':-1}"
+    assert mesh
+    return run_of(tmp_path_factory.mktemp("siglip"), "siglip")
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return small_suite.suite(tmp_path_factory.mktemp("suite"))
+
+
+def embedded(stage, params, split):
+    """Unit embeddings of a split's pictures, one at a time."""
+    towers = stage.as_towers()
+    rows = [stage.patcher(picture) for picture in split.pictures]
+    from glmv_jax.data.pipeline import vision_row
+    from glmv_jax.typing import VisionInput
+
+    rows = [vision_row(*row, stage.patcher.max_patches) for row in rows]
+    batch = VisionInput(*(np.stack([row[key] for row in rows]) for key in ("patches", "yx", "frame")))
+    return np.asarray(towers.image["embedding"](params, batch)), np.asarray(towers.image["trunk"](params, batch))
+
+
+def texts_of(stage, params, texts):
+    tokens = np.stack([stage.tokenizer.fixed(text, stage.model.text.length) for text in texts])
+    return np.asarray(stage._text(params, tokens))
+
+
+def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
+    folder, stage, params = siglip
+    out = tmp_path / "results.json"
+    assert cli.main(["eval", "--run", str(folder), "--suite", str(root), "--json", str(out), "--batch", "10"]) == 0
+    report, shown = json.loads(out.read_text()), capsys.readouterr().out
+    assert (report["step"], report["stage"], report["jax"]) == (7, "siglip", jax.__version__)
+    assert report["settings"]["seed"] == 0 and report["settings"]["templates"] == "own"
+    cars, voc, flickr = (report["datasets"][name] for name in ("wds_cars_test", "voc2007_multilabel", "flickr30k"))
+    assert (cars["images"], cars["classes"], cars["prompts"]) == (24, 6, {"set": "own", "templates": 2})
+    assert voc["prompts"] == {"set": "plain", "templates": 1} and flickr["captions"] == 6 * (1 + 2 + 3)
+
+    split = DataSet(root / "wds_cars_test", "cars").split()
+    image, _ = embedded(stage, params, split)
+    names = small_suite.names(6)
+    sentences = texts_of(stage, params, [t.replace("{c}", n) for n in names for t in ("a photo of a {c}.", "my {c}!")])
+    classes = probes.unit(sentences.reshape(6, 2, -1).mean(1))
+    answers = (image @ classes.T).argmax(1)
+    assert cars["metrics"]["acc1"] == pytest.approx((answers == split.labels).mean())
+    assert sorted(split.labels) == sorted([*range(6)] * 4)
+
+    split = DataSet(root / "flickr30k", "flickr30k").split()
+    image, _ = embedded(stage, params, split)
+    text = texts_of(stage, params, [caption for captions in split.labels for caption in captions])
+    group = np.repeat(np.arange(18), [len(captions) for captions in split.labels])
+    found = probes.recall(probes.ranks(text, image, group, np.arange(18)), (1, 5, 10))
+    back = probes.recall(probes.ranks(image, text, np.arange(18), group), (1, 5, 10))
+    for k in ("R@1", "R@5", "R@10"):
+        assert flickr["metrics"][f"text -> image {k}"] == pytest.approx(found[k])
+        assert flickr["metrics"][f"image -> text {k}"] == pytest.approx(back[k])
+
+    split = DataSet(root / "voc2007_multilabel", "voc").split()
+    image, _ = embedded(stage, params, split)
+    from sklearn.metrics import average_precision_score as oracle
+
+    score = image @ texts_of(stage, params, small_suite.names(3)).T
+    expected = np.mean([oracle(split.labels[:, c], score[:, c]) for c in range(3)])
+    assert voc["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-5)
+
+    assert report["suite"]["average"] is None and report["suite"]["whole"] == 0
+    assert report["suite"]["missing"]["Stanford Cars"] == "24 of 8041 pictures"
+    assert report["suite"]["missing"]["ImageNet 1k"] == "not there"
+    assert "average of the 38 tasks: none; it is taken over all of them, and 0 are here and whole" in shown
+    assert "wds_cars_test                        acc1" in shown and "own, 2" in shown
+
+
+def test_probes_of_stage_1_and_of_stage_2_agree_with_brute_force(siglip, root, tmp_path, capsys):
+    folder, stage, params = siglip
+    argv = ["eval", "--run", str(folder), "--suite", str(root), "--datasets", "cars", "--knn", "--k", "3", "--json"]
+    assert cli.main([*argv, "--linear-probe"]) == 0
+    result = json.loads(capsys.readouterr().out)["datasets"]["cars"]
+    data = DataSet(root / "wds_cars_test", "cars")
+    (_, gallery), (_, asked) = (embedded(stage, params, data.split(split)) for split in ("train", "test"))
+    train, test = (data.split(split).labels for split in ("train", "test"))
+    assert result["metrics"]["knn"] == pytest.approx((probes.knn(gallery, train, asked, 3) == test).mean())
+    assert 0 < result["metrics"]["linear-probe acc1"] <= 1 and result["metrics"]["linear-probe strength"] > 0
+
+    mim, *_ = run_of(tmp_path, "mim")
+    report = main.evaluate_data(mim, root, ("cars",), {"measures": ("knn",), "k": 3})
+    assert report["datasets"]["cars"]["metrics"].keys() == {"knn"} and report["patches"] == 36
+    assert cli.main(["eval", "--run", str(mim), "--suite", str(root), "--zeroshot"]) == 2
+    assert "this model reads no texts; zero-shot and retrieval need a run of stage siglip" in capsys.readouterr().err
+
+
+def test_broken_samples_are_counted_and_left_out(siglip, tmp_path, capsys):
+    _, stage, params = siglip
+    good = [small_suite.picture(n) | {"txt": f"a {n}\nb {n}".encode()} for n in range(12)]
+    small_suite.write(tmp_path, "whole", good[:9], dataset_type="retrieval")
+    good[9] = {"jpg": good[9]["jpg"][:40], "txt": good[9]["txt"]}  # cut short
+    good[10] = {"txt": good[10]["txt"]}  # no picture
+    good[11] = {"jpg": good[11]["jpg"], "txt": b"\n"}  # no caption
+    small_suite.write(tmp_path, "broken", good, dataset_type="retrieval")
+    evaluation = datasets.Evaluation(stage.as_towers(batch=4))
+    report = evaluation.folder(params, tmp_path)
+    whole, broken = report["datasets"]["whole"], report["datasets"]["broken"]
+    assert broken["metrics"] == whole["metrics"]
+    assert (broken["images"], broken["faults"], whole["faults"]) == (9, 3, 0)
+    reasons = capsys.readouterr().err
+    for reason in ("1.tar/s0000009", "the sample has no picture", "no caption"):
+        assert reason in reasons
+    # One program for pictures and one for texts, whatever the number of data sets and rows.
+    assert evaluation.images.traces == evaluation.texts.traces == 1
+
+
+def test_measures_of_single_tasks(siglip, tmp_path):
+    """FMoW's worst region, GeoDE's, Dollar Street's worst income and iWildCam's F1, from the samples' facts."""
+    _, stage, params = siglip
+    rng = np.random.default_rng(0)
+    region = rng.integers(0, 6, 60)
+    facts = {"fmow": lambda n: [region[n], 2, 0], "geode": lambda n: [n % 3, 0], "dollar_street": lambda n: [n % 4, 1]}
+    for name, fact in facts.items():
+        small_suite.classification(tmp_path, name, 12 if name == "dollar_street" else 6, 5, fact)
+    small_suite.classification(tmp_path, "iwildcam", 4, 5)
+    report = datasets.Evaluation(stage.as_towers()).folder(params, tmp_path)
+    assert not report["failed"]
+    for name, result in report["datasets"].items():
+        data = DataSet(tmp_path / name, name)
+        split = data.split()
+        score = embedded(stage, params, split)[0] @ texts_of(stage, params, data.classes()).T
+        order = np.argsort(-score, axis=1)
+        hit = [(order[:, :k] == split.labels[:, None]).any(1) for k in (1, 5)]
+        worst = lambda hit, groups: min(hit[groups == g].mean() for g in set(groups.tolist()))  # noqa: E731
+        found = result["metrics"]
+        if name == "dollar_street":
+            assert found["acc5_worst_income"] == pytest.approx(worst(hit[1], split.facts[:, 0]))
+        elif name in ("geode", "fmow"):
+            assert found["acc_worst_region"] == pytest.approx(worst(hit[0], split.facts[:, 0]))
+        else:
+            assert result["main"] == "macro_f1"
+        assert result["main"] == suite.task_of(name).metric
+        if name == "fmow":
+            named = split.facts[:, 0] != 5
+            assert found["acc_worst_named_region"] == pytest.approx(worst(hit[0][named], split.facts[named, 0]))
+
+
+def test_what_cannot_be_evaluated_is_named(siglip, root, tmp_path, capsys):
+    folder, stage, params = siglip
+    small_suite.classification(tmp_path, "mnist", 3, 2)
+    (tmp_path / "mnist" / "classnames.txt").write_text("zero\none\n")
+    small_suite.classification(tmp_path, "gtsrb", 3, 2)
+    (tmp_path / "gtsrb" / "test" / "nshards.txt").write_text("3")
+    small_suite.classification(tmp_path, "fmow", 3, 2)
+    assert cli.main(["eval", "--run", str(folder), "--suite", str(tmp_path)]) == 1
+    shown = capsys.readouterr().out
+    assert "mnist: NOT EVALUATED: a label is 2, and there are 2 class names, counted from 0" in shown
+    assert "1 of 3 tar files are missing, the first is 2.tar" in shown
+    assert "fmow: NOT EVALUATED: acc_worst_region needs the samples' facts" in shown
+    for argv, message in [
+        (["--suite", str(root), "--datasets", "car"], "has no data set 'car'"),
+        (["--suite", str(tmp_path / "no")], "is no folder; give one with data sets"),
+        (["--suite", str(folder)], "has no data set; each is a folder with test/0.tar"),
+        (["--suite", str(root), "--templates", "clip80"], "no set and no file; nearest: clip_80"),
+        (["--knn"], "--knn is about data sets; name their folder with --suite ROOT"),
+    ]:
+        assert cli.main(["eval", "--run", str(folder), *argv]) in (1, 2)
+        captured = capsys.readouterr()
+        assert message in captured.out + captured.err and "Traceback" not in captured.err
+
+
+def test_average_is_of_all_38_or_none():
+    results = {
+        t.key: {"task": t.key, "metrics": {t.metric: n / 38}, "images": t.size} for n, t in enumerate(suite.SUITE)
+    }
+    found = datasets.average(results, {})
+    assert found["average"] == pytest.approx(np.mean(np.arange(38) / 38)) and not found["missing"]
+    results["mnist"]["images"] = 9_000
+    assert datasets.average(results, {})["average"] is None
+    assert datasets.average(results, {})["missing"] == {"MNIST": "9000 of 10000 pictures"}
+    assert suite.task_of("wds_vtab-cifar100_test").title == "CIFAR-100" and suite.task_of("cifar") is None
+
+
+def test_in_training(root, tmp_path):
+    """The data sets of the config are part of every evaluation, the short ones with a few pictures."""
+    over = [f"eval.suite.root={root}", "eval.suite.datasets=('cars','flickr30k')", "eval.suite.short=8"]
+    _, stage, params = run_of(tmp_path, "siglip", *over)
+    stage._embed = lambda params: (stage.pairs, *_noise(stage.pairs))
+    full, short = (stage._data_sets(params, full) for full in (True, False))
+    names = {"zeroshot/cars/acc1", "retrieval/flickr30k/text -> image R@1", "retrieval/flickr30k/image -> text R@1"}
+    assert names <= full.keys() == short.keys()
+    assert stage._evaluation.images.traces == 1
+    whole = datasets.Evaluation(stage.as_towers()).folder(params, root, ("cars",))
+    assert full["zeroshot/cars/acc1"] == whole["datasets"]["cars"]["metrics"]["acc1"]
+
+
+def test_config_of_another_version_is_one_line(siglip, tmp_path, capsys):
+    folder, *_ = siglip
+    saved = json.loads((folder / "config.json").read_text())
+    for key in [key for key in saved if key.startswith("eval.")]:
+        saved.pop(key)
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for argv in ([], ["--suite", str(folder)]):
+        assert cli.main(["eval", "--run", str(tmp_path), *argv]) == 2
+        line = capsys.readouterr().err
+        assert "config.json lacks" in line and "eval" in line and line.count("\n") == 1
+
+
+def _noise(pairs):
+    raise UserError("not reached: only the data sets are evaluated here")
