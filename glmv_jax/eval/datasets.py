@@ -12,14 +12,14 @@ import numpy as np
 
 from glmv_jax.config import nearest
 from glmv_jax.data.faults import FaultLog
-from glmv_jax.eval import folders, knn, linear, prompts, retrieval, suite, zeroshot
+from glmv_jax.eval import folders, knn, linear, prompts, retrieval, suite, winogavil, zeroshot
 from glmv_jax.eval.embed import Embedded
 from glmv_jax.eval.folders import DataSet, Split
 from glmv_jax.eval.towers import Towers
 from glmv_jax.typing import Params, UserError
 
 ZEROSHOT, RETRIEVAL, KNN, LINEAR = MEASURES = ("zeroshot", "retrieval", "knn", "linear-probe")
-# Fewer of a task's pictures than this, and its number is not the suite's.
+# Fewer of a task's samples than this, and its number is not the suite's.
 _NEARLY_ALL = 0.99
 
 
@@ -93,7 +93,7 @@ class Evaluation:
         began, s = time.monotonic(), self.settings
         kind, notes, metrics, facts = data.kind, [], {}, {}
         wanted = [m for m in s.measures if (m == RETRIEVAL) == (kind == "retrieval")]
-        if kind == "multilabel":
+        if kind in ("multilabel", "winogavil"):
             wanted = [m for m in wanted if m == ZEROSHOT]
         if probes := [m for m in wanted if m in (KNN, LINEAR) and not data.has("train")]:
             notes.append(f"no {' and no '.join(probes)}: there is no split train")
@@ -103,7 +103,9 @@ class Evaluation:
 
         split = data.split("test", self.log, limit)
         images = self._pictures(params, data, "test", split)
-        if ZEROSHOT in wanted:
+        if kind == "winogavil":
+            metrics, facts = self._winogavil(params, data, split, images)
+        elif ZEROSHOT in wanted:
             found, facts = self._zeroshot(params, data, split, images, {} if sentences is None else sentences)
             metrics |= found
         if RETRIEVAL in wanted:
@@ -115,7 +117,8 @@ class Evaluation:
         task = suite.task_of(data.name)
         main = task.metric if task and task.metric in metrics else next(iter(metrics))
         return {
-            "kind": kind, "images": len(images.kept), "faults": split.faults + images.faults, **facts,
+            "kind": kind, "images": len(images.kept), "faults": split.faults + images.faults,
+            "samples": len(images.kept), **facts,
             "metrics": metrics, "main": main, "score": metrics[main], "task": task.key if task else None,
             "notes": notes, "seconds": round(time.monotonic() - began, 2),
         }  # fmt: skip
@@ -160,6 +163,23 @@ class Evaluation:
             images.features["embedding"], embedded.features["embedding"], image_of_text, mesh=self.towers.mesh
         )
         return found, {"captions": len(texts)}
+
+    def _winogavil(
+        self, params: Params, data: DataSet, split: Split, images: Embedded
+    ) -> tuple[dict[str, float], dict[str, Any]]:
+        """Instances of which a picture cannot be read are left out."""
+        ends = np.cumsum([len(instance.chosen) for instance in split.labels])
+        whole, pictures = [], np.zeros(0, int)
+        for instance, end in zip(split.labels, ends):
+            own = np.searchsorted(images.kept, np.arange(end - len(instance.chosen), end))
+            if end - 1 <= images.kept[-1] and np.array_equal(images.kept[own], range(end - len(own), end)):
+                whole.append(instance)
+                pictures = np.concatenate([pictures, own])
+        if not whole:
+            raise UserError("no instance has all of its pictures")
+        cues = self.texts(params, [instance.prompt for instance in whole], f"{data.name}/cues", None, self.log)
+        found = winogavil.jaccard(whole, images.features["embedding"][pictures], cues.features["embedding"])
+        return found, {"samples": len(whole), "faults": split.faults + len(split.labels) - len(whole)}
 
     def _probes(
         self, params: Params, data: DataSet, split: Split, images: Embedded, wanted: Sequence[str], limit: int
@@ -221,8 +241,8 @@ def average(results: dict[str, Result], failed: dict[str, str]) -> dict[str, Any
         result = by_task.get(task.key)
         if result and task.metric not in result["metrics"]:
             missing[task.title] = f"{task.metric} was not measured"
-        elif result and result["images"] < _NEARLY_ALL * task.size:
-            missing[task.title] = f"{result['images']} of {task.size} pictures"
+        elif result and result["samples"] < _NEARLY_ALL * task.size:
+            missing[task.title] = f"{result['samples']} of {task.size} samples"
     scores = [by_task[t.key]["metrics"][t.metric] for t in suite.SUITE if t.title not in missing]
     return {
         "tasks": len(suite.SUITE), "whole": len(scores), "missing": missing,

@@ -10,6 +10,7 @@
     <data set>/classnames.txt                          one a line
     <data set>/zeroshot_classification_templates.txt   one a line, {c} for the name
     <data set>/dataset_type.txt                        retrieval or multilabel; no file: classification
+                                                       (and winogavil, of `eval.winogavil`)
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ from PIL import Image
 from glmv_jax.data.faults import BUGS, FaultLog
 from glmv_jax.data.naflex import load_image
 from glmv_jax.data.tars import Tars
-from glmv_jax.eval import prompts
+from glmv_jax.eval import prompts, winogavil
 from glmv_jax.typing import UserError
 
-KINDS = ("classification", "multilabel", "retrieval")
+KINDS = ("classification", "multilabel", "retrieval", "winogavil")
 IMAGES = ("webp", "png", "jpg", "jpeg")
-_LABELS = ("cls", "npy", "txt")
+_LABELS = ("cls", "npy", "txt", "json")
 
 
 @dataclasses.dataclass(frozen=True)
 class Split:
     """The samples of one split, of which all labels could be read; pictures are read when they are asked for.
 
-    pictures: random access to PIL images; reading a broken one raises.   ids: of the samples.
-    labels: classification int [N]; multilabel bool [N, C]; retrieval a list of N lists of captions.
+    pictures: random access to PIL images; reading a broken one raises.   ids: of their samples.
+    labels: classification int [N]; multilabel bool [N, C]; retrieval a list of N lists of captions; winogavil a list
+      of instances, the pictures of which follow one another.
     facts: int [N, F] of a classification that has them, else None.
     faults: samples that were left out for their labels.
     """
@@ -49,9 +51,6 @@ class Split:
     labels: Any
     facts: np.ndarray | None
     faults: int
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,41 +89,46 @@ class DataSet:
         log = log or FaultLog()
         tars = Tars(_shards(self.path / split), log)
         kind, count = self.kind, min(len(tars), limit or len(tars))
-        read = {"classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions}[kind]
-        good, labels, faults = [], [], 0
+        read = {"classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions}.get(kind)
+        pictures, labels, faults = [], [], 0
         for i in range(count):
             id_, files = tars.id(i), tars.read(i, _LABELS)
             try:
-                labels.append((id_, read(files)))
-                good.append(i)
+                if kind == "winogavil":
+                    label = winogavil.instance(files["json"], tars.extensions(i), IMAGES)
+                    pictures += [(id_, i, (extension,)) for extension in label.pictures]
+                else:
+                    label = read(files)
+                    pictures.append((id_, i, IMAGES))
+                labels.append(label)
             except BUGS:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a broken label raises, and it is logged
                 log.add(self.name, id_, f"{type(error).__name__}: {error}", i)
                 faults += 1
-        if not good:
+        if not labels:
             raise UserError(f"{self.path / split}: no sample has a label that can be read as {kind}")
-        ids, labels = [id_ for id_, _ in labels], [label for _, label in labels]
         facts = None
         if kind == "classification":
             facts = _stacked(f"{self.path / split}: facts (npy)", [fact for _, fact in labels])
             labels = np.array([label for label, _ in labels], np.int64)
         elif kind == "multilabel":
             labels = _stacked(f"{self.path / split}: labels (npy)", labels)
-        return Split(_Pictures(tars, good), ids, labels, facts, faults)
+        files = [(i, extensions) for _, i, extensions in pictures]
+        return Split(_Pictures(tars, files), [id_ for id_, _, _ in pictures], labels, facts, faults)
 
 
 class _Pictures(Sequence):
-    """The pictures of some samples, each read from disk when it is asked for."""
+    """Pictures of samples (their number, and which extensions), each read from disk when it is asked for."""
 
-    def __init__(self, tars: Tars, chosen: Sequence[int]) -> None:
+    def __init__(self, tars: Tars, chosen: Sequence[tuple[int, Sequence[str]]]) -> None:
         self.tars, self.chosen = tars, chosen
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def __getitem__(self, i: int) -> Image.Image:
-        files = self.tars.read(self.chosen[i], IMAGES)
+        files = self.tars.read(*self.chosen[i])
         if not files:
             raise UserError(f"the sample has no picture ({', '.join(IMAGES)})")
         return load_image(next(iter(files.values())))

@@ -21,7 +21,7 @@ AVERAGE = "suite_38"  # name of the average among targets
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """key: DataComp's.   title: open_clip's column.   metric: what counts.   size: pictures.
+    """key: DataComp's.   title: open_clip's column.   metric: what counts.   size: samples.
     also: other names that public tools give its folder.
     """
 

@@ -114,7 +114,7 @@ def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
     assert voc["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-5)
 
     assert report["suite"]["average"] is None and report["suite"]["whole"] == 0
-    assert report["suite"]["missing"]["Stanford Cars"] == "24 of 8041 pictures"
+    assert report["suite"]["missing"]["Stanford Cars"] == "24 of 8041 samples"
     assert report["suite"]["missing"]["ImageNet 1k"] == "not there"
     assert "average of the 38 tasks: none; it is taken over all of them, and 0 are here and whole" in shown
     assert "wds_cars_test                        acc1" in shown and "own, 2" in shown
@@ -189,6 +189,38 @@ def test_measures_of_single_tasks(siglip, tmp_path):
             assert found["acc_worst_named_region"] == pytest.approx(worst(hit[0][named], split.facts[named, 0]))
 
 
+def test_winogavil(siglip, tmp_path):
+    """Cues and the pictures nearest to them; an instance that lacks a picture is left out."""
+    _, stage, params = siglip
+    rng, samples, chosen = np.random.default_rng(0), [], []
+    for n, size in enumerate((5, 6, 10, 12, 10, 5)):
+        names = [f"candidate {i}" for i in range(size)]
+        chosen.append(np.arange(size) < 2 + n % 2)
+        order = rng.permutation(size)
+        chosen[-1] = chosen[-1][order]
+        record = {"cue": ("Animal", "Stone")[n % 2], "candidates": names, "associations": []}
+        record["associations"] = [name for name, yes in zip(names, chosen[-1]) if yes]
+        pictures = {f"{i}.jpg": small_suite.picture(n * 12 + i)["jpg"] for i in range(size)}
+        samples.append({"json": json.dumps(record).encode(), **pictures})
+    samples[4]["3.jpg"] = b"no picture"
+    del samples[5]["4.jpg"]
+    data = DataSet(small_suite.write(tmp_path, "winogavil", samples, shards=1, dataset_type="winogavil"), "winogavil")
+    result = datasets.Evaluation(stage.as_towers()).dataset(params, data)
+    assert (result["samples"], result["faults"], result["main"]) == (4, 2, "jaccard_10-12")
+    split, scores = data.split(), []
+    split.pictures.chosen = split.pictures.chosen[:33]  # of the first four
+    images = embedded(stage._image, stage, params, split)
+    cues = texts_of(stage, params, ["An animal", "A stone"])
+    for n, first in enumerate((0, 5, 11, 21)):
+        score = [float(cues[n % 2] @ image) for image in images[first : first + len(chosen[n])]]
+        said = set(sorted(range(len(score)), key=lambda i: -score[i])[: sum(chosen[n])])
+        right = set(np.flatnonzero(chosen[n]).tolist())
+        scores.append(len(said & right) / len(said | right))
+    assert result["metrics"]["jaccard_10-12"] == pytest.approx(np.mean(scores[2:]))
+    assert result["metrics"]["jaccard_5-6"] == pytest.approx(np.mean(scores[:2]))
+    assert result["metrics"]["jaccard"] == pytest.approx(np.mean(scores))
+
+
 def test_what_cannot_be_evaluated_is_named(siglip, root, tmp_path, capsys):
     folder, stage, params = siglip
     small_suite.classification(tmp_path, "mnist", 3, 2)
@@ -215,13 +247,13 @@ def test_what_cannot_be_evaluated_is_named(siglip, root, tmp_path, capsys):
 
 def test_average_is_of_all_38_or_none():
     results = {
-        t.key: {"task": t.key, "metrics": {t.metric: n / 38}, "images": t.size} for n, t in enumerate(suite.SUITE)
+        t.key: {"task": t.key, "metrics": {t.metric: n / 38}, "samples": t.size} for n, t in enumerate(suite.SUITE)
     }
     found = datasets.average(results, {})
     assert found["average"] == pytest.approx(np.mean(np.arange(38) / 38)) and not found["missing"]
-    results["mnist"]["images"] = 9_000
+    results["mnist"]["samples"] = 9_000
     assert datasets.average(results, {})["average"] is None
-    assert datasets.average(results, {})["missing"] == {"MNIST": "9000 of 10000 pictures"}
+    assert datasets.average(results, {})["missing"] == {"MNIST": "9000 of 10000 samples"}
     assert suite.task_of("wds_vtab-cifar100_test").title == "CIFAR-100" and suite.task_of("cifar") is None
 
 
