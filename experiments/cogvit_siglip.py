@@ -2,6 +2,7 @@
 
     glmv train --config experiments/cogvit_siglip.py:size=nano --workdir runs/siglip --config.init_from=runs/mim
     glmv train --config experiments/cogvit_siglip.py:size=nano,role=teacher --workdir runs/teacher
+    glmv eval --run runs/siglip --suite /data/clip
 
 size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English, 180 concepts held out,
            and single shapes and symbols for a quarter of the pairs. Held-out R@5 .22 to .26 (chance .028), three seeds.

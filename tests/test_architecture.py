@@ -46,7 +46,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"cli"}
 
 # library -> the only parts that may import it ([] is nowhere)
-LIBRARIES = {"flax": ["models"], "torch": [], "transformers": [], "tensorflow": [], "torchvision": []}
+LIBRARIES = {"flax": ["models"], "torch": [], "transformers": [], "tensorflow": [], "torchvision": [],
+             "sklearn": []}  # fmt: skip
 # part -> libraries it must do without
 WITHOUT = {"data": ["jax", "optax", "orbax", "chex"], "agents": ["jax", "numpy", "optax"], "losses": ["flax", "optax"]}
 EXPERIMENTS_MAY_IMPORT = ("__future__", "ml_collections", "glmv_jax.config")

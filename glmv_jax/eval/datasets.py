@@ -43,6 +43,10 @@ class Settings:
 Result = dict[str, Any]
 
 
+class NothingToMeasure(UserError):
+    """None of the measures that were asked for is one of this kind of data."""
+
+
 class Evaluation:
     """Evaluators of one model, compiled once for all data sets and all weights.
 
@@ -61,25 +65,28 @@ class Evaluation:
         self, params: Params, root: str | Path, names: Sequence[str] = (), *, limit: int = 0,
         say: Callable[[str, Result], None] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """{"datasets": name -> result, "failed": name -> why not, "suite": ...} of what is in `root`.
+        """{"datasets": name -> result, "failed": name -> why, "skipped": name -> why, "suite": ...} of `root`.
 
         names: only these.   limit: first pictures of a split, 0 for all.   say: told each result when it is there.
-        A data set that cannot be evaluated is named with the reason and counts as missing.
+        A data set that is broken has failed, one of which nothing is to be measured is skipped; both count as missing.
         Raises: UserError when `root` has no data set, or a name is not there.
         """
         results: dict[str, Result] = {}
         failed: dict[str, str] = {}
+        skipped: dict[str, str] = {}
         sentences: dict[tuple, np.ndarray] = {}
         for data in chosen(root, names):
             try:
                 results[data.name] = self.dataset(params, data, limit, sentences)
+            except NothingToMeasure as error:
+                skipped[data.name] = str(error)
             except UserError as error:
                 failed[data.name] = str(error)
-            if say:
+            if say and data.name not in skipped:
                 say(data.name, results.get(data.name) or {"failed": failed[data.name]})
-        report = {"datasets": results, "failed": failed}
+        report = {"datasets": results, "failed": failed, "skipped": skipped}
         if ZEROSHOT in self.settings.measures and RETRIEVAL in self.settings.measures:
-            report["suite"] = average(results, failed)
+            report["suite"] = average(results, failed | skipped)
         return report
 
     def dataset(
@@ -88,7 +95,7 @@ class Evaluation:
         """All that is to be measured of one data set, or of its first `limit` pictures.
 
         sentences: class embeddings of these weights that were made already; data sets may share them.
-        Raises: UserError when the folder is not whole or nothing can be measured.
+        Raises: NothingToMeasure, and UserError when the folder is not whole.
         """
         began, s = time.monotonic(), self.settings
         kind, notes, metrics, facts = data.kind, [], {}, {}
@@ -99,7 +106,7 @@ class Evaluation:
             notes.append(f"no {' and no '.join(probes)}: there is no split train")
             wanted = [m for m in wanted if m not in probes]
         if not wanted:
-            raise UserError("; ".join(notes) or f"of {kind} data none of {', '.join(s.measures)} is measured")
+            raise NothingToMeasure("; ".join(notes) or f"of {kind} data none of {', '.join(s.measures)} is measured")
 
         split = data.split("test", self.log, limit)
         images = self._pictures(params, data, "test", split)
@@ -168,15 +175,14 @@ class Evaluation:
         self, params: Params, data: DataSet, split: Split, images: Embedded
     ) -> tuple[dict[str, float], dict[str, Any]]:
         """Instances of which a picture cannot be read are left out."""
+        place = np.full(len(split.pictures), -1)
+        place[images.kept] = np.arange(len(images.kept))
         ends = np.cumsum([len(instance.chosen) for instance in split.labels])
-        whole, pictures = [], np.zeros(0, int)
-        for instance, end in zip(split.labels, ends):
-            own = np.searchsorted(images.kept, np.arange(end - len(instance.chosen), end))
-            if end - 1 <= images.kept[-1] and np.array_equal(images.kept[own], range(end - len(own), end)):
-                whole.append(instance)
-                pictures = np.concatenate([pictures, own])
+        own = [place[end - len(instance.chosen) : end] for instance, end in zip(split.labels, ends)]
+        whole = [instance for instance, places in zip(split.labels, own) if (places >= 0).all()]
         if not whole:
             raise UserError("no instance has all of its pictures")
+        pictures = np.concatenate([places for places in own if (places >= 0).all()])
         cues = self.texts(params, [instance.prompt for instance in whole], f"{data.name}/cues", None, self.log)
         found = winogavil.jaccard(whole, images.features["embedding"][pictures], cues.features["embedding"])
         return found, {"samples": len(whole), "faults": split.faults + len(split.labels) - len(whole)}
@@ -232,10 +238,12 @@ def chosen(root: str | Path, names: Sequence[str] = ()) -> list[DataSet]:
     return data
 
 
-def average(results: dict[str, Result], failed: dict[str, str]) -> dict[str, Any]:
-    """The suite's average, or None with what is in its way: it is only taken over all of its tasks, whole."""
+def average(results: dict[str, Result], without: dict[str, str]) -> dict[str, Any]:
+    """The suite's average, or None with what is in its way: it is only taken over all of its tasks, whole.
+
+    without: data sets that have no result, and why."""
     by_task = {r["task"]: r for r in results.values() if r["task"]}
-    reasons = {suite.task_of(name).key: why for name, why in failed.items() if suite.task_of(name)}
+    reasons = {suite.task_of(name).key: why for name, why in without.items() if suite.task_of(name)}
     missing = {t.title: reasons.get(t.key, "not there") for t in suite.SUITE if t.key not in by_task}
     for task in suite.SUITE:
         result = by_task.get(task.key)

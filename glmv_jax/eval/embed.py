@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -47,14 +48,15 @@ class Embedder:
       row: item -> one row, as a dict of arrays that always have the same shapes.
       blank: a row to fill batches up with.
       batch: rows at a time over all hosts; rounded up to what divides over the data axes and the hosts.
-      threads: that make rows while the devices work (decoding and resizing let Python go on).
+      threads: that make rows while the devices work (decoding and resizing let Python go on); 0: one a core.
     """
 
     def __init__(
         self, apply: Callable[[Params, Batch], dict[str, jax.Array]], row: Callable[[Any], Batch], blank: Batch,
-        mesh: Mesh, rules: rules_lib.Rules, batch: int = 256, threads: int = 8,
+        mesh: Mesh, rules: rules_lib.Rules, batch: int = 256, threads: int = 0,
     ) -> None:  # fmt: skip
-        self.row, self.blank, self.mesh, self.rules, self.threads = row, blank, mesh, rules, threads
+        self.row, self.blank, self.mesh, self.rules = row, blank, mesh, rules
+        self.threads = threads or os.cpu_count() or 1
         self.hosts = len({d.process_index for d in mesh.devices.flat})
         unit = int(np.lcm(mesh_lib.data_shards(mesh), self.hosts))
         self.batch = -(-max(1, batch) // unit) * unit

@@ -23,6 +23,7 @@ def lines(report: dict[str, Any]) -> list[str]:
             shown.append(row.rstrip())
         shown += [f"{name}: {note}" for note in result["notes"]]
     shown += [f"{name}: NOT EVALUATED: {reason}" for name, reason in report["failed"].items()]
+    shown += [f"{name}: skipped: {reason}" for name, reason in report["skipped"].items()]
     shown += _suite(report["suite"], targets) if "suite" in report else []
     for name, why in suite.UNDEFINED.items():
         if name in targets:

@@ -132,8 +132,9 @@ def test_probes_of_stage_1_and_of_stage_2_agree_with_brute_force(siglip, root, t
     assert 0 < result["metrics"]["linear-probe acc1"] <= 1 and result["metrics"]["linear-probe strength"] > 0
 
     mim, *_ = run_of(tmp_path, "mim")
-    report = main.evaluate_data(mim, root, ("cars",), {"measures": ("knn",), "k": 3})
-    assert report["datasets"]["cars"]["metrics"].keys() == {"knn"} and report["patches"] == 36
+    report = main.evaluate_data(mim, root, settings={"k": 3})
+    assert report["datasets"]["wds_cars_test"]["metrics"].keys() == {"knn"} and report["patches"] == 36
+    assert report["skipped"].keys() == {"flickr30k", "voc2007_multilabel"} and not report["failed"]
     assert cli.main(["eval", "--run", str(mim), "--suite", str(root), "--zeroshot"]) == 2
     assert "this model reads no texts; zero-shot and retrieval need a run of stage siglip" in capsys.readouterr().err
 

@@ -50,6 +50,9 @@ def test_knn_of_few_rows_and_of_too_many_neighbours():
     np.testing.assert_array_equal(knn(gallery, labels, gallery * 9, 1, mesh=mesh_of({"data": 8})), labels)
     # All three are neighbours of each, and the nearest outweighs the two others.
     np.testing.assert_array_equal(knn(gallery, labels, gallery, 3, mesh=mesh_of({"data": 8})), labels)
+    # All are on the other side of these: nothing that only fills a shard up may come before them.
+    away = np.array([[-0.1, -0.2, -0.3], [-0.3, -0.1, -0.2]])
+    np.testing.assert_array_equal(knn(gallery, labels, away, 1, mesh=mesh_of({"data": 8})), [5, 6])
     with pytest.raises(UserError, match="k=4 neighbours of a gallery of 3; choose 1 to 3"):
         knn(gallery, labels, gallery, 4)
 

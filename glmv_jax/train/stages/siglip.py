@@ -141,7 +141,7 @@ class SigLIP(Stage):
         if not suite.get("root", "") or not (full or suite.short):
             return {}
         report = self._evaluation.folder(params, suite.root, suite.datasets, limit=0 if full else suite.short)
-        for name, reason in report["failed"].items():
+        for name, reason in (report["failed"] | report["skipped"]).items():
             raise UserError(f"eval.suite: {name} cannot be evaluated: {reason}")
         return datasets.flat(report["datasets"])
 
