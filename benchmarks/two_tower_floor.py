@@ -23,6 +23,7 @@ from torch import nn
 
 from glmv_jax.data import emoji, heldout, pipeline
 from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import probes
 
@@ -66,7 +67,7 @@ def pixels(picture) -> np.ndarray:
     return square.transpose(2, 0, 1)
 
 
-def batches(tokenizer: Tokenizer, batch: int, seed: int):
+def batches(rows: SharedRows, batch: int, seed: int):
     """Images squeezed to squares; for each, one text in one of the languages, of the same kinds as stage 2's."""
     pairs, rng = emoji.Pairs("train", seed), np.random.default_rng(seed)
     concepts = len(pairs.indices)
@@ -79,7 +80,7 @@ def batches(tokenizer: Tokenizer, batch: int, seed: int):
             for pair in rows:
                 lang = pipeline.LANGUAGES[rng.integers(2)]
                 kind = rng.choice(["name", "name+keywords", "keywords"], p=[0.3, 0.5, 0.2])
-                texts.append(tokenizer.fixed(pipeline.pair_text(pair.texts[lang], str(kind), rng), LENGTH))
+                texts.append(rows.fixed(pipeline.pair_text(pair.texts[lang], str(kind), rng), LENGTH))
             yield np.stack([pixels(pair.image) for pair in rows]), np.stack(texts)
         epoch += 1
 
@@ -87,12 +88,12 @@ def batches(tokenizer: Tokenizer, batch: int, seed: int):
 def run(steps: int, batch: int, seed: int) -> dict[str, Any]:
     """Trains one model and measures what it finds among the held-out concepts."""
     torch.manual_seed(seed)
-    tokenizer = Tokenizer()
-    model = TwoTower(tokenizer.vocab_size)
+    rows = SharedRows(Tokenizer())
+    model = TwoTower(rows.vocabulary.vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-3, total_steps=steps, pct_start=0.1)
     began = time.monotonic()
-    for step, (images, texts) in zip(range(steps), batches(tokenizer, batch, seed)):
+    for step, (images, texts) in zip(range(steps), batches(rows, batch, seed)):
         image, text = model.embed_image(torch.tensor(images)), model.embed_text(torch.tensor(texts).long())
         logits = model.scale.exp() * image @ text.T + model.bias
         loss = (F.softplus(logits).sum() - logits.diagonal().sum()) / batch
@@ -105,7 +106,7 @@ def run(steps: int, batch: int, seed: int) -> dict[str, Any]:
     seconds = time.monotonic() - began
 
     model.eval()
-    pairs = heldout.heldout_pairs(tokenizer, Patcher(), LENGTH)
+    pairs = heldout.heldout_pairs(rows, Patcher(), LENGTH)
     with torch.no_grad():
         image = model.embed_image(torch.tensor(np.stack([pixels(p) for p in pairs.images]))).numpy()
         texts = {q: model.embed_text(torch.tensor(pairs.texts[q]).long()).numpy() for q in QUERIES}

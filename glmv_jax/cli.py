@@ -228,6 +228,32 @@ def _write_json(target: str | None, content: dict) -> None:
         file.write(text + "\n")
 
 
+def train_vocabulary(args: argparse.Namespace) -> int:
+    """Trains a sentencepiece vocabulary on texts in Chinese and English, both of the same weight.
+
+    Without --text on the shipped corpus. Files may be .txt, .jsonl, .tsv, .csv, each also as .gz; folders are searched
+    for them. They are read once, a sample of them is trained on, and texts held out tell how many tokens they cost.
+
+      glmv train-vocabulary --text captions.jsonl --text wiki/ --size 64000 --out vocab.model
+      glmv train --config experiments/cogvit_siglip.py:size=l --config.data.vocabulary=vocab.model ...
+    """
+    from glmv_jax.data import text_files, vocabulary_training
+    from glmv_jax.data.corpus import build_vocab
+
+    if args.text:
+        texts, size = text_files.Texts(args.text, args.field), args.size or vocabulary_training.PIECES
+        told = vocabulary_training.run(texts, args.out, size, round(args.limit_mb * 1e6), args.seed)
+        told.insert(0, f"{texts.skipped} records without a text that could be read")
+    else:
+        size = args.size or build_vocab.PIECES
+        model = build_vocab.model(size)
+        vocabulary_training.write(model, args.out)
+        told = vocabulary_training.report(model, build_vocab.heldout_lines())
+    print(*told, f"{args.out}: {size} pieces; --config.data.vocabulary={args.out} --config.model.text.vocab={size}",
+          sep="\n")  # fmt: skip
+    return 0
+
+
 def report(args: argparse.Namespace) -> int:
     """Prints the final table of a recipe and writes report.html beside its stages.
 
@@ -342,6 +368,7 @@ _COMMANDS = {
     "cache-teachers": cache_teachers,
     "generate": generate,
     "eval": evaluate,
+    "train-vocabulary": train_vocabulary,
     "report": report,
     "doctor": doctor,
     "show-config": show_config,
@@ -390,6 +417,14 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after this many (default 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, when the temperature is not 0")
+
+    sub = subs["train-vocabulary"]
+    sub.add_argument("--text", action="append", metavar="PATH", help="a file or folder of texts; any number of times")
+    sub.add_argument("--field", default="", metavar="NAME", help="where the texts of a table or .jsonl stand")
+    sub.add_argument("--size", type=int, metavar="N", help="pieces (default 64000; of the shipped corpus 4096)")
+    sub.add_argument("--limit-mb", type=float, default=64.0, metavar="MB", help="text trained on (default 64)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the sentencepiece model to write")
 
     _eval_options(subs["eval"])
     subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")

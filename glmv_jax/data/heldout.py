@@ -19,7 +19,7 @@ from glmv_jax.data.pairs import Source, alike, balance, picture
 from glmv_jax.data.pipeline import LANGUAGES, Rows, collate_documents, concept_number, pair_text, vision_row
 from glmv_jax.data.records import Pair, Sample
 from glmv_jax.data.stream import Stream
-from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
 
@@ -40,7 +40,7 @@ class HeldoutPairs:
     names: dict[str, list[str]]
 
 
-def heldout_pairs(tokenizer: Tokenizer, patcher: Patcher, text_length: int = 16, split: str = "heldout",
+def heldout_pairs(tokenizer: TextRows, patcher: Patcher, text_length: int = 16, split: str = "heldout",
                   limit: int | None = None) -> HeldoutPairs:
     """The first `limit` (default: all) pairs of concepts that training never shows."""
     pairs = emoji.Pairs(split)
@@ -49,7 +49,7 @@ def heldout_pairs(tokenizer: Tokenizer, patcher: Patcher, text_length: int = 16,
     return _collected(taken, [concept_number(pair.id) for pair in taken], kinds, tokenizer, patcher, text_length)
 
 
-def source_pairs(sources: Mapping[str, Source], tokenizer: Tokenizer, patcher: Patcher, text_length: int = 64, *,
+def source_pairs(sources: Mapping[str, Source], tokenizer: TextRows, patcher: Patcher, text_length: int = 64, *,
                  share: float, limit: int, log: FaultLog | None = None) -> dict[str, HeldoutPairs]:
     """Up to `limit` pairs a language of those that `pipeline.pair_batches` leaves out at this share, the same on every
     host: language -> pairs. A record with both languages is in both.
@@ -101,7 +101,7 @@ def _held_out(name: str, source: Source, patcher: Patcher, share: float, most: i
                     return
 
 
-def _collected(pairs: Sequence[Pair], concept: Sequence[int], kinds: Sequence[tuple[str, str]], tokenizer: Tokenizer,
+def _collected(pairs: Sequence[Pair], concept: Sequence[int], kinds: Sequence[tuple[str, str]], tokenizer: TextRows,
                patcher: Patcher, text_length: int) -> HeldoutPairs:
     rows = [vision_row(*patcher(pair.image), patcher.max_patches) for pair in pairs]
     texts = {f"{lang} {kind}": np.stack([tokenizer.fixed(pair_text(p.texts[lang], kind), text_length) for p in pairs])

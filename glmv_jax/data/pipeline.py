@@ -49,7 +49,7 @@ from glmv_jax.data.records import Pair, Sample
 from glmv_jax.data.schedule import Schedule
 from glmv_jax.data.seeds import generator
 from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, prefetched
-from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
 LANGUAGES = emoji.LANGUAGES
@@ -196,7 +196,7 @@ def _mim_row(record: tuple[str, Image.Image], rng: np.random.Generator, *, size:
 
 
 def siglip_batches(
-    pairs: Any, tokenizer: Tokenizer, patcher: Patcher, *, batch: int, lengths: Mapping[int, float] | None = None,
+    pairs: Any, tokenizer: TextRows, patcher: Patcher, *, batch: int, lengths: Mapping[int, float] | None = None,
     text_length: int = 16, chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
     reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
@@ -246,7 +246,7 @@ def _of_lengths(batches: Callable[[int, Reading], grain.IterDataset], lengths: M
 
 
 def pair_batches(
-    sources: Mapping[str, pairs.Source], tokenizer: Tokenizer, patcher: Patcher, *, batch: int,
+    sources: Mapping[str, pairs.Source], tokenizer: TextRows, patcher: Patcher, *, batch: int,
     lengths: Mapping[int, float] | None = None, text_length: int = 64, chinese: float | None = 0.5,
     heldout: float = 0.0, reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
@@ -274,7 +274,7 @@ def pair_batches(
     return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
 
 
-def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: Tokenizer,
+def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: TextRows,
               patcher: Patcher, length: int) -> Rows:
     pair = ref.reader[ref.index]
     texts = [pair.texts[lang][rng.integers(len(pair.texts[lang]))] for lang in langs]
@@ -323,7 +323,7 @@ def _pair_number(pair: Pair) -> int:
 _TEXTS = ("name", "name+keywords", "keywords")
 
 
-def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: Tokenizer, patcher: Patcher, length: int,
+def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: TextRows, patcher: Patcher, length: int,
                 chinese: float | None, shares: np.ndarray) -> Rows:
     langs = range(len(LANGUAGES)) if chinese is None else [int(rng.random() < chinese)]
     texts = []

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import pathlib
 import re
-import unicodedata
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import sentencepiece
 
+from glmv_jax.data.vocabulary import sentencepiece_model
 from glmv_jax.typing import UserError
 
 SPECIALS = (
@@ -23,8 +22,6 @@ SPECIALS = (
     "<tool_response>", "</tool_response>", "<|begin_of_box|>", "<|end_of_box|>",
 )  # fmt: skip
 BOX = ("<|begin_of_box|>", "<|end_of_box|>")
-# Stage 2 reads Chinese one character at a time.
-_CHARACTERS = re.compile("[\u3400-\u4dbf\u4e00-\u9fff]|[^\u3400-\u4dbf\u4e00-\u9fff]+")
 SHIPPED = pathlib.Path(__file__).resolve().parent / "corpus" / "vocab.model"
 
 
@@ -38,12 +35,7 @@ class Tokenizer:
 
     def __init__(self, path: str | pathlib.Path | None = None):
         self.path = pathlib.Path(path or SHIPPED)
-        if not self.path.is_file():
-            raise UserError(f"vocabulary {str(self.path)!r} does not exist; give the path of a sentencepiece .model")
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(self.path))
-        except RuntimeError:
-            raise UserError(f"vocabulary {str(self.path)!r} is not a sentencepiece model; give another file") from None
+        self._model = sentencepiece_model(self.path)
         self.vocab_size = self._model.vocab_size()
         self.special = {name: self._model.piece_to_id(name) for name in SPECIALS}
         missing = [name for name, i in self.special.items() if not self._model.is_control(i)]
@@ -85,30 +77,3 @@ class Tokenizer:
             else:
                 run.append(i)
         return "".join(text) + self._model.decode(run)
-
-    def fixed(self, text: str, length: int) -> np.ndarray:
-        """Stage-2 text: NFKC and lower case, `eos`, padded with `pad` or cut to `length` with `eos` kept at the end.
-
-        SigLIP2's rule (big_vision `lower -> tok(length, bos="no", eos="sticky")`), but Chinese character by character:
-        an unseen name is then made of what was seen in others. Returns int32 [length].
-        """
-        return self.side_by_side([text], length)[0]
-
-    def side_by_side(self, texts: Sequence[str], length: int) -> tuple[np.ndarray, np.ndarray]:
-        """Several stage-2 texts in one row: ids and segments (1, 2, ... and 0 on padding), int32 [length] each.
-
-        While they are too long together the longest of them is cut; each keeps its `eos`.
-        """
-        if length < len(texts):
-            raise UserError(f"a row of {length} tokens cannot hold {len(texts)} texts; lengthen the row")
-        ids = []
-        for text in texts:
-            parts = _CHARACTERS.findall(unicodedata.normalize("NFKC", text).lower())
-            ids.append([i for part in parts for i in self.encode(part)])
-        room = length - len(texts)
-        while sum(map(len, ids)) > room:
-            max(ids, key=len).pop()
-        tokens = [i for text in ids for i in (*text, self.eos)]
-        segments = [n for n, text in enumerate(ids, start=1) for _ in range(len(text) + 1)]
-        rest = length - len(tokens)
-        return np.array(tokens + [self.pad] * rest, np.int32), np.array(segments + [0] * rest, np.int32)

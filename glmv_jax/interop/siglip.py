@@ -7,7 +7,10 @@ that our tower reads too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import math
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from glmv_jax.interop.table import (
     to_params,
 )
 from glmv_jax.models.api import abstract_params
-from glmv_jax.models.siglip import SiglipConfig, SiglipTextConfig, SiglipVisionConfig
+from glmv_jax.models.siglip import LastConfig, SiglipConfig, SiglipTextConfig, SiglipVisionConfig
 from glmv_jax.models.vit import ACTIVATIONS
 from glmv_jax.typing import Params, UserError
 
@@ -35,23 +38,39 @@ _TOWERS = ("siglip", "siglip2")
 _ALONE = ("siglip_vision_model", "siglip2_vision_model")
 
 
-def load(path: str | Path, *, text: bool = True, dtype: str = "float32") -> tuple[SiglipConfig, Params]:
-    """A checkpoint folder, or an .npz of big_vision. text=False: the image tower alone.
+def load(
+    path: str | Path, *, vision: bool = True, text: bool = True, dtype: str = "float32"
+) -> tuple[SiglipConfig, Params]:
+    """A checkpoint folder, or an .npz of big_vision. text=False: the image tower alone; vision=False: the text side.
 
     Raises: UserError for a folder without config.json or weights, another family, and tensors that do not fit.
     """
-    if Path(path).suffix == ".npz":
-        return _load_npz(Path(path), text=text, dtype=dtype)
-    hf = read_config(path)
-    cfg = config(hf, text=text, dtype=dtype)
-    tensors = Tensors(path, _rename)
-    skipped = [name for name in tensors if name.endswith("position_ids")]
+    cfg = sizes(path, vision=vision, text=text, dtype=dtype)
+    if _is_npz(path):
+        tensors, entries, image = _Npz(Path(path)), npz_table(cfg), "params/img/"
+    else:
+        linear_patches = read_config(path)["model_type"].startswith("siglip2")
+        tensors, entries, image = Tensors(path, _rename), table(cfg, linear_patches=linear_patches), "vision_model."
+    left_out = [name for name in tensors if name.endswith("position_ids")]
     if cfg.text is None:
-        skipped += [name for name in tensors if not name.startswith("vision_model.")]
-    if not cfg.vision.head:
-        skipped += [name for name in tensors if name.startswith("vision_model.head.")]
-    params = to_params(table(cfg, linear_patches=hf["model_type"].startswith("siglip2")), tensors, skipped)
-    return cfg, check_shapes(params, abstract_params(cfg))
+        left_out += [name for name in tensors if not name.startswith(image)]
+    if cfg.vision is None:
+        left_out += [name for name in tensors if name.startswith(image)]
+    elif not cfg.vision.head:
+        left_out += [name for name in tensors if name.startswith("vision_model.head.")]
+    return cfg, check_shapes(to_params(entries, tensors, left_out), abstract_params(cfg))
+
+
+def sizes(path: str | Path, *, vision: bool = True, text: bool = True, dtype: str = "float32") -> SiglipConfig:
+    """The config of what `load` would give; weights are not read."""
+    cfg = _npz_config(_Npz(Path(path)), dtype) if _is_npz(path) else config(read_config(path), dtype=dtype)
+    if not text:
+        cfg = dataclasses.replace(cfg, text=None, text_head=None)
+    if not vision:
+        if cfg.text is None:
+            raise UserError(f"{path} has no text tower; give a checkpoint of both towers")
+        cfg = dataclasses.replace(cfg, vision=None)
+    return cfg
 
 
 def config(hf: Mapping[str, Any], *, text: bool = True, dtype: str = "float32") -> SiglipConfig:
@@ -76,19 +95,24 @@ def config(hf: Mapping[str, Any], *, text: bool = True, dtype: str = "float32") 
     if kind in _ALONE or not text:
         return SiglipConfig(vision)
     t = defaults | {"vocab_size": 32_000, "max_position_embeddings": 64} | dict(hf.get("text_config") or {})
-    return SiglipConfig(vision, SiglipTextConfig(
+    tower = SiglipTextConfig(
         vocab=t["vocab_size"], length=t["max_position_embeddings"], depth=t["num_hidden_layers"],
         width=t["hidden_size"], heads=t["num_attention_heads"], mlp=t["intermediate_size"],
-        out=t.get("projection_size") or t["hidden_size"], activation=_activation(t["hidden_act"]),
-        norm_eps=t["layer_norm_eps"], dtype=dtype,
-    ))  # fmt: skip
+        activation=_activation(t["hidden_act"]), norm_eps=t["layer_norm_eps"], dtype=dtype,
+    )  # fmt: skip
+    return SiglipConfig(vision, tower, LastConfig(tower.width, t.get("projection_size") or tower.width, dtype))
 
 
 def table(cfg: SiglipConfig, *, linear_patches: bool) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    v, hf = cfg.vision, "vision_model."
-    patches = matrix if linear_patches else convolution((1, 2, 0), (v.patch, v.patch))
-    entries = [
+    return _image_table(cfg.vision, linear_patches) + _text_table(cfg.text)
+
+
+def _image_table(v: SiglipVisionConfig | None, linear_patches: bool) -> list[Entry]:
+    if v is None:
+        return []
+    hf, patches = "vision_model.", matrix if linear_patches else convolution((1, 2, 0), (v.patch, v.patch))
+    return [
         Entry(hf + "embeddings.patch_embedding.weight", ("vision/patch_embed/kernel",), patches),
         Entry(hf + "embeddings.patch_embedding.bias", ("vision/patch_embed/bias",), same),
         Entry(hf + "embeddings.position_embedding.weight", ("vision/position/embedding",), same),
@@ -96,15 +120,18 @@ def table(cfg: SiglipConfig, *, linear_patches: bool) -> list[Entry]:
         *norm(hf + "post_layernorm", "vision/norm"),
         *(_head(hf + "head.", "vision/head/") if v.head else ()),
     ]
-    if cfg.text is None:
-        return entries
+
+
+def _text_table(t: SiglipTextConfig | None) -> list[Entry]:
+    if t is None:
+        return []
     hf = "text_model."
-    return entries + [
+    return [
         Entry(hf + "embeddings.token_embedding.weight", ("text/embed/embedding",), same),
         Entry(hf + "embeddings.position_embedding.weight", ("text/position/embedding",), same),
-        *_blocks(hf, "text/", cfg.text.depth),
+        *_blocks(hf, "text/", t.depth),
         *norm(hf + "final_layer_norm", "text/norm"),
-        *linear(hf + "head", "text/head"),
+        *linear(hf + "head", "text_head/projection"),
         Entry("logit_scale", ("scale/log_scale",), _scalar),
         Entry("logit_bias", ("scale/bias",), _scalar),
     ]
@@ -151,86 +178,135 @@ def _activation(name: str) -> str:
 # --- big_vision -------------------------------------------------------------------------------------------------------
 
 
-def _load_npz(path: Path, *, text: bool, dtype: str) -> tuple[SiglipConfig, Params]:
+def _is_npz(path: str | Path) -> bool:
+    return Path(path).suffix == ".npz"
+
+
+class _Npz(Mapping[str, np.ndarray]):
+    """Name -> array, read when asked for. Scanned checkpoints hold all layers of a tower in one array; here each layer
+    has its own name: encoderblock/... -> encoderblock_0/..., ...
+
+    shapes: name -> shape, from the headers alone.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.shapes, self._where = path, {}, {}
+        try:
+            with zipfile.ZipFile(path) as file:
+                found = {name.removesuffix(".npy"): _shape(file, name) for name in file.namelist()}
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist; check the path") from None
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise self._broken(error) from None
+        for name, shape in found.items():
+            if "/encoderblock/" in name:
+                layers = {name.replace("/encoderblock/", f"/encoderblock_{i}/"): i for i in range(shape[0])}
+                self._where |= {layer: (name, i) for layer, i in layers.items()}
+                self.shapes |= dict.fromkeys(layers, shape[1:])
+            else:
+                self._where[name], self.shapes[name] = (name, None), shape
+        self._last: tuple[str, Any] = ("", None)  # the layers of an array are asked for one after another
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        stored, layer = self._where[name]
+        if stored != self._last[0]:
+            try:
+                with np.load(self.path) as file:
+                    self._last = (stored, file[stored])
+            except (OSError, ValueError, zipfile.BadZipFile) as error:
+                raise self._broken(error) from None
+        return self._last[1] if layer is None else self._last[1][layer]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._where)
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def _broken(self, error: Exception) -> UserError:
+        return UserError(f"{self.path} is no .npz of arrays ({str(error).splitlines()[0]}); download it again")
+
+
+def _shape(file: zipfile.ZipFile, name: str) -> tuple[int, ...]:
+    with file.open(name) as stream:
+        version = np.lib.format.read_magic(stream)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        return read(stream)[0]
+
+
+def _npz_config(npz: _Npz, dtype: str) -> SiglipConfig:
     """Sizes are read from the shapes: an .npz has no config."""
-    try:
-        with np.load(path) as file:
-            tensors = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; check the path") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no .npz of arrays ({str(error).splitlines()[0]}); download it again") from None
-    tensors = _unstacked(tensors)
+    shapes = npz.shapes
     first = "params/img/embedding/kernel"
-    if first not in tensors:
-        raise UserError(f"{path}: no {first} in it; give a two-tower checkpoint of big_vision")
-    text = text and "params/txt/Embed_0/embedding" in tensors
-    cfg = SiglipConfig(_npz_vision(tensors, dtype), _npz_text(tensors, dtype) if text else None)
-    ignored = [] if text else [name for name in tensors if not name.startswith("params/img/")]
-    return cfg, check_shapes(to_params(npz_table(cfg), tensors, ignored), abstract_params(cfg))
+    if first not in shapes:
+        raise UserError(f"{npz.path}: no {first} in it; give a two-tower checkpoint of big_vision")
+    vision = _npz_vision(shapes, dtype)
+    if "params/txt/Embed_0/embedding" not in shapes:
+        return SiglipConfig(vision)
+    text = _npz_text(shapes, dtype)
+    return SiglipConfig(vision, text, LastConfig(text.width, shapes["params/txt/head/kernel"][1], dtype))
 
 
-def _unstacked(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Scanned checkpoints hold all layers of a tower in one array: encoderblock/... -> encoderblock_0/..., ..."""
-    result: dict[str, np.ndarray] = {}
-    for name, x in tensors.items():
-        if "/encoderblock/" in name:
-            result |= {name.replace("/encoderblock/", f"/encoderblock_{i}/"): x[i] for i in range(len(x))}
-        else:
-            result[name] = x
-    return result
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _tower(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, int]:
+def _tower(shapes: _Shapes, prefix: str) -> dict[str, int]:
     block = prefix + "encoderblock_{}/"
-    depth = next(i for i in range(10_000) if block.format(i) + "LayerNorm_0/scale" not in tensors)
-    width, heads, _ = tensors[block.format(0) + "MultiHeadDotProductAttention_0/query/kernel"].shape
-    mlp = tensors[block.format(0) + "MlpBlock_0/Dense_0/kernel"].shape[1]
+    depth = next(i for i in range(10_000) if block.format(i) + "LayerNorm_0/scale" not in shapes)
+    width, heads, _ = shapes[block.format(0) + "MultiHeadDotProductAttention_0/query/kernel"]
+    mlp = shapes[block.format(0) + "MlpBlock_0/Dense_0/kernel"][1]
     return {"depth": depth, "width": width, "heads": heads, "mlp": mlp}
 
 
-def _npz_vision(tensors: Mapping[str, np.ndarray], dtype: str) -> SiglipVisionConfig:
-    kernel = tensors["params/img/embedding/kernel"]
-    pixels = int(np.prod(kernel.shape[:-1])) // 3
-    positions = tensors["params/img/pos_embedding"]
+def _npz_vision(shapes: _Shapes, dtype: str) -> SiglipVisionConfig:
+    *pixels, width = shapes["params/img/embedding/kernel"]
+    positions = math.prod(shapes["params/img/pos_embedding"]) // width
     return SiglipVisionConfig(
-        **_tower(tensors, "params/img/Transformer/"), patch=round(pixels**0.5),
-        table=round((positions.size // kernel.shape[-1]) ** 0.5), head="params/img/MAPHead_0/probe" in tensors,
-        dtype=dtype,
+        **_tower(shapes, "params/img/Transformer/"), patch=round((math.prod(pixels) // 3) ** 0.5),
+        table=round(positions**0.5), head="params/img/MAPHead_0/probe" in shapes, dtype=dtype,
     )  # fmt: skip
 
 
-def _npz_text(tensors: Mapping[str, np.ndarray], dtype: str) -> SiglipTextConfig:
-    embedding, positions = tensors["params/txt/Embed_0/embedding"], tensors["params/txt/pos_embedding"]
-    return SiglipTextConfig(
-        vocab=embedding.shape[0], length=positions.size // embedding.shape[1],
-        **_tower(tensors, "params/txt/Encoder_0/"), out=tensors["params/txt/head/kernel"].shape[1], dtype=dtype,
-    )  # fmt: skip
+def _npz_text(shapes: _Shapes, dtype: str) -> SiglipTextConfig:
+    vocab, width = shapes["params/txt/Embed_0/embedding"]
+    length = math.prod(shapes["params/txt/pos_embedding"]) // width
+    return SiglipTextConfig(vocab=vocab, length=length, **_tower(shapes, "params/txt/Encoder_0/"), dtype=dtype)
 
 
 def npz_table(cfg: SiglipConfig) -> list[Entry]:
     """Every array of a big_vision checkpoint for a model of this config; kernels are [I, O] there too."""
-    v = cfg.vision
-    rows = lambda width: Transform(lambda t: (t.reshape(-1, width),), lambda a: a[0][None])  # noqa: E731
+    return _npz_image_table(cfg.vision) + _npz_text_table(cfg.text)
+
+
+def _rows(width: int) -> Transform:
+    return Transform(lambda t: (t.reshape(-1, width),), lambda a: a[0][None])
+
+
+def _npz_image_table(v: SiglipVisionConfig | None) -> list[Entry]:
+    if v is None:
+        return []
     entries = [
-        Entry("params/img/embedding/kernel", ("vision/patch_embed/kernel",), rows(v.width)),
+        Entry("params/img/embedding/kernel", ("vision/patch_embed/kernel",), _rows(v.width)),
         Entry("params/img/embedding/bias", ("vision/patch_embed/bias",), same),
-        Entry("params/img/pos_embedding", ("vision/position/embedding",), rows(v.width)),
+        Entry("params/img/pos_embedding", ("vision/position/embedding",), _rows(v.width)),
         *_npz_blocks("params/img/Transformer/", "vision/", v.depth, v.width, v.heads),
     ]
     if v.head:
         theirs, ours = "params/img/MAPHead_0/", "vision/head/"
         entries += [Entry(theirs + "probe", (ours + "probe",), _vector)]
         entries += _npz_block(theirs, ours, {"LayerNorm_0": "norm"}, "", v.width, v.heads, None)
-    if cfg.text is None:
-        return entries
-    t = cfg.text
-    return entries + [
+    return entries
+
+
+def _npz_text_table(t: SiglipTextConfig | None) -> list[Entry]:
+    if t is None:
+        return []
+    return [
         Entry("params/txt/Embed_0/embedding", ("text/embed/embedding",), same),
-        Entry("params/txt/pos_embedding", ("text/position/embedding",), rows(t.width)),
+        Entry("params/txt/pos_embedding", ("text/position/embedding",), _rows(t.width)),
         *_npz_blocks("params/txt/Encoder_0/", "text/", t.depth, t.width, t.heads),
-        Entry("params/txt/head/kernel", ("text/head/kernel",), same),
-        Entry("params/txt/head/bias", ("text/head/bias",), same),
+        Entry("params/txt/head/kernel", ("text_head/projection/kernel",), same),
+        Entry("params/txt/head/bias", ("text_head/projection/bias",), same),
         Entry("params/t", ("scale/log_scale",), _scalar),
         Entry("params/b", ("scale/bias",), _scalar),
     ]

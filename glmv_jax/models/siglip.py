@@ -3,7 +3,8 @@
 One image tower for the checkpoints of fixed size (Hugging Face `siglip`) and of native size (`siglip2`, NaFlex): their
 learned positions are a square table that is resized to the grid of each image, antialiased and bilinear; where grid and
 table are equal that is the table. Patches may stand in any order, `yx` says where they belong; one image a row.
-Text: both directions, no mask on padding, and the last token of a row of full length is the pooled one.
+Text: both directions, no mask on padding, and the last token of a text of full length is the pooled one. Tower and head
+are parts that `two_tower` takes as they are.
 
 Sources: big_vision `models/proj/image_text/naflex_vit.py`, `text_transformer.py`; transformers `modeling_siglip2.py`.
 """
@@ -101,49 +102,85 @@ class AttentionPool(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class SiglipTextConfig(_TowerConfig):
-    """`out` is the width of the pooled vector, the image tower's."""
+    """`length`: tokens of a text, padding among them."""
 
     vocab: int = 256_000
     length: int = 64
-    out: int = 1152
+
+    def row_length(self, texts: int) -> int:
+        """Tokens of a row of so many texts: each has its own `length`."""
+        return texts * self.length
+
+    def flops(self, tokens: int) -> float:
+        """Forward FLOPs of a row of `tokens` tokens."""
+        return tokens * self.depth * self.block.flops(self.length)
 
     def module(self) -> nn.Module:
         return SiglipText(self)
 
     def example(self) -> tuple:
-        return (jnp.ones((1, self.length), jnp.int32),)
+        return jnp.ones((1, self.length), jnp.int32), jnp.ones((1, self.length), jnp.int32)
 
 
 class SiglipText(nn.Module):
-    """(features [B, T, D], pooled [B, out]) of rows of full length T: padding is read like any token."""
+    """Features [B, T, D] of rows of one or more texts of full length; padding is read like any token."""
 
     cfg: SiglipTextConfig
 
     @nn.compact
-    def __call__(self, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, tokens_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
         c = self.cfg
-        T = tokens_BT.shape[1]
-        if T > c.length:
-            raise ValueError(f"rows of {T} tokens, but the text tower has {c.length} positions")
+        if tokens_BT.shape[1] % c.length:
+            raise ValueError(f"rows of {tokens_BT.shape[1]} tokens, but the text tower reads {c.length} at a time")
+        del segments_BT  # where a text begins follows from its length
+        tokens = tokens_BT.reshape(-1, c.length)
         table_VD = Embedding(c.vocab, c.width, name="embed")()
-        position_TD = Embedding(c.length, c.width, "position", name="position")()[:T]
-        x_BTD = (jnp.take(table_VD, tokens_BT, axis=0) + position_TD).astype(c.dtype)
-        span = Span(jnp.ones_like(tokens_BT))
-        x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD, None, span, span)
-        x_BTD = LayerNorm(c.norm_eps, name="norm")(x_BTD)
-        return x_BTD, Linear(c.out, ("embed", "projection"), True, c.dtype, name="head")(x_BTD[:, -1])
+        position_TD = Embedding(c.length, c.width, "position", name="position")()
+        x = (jnp.take(table_VD, tokens, axis=0) + position_TD).astype(c.dtype)
+        span = Span(jnp.ones_like(tokens))
+        x, _ = stack(c.block, c.depth, c.remat, x, None, span, span)
+        return LayerNorm(c.norm_eps, name="norm")(x).reshape(*tokens_BT.shape, c.width)
+
+
+@dataclasses.dataclass(frozen=True)
+class LastConfig:
+    """The last feature of each text, and a projection to `out`, the width of the image tower's pool."""
+
+    width: int = 1152
+    out: int = 1152
+    dtype: str = "float32"
+
+    def module(self) -> nn.Module:
+        return Last(self)
+
+    def example(self) -> tuple:
+        return jnp.zeros((1, 2, self.width)), jnp.ones((1, 2), jnp.int32), 1
+
+
+class Last(nn.Module):
+    cfg: LastConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, segments_BT: jax.Array, count: int) -> jax.Array:
+        """[B, count, E] of `count` texts of equal length, not normalised."""
+        c = self.cfg
+        del segments_BT
+        last_BND = x_BTD.reshape(x_BTD.shape[0], count, -1, c.width)[:, :, -1]
+        return Linear(c.out, ("embed", "projection"), True, c.dtype, name="projection")(last_BND)
 
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Both towers, or the image tower alone (text None)."""
+    """Both towers, the image tower alone (text and its head None) or the text side alone (vision None)."""
 
-    vision: SiglipVisionConfig
+    vision: SiglipVisionConfig | None
     text: SiglipTextConfig | None = None
+    text_head: LastConfig | None = None
 
     def parts(self) -> dict[str, Any]:
-        parts: dict[str, Any] = {"vision": self.vision}
-        return parts if self.text is None else parts | {"text": self.text, "scale": ScaleConfig()}
+        scale = None if self.text is None else ScaleConfig()
+        parts = {"vision": self.vision, "text": self.text, "text_head": self.text_head, "scale": scale}
+        return {name: part for name, part in parts.items() if part is not None}
 
 
 def embed_image(cfg: SiglipVisionConfig, params: Params, vision: VisionInput) -> tuple[jax.Array, jax.Array | None]:
@@ -151,9 +188,12 @@ def embed_image(cfg: SiglipVisionConfig, params: Params, vision: VisionInput) ->
     return SiglipVision(cfg).apply({"params": params}, vision)
 
 
-def embed_text(cfg: SiglipTextConfig, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """(features [B, T, D], pooled [B, out], not normalised)."""
-    return SiglipText(cfg).apply({"params": params}, tokens_BT)
+def embed_text(cfg: SiglipConfig, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(features [B, T, D], pooled [B, out], not normalised) of one text a row; `params` of the whole model."""
+    segments_BT = jnp.ones_like(tokens_BT)
+    features_BTD = cfg.text.module().apply({"params": params["text"]}, tokens_BT, segments_BT)
+    head = cfg.text_head.module()
+    return features_BTD, head.apply({"params": params["text_head"]}, features_BTD, segments_BT, 1)[:, 0]
 
 
 def scale(params: Params) -> tuple[jax.Array, jax.Array]:

@@ -43,6 +43,10 @@ class TextConfig:
             rotate=rope_lib.no_rotation, dtype=self.dtype,
         )  # fmt: skip
 
+    def row_length(self, texts: int) -> int:
+        """Tokens of a row of so many texts: they share it."""
+        return self.length
+
     def flops(self, tokens: int) -> float:
         return tokens * self.depth * self.block.flops(tokens)
 
@@ -157,10 +161,13 @@ class Scale(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class TwoTowerConfig:
+    """text, text_head: our tower and its mean, or the text side of a public model (`models.siglip`): a tower is called
+    with (tokens, segments) and gives features, a head with (features, segments, count)."""
+
     vision: cogvit.CogViTConfig
-    text: TextConfig
+    text: Any
     image_head: PoolConfig
-    text_head: MeanConfig
+    text_head: Any
     scale: ScaleConfig = ScaleConfig()
 
     def parts(self) -> dict[str, Any]:
@@ -179,20 +186,22 @@ class TwoTowerOutput(NamedTuple):
 def embed_image(cfg: TwoTowerConfig, params: Params, vision: VisionInput) -> jax.Array:
     """Unit embeddings [B, E], one image a row."""
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, _real(vision.frame)))
+    real_BP = (vision.frame != 0).astype(jnp.int32)
+    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, real_BP))
 
 
 def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
-    """Unit embeddings [B, E], one text a row; id 0 is padding."""
-    return embed_texts(cfg, params, tokens_BT, _real(tokens_BT), 1)[:, 0]
+    """Unit embeddings [B, E], one text a row; zeros after its end are padding."""
+    segments_BT = jax.lax.cummax((tokens_BT != 0).astype(jnp.int32), axis=1, reverse=True)
+    return embed_texts(cfg, params, tokens_BT, segments_BT, 1)[:, 0]
 
 
 def embed_texts(
     cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array, segments_BT: jax.Array, count: int
 ) -> jax.Array:
     """Unit embeddings [B, count, E] of texts that stand side by side in a row as segments 1 to count."""
-    features_BTD = TextTower(cfg.text).apply({"params": params["text"]}, tokens_BT, segments_BT)
-    return _unit(Mean(cfg.text_head).apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
+    features_BTD = cfg.text.module().apply({"params": params["text"]}, tokens_BT, segments_BT)
+    return _unit(cfg.text_head.module().apply({"params": params["text_head"]}, features_BTD, segments_BT, count))
 
 
 def scale(cfg: TwoTowerConfig, params: Params) -> tuple[jax.Array, jax.Array]:
@@ -206,11 +215,6 @@ def apply(
     """Images and their texts, `count` of each image in its row."""
     text_BNE = embed_texts(cfg, params, tokens_BT, segments_BT, count)
     return TwoTowerOutput(embed_image(cfg, params, vision), text_BNE, *scale(cfg, params))
-
-
-def _real(ids: jax.Array) -> jax.Array:
-    """One segment: 1 where there is something, 0 on padding."""
-    return (ids != 0).astype(jnp.int32)
 
 
 def _within(segments_BT: jax.Array) -> jax.Array:

@@ -7,22 +7,24 @@ import numpy as np
 from glmv_jax.data import emoji, heldout
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
 
 TOKENIZER, PATCHER = Tokenizer(), Patcher()
+ROWS = SharedRows(TOKENIZER)
 BUILDER = DocumentBuilder(TOKENIZER, PATCHER, 160, 256)
 KINDS = ["count", "spatial"]
 
 
 def test_pairs_are_the_held_out_concepts_with_their_texts():
-    pairs = heldout.heldout_pairs(TOKENIZER, PATCHER)
+    pairs = heldout.heldout_pairs(ROWS, PATCHER)
     assert len(set(pairs.concept)) == len(pairs.ids) == 180
     assert pairs.vision["patches"].shape == (180, 64, 192)
     for row, name in enumerate(pairs.names["zh"]):
-        np.testing.assert_array_equal(pairs.texts["zh name"][row], TOKENIZER.fixed(name, 16))
+        np.testing.assert_array_equal(pairs.texts["zh name"][row], ROWS.fixed(name, 16))
     assert set(pairs.texts) == {"en name", "zh name", "en name+keywords", "zh name+keywords"}
     assert pairs.ids == [emoji.load()[i].id for i in emoji.split("heldout")]
-    few = heldout.heldout_pairs(TOKENIZER, PATCHER, limit=5)
+    few = heldout.heldout_pairs(ROWS, PATCHER, limit=5)
     np.testing.assert_array_equal(few.vision["patches"], pairs.vision["patches"][:5])
 
 

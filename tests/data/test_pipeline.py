@@ -18,11 +18,13 @@ from glmv_jax.data.images import Images
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import Reading
 from glmv_jax.data.questions import Questions
+from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 from tests.data import scenes
 
 TOKENIZER, PATCHER = Tokenizer(), Patcher()
+ROWS = SharedRows(TOKENIZER)
 BUILDER = DocumentBuilder(TOKENIZER, PATCHER, max_tokens=160, max_patches=256)
 MIM_WEIGHTS = {"natural": 0.8, "instruction": 0.1, "scientific": 0.1}
 KINDS = ("count", "name", "ground", "read")
@@ -34,7 +36,7 @@ def mim(**options):
 
 
 def siglip(batch: int = 64, chinese: float | None = None, **options):
-    return pipeline.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, PATCHER, batch=batch, chinese=chinese,
+    return pipeline.siglip_batches(emoji.Pairs("train", 0), ROWS, PATCHER, batch=batch, chinese=chinese,
                                    reading=Reading(**{"ahead": 0} | options))
 
 
@@ -130,7 +132,7 @@ def test_siglip_batch_with_basics():
     """A quarter of the pairs; their concepts lie beyond those of the emoji and may repeat, the emoji still may not."""
 
     def make():
-        return pipeline.siglip_batches(emoji.Pairs("train"), TOKENIZER, PATCHER, batch=200, basics=0.25,
+        return pipeline.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=200, basics=0.25,
                                        reading=Reading(ahead=0))
 
     data = make()
@@ -323,7 +325,7 @@ def test_wrong_arguments_are_user_errors():
         (lambda: vlm("chatt"), "choose pretrain or chat"),
         (lambda: Reading(shard=2, shards=2), "shard 2 of 2"),
         (lambda: pipeline.mim_batches({}, {}, batch=1, mask_kind="x"), "choose blockwise or random"),
-        (lambda: pipeline.siglip_batches(emoji.Pairs("train"), TOKENIZER, PATCHER, batch=2, texts={"nam": 1}), "'nam'"),
+        (lambda: pipeline.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=2, texts={"nam": 1}), "'nam'"),
         (lambda: pipeline.mim_batches({"a": [1, 2]}, {"a": 1}, batch=1, reading=Reading(shards=4)), "use fewer"),
     ]:
         with pytest.raises(UserError, match=message):

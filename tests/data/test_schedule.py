@@ -13,10 +13,11 @@ from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import Reading
 from glmv_jax.data.schedule import Schedule
 from glmv_jax.data.stream import Stream
+from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 
-TOKENIZER = Tokenizer()
+ROWS = SharedRows(Tokenizer())
 LENGTHS = {16: 0.5, 32: 0.25, 48: 0.25}
 
 
@@ -65,7 +66,7 @@ def test_shares_that_make_no_sense(shares):
 
 def naflex(shard=0, shards=1, ahead=0):
     return pipeline.siglip_batches(
-        emoji.Pairs("train", 0), TOKENIZER, Patcher(patch=8), batch=16, lengths=LENGTHS, text_length=28,
+        emoji.Pairs("train", 0), ROWS, Patcher(patch=8), batch=16, lengths=LENGTHS, text_length=28,
         reading=Reading(seed=3, shard=shard, shards=shards, ahead=ahead),
     )  # fmt: skip
 

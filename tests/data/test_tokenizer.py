@@ -61,17 +61,6 @@ def test_decode_keeps_order_and_takes_arrays(tokenizer):
     assert tokenizer.decode(ids) == "猫"
 
 
-def test_fixed_length_text(tokenizer):
-    row = tokenizer.fixed("ＲＥＤ Heart", 16)
-    expected = tokenizer.encode("red heart")
-    assert row.dtype == np.int32 and row.shape == (16,)
-    assert row[: len(expected)].tolist() == expected
-    assert row[len(expected)] == tokenizer.eos and not row[len(expected) + 1:].any()
-    cut = tokenizer.fixed("one two three four five six seven", 4)
-    assert cut.tolist() == tokenizer.encode("one two three four five six seven")[:3] + [tokenizer.eos]
-    assert tokenizer.fixed("", 3).tolist() == [tokenizer.eos, 0, 0]
-
-
 def test_a_pickled_tokenizer_is_the_same(tokenizer):
     copy = pickle.loads(pickle.dumps(tokenizer))
     assert copy.encode("数一数 cats") == tokenizer.encode("数一数 cats") and copy.special == tokenizer.special
@@ -93,25 +82,3 @@ def test_bad_vocabularies_are_user_errors(tmp_path):
         # A user-defined symbol would be found in text, so it does not count as special.
         with pytest.raises(UserError, match=r"lacks the control token \[gMASK\]"):
             Tokenizer(tmp_path / f"{name}.model")
-
-
-def test_stage_2_reads_chinese_character_by_character(tokenizer):
-    text = "红色圆形 OK"
-    row = tokenizer.fixed(text, 16)
-    characters = [tokenizer.encode(c)[0] for c in "红色圆形"]
-    assert row[:4].tolist() == characters and len(tokenizer.encode("红色圆形")) < 4
-    assert tokenizer.decode(row) == "红色圆形 ok"
-
-
-def test_texts_side_by_side(tokenizer):
-    """Each text as `fixed` writes it; too long together, the longest gives way; a row too short is refused."""
-    short, long = "heart", "one two three four five six seven"
-    tokens, segments = tokenizer.side_by_side([short, long], 24)
-    for n, text in enumerate((short, long), start=1):
-        alone = tokenizer.fixed(text, 24)
-        assert tokens[segments == n].tolist() == alone[alone != tokenizer.pad].tolist()
-    assert (tokens[segments == 0] == tokenizer.pad).all()
-    cut, parts = tokenizer.side_by_side([short, long], 8)
-    assert tokenizer.decode(cut[parts == 1]) == short and (cut == tokenizer.eos).sum() == 2 and (parts > 0).all()
-    with pytest.raises(UserError, match="1 tokens cannot hold 2 texts"):
-        tokenizer.side_by_side([short, long], 1)

@@ -85,7 +85,7 @@ def test_siglip_of_fixed_size(tmp_path, size, shards):
     features, pooled = siglip.embed_image(cfg.vision, params["vision"], rows(pixels, cfg.vision.patch))
     np.testing.assert_allclose(features, want.vision_model_output.last_hidden_state, atol=1e-4)
     np.testing.assert_allclose(pooled, want.vision_model_output.pooler_output, atol=1e-4)
-    text, out = siglip.embed_text(cfg.text, params["text"], jnp.asarray(tokens))
+    text, out = siglip.embed_text(cfg, params, jnp.asarray(tokens))
     np.testing.assert_allclose(text, want.text_model_output.last_hidden_state, atol=1e-4)
     np.testing.assert_allclose(out, want.text_model_output.pooler_output, atol=1e-4)
     log_scale, bias = siglip.scale(params["scale"])

@@ -1,30 +1,23 @@
 """Trains the shipped sentencepiece vocabulary on the corpus itself.
 
-4,096 pieces, byte-pair merges, NFKC, digits one by one, bytes for what is not covered. Every character of the names and
-of what the sources draw is a piece; the rarest of the keywords are not. Merges rather than a unigram model, which with
-so few pieces leaves the prompts half as long again. No dummy space is put before a text, so a text encodes to the same
-pieces after a special token as alone, and `decode(encode(text))` is the NFKC form of the text. The special tokens are
-control pieces: no text encodes to them.
+4,096 pieces, as `data.vocabulary_training` makes them. Every character of the names and of what the sources draw is a
+piece; the rarest of the keywords are not.
 """
 
 from __future__ import annotations
 
-import io
 import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 
-import sentencepiece
-
-from glmv_jax.data import corpus, drawing, emoji
+from glmv_jax.data import corpus, drawing, emoji, vocabulary_training
 from glmv_jax.data.corpus import build_fonts
 from glmv_jax.data.questions import KINDS, Questions
 from glmv_jax.data.texts import Texts
-from glmv_jax.data.tokenizer import SPECIALS
 
 PIECES = 4096
-QUESTIONS_EACH, TEXTS = 2000, 6000
+QUESTIONS_EACH, TEXTS, HELD_OUT_EACH = 2000, 6000, 100
 
 
 def lines() -> Iterator[str]:
@@ -68,32 +61,22 @@ def required_characters() -> str:
     return "".join(sorted(set(text) - {" "}))
 
 
+def heldout_lines() -> dict[str, list[str]]:
+    """Prompts and texts of both languages that hold other concepts, to measure a vocabulary with."""
+    samples = [Questions([kind], "heldout")[i] for kind in KINDS for i in range(HELD_OUT_EACH)]
+    texts = [sample.prompt for sample in samples] + [Texts("heldout")[i].answer for i in range(10 * HELD_OUT_EACH)]
+    found: dict[str, list[str]] = {lang: [] for lang in emoji.LANGUAGES}
+    for text in filter(None, texts):
+        found[vocabulary_training.language(text)].append(text)
+    return found
+
+
+def model(pieces: int = PIECES) -> bytes:
+    """A vocabulary file of so many pieces."""
+    return vocabulary_training.train(lines(), pieces, 0.999, required_characters())
+
+
 def build() -> str:
     """Writes vocab.model; returns a line of counts."""
-    model = io.BytesIO()
-    text = list(lines())
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text),
-        model_writer=model,
-        model_type="bpe",
-        vocab_size=PIECES,
-        character_coverage=0.999,
-        required_chars=required_characters(),
-        normalization_rule_name="nfkc",
-        add_dummy_prefix=False,
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        byte_fallback=True,
-        # The first two special tokens are sentencepiece's own padding and end; the unknown piece follows the last.
-        pad_id=0,
-        pad_piece=SPECIALS[0],
-        eos_id=1,
-        eos_piece=SPECIALS[1],
-        bos_id=-1,
-        unk_id=len(SPECIALS),
-        control_symbols=list(SPECIALS[2:]),
-        max_sentence_length=8192,
-        minloglevel=1,
-    )
-    corpus.VOCABULARY.write_bytes(model.getvalue())
-    return f"{len(text)} lines, {PIECES} pieces, {len(model.getvalue()) / 1e3:.0f} kB"
+    corpus.VOCABULARY.write_bytes(model())
+    return f"{PIECES} pieces, {corpus.VOCABULARY.stat().st_size / 1e3:.0f} kB"
