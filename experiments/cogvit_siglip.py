@@ -7,7 +7,11 @@
 size=nano: two CPU cores, about five minutes, 1,651 emoji in Chinese and English, 180 concepts held out,
            and single shapes and symbols for a quarter of the pairs. Held-out R@5 .22 to .26 (chance .028), three seeds.
 role=teacher: a smaller tower trained from nothing for a short while; stage 1's semantic teacher.
-size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs.
+size=l:    the 403M encoder and a text tower of the same depth. The report trains with a batch of 64K on 8B pairs, with
+           Muon and learning rates and schedules of their own for vision, text and projection; its numbers are not
+           published, those below are ours. Give it the vocabulary of `glmv train-vocabulary`.
+text=siglip: tower, head and vocabulary of a SigLIP or SigLIP 2 checkpoint, --config.model.text.path, are the start of
+           the text side; text=locked: and stay as they are.
 sources=a+b: pairs on disk (glmv_jax/data/pairs) instead of the shipped corpus, under names of your own:
 
     glmv train --config experiments/cogvit_siglip.py:size=l,sources=web+wukong --workdir runs/siglip \
@@ -18,13 +22,45 @@ sources=a+b: pairs on disk (glmv_jax/data/pairs) instead of the shipped corpus, 
 
 from glmv_jax.config import parse_arg, presets
 
+# The encoder has been trained (stage 1): half the rate, and a longer warm-up while the text side catches up. The text
+# tower goes on learning rare words to the end, so its rate does not fall to zero.
+VISION = {"schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.0}}
+TEXT = {"schedule": {"warmup": 0.02, "decay": "cosine", "final": 0.1}}
+PROJECTION = {"schedule": {"warmup": 0.02, "decay": "linear", "final": 0.0}}
+SCALARS = {"schedule": {"warmup": 0.02, "decay": "constant"}}
+
+
+def modules(text_mult):
+    """Groups by module. text_mult: of the text tower's rate, 1.0 for one that starts fresh."""
+    muon, adamw = {"kind": "muon", "wd": 0.1}, {"kind": "adamw", "wd": 0.05}
+    return (
+        (r"vision/blocks/.*/kernel", {**muon, **VISION, "name": "vision", "lr_mult": 0.5}),
+        (r"vision/.*", {**adamw, **VISION, "name": "vision_adamw", "lr_mult": 0.1}),
+        (r"text/blocks/.*/kernel", {**muon, **TEXT, "name": "text", "lr_mult": text_mult}),
+        (r"text/.*", {**adamw, **TEXT, "name": "text_adamw", "lr_mult": 0.15 * text_mult}),
+        (r"(image|text)_head/.*", {**adamw, **PROJECTION, "name": "projection", "lr_mult": 0.15}),
+        (r"scale/.*", {"kind": "adamw", "wd": 0.0, **SCALARS, "name": "scalars", "lr_mult": 1.0}),
+    )
+
+
+def nano_groups():
+    """One schedule, as short runs need no more."""
+    return (
+        (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
+        (r"text/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 0.1}),
+        (r"text/embed/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5}),
+        (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 4.0}),
+        (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.15}),
+    )
+
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="nano", role="student", sources="")
+    arg = parse_arg(arg, size="nano", role="student", sources="", text="own")
     nano = arg.size == "nano"
     steps, batch = (300, 128) if nano else (120_000, 65_536)
     cfg = presets.run("siglip", steps, batch, init_subtrees=("vision",))
     cfg.model = presets.two_tower(arg.size)
+    cfg.model.text.kind = "siglip" if arg.text == "locked" else arg.text
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
         # Of a layer the products are kept and the rest is computed anew, which costs less than writing it down.
@@ -38,7 +74,8 @@ def get_config(arg=None):
         "sources": {name: dict(entry) for name in filter(None, arg.sources.split("+"))},  # none: the shipped corpus
         "heldout": 0.02 if nano else 0.001,  # share of the sources' records kept for evaluation
         "chinese": 0.5,  # share of Chinese texts, whatever the sources hold, where an image has one text
-        "vocabulary": "",
+        "vocabulary": "",  # "": the shipped one; for other corpora one of `glmv train-vocabulary`
+        "split_chinese": nano,  # Chinese one character at a time, see `data.text_rows`
         # Patches of an image row, drawn anew for each batch (NaFlex), and how often.
         "lengths": (48,) if nano else (128, 256, 576, 784, 1024),
         "length_shares": (1.0,) if nano else (0.2, 0.2, 0.2, 0.2, 0.2),
@@ -72,12 +109,9 @@ def get_config(arg=None):
         "lr": 8e-3 if nano else 1e-3,
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.0},
-        "groups": (
-            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.1}),
-            (r"text/blocks/.*/kernel", {"kind": "muon", "wd": 0.1, "lr_mult": 0.1 if nano else 1.0}),
-            (r"text/embed/.*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.5 if nano else 0.15}),
-            (r"scale/.*", {"kind": "adamw", "wd": 0.0, "lr_mult": 4.0}),
-            (r".*", {"kind": "adamw", "wd": 0.05, "lr_mult": 0.15}),
-        ),
+        "groups": nano_groups() if nano else modules(1.0 if arg.text == "own" else 0.1),
     }
+    if arg.text == "locked":
+        kept = [group for group in cfg.optim.groups if not group[0].startswith("text/")]
+        cfg.optim.groups = ((r"(text|text_head)/.*", {"kind": "frozen"}), *kept)
     return cfg

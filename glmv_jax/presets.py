@@ -18,7 +18,9 @@ VISION: dict[str, dict[str, Any]] = {
 }
 TEXT: dict[str, dict[str, Any]] = {
     "nano": dict(vocab=4096, length=28, depth=1, width=128, heads=2, mlp=352),
-    "l": dict(vocab=151552, length=64, depth=24, width=1024, heads=16, mlp=4096, dtype="bfloat16", remat="full"),
+    # As many pieces as `glmv train-vocabulary` makes of a corpus: SigLIP's 32,000 for one language, for two. Rows of
+    # 128 tokens: a paragraph in one language, or short captions in both side by side; SigLIP 2 has 64 for one text.
+    "l": dict(vocab=64_000, length=128, depth=24, width=1024, heads=16, mlp=4096, dtype="bfloat16", remat="full"),
 }
 DECODER: dict[str, dict[str, Any]] = {
     "nano": dict(
@@ -53,7 +55,9 @@ def vision(size: str) -> ConfigDict:
 
 def two_tower(size: str) -> ConfigDict:
     """Stage 2: vision, text, and the width they meet in."""
-    return ConfigDict({"vision": _pick(VISION, size), "text": _pick(TEXT, size), "embedding": EMBEDDING[size]})
+    # kind, path, scale: whose text tower it is, see `train.text_towers`.
+    text = ConfigDict({"kind": "own", "path": "", "scale": False, **_pick(TEXT, size)})
+    return ConfigDict({"vision": _pick(VISION, size), "text": text, "embedding": EMBEDDING[size]})
 
 
 def vlm(size: str) -> ConfigDict:

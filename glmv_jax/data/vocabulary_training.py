@@ -67,7 +67,7 @@ def train(lines: Iterable[str], pieces: int, coverage: float, required: str) -> 
             unk_id=len(SPECIALS),
             control_symbols=list(SPECIALS[2:]),
             max_sentence_length=8192,
-            minloglevel=1,
+            minloglevel=2,
         )
     except RuntimeError as error:
         reason = re.sub(r".*\] ", "", str(error).splitlines()[0])

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ml_collections import ConfigDict
 
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.mtp import MTPConfig
+from glmv_jax.models.siglip import SiglipConfig
 from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
 from glmv_jax.models.vlm import VLMConfig
+
+_WHERE_FROM = ("kind", "path", "scale")  # of `model.text`: see `train.text_towers`
 
 
 def vision(cfg: ConfigDict) -> CogViTConfig:
@@ -16,11 +21,21 @@ def vision(cfg: ConfigDict) -> CogViTConfig:
     return CogViTConfig(**cfg.vision)
 
 
-def two_tower(cfg: ConfigDict) -> TwoTowerConfig:
-    """The two towers of stage 2; each pool has the width of its tower."""
-    image, text = CogViTConfig(**cfg.vision), TextConfig(**cfg.text)
-    probe = PoolConfig(image.width, image.heads, image.mlp, cfg.embedding, image.norm_eps, image.dtype)
-    return TwoTowerConfig(image, text, probe, MeanConfig(text.width, cfg.embedding, text.dtype))
+def two_tower(cfg: ConfigDict, public: SiglipConfig | None = None) -> TwoTowerConfig:
+    """The two towers of stage 2; each pool has the width of its tower.
+
+    public: a model whose text side is there in place of ours; images then project to the width of its head.
+    """
+    image = CogViTConfig(**cfg.vision)
+    if public is None:
+        sizes = {name: value for name, value in cfg.text.items() if name not in _WHERE_FROM}
+        text = TextConfig(**sizes)
+        head = MeanConfig(text.width, cfg.embedding, text.dtype)
+    else:
+        text = dataclasses.replace(public.text, remat=cfg.text.get("remat", "none"))
+        head = public.text_head
+    probe = PoolConfig(image.width, image.heads, image.mlp, head.out, image.norm_eps, image.dtype)
+    return TwoTowerConfig(image, text, probe, head)
 
 
 def vlm(cfg: ConfigDict) -> VLMConfig:

@@ -30,7 +30,7 @@ from glmv_jax.optim.schedules import schedule
 from glmv_jax.typing import Params, UserError
 
 _TOP_KEYS = ("lr", "schedule", "clip", "groups")
-_COMMON_KEYS = ("kind", "lr_mult", "wd", "schedule")
+_COMMON_KEYS = ("kind", "lr_mult", "wd", "schedule", "name")
 _KIND_KEYS = {
     "muon": (*_COMMON_KEYS, "momentum", "nesterov", "steps", "dtype", "scaling", "heads"),
     "adamw": (*_COMMON_KEYS, "betas", "eps", "decay_vectors"),
@@ -63,6 +63,7 @@ def build(
           wd        decoupled weight decay (times the learning rate), default 0. AdamW leaves vectors alone: leaves of
                     one dimension, or whose name is scale, bias or gain; decay_vectors=True decays them too
           schedule  in place of cfg.schedule
+          name      what its learning rate is logged as, "lr/NAME"; for the log alone
           muon      momentum 0.95, nesterov True, steps 5, dtype "float32", scaling "rms" ("spectral"), heads 1: as
                     `muon.scale_by_muon`
           adamw     betas (0.9, 0.95), eps 1e-8
@@ -98,9 +99,17 @@ def trainable(cfg: Any, params: Params) -> Params:
     return jax.tree.map(lambda label: groups[int(label)][1]["kind"] != "frozen", _labels(groups, params))
 
 
-def learning_rate(cfg: Any, total_steps: int) -> Callable[[Any], Any]:
-    """The schedule of a group with lr_mult 1 and no schedule of its own; for logging."""
-    return schedule(cfg.get("schedule", {"decay": "constant"}), cfg["lr"], total_steps)
+def learning_rates(cfg: Any, total_steps: int) -> Callable[[int], dict[str, float]]:
+    """For logging: from the number of updates already made to {"lr": that of a group with lr_mult 1 and no schedule of
+    its own, "lr/NAME": that of each group with a name}. UserError for a name that two groups have."""
+    rates = {"lr": _rate(cfg, {}, total_steps)}
+    for regex, settings in _groups(cfg):
+        name = f"lr/{settings.get('name', '')}"
+        if name in rates:
+            raise UserError(f"optim group {regex!r}: another one is called {settings['name']!r} too; rename one")
+        if name != "lr/":
+            rates[name] = _rate(cfg, settings, total_steps)
+    return lambda count: {name: float(rate(count)) for name, rate in rates.items()}
 
 
 def _groups(cfg: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -151,8 +160,7 @@ def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.Gr
     kind, wd = settings["kind"], settings.get("wd", 0.0)
     if kind == "frozen":
         return optax.set_to_zero()
-    plan = settings.get("schedule") or cfg.get("schedule", {"decay": "constant"})
-    rate = schedule(plan, cfg["lr"] * settings.get("lr_mult", 1.0), total_steps)
+    rate = _rate(cfg, settings, total_steps)
     if kind == "muon":
         flat = [path for path, leaf in leaves if len(leaf.shape) < 2]
         if flat:
@@ -166,6 +174,11 @@ def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.Gr
     b1, b2 = settings.get("betas", (0.9, 0.95))
     decayed = None if settings.get("decay_vectors") else _decayed
     return optax.adamw(rate, b1, b2, settings.get("eps", 1e-8), weight_decay=wd, mask=decayed)
+
+
+def _rate(cfg: Any, settings: dict[str, Any], total_steps: int) -> Callable[[Any], Any]:
+    plan = settings.get("schedule") or cfg.get("schedule", {"decay": "constant"})
+    return schedule(plan, cfg["lr"] * settings.get("lr_mult", 1.0), total_steps)
 
 
 def _decayed(params: Params) -> Params:

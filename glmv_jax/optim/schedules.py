@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
+import jax
+import numpy
 
 from glmv_jax.config import nearest
 from glmv_jax.typing import UserError
@@ -47,14 +48,15 @@ def schedule(cfg: Mapping[str, Any], peak: float, total_steps: int) -> Callable[
         raise UserError(f"optim.schedule.warmup={warmup_steps} does not fit in {total_steps} steps; make it smaller")
 
     def value(count):
+        np = jax.numpy if isinstance(count, jax.Array) else numpy  # logging asks on the host, with plain numbers
         ramp = (count + 1) / (warmup_steps + 1)
-        u = jnp.clip((count - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
+        u = np.clip((count - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)
         if decay == "cosine":
-            shape = final + (1 - final) * 0.5 * (1 + jnp.cos(jnp.pi * u))
+            shape = final + (1 - final) * 0.5 * (1 + np.cos(np.pi * u))
         elif decay == "linear":
             shape = final + (1 - final) * (1 - u)
         else:
-            shape = jnp.ones_like(u)
-        return peak * jnp.where(count < warmup_steps, ramp, shape)
+            shape = np.ones_like(u)
+        return peak * np.where(count < warmup_steps, ramp, shape)
 
     return value

@@ -74,7 +74,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
 
     placement, optimizer, trainable = prepare(stage)
     train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
-    learning_rate = optim.learning_rate(cfg.optim, total)
+    learning_rates = optim.learning_rates(cfg.optim, total)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The state. The order matters: 1. a checkpoint of this very run, 2. the parameters of another run, 3. from nothing.
@@ -159,7 +159,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
 
             counts, flops = _of_all_processes(stage.counts(batch), stage.flops(batch))
             totals.add(counts, flops)
-            recorder.started(step, values | host_metrics | {"lr": learning_rate(step - 1)}, waited, counts, flops)
+            recorder.started(step, values | host_metrics | learning_rates(step - 1), waited, counts, flops)
             if recorder.skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
                     f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "
@@ -257,14 +257,18 @@ def _is_over(totals: Totals, max_seconds: float) -> bool:
 
 
 def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement) -> state_lib.TrainState:
+    """From nothing, then what the stage reads from files, then what another run gives; the last one counts."""
     cfg = stage.cfg
-    params, subtrees = None, cfg.get("init_subtrees", ())
-    if cfg.get("init_from", ""):
+    params, init_from, subtrees = None, cfg.get("init_from", ""), cfg.get("init_subtrees", ())
+    whole = init_from and not subtrees
+    given = {} if whole else stage.given_params()
+    if given or subtrees and init_from:
+        params = state_lib.init_state(stage, optimizer, placement, cfg.seed).params
+    if given:
+        params = state_lib.replaced(params, given)
+    if init_from:
         # What the other run gives in full need not be drawn first.
-        like = placement.abstract.params
-        if subtrees:
-            like = state_lib.init_state(stage, optimizer, placement, cfg.seed).params
-        params = checkpoint.load_params(cfg.init_from, subtrees, like=like)
+        params = checkpoint.load_params(init_from, subtrees, like=placement.abstract.params if whole else params)
     return state_lib.init_state(stage, optimizer, placement, cfg.seed, params)
 
 

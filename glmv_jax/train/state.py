@@ -15,7 +15,7 @@ from glmv_jax.optim import slash_path
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.typing import Batch, Params
+from glmv_jax.typing import Batch, Params, UserError
 
 
 class TrainState(NamedTuple):
@@ -93,6 +93,25 @@ def init_state(
     """A fresh state, every array made where it lives. `params` replaces the random ones (a start from another run)."""
     fresh = jax.jit(lambda key, given: _fresh(stage, optimizer, key, given), out_shardings=placement.state)
     return fresh(jax.random.key(seed), params)
+
+
+def replaced(params: Params, given: Params) -> Params:
+    """`params` with the subtrees of `given` (numpy, the same on every host) in place, where and what they were.
+
+    Raises: UserError for a leaf of another shape, or one that is not there.
+    """
+    named = {slash_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
+    here = {slash_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    for name, leaf in named.items():
+        if name not in here or here[name].shape != leaf.shape:
+            have = f"has shape {here[name].shape} here" if name in here else "is not here"
+            raise UserError(f"{name} of shape {tuple(leaf.shape)} is given, but {have}; use the weights of this model")
+
+    def leaf(path, x):
+        new = named.get(slash_path(path))
+        return x if new is None else jax.device_put(np.asarray(new, x.dtype), x.sharding)
+
+    return jax.tree_util.tree_map_with_path(leaf, params)
 
 
 def _fresh(

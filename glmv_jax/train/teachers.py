@@ -107,7 +107,7 @@ def digest(params: Any) -> str:
 
 def _tower(name: str, path: str, student: cogvit.CogViTConfig, grid: int) -> teachers.Teacher:
     run = checkpoint.load_config(path)
-    vision = build.two_tower(run.model).vision
+    vision = build.vision(run.model)
     if vision.patch != student.patch:
         raise UserError(f"teachers.{name}: its patch {vision.patch} is not the student's {student.patch}")
     params = checkpoint.load_params(path, subtrees=["vision"])["vision"]

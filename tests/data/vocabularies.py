@@ -30,7 +30,7 @@ def gemma_like(folder: pathlib.Path, size: int = 420) -> pathlib.Path:
 
 
 def sentencepiece_file(path: pathlib.Path, **options) -> pathlib.Path:
-    """A unigram model of 300 pieces without any of GLM's special tokens."""
+    """A unigram model of 295 pieces without any of GLM's special tokens."""
     model = io.BytesIO()
     defaults = dict(vocab_size=330, byte_fallback=True, hard_vocab_limit=False, minloglevel=2)
     sentencepiece.SentencePieceTrainer.train(

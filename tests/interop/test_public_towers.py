@@ -124,6 +124,8 @@ def test_an_image_tower_alone(tmp_path):
     assert cfg.text is None and set(params) == {"vision"}
     both, trunk = siglip_lib.load(saved(siglip_naflex("small"), tmp_path / "both"), text=False)
     assert both.text is None and set(trunk) == {"vision"}
+    with pytest.raises(UserError, match="has no text tower; give a checkpoint of both"):
+        siglip_lib.load(tmp_path, vision=False)
 
 
 @pytest.mark.parametrize("stacked", [False, True], ids=["layers", "scanned"])
@@ -188,6 +190,13 @@ def test_big_vision_npz_equals_the_folder(tmp_path, naflex, stacked):
     assert got.keys() == want.keys()
     for name in want:
         np.testing.assert_array_equal(got[name], want[name], err_msg=name)
+    for path in ("model.npz", "folder"):
+        text_cfg, text = siglip_lib.load(tmp_path / path, vision=False)
+        assert text_cfg.vision is None and set(text) == {"text", "text_head", "scale"}
+        assert {name: x.tolist() for name, x in flatten(text).items()} == {
+            name: x.tolist() for name, x in want.items() if not name.startswith("vision/")}
+    (tmp_path / "folder" / "model.safetensors").unlink()
+    assert siglip_lib.sizes(tmp_path / "folder") == siglip_lib.sizes(tmp_path / "model.npz") == cfg
 
 
 def test_a_checkpoint_in_bfloat16(tmp_path):

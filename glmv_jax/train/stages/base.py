@@ -61,6 +61,13 @@ class Stage(abc.ABC):
     def init_params(self, key: jax.Array) -> Params:
         """Fresh trainable parameters, float32. Traced under jit, so that they are born where they live: no files."""
 
+    def given_params(self) -> Params:
+        """Subtrees of `init_params` that a fresh run takes from files: public weights, as numpy arrays of any dtype.
+
+        Asked once, before the first step of a run that starts from nothing or from parts of another one.
+        """
+        return {}
+
     @abc.abstractmethod
     def logical_axes(self) -> Axes:
         """The tree of `init_params` with a tuple of logical axis names (`parallel.axes`) a leaf."""

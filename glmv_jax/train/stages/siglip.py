@@ -21,14 +21,14 @@ from glmv_jax import models
 from glmv_jax.data import emoji, heldout, pairs, pipeline
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
-from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import datasets, probes, towers
 from glmv_jax.eval.samples import SampleWriter
 from glmv_jax.losses.sigmoid import sigmoid_loss
-from glmv_jax.models import build, two_tower
+from glmv_jax.models import two_tower
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.micro import in_pieces, pieces_for
+from glmv_jax.train import text_towers
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import knn_probe, reading
 from glmv_jax.typing import UserError, VisionInput
@@ -42,8 +42,8 @@ class SigLIP(Stage):
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
-        self.model = build.two_tower(cfg.model)
-        self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
+        self.model = text_towers.model(cfg)
+        self.row_length = self.model.text.row_length(2 if cfg.data.both_languages else 1)
         v = self.model.vision
         self._image = jax.jit(lambda p, v: two_tower.embed_image(self.model, p, v))
         self._text = jax.jit(lambda p, t: two_tower.embed_text(self.model, p, t))
@@ -60,9 +60,18 @@ class SigLIP(Stage):
         for source in self.sources.values():
             source.files()  # a path that is wrong is said now
 
+    @functools.cached_property
+    def tokenizer(self):
+        """Texts as rows. Made when first used: compiling for a mesh needs no vocabulary."""
+        return text_towers.rows(self.cfg, self.model.text)
+
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
         return models.init_params(self.model, key)
+
+    def given_params(self):
+        _ = self.tokenizer  # a vocabulary that does not fit is found before anything is allocated
+        return text_towers.params(self.cfg)
 
     def logical_axes(self):
         return models.logical_axes(self.model)
@@ -90,7 +99,7 @@ class SigLIP(Stage):
     def train_data(self):
         d = self.cfg.data
         shared = dict(
-            batch=self.own_rows, lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.model.text.length,
+            batch=self.own_rows, lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.row_length,
             chinese=None if d.both_languages else d.chinese, reading=reading(self.cfg),
         )  # fmt: skip
         if self.sources:
@@ -101,7 +110,7 @@ class SigLIP(Stage):
         )  # fmt: skip
 
     def batch_shapes(self):
-        B, T, N = self.own_rows, self.model.text.length, 2 if self.cfg.data.both_languages else 1
+        B, T, N = self.own_rows, self.row_length, 2 if self.cfg.data.both_languages else 1
         ints = {"tokens": (B, T), "segments": (B, T), "concept": (B,), "lang": (B, N)}
         for P in self.cfg.data.lengths:
             shapes = {name: jax.ShapeDtypeStruct(s, np.int32) for name, s in ints.items()}
