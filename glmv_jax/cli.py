@@ -418,14 +418,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, when the temperature is not 0")
 
-    sub = subs["train-vocabulary"]
-    sub.add_argument("--text", action="append", metavar="PATH", help="a file or folder of texts; any number of times")
-    sub.add_argument("--field", default="", metavar="NAME", help="where the texts of a table or .jsonl stand")
-    sub.add_argument("--size", type=int, metavar="N", help="pieces (default 64000; of the shipped corpus 4096)")
-    sub.add_argument("--limit-mb", type=float, default=64.0, metavar="MB", help="text trained on (default 64)")
-    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample")
-    sub.add_argument("--out", required=True, metavar="FILE", help="the sentencepiece model to write")
-
+    _vocabulary_options(subs["train-vocabulary"])
     _eval_options(subs["eval"])
     subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
 
@@ -451,6 +444,15 @@ def _eval_options(sub: argparse.ArgumentParser) -> None:
     how.add_argument("--patches", type=int, metavar="N", help="of a picture at most (default: as in the run's config)")
     how.add_argument("--batch", type=int, metavar="N", help="rows at a time over all devices (default 256)")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON: to a file, or printed")
+
+
+def _vocabulary_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--text", action="append", metavar="PATH", help="a file or folder of texts; any number of times")
+    sub.add_argument("--field", default="", metavar="NAME", help="where the texts of a table or .jsonl stand")
+    sub.add_argument("--size", type=int, metavar="N", help="pieces (default 64000; of the shipped corpus 4096)")
+    sub.add_argument("--limit-mb", type=float, default=64.0, metavar="MB", help="text trained on (default 64)")
+    sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sample")
+    sub.add_argument("--out", required=True, metavar="FILE", help="the sentencepiece model to write")
 
 
 if __name__ == "__main__":

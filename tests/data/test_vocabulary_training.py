@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from glmv_jax.data import text_files, vocabulary_training
+from glmv_jax import cli
+from glmv_jax.data import text_files, vocabulary, vocabulary_training
 from glmv_jax.data.corpus import build_vocab
 from glmv_jax.data.text_files import Texts
 from glmv_jax.data.texts import Texts as Shipped
@@ -132,3 +133,17 @@ def test_the_shipped_vocabulary_is_measured_on_what_it_was_not_trained_on():
     """Training it takes too long here (8 s of a free core)."""
     lines = vocabulary_training.report(build_vocab.corpus.VOCABULARY.read_bytes(), build_vocab.heldout_lines())
     assert len(lines) == 2 and all("held-out texts" in line for line in lines)
+
+
+def test_the_command(tmp_path, capsys, corpus):
+    """From files to a file that the chat dialect and stage 2 can use, with the overrides that go with it."""
+    rows = [{"caption": en, "zh": zh} for en, zh in zip(corpus["en"], corpus["zh"])]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    out = tmp_path / "new" / "v.model"
+    args = ["train-vocabulary", "--text", str(tmp_path / "pairs.jsonl"), "--size", "2500", "--out", str(out)]
+    assert cli.main(args) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert told[-1].endswith(f"--config.data.vocabulary={out} --config.model.text.vocab=2500") and len(told) == 6
+    assert Tokenizer(out).vocab_size == vocabulary.load(out).vocab_size == 2500
+    assert cli.main([*args[:2], str(tmp_path / "none"), *args[3:]]) == 2
+    assert "glmv train-vocabulary: --text" in capsys.readouterr().err
