@@ -32,7 +32,7 @@ import time
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
 
 SIDE = 16  # patches
 SIZES = {"s": dict(depth=12, width=384, heads=6, mlp=1536), "l": dict(depth=24, width=1024, heads=16, mlp=4096)}
@@ -237,7 +237,7 @@ class Torch(Side):
         cfg = NaFlexVitCfg(
             patch_size=14, embed_dim=size["width"], depth=size["depth"], num_heads=size["heads"],
             mlp_ratio=size["mlp"] / size["width"], qk_norm=True, swiglu_mlp=True, attn_type="rope", rope_type="axial",
-            pos_embed="none", class_token=False, reg_tokens=0, global_pool="", rope_grid_offset=0.0,
+            pos_embed="none", class_token=False, reg_tokens=0, global_pool="",
         )  # fmt: skip
         self.torch.manual_seed(0)
         # Six channels: a patch of ours is a frame twice.
@@ -315,20 +315,14 @@ def contender(spec: Spec, on_gpu: bool) -> Contender:
     return Contender(__file__, spec | {"cores": cores if on_gpu else cores[: spec["threads"]]}, env)
 
 
-def gpu() -> bool:
-    """Whether an NVIDIA device is here; asked without starting CUDA."""
-    return os.path.exists("/dev/nvidia0")
-
-
 class Contest:
     """Ours, one peer after the other against it, and what was found."""
 
     def __init__(self, args: argparse.Namespace, weights: str) -> None:
-        self.args, self.on_gpu = args, gpu() and not args.cpu
+        self.args, self.on_gpu = args, args.device == "cuda"
         self.base = dict(
             size=args.size, batch=args.batch, checked=args.checked, remat=args.remat, weights=weights,
-            threads=args.threads, dtype="bfloat16" if self.on_gpu else "float32",
-            device="cuda" if self.on_gpu else "cpu",
+            threads=args.threads, dtype="bfloat16" if self.on_gpu else "float32", device=args.device,
         )  # fmt: skip
         self.rows: dict[str, dict[str, Any]] = {}
         self.failed: dict[str, str] = {}
@@ -433,7 +427,7 @@ def main() -> None:
     parser.add_argument("--checked", type=int, default=3, help="first steps, whose losses are compared")
     parser.add_argument("--seconds", type=float, default=600.0, help="after this no peer is started")
     parser.add_argument("--threads", type=int, default=cores, help="of each side, on a CPU")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--profile", action="store_true", help="also say what a step of ours spends its time on")
     parser.add_argument("--out", help="also write the JSON line there")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
@@ -441,7 +435,8 @@ def main() -> None:
     if args.contender:
         spec = json.loads(args.contender)
         serve(Ours if spec["name"] == "ours" else Torch, spec)
-    on_gpu, large = gpu() and not args.cpu, args.size == "l"
+    args.device = device(args.device)
+    on_gpu, large = args.device == "cuda", args.size == "l"
     args.batch = args.batch or ((32 if large else 128) if on_gpu else (1 if large else 8))
     args.steps = args.steps or (10 if on_gpu else 1 if large else 2)
     args.warm = 2 if on_gpu else 0 if large else 1

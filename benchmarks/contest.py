@@ -7,6 +7,7 @@ method, an answer another line; an error is an answer too, so that one contender
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import platform
@@ -139,6 +140,11 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, least and most, to some significant digits."""
     numbers = {"median": statistics.median(values), "min": min(values), "max": max(values)}
     return {name: significant(value, digits) for name, value in numbers.items()} | {"n": len(values)}
+
+
+def device(wanted: str | None) -> str:
+    """"cuda" where an NVIDIA device is, which is asked without starting CUDA, else "cpu"; or what is wanted."""
+    return wanted or ("cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
 
 
 def significant(value: float, digits: int = 4) -> float:

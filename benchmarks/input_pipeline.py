@@ -35,7 +35,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
 from PIL import Image
 
 PATCH, BUDGET = 14, 256
@@ -69,16 +69,19 @@ def write_tar(path: str, images: int) -> float:
 
 
 class Side:
-    """A subclass has batches() -> endless iterator, patches(batch) -> how many are no padding, and stages()."""
+    """A subclass has batches() -> endless iterator, arrays(batch) -> its arrays by name, patches(batch) -> how many are
+    no padding, to_device(arrays), and stages(i) -> (name, seconds) of image i."""
 
     def __init__(self, spec: Spec) -> None:
         self.spec = spec
         self._batches: Iterator[Any] | None = None
 
-    def prepare(self) -> float:
-        """Starts the workers; returns patches an image."""
+    def prepare(self) -> dict[str, float]:
+        """Starts the workers; says what a batch is."""
         self._batches = self.batches()
-        return self.patches(next(self._batches)) / self.spec["batch"]
+        batch = next(self._batches)
+        size = sum(x.nbytes for x in self.arrays(batch).values())
+        return {"patches an image": self.patches(batch) / self.spec["batch"], "MB a batch": size / 1e6}
 
     def turn(self, batches: int) -> list[float]:
         """Images/s, and images per second of processor time.
@@ -98,6 +101,10 @@ class Side:
         total: dict[str, float] = {}
         for name, seconds in itertools.chain.from_iterable(self.stages(i) for i in range(images)):
             total[name] = total.get(name, 0.0) + seconds
+        if self.spec["device"] == "cuda":
+            arrays = self.arrays(next(self.batches()))
+            spent = [timed("to the device", self.to_device, arrays)[1][1] for _ in range(5)]
+            total["to the device"] = min(spent) * images / self.spec["batch"]
         return {name: significant(1e3 * seconds / images, 3) for name, seconds in total.items()}
 
 
@@ -154,8 +161,16 @@ class Ours(Side):
         rows = Stream(reading.guarded(reading.endless(self.tars), made, "tars"), reading.workers, chunk=32)
         return reading.iterator(UniqueBatchIterDataset(rows, self.spec["batch"], "concept", below=0))
 
+    def arrays(self, batch) -> dict[str, np.ndarray]:
+        return batch
+
     def patches(self, batch) -> int:
         return int((batch["frame"] > 0).sum())
+
+    def to_device(self, arrays) -> None:
+        import jax
+
+        jax.block_until_ready(jax.device_put(arrays))
 
     def stages(self, i: int):
         from glmv_jax.data.naflex import patchify
@@ -233,8 +248,16 @@ class Torch(Side):
             drop_last=True, persistent_workers=self.spec["workers"] > 0)
         return itertools.chain.from_iterable(iter(loader) for _ in itertools.count())
 
+    def arrays(self, batch) -> dict[str, Any]:
+        return {name: x for name, x in batch[0].items() if isinstance(x, self.torch.Tensor)}
+
     def patches(self, batch) -> int:
         return int(batch[0]["patch_valid"].sum())
+
+    def to_device(self, arrays) -> None:
+        for x in arrays.values():
+            x.to("cuda")
+        self.torch.cuda.synchronize()
 
     def stages(self, i: int):
         value, read = timed("read", self.data.read, i)
@@ -253,11 +276,11 @@ def setting(args: argparse.Namespace, tar: str, workers: int, failed: dict[str, 
     """All sides with so many workers, in turns."""
     sides: dict[str, Contender] = {}
     rows: dict[str, dict[str, Any]] = {}
-    env = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": "cpu"}
+    env = {"OMP_NUM_THREADS": "1", "JAX_PLATFORMS": args.device, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     for name in ("ours", *args.peers):
-        side = Contender(__file__, dict(name=name, tar=tar, workers=workers, batch=args.batch), env)
+        side = Contender(__file__, dict(name=name, tar=tar, workers=workers, batch=args.batch, device=args.device), env)
         try:
-            rows[name] = {"patches an image": significant(side.ask("prepare", 120))}
+            rows[name] = {key: significant(value) for key, value in side.ask("prepare", 120).items()}
             if workers == 0:
                 rows[name]["ms an image"] = side.ask("costs", 120, images=min(args.images, 200))
             sides[name] = side
@@ -290,20 +313,22 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the rounds of one number of workers")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="that batches go to; default: cuda if there is one")
     parser.add_argument("--out", help="also write the JSON line there")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         spec = json.loads(args.contender)
         serve(Ours if spec["name"] == "ours" else Torch, spec)
+    args.device = device(args.device)
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         tar = os.path.join(folder, "photographs.tar")
         kilobytes = write_tar(tar, args.images)
         rows = [setting(args, tar, workers, failed) for workers in args.workers]
     emit({"benchmark": "input_pipeline", "images": args.images, "kB an image": significant(kilobytes, 3),
-          "batch": args.batch, "patch": PATCH, "patches": BUDGET, "workers": rows, "failed": failed, **environment()},
-         args.out)  # fmt: skip
+          "batch": args.batch, "patch": PATCH, "patches": BUDGET, "device": args.device, "workers": rows,
+          "failed": failed, **environment()}, args.out)  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """What do the sigmoid loss and its gradient cost in time and memory, against open_clip's over torch.distributed?
 
 For each number of devices W and batch B, features of width E in float32: loss and gradients of images, texts, scale and
-bias. Ours are `ring_bidir`, `allgather_chunked` (features travel in float32, as open_clip's do) and `dense`, which is
-the plain B x B product left to GSPMD and autodiff. open_clip's SigLipLoss runs its ways of exchanging texts in W
-processes over gloo; on a GPU W = 1 and nothing is exchanged. Prints one JSON line.
+bias. Ours are `ring_bidir`, `allgather_chunked` (texts travel in float32, as open_clip's do, unless --wire says
+otherwise) and `dense`, the plain B x B product left to GSPMD and autodiff. open_clip's SigLipLoss runs its ways
+of exchanging texts in W processes over gloo; on a GPU W = 1, nothing is exchanged, and both sides multiply in TF32.
+Prints one JSON line.
 
     python benchmarks/sigmoid_loss_peers.py [--devices 2 4] [--batches 2048 8192] [--widths 1024] [--out FILE]
 
@@ -34,7 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
 
 OURS = ("ring_bidir", "allgather_chunked", "dense")
 OPEN_CLIP = ("bidir", "shift", "reduce", "gather")
@@ -120,7 +121,7 @@ class Ours(Side):
         self._args = [*data, *scalars]
 
         def loss(*args):
-            return sigmoid_loss(*args, impl=spec["impl"], mesh=mesh, chunk=spec["chunk"], wire="float32")[0]
+            return sigmoid_loss(*args, impl=spec["impl"], mesh=mesh, chunk=spec["chunk"], wire=spec["wire"])[0]
 
         out = (everywhere, (rows, rows, everywhere, everywhere))
         step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2, 3)), out_shardings=out)
@@ -152,6 +153,7 @@ class OpenClip(Side):
         if world > 1:
             dist.init_process_group("gloo", f"tcp://127.0.0.1:{spec['port']}", rank=rank, world_size=world)
         place = torch.device(spec["device"])
+        torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is what XLA takes there
         self._loss = open_clip_loss(spec["open_clip"]).SigLipLoss(rank=rank, world_size=world, dist_impl=spec["impl"])
         n = spec["batch"] // world
         mine = [x[rank * n : (rank + 1) * n] for x in features(spec["batch"], spec["width"])]
@@ -229,19 +231,19 @@ class Group:
 
 
 class Contest:
-    def __init__(self, args: argparse.Namespace, on_gpu: bool) -> None:
-        self.args, self.on_gpu, self.failed = args, on_gpu, {}
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args, self.failed = args, {}
         self.cores = sorted(os.sched_getaffinity(0))[: args.threads]
 
     def group(self, side: str, impl: str, devices: int, batch: int, width: int) -> Group:
-        args, place = self.args, "cuda" if self.on_gpu else "cpu"
+        args, place = self.args, self.args.device
         spec = dict(name=f"{side} {impl}", side=side, impl=impl, devices=devices, batch=batch, width=width,
                     cores=self.cores, device=place)  # fmt: skip
         if side == "ours":
-            flags = "" if self.on_gpu else f" --xla_force_host_platform_device_count={devices}"
+            flags = "" if place == "cuda" else f" --xla_force_host_platform_device_count={devices}"
             env = {"JAX_PLATFORMS": place, "XLA_FLAGS": os.environ.get("XLA_FLAGS", "") + flags,
                    "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # fmt: skip
-            return Group(spec["name"], [spec | {"chunk": args.chunk}], env)
+            return Group(spec["name"], [spec | {"chunk": args.chunk, "wire": args.wire}], env)
         threads = max(1, args.threads // devices)
         more = dict(threads=threads, port=free_port(), open_clip=args.open_clip)
         ranks = [spec | more | {"rank": rank} for rank in range(devices)]
@@ -310,32 +312,34 @@ def free_port() -> int:
 
 
 def main() -> None:
-    on_gpu = os.path.exists("/dev/nvidia0")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--devices", type=int, nargs="+", default=[1] if on_gpu else [2, 4])
+    parser.add_argument("--devices", type=int, nargs="+", help="default: 1 on a GPU, else 2 4")
     parser.add_argument("--batches", type=int, nargs="+", default=[2048, 8192])
     parser.add_argument("--widths", type=int, nargs="+", default=[1024])
     parser.add_argument("--ours", nargs="*", choices=OURS, default=list(OURS))
     parser.add_argument("--peers", nargs="*", choices=OPEN_CLIP, default=["bidir", "gather"])
     parser.add_argument("--chunk", type=int, default=1024, help="rows of logits at a time, of ours")
+    parser.add_argument("--wire", choices=("float32", "bfloat16"), default="float32", help="of ours")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--repeats", type=int, default=1, help="calls of a turn")
     parser.add_argument("--seconds", type=float, default=120.0, help="of the rounds of one size")
     parser.add_argument("--patience", type=float, default=180.0, help="seconds until a side that is silent has failed")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--open-clip", default="", help="path of open_clip's loss.py, where it is not installed")
-    parser.add_argument("--cpu", action="store_true", help="also where there is a GPU")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
     parser.add_argument("--out", help="also write the JSON line there")
     parser.add_argument("--contender", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.contender:
         spec = json.loads(args.contender)
         serve(Ours if spec["side"] == "ours" else OpenClip, spec)
-    contest = Contest(args, on_gpu and not args.cpu)
+    args.device = device(args.device)
+    args.devices = args.devices or ([1] if args.device == "cuda" else [2, 4])
+    contest = Contest(args)
     sizes = [(w, b, e) for w in args.devices for b in args.batches for e in args.widths]
     rows = [contest.setting(*size) for size in sizes]
-    emit({"benchmark": "sigmoid_loss_peers", "dtype": "float32", "chunk": args.chunk, "threads": args.threads,
-          "device": "cuda" if contest.on_gpu else "cpu", "sizes": rows, "failed": contest.failed,
+    about = {name: getattr(args, name) for name in ("device", "wire", "chunk", "threads")}
+    emit({"benchmark": "sigmoid_loss_peers", "dtype": "float32", **about, "sizes": rows, "failed": contest.failed,
           **environment()}, args.out)  # fmt: skip
 
 
