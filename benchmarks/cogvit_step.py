@@ -32,13 +32,15 @@ import time
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, save, serve, significant, spread
 
 SIDE = 16  # patches
 SIZES = {"s": dict(depth=12, width=384, heads=6, mlp=1536), "l": dict(depth=24, width=1024, heads=16, mlp=4096)}
 PEERS = ("hf", "hf-batched", "hf-compiled", "timm", "timm-compiled")
 ADAM = dict(lr=3e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the losses of the first steps, relative
+
+PATIENCE = 600.0  # seconds until a side that is silent has failed
 
 Spec = dict[str, Any]
 
@@ -335,6 +337,7 @@ class Contest:
         # On a GPU machine, with many cores, all import and build at once and then wait; on a small one, one by one.
         ready = {name: self.start(name) for name in self.args.peers} if self.on_gpu else {}
         self.own = ours.ask("prepare")
+        self.own["memory"] = ours.ask("memory")
         log("ours", self.own)
         self.device = ours.ask("device")
         self.ceiling(ours)
@@ -351,28 +354,34 @@ class Contest:
                 log("failed", failure)
             if peer:
                 peer.close()
-        record = self.record(ours)
+            save(self.record(), self.args.out)  # what is known, should anything end us
+        record = self.record()
+        if self.args.profile:
+            try:
+                record["profile"] = ours.ask("profile", PATIENCE, steps=self.args.steps)
+            except Failed as failure:
+                self.failed["profile"] = str(failure)
         ours.close()
         return record
 
     def start(self, name: str) -> Contender:
         return contender(self.base | {"name": name}, self.on_gpu)
 
-    def left(self) -> float:
-        return max(1.0, self.end - time.monotonic())
-
     def ceiling(self, side: Contender) -> None:
         """Measured on both sides; the higher one counts."""
-        self.ceilings[side.name] = side.ask("ceiling", 120, side=self.args.ceiling, seconds=self.args.ceiling_seconds)
+        self.ceilings[side.name] = side.ask(
+            "ceiling", PATIENCE, side=self.args.ceiling, seconds=self.args.ceiling_seconds
+        )
 
     def against(self, ours: Contender, peer: Contender) -> dict[str, Any]:
-        prepared = peer.ask("prepare", self.left())
-        flops = peer.ask("forward_flops", self.left())
+        left = self.end - time.monotonic()
+        prepared = peer.ask("prepare", max(60.0, left))
+        flops = peer.ask("forward_flops", PATIENCE)
         if len(self.ceilings) == 1:
             self.ceiling(peer)
         turn = dict(steps=self.args.steps, warm=self.args.warm)
-        runs = {side.name: functools.partial(side.ask, "turn", self.left(), **turn) for side in (ours, peer)}
-        times = in_turns(runs, self.args.rounds, self.left())
+        runs = {side.name: functools.partial(side.ask, "turn", PATIENCE, **turn) for side in (ours, peer)}
+        times = in_turns(runs, self.args.rounds, left)
         ours_s, peer_s = ([self.args.batch / wall for wall, _ in times[side.name]] for side in (ours, peer))
         row = {
             "ours images/s": spread(ours_s), "images/s": spread(peer_s),
@@ -387,28 +396,22 @@ class Contest:
             )
         return row
 
-    def record(self, ours: Contender) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
         best = max(self.ceilings.values())
         for row in self.rows.values():
             for side in ("ours ", ""):
                 flops = 3 * self.flops * row[f"{side}images/s"]["median"]
                 row[f"{side}TFLOP/s"] = significant(flops / 1e12)
                 row[f"{side}share of the ceiling"] = significant(flops / best, 3)
-        record = {
+        return {
             "benchmark": "cogvit_step", **{k: self.base[k] for k in ("size", "batch", "dtype", "threads", "remat")},
             "device": self.device, "optimizer": "adamw", "forward GFLOP an image": significant(self.flops / 1e9),
             "ceiling TFLOP/s": {name: significant(flops / 1e12) for name, flops in self.ceilings.items()},
             "ceiling matrix": self.args.ceiling, "ours": {
                 "losses": self.own["losses"], "first steps s": significant(self.own["seconds"], 3),
-                "memory GB": rounded(ours.ask("memory"))},
+                "memory GB": rounded(self.own["memory"])},
             "peers": self.rows, "failed": self.failed, **environment(),
         }  # fmt: skip
-        if self.args.profile:
-            try:
-                record["profile"] = ours.ask("profile", 120, steps=self.args.steps)
-            except Failed as failure:
-                record["failed"]["profile"] = str(failure)
-        return record
 
 
 def rounded(gigabytes: float | None) -> float | None:

@@ -143,7 +143,7 @@ def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
 
 
 def device(wanted: str | None) -> str:
-    """"cuda" where an NVIDIA device is, which is asked without starting CUDA, else "cpu"; or what is wanted."""
+    """ "cuda" where an NVIDIA device is, which is asked without starting CUDA, else "cpu"; or what is wanted."""
     return wanted or ("cuda" if glob.glob("/dev/nvidia[0-9]*") else "cpu")
 
 
@@ -174,10 +174,14 @@ def processor() -> str:
     return names[0] if names else platform.machine()
 
 
-def emit(record: dict[str, Any], out: str | None) -> None:
-    """Prints the record as one JSON line; also writes it to the file `out`."""
-    line = json.dumps(record)
-    print(line, flush=True)
+def save(record: dict[str, Any], out: str | None) -> None:
+    """Writes the record as one JSON line to the file `out`, if one is given."""
     if out:
         with open(out, "w", encoding="utf-8") as file:
-            file.write(line + "\n")
+            file.write(json.dumps(record) + "\n")
+
+
+def emit(record: dict[str, Any], out: str | None) -> None:
+    """Prints the record as one JSON line, and saves it."""
+    print(json.dumps(record), flush=True)
+    save(record, out)

@@ -253,10 +253,10 @@ class Contest:
         """All sides at one size: started together, asked in turns."""
         wanted = [("ours", impl) for impl in self.args.ours] + [("open_clip", impl) for impl in self.args.peers]
         loss = reference(batch, width)
+        started = [self.group(side, impl, devices, batch, width) for side, impl in wanted]
         groups: dict[str, Group] = {}
         rows: dict[str, dict[str, Any]] = {}
-        for side, impl in wanted:
-            group = self.group(side, impl, devices, batch, width)
+        for group in started:
             try:
                 losses = group.ask("prepare", self.args.patience)
             except Failed as failure:

@@ -20,7 +20,7 @@ import jax
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (.*)$")
 OP_NAME = re.compile(r'op_name="([^"]*)"')
-PRODUCT = re.compile(r" dot\(| convolution\(|__cublas|__triton_gemm|__cudnn\$|dot_general|onednn\$matmul|__onednn")
+PRODUCT = re.compile(r" dot\(| convolution\(|__cublas|__triton_gemm|__cudnn\$|dot_general|gemm|nvjet|cutlass|xmma")
 CONTAINER = re.compile(r"^(while|conditional|call|tuple|wrapped_while|body|cond)")
 PARTS = ("attention", "mlp", "patch_embed", "norm")
 
@@ -70,10 +70,10 @@ def part(line: str) -> str:
     source = OP_NAME.search(line)
     path = source[1] if source else ""
     where = next((name for name in PARTS if f"/{name}" in path), "")
-    if "CogViT" not in path and not where:
-        return "the update, and what has no name"
-    way = "backward" if "transpose(" in path else "forward"
     kind = "products" if PRODUCT.search(line) else "the rest"
+    if "CogViT" not in path and not where:
+        return f"the update, and what has no name, {kind}"
+    way = "backward" if "transpose(" in path else "forward"
     return f"{where or 'between'}, {way}, {kind}"
 
 
@@ -82,8 +82,16 @@ def _events(folder: str) -> list[tuple[str, float]]:
     (file,) = glob.glob(os.path.join(folder, "plugins/profile/*/*.trace.json.gz"))
     with gzip.open(file, "rt", encoding="utf-8") as trace:
         events = json.load(trace)["traceEvents"]
-    return [(event["args"]["hlo_op"], event["dur"] / 1e3) for event in events
-            if event.get("ph") == "X" and "hlo_op" in event.get("args", {})]  # fmt: skip
+    # A GPU's kernels stand once under their stream, and again in lines that sum them up.
+    lines = {(e["pid"], e["tid"]): e["args"]["name"] for e in events if e.get("name") == "thread_name"}
+    streams = {line for line, name in lines.items() if name.startswith("Stream")}
+    found = []
+    for event in events:
+        operation = event.get("args", {}).get("hlo_op")
+        on_stream = (event.get("pid"), event.get("tid")) in streams
+        if event.get("ph") == "X" and (on_stream if streams else operation):
+            found.append((operation or event["name"], event["dur"] / 1e3))
+    return found
 
 
 def _short(line: str) -> str:
