@@ -1,7 +1,7 @@
 """Learning a teacher's features: cosine and smooth-L1 on features that are standardised channel by channel.
 
 Teachers differ in scale by channel and among each other; standardising makes one loss weight mean the same for all of
-them (UNIC, arXiv 2408.05088; RADIO's PHI-S has the same aim). The weights of the two terms are ours.
+them (UNIC, arXiv 2408.05088). Another way to the same end is `phi_s`. The weights of the terms are ours.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ import jax.numpy as jnp  # noqa: E402
 import safetensors.numpy as safetensors  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from glmv_jax import config  # noqa: E402
+from glmv_jax import cli, config  # noqa: E402
 from glmv_jax.data import features  # noqa: E402
 from glmv_jax.data.faults import FaultLog  # noqa: E402
 from glmv_jax.data.features import FeatureCache  # noqa: E402
@@ -160,7 +160,7 @@ def test_a_killed_writer_goes_on_and_parts_make_a_whole(world, cache, tmp_path):
         teacher_cache.write(experiment(world), tmp_path / "parts", items=60, part=part)
     assert files(tmp_path / "parts") == want
 
-    write = f"teacher_cache.write(experiment(Path({str(world)!r})), {str(tmp_path / 'killed')!r}, items=60)"
+    write = f"teacher_cache.write(experiment(Path({str(world)!r})), {str(tmp_path / 'killed')!r}, items=160)"
     code = f"from tests.train.test_real_teachers import *\nfeatures.FILE_BYTES = SHORT\n{write}"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (tmp_path / "killed/train-0000/000000.safetensors").exists():
@@ -168,11 +168,11 @@ def test_a_killed_writer_goes_on_and_parts_make_a_whole(world, cache, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     begun = files(tmp_path / "killed")
-    assert len(begun) == 2  # by the time the second of training was due it was dead
-    (tmp_path / "killed/train-0000/000001.safetensors.1.part").write_bytes(b"half")
-    teacher_cache.write(experiment(world), tmp_path / "killed", items=60)
+    assert 2 <= len(begun) < 6  # dead long before the five of training were there
+    (tmp_path / "killed/train-0000/000004.safetensors.1.part").write_bytes(b"half")
+    teacher_cache.write(experiment(world), tmp_path / "killed", items=160)
     again = files(tmp_path / "killed")
-    assert list(again) == list(want) and all(again[name] == content for name, content in begun.items())
+    assert len(again) == 6 and all(again[name] == content for name, content in begun.items())
     seen, keys = FeatureCache(tmp_path / "killed").read("train", 0, np.arange(64), ["semantic"])
     first, first_keys = FeatureCache(cache).read("train", 0, np.arange(64), ["semantic"])
     np.testing.assert_array_equal(keys, first_keys)
@@ -197,6 +197,18 @@ def test_each_host_reads_its_own_crops(world, tmp_path):
     np.testing.assert_array_equal(got["patches"], want["patches"])
     seen = live.teachers[0].apply({}, jnp.asarray(want["image"])).astype(jnp.bfloat16)
     np.testing.assert_array_equal(got["features"]["semantic"], np.asarray(seen))
+
+
+def test_wrong_arguments_are_one_line(tmp_path, capsys):
+    for experiment_file, part, words in [
+        ("mim", "3", "--part 3 is not P/N; give for example 1/4"),
+        ("mim", "5/4", "part=5/4: hosts and parts count from 1"),
+        ("siglip", "1/1", "only stage mim has teachers, this config is of stage 'siglip'; give cogvit_mim.py"),
+    ]:
+        file = str(ROOT / f"experiments/cogvit_{experiment_file}.py")
+        assert cli.main(["cache-teachers", "--config", file, "--out", str(tmp_path / "x"), "--part", part]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
 
 
 def test_a_disk_that_is_too_small_is_told_before(world, tmp_path):
