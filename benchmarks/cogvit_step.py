@@ -128,7 +128,7 @@ class Ours(Side):
         from glmv_jax.typing import VisionInput
 
         self.jax, self.spec = jax, spec
-        cfg = CogViTConfig(**SIZES[spec["size"]], dtype=spec["dtype"], remat=spec["remat"])
+        cfg = CogViTConfig(**SIZES[spec["size"]], dtype=spec["dtype"], remat=spec["remat"], unroll=spec["unroll"])
         optimizer = optax.adamw(ADAM["lr"], ADAM["b1"], ADAM["b2"], ADAM["eps"], weight_decay=ADAM["weight_decay"])
         params = jax.device_put(to_params(entries(cfg), load_file(spec["weights"]))["vision"])
         patches, yx, target = jax.device_put(inputs(spec))
@@ -323,7 +323,8 @@ class Contest:
     def __init__(self, args: argparse.Namespace, weights: str) -> None:
         self.args, self.on_gpu = args, args.device == "cuda"
         self.base = dict(
-            size=args.size, batch=args.batch, checked=args.checked, remat=args.remat, weights=weights,
+            size=args.size, batch=args.batch, checked=args.checked, weights=weights,
+            remat=args.remat, unroll=args.unroll,
             threads=args.threads, dtype="bfloat16" if self.on_gpu else "float32", device=args.device,
         )  # fmt: skip
         self.rows: dict[str, dict[str, Any]] = {}
@@ -403,8 +404,9 @@ class Contest:
                 flops = 3 * self.flops * row[f"{side}images/s"]["median"]
                 row[f"{side}TFLOP/s"] = significant(flops / 1e12)
                 row[f"{side}share of the ceiling"] = significant(flops / best, 3)
+        setting = ("size", "batch", "dtype", "threads", "remat", "unroll")
         return {
-            "benchmark": "cogvit_step", **{k: self.base[k] for k in ("size", "batch", "dtype", "threads", "remat")},
+            "benchmark": "cogvit_step", **{k: self.base[k] for k in setting},
             "device": self.device, "optimizer": "adamw", "forward GFLOP an image": significant(self.flops / 1e9),
             "ceiling TFLOP/s": {name: significant(flops / 1e12) for name, flops in self.ceilings.items()},
             "ceiling matrix": self.args.ceiling, "ours": {
@@ -425,6 +427,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=0, help="default: on a GPU 32 (l) or 128 (s), else 1 or 8")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--remat", default="none", help="ours: none, dots or full (the peers keep everything)")
+    parser.add_argument("--unroll", type=int, default=1, help="ours: layers a turn of the loop over them")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each side")
     parser.add_argument("--steps", type=int, default=0, help="of a turn; default: 10 on a GPU, else 2 (s) or 1 (l)")
     parser.add_argument("--checked", type=int, default=3, help="first steps, whose losses are compared")

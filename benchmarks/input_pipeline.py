@@ -1,7 +1,7 @@
 """How many images a second does the input of stage 2 make, from JPEGs in a tar to NaFlex batches, against PyTorch's?
 
 Each image: read from the tar at random, decoded, resized to the largest size of its aspect ratio within 256 patches of
-14 px, normalised, cut into patches, padded to 256, and batched by 64. Prints one JSON line: for 0, 1, 2, ... worker
+14 px, cut into patches, padded to 256, and batched by 64. Prints one JSON line: for 0, 1, 2, ... worker
 processes the images/s of ours and each peer and their ratio, the same per second of processor time (what a core does,
 however many there are and whatever else runs), and what one image costs by stage.
 
@@ -14,7 +14,8 @@ torch's DataLoader with as many workers:
     torchvision  torchvision's decode_jpeg, resize of uint8 tensors and normalise; timm's patchify and collator
 
 Ours rounds sides to 28 px (2x2 patches stay together) and theirs to 14 px, so patches an image differ a little; they
-are counted. Our patch vectors hold a still image as the tower takes it, see `data/naflex.py`; timm's hold it once.
+are counted. Ours hold pixels as bytes, which the tower normalises on the device; theirs are normalised, as floats, by
+the pipeline, which is its own line of what an image costs.
 """
 
 from __future__ import annotations
@@ -128,10 +129,10 @@ def timed(name: str, function: Callable, *arguments: Any) -> tuple[Any, tuple[st
 
 
 def decode(data: bytes, patcher: Any) -> Image.Image:
-    """The picture of a record of stage 2, large enough for the patcher."""
-    from glmv_jax.data.naflex import load_image
+    """The picture of a record of stage 2, at the patcher's size."""
+    from glmv_jax.data.pairs.picture import sized
 
-    return load_image(data)
+    return sized(data, patcher)
 
 
 def row(record: tuple[str, dict[str, bytes]], rng: np.random.Generator, *, patcher: Any) -> dict[str, np.ndarray]:
@@ -178,13 +179,12 @@ class Ours(Side):
 
         p = self.patcher
         record, read = timed("read", self.tars.__getitem__, i)
-        image, decoded = timed("decode", decode, record[1]["jpg"], p)
-        resized, sized = timed("resize", lambda: np.asarray(p.resize(image)))
-        patches, cut = timed("patchify", patchify, resized, p.patch, p.merge, p.temporal)
+        image, decoded = timed("decode and resize", decode, record[1]["jpg"], p)
+        patches, cut = timed("patchify", lambda: patchify(np.asarray(image), p.patch, p.merge))
         padded, full = timed("pad", vision_row, *patches, BUDGET)
         copies, stacked = timed("batch", lambda: {name: np.stack([x] * 8) for name, x in padded.items()})
         _, sent = timed("send, with workers", lambda: pickle.loads(pickle.dumps(padded, protocol=5)))
-        return [read, decoded, sized, cut, full, (stacked[0], stacked[1] / 8), sent]
+        return [read, decoded, cut, full, (stacked[0], stacked[1] / 8), sent]
 
 
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
@@ -219,12 +219,12 @@ class Torch(Side):
         from timm.data.naflex_transforms import Patchify, ResizeToSequence
         from torchvision import transforms
 
-        from glmv_jax.data.naflex import CLIP_MEAN, CLIP_STD
+        from glmv_jax.typing import CLIP_MEAN, CLIP_STD
 
         torch.set_num_threads(1)  # as the DataLoader sets it in its workers
         self.torch, self.collate = torch, NaFlexCollator(BUDGET)
         resize = ResizeToSequence(PATCH, BUDGET, interpolation="bicubic")
-        normalise = transforms.Normalize(CLIP_MEAN.tolist(), CLIP_STD.tolist())
+        normalise = transforms.Normalize(CLIP_MEAN, CLIP_STD)
         if spec["name"] == "timm":
             decode_ = lambda data: Image.open(io.BytesIO(data)).convert("RGB")  # noqa: E731
             scale = transforms.ToTensor()
