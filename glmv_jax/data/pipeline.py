@@ -48,7 +48,7 @@ from glmv_jax.data.pairs import balance, picture
 from glmv_jax.data.records import Pair, Sample
 from glmv_jax.data.schedule import Schedule
 from glmv_jax.data.seeds import generator
-from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, prefetched
+from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, Workers, prefetched
 from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
@@ -220,25 +220,26 @@ def siglip_batches(
     transform = functools.partial(_siglip_row, tokenizer=tokenizer, length=text_length, chinese=chinese,
                                   shares=np.cumsum(shares / shares.sum()))
 
-    def batches(length: int, reading: Reading) -> grain.IterDataset:
+    def batches(length: int, reading: Reading, workers: Workers) -> grain.IterDataset:
         order: Any = _ConceptEpochs(pairs, reading)
         if basics:
             own = Basics(reading.seed * reading.shards + reading.shard)
             order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
         row = functools.partial(transform, patcher=dataclasses.replace(patcher, max_patches=length))
-        rows = Stream(reading.guarded(order, row, "pairs"), reading.workers, chunk=32)
+        rows = Stream(reading.guarded(order, row, "pairs"), workers, chunk=32)
         return UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load()))
 
     return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
 
 
-def _of_lengths(batches: Callable[[int, Reading], grain.IterDataset], lengths: Mapping[int, float], reading: Reading
-                ) -> grain.DatasetIterator:
+def _of_lengths(batches: Callable[[int, Reading, Workers], grain.IterDataset], lengths: Mapping[int, float],
+                reading: Reading) -> grain.DatasetIterator:
     """Batches of image rows of one length, which changes from batch to batch and is the same on every host.
 
-    Each length goes through the pairs in an order of its own.
+    Each length goes through the pairs in an order of its own; the same processes make the rows of all.
     """
-    streams = {str(length): batches(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n))
+    workers = Workers(reading.workers)
+    streams = {str(length): batches(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n), workers)
                for n, length in enumerate(lengths)}
     if len(streams) == 1:
         return reading.iterator(*streams.values())
@@ -260,7 +261,7 @@ def pair_batches(
     parts = balance.opened(sources, reading.shard, reading.shards, reading.log)
     balanced = balance.Balanced(parts, chinese, heldout)
 
-    def batches(length: int, reading: Reading) -> grain.IterDataset:
+    def batches(length: int, reading: Reading, workers: Workers) -> grain.IterDataset:
         own = dataclasses.replace(patcher, max_patches=length)
 
         def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
@@ -268,7 +269,7 @@ def pair_batches(
                                     length=text_length)
             return reading.guarded(order, row, name)
 
-        rows = Stream(balanced.mixed(reading.seed, guard), reading.workers, chunk=32)
+        rows = Stream(balanced.mixed(reading.seed, guard), workers, chunk=32)
         return UniqueBatchIterDataset(rows, batch, "concept", below=0)
 
     return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)

@@ -27,16 +27,51 @@ from glmv_jax.typing import UserError
 Rows = dict[str, np.ndarray]
 
 
+class Workers:
+    """Processes that make the items of one stream or of several; what those share is in each process once.
+
+    They start with the first stream that is read and end with the last that is closed.
+    """
+
+    def __init__(self, processes: int):
+        self.processes = processes
+        self._items: list[Any] = []
+        self._executor: concurrent.futures.ProcessPoolExecutor | None = None
+        self._users = 0
+
+    def add(self, items: Any) -> int:
+        """The number under which they make items of this random-access object."""
+        self._items.append(items)
+        return len(self._items) - 1
+
+    def acquire(self) -> concurrent.futures.ProcessPoolExecutor:
+        if self._executor is None:
+            self._executor = concurrent.futures.ProcessPoolExecutor(
+                self.processes, multiprocessing.get_context("spawn"), _adopt, (self._items,))
+        self._users += 1
+        return self._executor
+
+    def release(self) -> None:
+        """Ends the processes as soon as each has finished the chunk in hand, if no other stream uses them."""
+        self._users -= 1
+        if not self._users and self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
+
+
 class Stream(grain.IterDataset):
     """Items 0, 1, 2, ... of a random-access object, made in `workers` processes (0: in this one), in order.
 
-    chunk: items a worker makes at a time. Worker processes are spawned: they import this package (jax only because
-    grain does, never a backend) and get the object pickled. State: {"next_index": int}.
+    workers: a number, or `Workers` that other streams use too.   chunk: items a worker makes at a time.
+    Worker processes are spawned: they import this package (jax only because grain does, never a backend) and get the
+    object pickled. State: {"next_index": int}.
     """
 
-    def __init__(self, items: Any, workers: int = 0, chunk: int = 1):
+    def __init__(self, items: Any, workers: int | Workers = 0, chunk: int = 1):
         super().__init__()
-        self.items, self.workers, self.chunk = items, workers, chunk
+        self.items, self.chunk = items, chunk
+        self.workers = workers if isinstance(workers, Workers) else Workers(workers)
+        self.number = self.workers.add(items)
 
     def __iter__(self) -> grain.DatasetIterator:
         return _StreamIterator(self)
@@ -54,7 +89,7 @@ class _StreamIterator(grain.DatasetIterator):
         stream = self._stream
         if self._next_index >= len(stream.items):
             raise StopIteration
-        if not stream.workers:
+        if not stream.workers.processes:
             item = stream.items[self._next_index]
         else:
             if self._pool is None:
@@ -77,21 +112,20 @@ class _StreamIterator(grain.DatasetIterator):
 
 
 class _Pool:
-    """Worker processes that make the items from an index on, a few chunks ahead."""
+    """The items from an index on, made by worker processes a few chunks ahead."""
 
     def __init__(self, stream: Stream, start: int):
         self._stream, self._start = stream, start
-        self._executor = concurrent.futures.ProcessPoolExecutor(
-            stream.workers, multiprocessing.get_context("spawn"), _adopt, (stream.items,))
+        self._executor = stream.workers.acquire()
         self._chunks: collections.deque[concurrent.futures.Future] = collections.deque()
         self._ready: collections.deque[Any] = collections.deque()
-        for _ in range(2 * stream.workers):
+        for _ in range(2 * stream.workers.processes):
             self._ask()
 
     def _ask(self) -> None:
         stop = min(self._start + self._stream.chunk, len(self._stream.items))
         if stop > self._start:
-            self._chunks.append(self._executor.submit(_make, self._start, stop))
+            self._chunks.append(self._executor.submit(_make, self._stream.number, self._start, stop))
             self._start = stop
 
     def take(self) -> Any:
@@ -106,14 +140,15 @@ class _Pool:
         return self._ready.popleft()
 
     def close(self) -> None:
-        """Ends the processes as soon as each has finished the chunk in hand."""
-        self._executor.shutdown(wait=False, cancel_futures=True)
+        for chunk in self._chunks:
+            chunk.cancel()
+        self._stream.workers.release()
 
 
-_items: Any = None  # in a worker: what it makes items of
+_items: list[Any] = []  # in a worker: what it makes items of
 
 
-def _adopt(items: Any) -> None:
+def _adopt(items: list[Any]) -> None:
     """Starts a worker. It ends with the process that started it, also when that one is killed."""
     global _items
     _items = items
@@ -127,8 +162,8 @@ def _adopt(items: Any) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _make(start: int, stop: int) -> list[Any]:
-    return [_items[i] for i in range(start, stop)]
+def _make(number: int, start: int, stop: int) -> list[Any]:
+    return [_items[number][i] for i in range(start, stop)]
 
 
 class UniqueBatchIterDataset(grain.IterDataset):

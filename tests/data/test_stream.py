@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 
-from glmv_jax.data.stream import Stream, UniqueBatchIterDataset, prefetched
+from glmv_jax.data.stream import Stream, UniqueBatchIterDataset, Workers, prefetched
 from glmv_jax.typing import UserError
 
 
@@ -56,6 +56,39 @@ def test_workers_give_the_same_items_in_order_and_pass_errors_on():
     start = time.monotonic()
     iterator.close()
     assert time.monotonic() - start < 5
+
+
+class Process:
+    """The number of the process that an item is made in, and the item."""
+
+    def __init__(self, first: int):
+        self.first = first
+
+    def __len__(self):
+        return 10**6
+
+    def __getitem__(self, i: int):
+        return os.getpid(), self.first + i
+
+
+def test_streams_share_processes_until_the_last_is_closed():
+    workers = Workers(1)
+    one, two = (iter(Stream(Process(first), workers, chunk=3)) for first in (0, 1000))
+    made = [next(stream) for _ in range(4) for stream in (one, two)]
+    assert [item for _, item in made] == [0, 1000, 1, 1001, 2, 1002, 3, 1003]
+    (pid,) = {pid for pid, _ in made}
+    assert pid != os.getpid()
+    one.set_state({"next_index": 7})
+    assert next(two) == (pid, 1004) and next(one) == (pid, 7)
+    one.close()
+    assert [next(two) for _ in range(10)] == [(pid, 1005 + n) for n in range(10)]
+    two.close()
+    deadline = time.monotonic() + 10
+    while _alive(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(pid)
+    assert next(one)[1] == 8, "and start again"
+    one.close()
 
 
 def test_prefetched_state_is_that_of_the_batch_returned():
