@@ -25,6 +25,10 @@ BUGS = (NameError, AttributeError, AssertionError, ImportError, NotImplementedEr
 TRIES = 20
 
 
+class LeftOut(Exception):
+    """Raised by a transform for a record that is to be left out and is no fault: the next one takes its place."""
+
+
 class FaultLog:
     """Appends one JSON object a fault to `path`, or to standard error without one.
 
@@ -57,7 +61,7 @@ class FaultLog:
 
 
 class Guarded:
-    """A source with a transform, in which a record that raises is replaced by the next one.
+    """A source with a transform, in which a record that raises is logged (but for `LeftOut`) and replaced by the next.
 
     source:    random access; `transform(record, rng) -> item`, rng depending on (seed, name, index) only.
     window, limit: UserError when more than `limit` of the last `window` records failed, or TRIES in a row.
@@ -83,6 +87,8 @@ class Guarded:
                 item = self.transform(record, generator(self.seed, self.name, index))
             except BUGS:
                 raise
+            except LeftOut as error:
+                reason = f"it was left out: {error}"
             except Exception as error:  # noqa: BLE001 - whatever a broken record raises, and it is logged
                 reason = f"{type(error).__name__}: {error}"
                 self._failed(index, record, reason)

@@ -28,7 +28,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -39,7 +39,7 @@ from glmv_jax.data import emoji, features, masks, pairs
 from glmv_jax.data.basics import Basics
 from glmv_jax.data.basics import number as basics_number
 from glmv_jax.data.building import Document, DocumentBuilder
-from glmv_jax.data.faults import FaultLog, Guarded
+from glmv_jax.data.faults import FaultLog, Guarded, LeftOut
 from glmv_jax.data.files import crop_box, cropped
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import Patcher, patchify, to_rgb
@@ -249,7 +249,7 @@ def _of_lengths(batches: Callable[[int, Reading, Workers], grain.IterDataset], l
 def pair_batches(
     sources: Mapping[str, pairs.Source], tokenizer: TextRows, patcher: Patcher, *, batch: int,
     lengths: Mapping[int, float] | None = None, text_length: int = 64, chinese: float | None = 0.5,
-    heldout: float = 0.0, reading: Reading = Reading(),
+    heldout: float = 0.0, unseen: Collection[int] = (), reading: Reading = Reading(),
 ) -> grain.DatasetIterator:
     """Image-text pairs of sources on disk, in the form of `siglip_batches`. A record may come twice in a batch.
 
@@ -257,6 +257,8 @@ def pair_batches(
     of each other, on whatever hosts they are. Pairs of different pictures with the same text are, as in SigLIP.
     chinese: share of Chinese rows, one text an image; None: a text in both languages, of records that have both.
     heldout: share of records that is never trained on (`heldout.source_pairs`).
+    unseen: concepts of pictures that are not trained on in whatever record they are: those of the evaluation, which
+        data with a record a caption would show in others.
     """
     parts = balance.opened(sources, reading.shard, reading.shards, reading.log)
     balanced = balance.Balanced(parts, chinese, heldout)
@@ -266,7 +268,7 @@ def pair_batches(
 
         def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
             row = functools.partial(_pair_row, langs=langs, alike=sources[name].alike, tokenizer=tokenizer, patcher=own,
-                                    length=text_length)
+                                    length=text_length, unseen=frozenset(unseen))
             return reading.guarded(order, row, name)
 
         rows = Stream(balanced.mixed(reading.seed, guard), workers, chunk=32)
@@ -276,12 +278,15 @@ def pair_batches(
 
 
 def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: TextRows,
-              patcher: Patcher, length: int) -> Rows:
+              patcher: Patcher, length: int, unseen: frozenset[int]) -> Rows:
     pair = ref.reader[ref.index]
+    concept = picture.label(pairs.alike(pair, alike))
+    if alike == "image" and concept in unseen:
+        raise LeftOut("its picture is held out, under another id")
     texts = [pair.texts[lang][rng.integers(len(pair.texts[lang]))] for lang in langs]
     tokens, segments = tokenizer.side_by_side(texts, length)
     return vision_row(*patcher(picture.sized(pair.image, patcher)), patcher.max_patches) | {
-        "tokens": tokens, "segments": segments, "concept": np.int32(picture.label(pairs.alike(pair, alike))),
+        "tokens": tokens, "segments": segments, "concept": np.int32(concept),
         "lang": np.array([LANGUAGES.index(lang) for lang in langs], np.int32)}
 
 

@@ -103,7 +103,10 @@ class SigLIP(Stage):
             chinese=None if d.both_languages else d.chinese, reading=reading(self.cfg),
         )  # fmt: skip
         if self.sources:
-            return pipeline.pair_batches(self.sources, self.tokenizer, self.patcher, heldout=d.heldout, **shared)
+            unseen = {concept for held in self.heldout_sets for concept in held.concept.tolist()}
+            return pipeline.pair_batches(
+                self.sources, self.tokenizer, self.patcher, heldout=d.heldout, unseen=unseen, **shared
+            )
         return pipeline.siglip_batches(
             emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, texts=dict(d.texts), basics=d.basics,
             **shared,

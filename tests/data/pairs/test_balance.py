@@ -270,6 +270,23 @@ def test_held_out_pairs_are_never_trained_on(tmp_path):
         refs(found, 1, heldout=1.0)
 
 
+def test_pictures_of_the_evaluation_are_not_trained_on_under_other_ids(tmp_path):
+    """Data with a record a caption: a picture is in three records."""
+    samples = {f"{i:03d}": {"png": made.jpeg(i // 3, format="PNG"), "txt": f"{EN} {i}".encode()} for i in range(90)}
+    found = sources(web={"path": made.tar(tmp_path / "a.tar", samples), "lang": "en"})
+    held = heldout.source_pairs(found, TOKENIZER, PATCHER, 24, share=0.1, limit=50)["en"]
+    evaluated = {int(id_[-3:]) // 3 for id_ in held.ids}
+
+    def shown(**options):
+        data = batches(found, 60, chinese=0.0, heldout=0.1, **options)
+        return {shade for _ in range(4) for shade in shades(next(data))}
+
+    log = tmp_path / "faults.jsonl"
+    assert len(evaluated & shown()) > 3
+    assert shown(unseen=held.concept.tolist(), faults=log) == set(range(30)) - evaluated
+    assert not log.exists(), "to be left out is no fault"
+
+
 def test_what_is_held_out_does_not_change():
     held = [i for i in range(200) if balance.held_out(f"a.tar/{i:05d}", 0.05)]
     assert held == [0, 18, 33, 55, 92, 117, 157, 194]
