@@ -27,6 +27,8 @@ from glmv_jax.train.metrics import Meter, Progress
 from glmv_jax.train.stages import mim
 from glmv_jax.typing import UserError
 
+_DEAD = 3600  # seconds after which a file that is being written is taken for one of a writer that was killed
+
 File = tuple[str, int, int]  # split, host, number
 
 
@@ -82,6 +84,9 @@ def write(cfg: Any, out: str | Path, *, items: int = 0, hosts: int = 1, part: tu
             raise UserError(f"{out}: {size_text(needed)} of features are to be written and {size_text(free)} are free; "
                             "choose fewer --items or another --out")
         _record(stage, plan, out)
+        for part_file in out.rglob("*.part"):
+            if time.time() - part_file.stat().st_mtime > _DEAD:
+                part_file.unlink()
         todo = [file for file in map(plan.file, share) if not _path(out, file).exists()]
         progress = Progress("teachers", len(todo), headline="MB")
         progress.say(f"{len(todo) * plan.rows:,} crops in {len(todo)} files, {plan.crop_bytes:,} bytes a crop, "

@@ -169,10 +169,12 @@ def test_a_killed_writer_goes_on_and_parts_make_a_whole(world, cache, tmp_path):
     process.wait()
     begun = files(tmp_path / "killed")
     assert 2 <= len(begun) < 6  # dead long before the five of training were there
-    (tmp_path / "killed/train-0000/000004.safetensors.1.part").write_bytes(b"half")
+    half = tmp_path / "killed/train-0000/000004.safetensors.1.part"
+    half.write_bytes(b"half")
+    os.utime(half, (0, 0))
     teacher_cache.write(experiment(world), tmp_path / "killed", items=160)
     again = files(tmp_path / "killed")
-    assert len(again) == 6 and all(again[name] == content for name, content in begun.items())
+    assert len(again) == 6 and not half.exists() and all(again[name] == content for name, content in begun.items())
     seen, keys = FeatureCache(tmp_path / "killed").read("train", 0, np.arange(64), ["semantic"])
     first, first_keys = FeatureCache(cache).read("train", 0, np.arange(64), ["semantic"])
     np.testing.assert_array_equal(keys, first_keys)
@@ -257,9 +259,8 @@ def extra_of(workdir):
 
 
 @needs_8
-@pytest.mark.parametrize("sizes, rules", [({"data": 2, "fsdp": 4}, "fsdp"),
-                                          ({"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor")])  # fmt: skip
-def test_teachers_split_over_eight_devices_teach_the_same(world, sizes, rules):
+def test_teachers_split_over_eight_devices_teach_the_same(world):
+    sizes, rules = {"data": 2, "fsdp": 2, "tensor": 2}, "fsdp_tensor"
     stage = main.stage_class("mim")(experiment(world, "teachers.semantic.dtype=float32", "optim.lr=1e-4",
                                                "teachers.texture.dtype=float32"))
     with_data = stage.train_data()
