@@ -69,6 +69,7 @@ def _ranks(query, group, keys_KBE, key_groups_KB, *, mesh: Mesh, rows: int):
             return jnp.maximum(so_far_R, jnp.where(own_RB, score_RB, -jnp.inf).max(1)), None
 
         def higher(so_far_R, block):
+            # Own keys are left out by name: two compiled products of the same rows need not agree to the last bit.
             score_RB, other_RB = shards.scores(query_RE, block[0]), block[1] != group_R[:, None]
             counted_RB = (score_RB > best_R[:, None]) & other_RB & (block[1] >= 0)
             return so_far_R + counted_RB.sum(1, dtype=jnp.int32), None

@@ -11,11 +11,11 @@ def lines(report: dict[str, Any]) -> list[str]:
     """What `glmv eval --suite` prints. Targets are marked as such: they are the report's, no results of ours."""
     targets = report.get("targets", {})
     shown = [f"step {report['step']} of {report['run']}, {report['patches']} patches a picture"]
-    shown.append(f"{'data set':<36} {'measure':<28} {'value':>7} {'target':>7} {'pictures':>9} {'broken':>7}  prompts")
+    shown.append(f"{'data set':<36} {'measure':<35} {'value':>7} {'target':>7} {'pictures':>9} {'broken':>7}  prompts")
     for name, result in report["datasets"].items():
         for metric, value in result["metrics"].items():
             target = _target(targets, result["task"]) if metric == result["main"] else None
-            row = f"{name:<36} {metric:<28} {value:>7.4g} {_number(target):>7}"
+            row = f"{name:<36} {metric:<35} {value:>7.4g} {_number(target):>7}"
             if metric == result["main"]:
                 using = result.get("prompts")
                 row += f" {result['images']:>9} {result['faults']:>7}  "

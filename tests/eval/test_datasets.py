@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score as oracle
 from glmv_jax import cli, config
 from glmv_jax.config import flat
 from glmv_jax.data.pipeline import vision_row
-from glmv_jax.eval import datasets, probes, suite
+from glmv_jax.eval import datasets, probes, suite, summary
 from glmv_jax.eval.folders import DataSet
 from glmv_jax.train import checkpoint, main
 from glmv_jax.train.state import TrainState
@@ -256,6 +256,28 @@ def test_average_is_of_all_38_or_none():
     assert datasets.average(results, {})["average"] is None
     assert datasets.average(results, {})["missing"] == {"MNIST": "9000 of 10000 samples"}
     assert suite.task_of("wds_vtab-cifar100_test").title == "CIFAR-100" and suite.task_of("cifar") is None
+
+
+def test_targets_stand_beside_results_and_are_called_targets():
+    cfg = config.load("experiments/cogvit_siglip.py:size=l")
+    result = {"metrics": {"acc1": 0.8, "acc5": 0.95}, "main": "acc1", "images": 50_000, "faults": 2, "notes": []}
+    report = {
+        "step": 9, "run": "runs/siglip", "patches": 256, "failed": {}, "skipped": {},
+        "targets": dict(cfg.eval.targets), "targets_from": cfg.eval.targets_from,
+        "datasets": {"wds_imagenet1k_test": result | {"task": "imagenet1k", "prompts": {"set": "own", "templates": 80}},
+                     "wds_mnist_test": result | {"task": "mnist"}},
+        "suite": {"tasks": 38, "whole": 1, "missing": {"MNIST": "not there", "GTSRB": "not there"}, "average": None},
+    }  # fmt: skip
+    shown = summary.lines(report)
+    row = next(line for line in shown if line.startswith("wds_imagenet1k_test"))
+    assert row.split() == ["wds_imagenet1k_test", "acc1", "0.8", "0.835", "50000", "2", "own,", "80"]
+    assert sum("0.835" in line for line in shown) == 1
+    assert any("none (target 0.704)" in line for line in shown) and "  MNIST, GTSRB: not there" in shown
+    assert any("general_object_14: target 0.451, undefined: the report does not say which" in line for line in shown)
+    assert shown[-1] == "targets: Figure 1 of the GLM-5V-Turbo report, CogViT-L (403M), zero-shot"
+    report["suite"] |= {"average": 0.5, "missing": {}}
+    assert "average of the 38 tasks: 0.5000 (target 0.704)" in summary.lines(report)
+    assert "targets" not in config.load("experiments/cogvit_siglip.py:size=nano").eval
 
 
 def test_in_training(siglip, root):
