@@ -78,5 +78,6 @@ def get_config(arg=None):
             (r".*", {"kind": "adamw", "wd": 0.05}),
         ),
     }
-    cfg.eval = {"batches": 4}
+    # suite: data sets for a kNN probe while training, as in cogvit_siglip.py.
+    cfg.eval = {"batches": 4, "suite": {"root": "", "datasets": (), "short": 0}}
     return cfg

@@ -95,7 +95,7 @@ def get_config(arg=None):
         "patches": 48 if nano else 256,
         "pairs": 200 if nano else 1000,  # held-out pairs of the sources, a language
         # Data sets to evaluate on while training (see `glmv eval --help`): all pictures before and after, and in the
-        # looks every eval_every steps the first `short` of each; 0: none then.
+        # looks every eval_every steps `short` of each; 0: none then.
         "suite": {"root": "", "datasets": (), "short": 0},
     }
     if not nano:

@@ -440,7 +440,7 @@ def _eval_options(sub: argparse.ArgumentParser) -> None:
     how.add_argument("--classnames", metavar="FILE", help="class names, one a line or JSON (default: each data set's)")
     how.add_argument("--k", type=int, metavar="N", help="neighbours (default 20)")
     how.add_argument("--seed", type=int, metavar="N", help="of the linear probe's validation rows (default 0)")
-    how.add_argument("--limit", type=int, metavar="N", help="the first N pictures of a split only: for a quick look")
+    how.add_argument("--limit", type=int, metavar="N", help="N samples of a split, spread over it: for a quick look")
     how.add_argument("--patches", type=int, metavar="N", help="of a picture at most (default: as in the run's config)")
     how.add_argument("--batch", type=int, metavar="N", help="rows at a time over all devices (default 256)")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON: to a file, or printed")

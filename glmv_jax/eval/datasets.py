@@ -67,7 +67,8 @@ class Evaluation:
     ) -> dict[str, Any]:  # fmt: skip
         """{"datasets": name -> result, "failed": name -> why, "skipped": name -> why, "suite": ...} of `root`.
 
-        names: only these.   limit: first pictures of a split, 0 for all.   say: told each result when it is there.
+        names: only these.   limit: samples of a split, spread evenly over it; 0 for all.
+        say: told each result when it is there.
         A data set that is broken has failed, one of which nothing is to be measured is skipped; both count as missing.
         Raises: UserError when `root` has no data set, or a name is not there.
         """
@@ -92,7 +93,7 @@ class Evaluation:
     def dataset(
         self, params: Params, data: DataSet, limit: int = 0, sentences: dict[tuple, np.ndarray] | None = None
     ) -> Result:
-        """All that is to be measured of one data set, or of its first `limit` pictures.
+        """All that is to be measured of one data set, or of `limit` samples of each split.
 
         sentences: class embeddings of these weights that were made already; data sets may share them.
         Raises: NothingToMeasure, and UserError when the folder is not whole.
@@ -259,9 +260,13 @@ def average(results: dict[str, Result], without: dict[str, str]) -> dict[str, An
 
 
 def flat(results: dict[str, Result]) -> dict[str, float]:
-    """The few numbers for a training log: zeroshot/<data set>/acc1, retrieval/<data set>/text -> image R@1, ..."""
+    """The few numbers for a training log: zeroshot/<data set>/acc1, retrieval/<data set>/text -> image R@1, ...,
+    knn/<data set>."""
     metrics = {}
     for name, result in results.items():
+        if KNN in result["metrics"]:
+            metrics[f"{KNN}/{name}"] = result["metrics"][KNN]
+            continue
         head = RETRIEVAL if result["kind"] == "retrieval" else ZEROSHOT
         names = ("acc1", result["main"], "text -> image R@1", "image -> text R@1")
         metrics |= {f"{head}/{name}/{m}": result["metrics"][m] for m in names if m in result["metrics"]}

@@ -85,13 +85,15 @@ class DataSet:
         return any((self.path / split).glob("*.tar"))
 
     def split(self, split: str = "test", log: FaultLog | None = None, limit: int = 0) -> Split:
-        """The split, or the first `limit` samples of it. UserError when it is not there or not whole."""
+        """The split, or `limit` samples spread evenly over it, as they often lie by class. UserError when it is not
+        there or not whole."""
         log = log or FaultLog()
         tars = Tars(_shards(self.path / split), log)
         kind, count = self.kind, min(len(tars), limit or len(tars))
+        taken = [n * len(tars) // count for n in range(count)]
         read = {"classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions}.get(kind)
         pictures, labels, faults = [], [], 0
-        for i in range(count):
+        for i in taken:
             id_, files = tars.id(i), tars.read(i, _LABELS)
             try:
                 if kind == "winogavil":

@@ -19,7 +19,7 @@ from glmv_jax.eval import datasets, probes, suite, summary
 from glmv_jax.eval.folders import DataSet
 from glmv_jax.train import checkpoint, main
 from glmv_jax.train.state import TrainState
-from glmv_jax.typing import VisionInput
+from glmv_jax.typing import UserError, VisionInput
 from tests.eval import small_suite
 
 SMALL = {
@@ -284,12 +284,21 @@ def test_in_training(siglip, root):
     """The data sets of the config are part of every evaluation, the short ones with a few pictures."""
     over = [f"eval.suite.root={root}", "eval.suite.datasets=('cars','flickr30k')", "eval.suite.short=8"]
     stage, params = stage_of("siglip", *over), siglip[2]
-    full, short = (stage._data_sets(params, full) for full in (True, False))
+    full, short = (stage.suite(params, full) for full in (True, False))
     names = {"zeroshot/cars/acc1", "retrieval/flickr30k/text -> image R@1", "retrieval/flickr30k/image -> text R@1"}
     assert names <= full.keys() == short.keys()
-    assert stage._evaluation.images.traces == 1
-    whole = datasets.Evaluation(stage.as_towers()).folder(params, root, ("cars",))
-    assert full["zeroshot/cars/acc1"] == whole["datasets"]["cars"]["metrics"]["acc1"]
+    assert stage.suite.evaluation.images.traces == 1
+    data = DataSet(root / "wds_cars_test", "cars")
+    whole = stage.suite.evaluation.dataset(params, data)
+    assert full["zeroshot/cars/acc1"] == whole["metrics"]["acc1"] and whole["images"] == 24
+    split = data.split(limit=8)
+    assert len(split.labels) == 8 and split.ids == [data.split().ids[3 * n] for n in range(8)]
+    assert stage_of("siglip").suite(params, True) == stage_of("siglip", *over[:2]).suite(params, False) == {}
+    mim = stage_of("mim", *over[:1], "eval.suite.datasets=('cars',)")
+    assert set(mim.suite({"vision": params["vision"]}, True)) == {"knn/cars"}
+    mim.suite.config.datasets = ("flickr30k",)
+    with pytest.raises(UserError, match="eval.suite: flickr30k cannot be evaluated: of retrieval data none of knn"):
+        mim.suite({"vision": params["vision"]}, True)
 
 
 def test_config_of_another_version_is_one_line(siglip, tmp_path, capsys):

@@ -30,6 +30,7 @@ from glmv_jax.models import build, cogvit, mim
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import teachers
 from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.train.state import Placement
 from glmv_jax.typing import Params, UserError, VisionInput
 
@@ -76,6 +77,7 @@ class MIM(Stage):
         self.teachers = [self._teacher(name, t, vision) for name, t in cfg.teachers.items()]
         features = tuple((t.name, t.channels) for t in self.teachers)
         self.model = mim.MIMConfig(vision, mim.HeadsConfig(vision.width, cfg.loss.head_hidden, features, vision.dtype))
+        self.suite = SuiteLook(self)
         parts = {name: self._source(name, cfg.data.sources[name]) for name in cfg.data.weights}
         self.sources = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(SPLITS)}
         if self.cache:
@@ -209,7 +211,8 @@ class MIM(Stage):
     def evaluate(self, params, extra, *, full: bool):
         """Held-out loss, and a nearest-neighbour probe of the trunk: which held-out emoji concept is it?"""
         metrics = self._heldout_loss(params, extra)
-        return metrics | {"knn": knn_probe(self.model.vision, params["vision"])}
+        metrics["knn"] = knn_probe(self.model.vision, params["vision"])
+        return metrics | self.suite(params, full)
 
     def as_towers(self, *, patches: int = 0, batch: int = 256) -> towers.Towers:
         """The trunk for `eval.datasets`; pictures get as many patches as in training unless `patches` says else."""

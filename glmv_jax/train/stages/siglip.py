@@ -21,7 +21,7 @@ from glmv_jax import models
 from glmv_jax.data import emoji, heldout, pairs, pipeline
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
-from glmv_jax.eval import datasets, probes, towers
+from glmv_jax.eval import probes, towers
 from glmv_jax.eval.samples import SampleWriter
 from glmv_jax.losses.sigmoid import sigmoid_loss
 from glmv_jax.models import two_tower
@@ -31,6 +31,7 @@ from glmv_jax.parallel.micro import in_pieces, pieces_for
 from glmv_jax.train import text_towers
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import knn_probe, reading
+from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.typing import UserError, VisionInput
 
 QUERIES = ("en name", "zh name", "zh name+keywords")
@@ -48,6 +49,7 @@ class SigLIP(Stage):
         self._image = jax.jit(lambda p, v: two_tower.embed_image(self.model, p, v))
         self._text = jax.jit(lambda p, t: two_tower.embed_text(self.model, p, t))
         self.patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=cfg.eval.patches)
+        self.suite = SuiteLook(self)
         d = cfg.data
         if len(d.lengths) != len(d.length_shares) or len(set(d.lengths)) != len(d.lengths):
             raise UserError(
@@ -140,26 +142,11 @@ class SigLIP(Stage):
                 metrics |= {f"image -> {query} {k}": v for k, v in back.items()}
         if full:
             metrics["knn"] = knn_probe(self.model.vision, params["vision"])
-        return metrics | self._data_sets(params, full)
+        return metrics | self.suite(params, full)
 
     def as_towers(self, *, patches: int = 0, batch: int = 256) -> towers.Towers:
         patcher = dataclasses.replace(self.patcher, max_patches=patches or self.patcher.max_patches)
         return towers.of_two_tower(self.model, self.tokenizer, patcher, *self.place(), batch)
-
-    def _data_sets(self, params, full: bool) -> dict[str, float]:
-        """Zero-shot and retrieval on the data sets of `eval.suite`: all pictures, or in the short look the first few
-        (of `short`; 0: none)."""
-        suite = self.cfg.eval.get("suite", {})
-        if not suite.get("root", "") or not (full or suite.short):
-            return {}
-        report = self._evaluation.folder(params, suite.root, suite.datasets, limit=0 if full else suite.short)
-        for name, reason in (report["failed"] | report["skipped"]).items():
-            raise UserError(f"eval.suite: {name} cannot be evaluated: {reason}")
-        return datasets.flat(report["datasets"])
-
-    @functools.cached_property
-    def _evaluation(self) -> datasets.Evaluation:
-        return datasets.Evaluation(self.as_towers(), log=FaultLog(self.cfg.faults or None))
 
     @functools.cached_property
     def heldout_sets(self):
