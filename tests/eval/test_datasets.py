@@ -14,6 +14,7 @@ from sklearn.metrics import average_precision_score as oracle
 
 from glmv_jax import cli, config
 from glmv_jax.config import flat
+from glmv_jax.data import tars
 from glmv_jax.data.pipeline import vision_row
 from glmv_jax.eval import datasets, probes, suite, summary
 from glmv_jax.eval.folders import DataSet
@@ -30,15 +31,17 @@ FILES = {"siglip": "experiments/cogvit_siglip.py:size=nano", "mim": "experiments
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled():
+def quickly_compiled_and_nothing_left_behind(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tars, "CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-def run_of(folder, name, *more):
+def run_of(folder, name, **more):
     """The work directory of an untrained run (without its optimiser), its stage, and its parameters as numpy arrays."""
-    stage = stage_of(name, *more)
+    stage = stage_of(name, **more)
     params = jax.jit(stage.init_params)(jax.random.key(0))
     checkpoints = checkpoint.Checkpoints(folder / "checkpoints")
     checkpoints.save(7, TrainState(jax.numpy.int32(7), params, {}, {}), {})
@@ -48,14 +51,19 @@ def run_of(folder, name, *more):
     return folder, stage, jax.device_get(params)
 
 
-def stage_of(name, *more):
-    return main.stage_class(name)(config.override(config.load(FILES[name]), [*SMALL[name], *more]))
+def stage_of(name, *more, mesh=None):
+    cfg = config.override(config.load(FILES[name]), [*SMALL[name], *more])
+    if mesh:
+        cfg.mesh, cfg.rules = mesh, "fsdp"
+    return main.stage_class(name)(cfg)
 
 
 @pytest.fixture(scope="module")
 def siglip(tmp_path_factory):
-    folder, stage, params = run_of(tmp_path_factory.mktemp("siglip"), "siglip", "rules=fsdp")
-    stage.trunk = jax.jit(stage.as_towers().image["trunk"])
+    """A run whose weights are split over all devices."""
+    folder, stage, params = run_of(tmp_path_factory.mktemp("siglip"), "siglip", mesh={"fsdp": -1})
+    towers = stage.as_towers()
+    stage.plain = {name: jax.jit(function) for name, function in (*towers.image.items(), ("text", towers.text))}
     return folder, stage, params
 
 
@@ -64,17 +72,17 @@ def root(tmp_path_factory):
     return small_suite.suite(tmp_path_factory.mktemp("suite"))
 
 
-def embedded(apply, stage, params, split):
-    """Features of a split's pictures by one call of `apply`, on one device."""
+def embedded(stage, params, split, feature="embedding"):
+    """Features of a split's pictures by one call, on one device."""
     rows = [vision_row(*stage.patcher(picture), stage.patcher.max_patches) for picture in split.pictures]
     short = -len(rows) % 60  # so that it compiles once
     columns = [np.stack([row[key] for row in rows + rows[:1] * short]) for key in ("patches", "yx", "frame")]
-    return np.asarray(apply(params, VisionInput(*columns)))[: len(rows)]
+    return np.asarray(stage.plain[feature](params, VisionInput(*columns)))[: len(rows)]
 
 
 def texts_of(stage, params, texts):
-    tokens = np.stack([stage.tokenizer.fixed(text, stage.model.text.length) for text in texts])
-    return np.asarray(stage._text(params, np.pad(tokens, ((0, 40 - len(tokens)), (0, 0)))))[: len(texts)]
+    tokens = np.stack([stage.as_towers().tokenize(text) for text in texts])
+    return np.asarray(stage.plain["text"](params, np.pad(tokens, ((0, 40 - len(tokens)), (0, 0)))))[: len(texts)]
 
 
 def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
@@ -89,7 +97,7 @@ def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
     assert voc["prompts"] == {"set": "plain", "templates": 1} and flickr["captions"] == 6 * (1 + 2 + 3)
 
     split = DataSet(root / "wds_cars_test", "cars").split()
-    image = embedded(stage._image, stage, params, split)
+    image = embedded(stage, params, split)
     names = small_suite.names(6)
     sentences = texts_of(stage, params, [t.replace("{c}", n) for n in names for t in ("a photo of a {c}.", "my {c}!")])
     classes = probes.unit(sentences.reshape(6, 2, -1).mean(1))
@@ -98,7 +106,7 @@ def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
     assert sorted(split.labels) == sorted([*range(6)] * 4)
 
     split = DataSet(root / "flickr30k", "flickr30k").split()
-    image = embedded(stage._image, stage, params, split)
+    image = embedded(stage, params, split)
     text = texts_of(stage, params, [caption for captions in split.labels for caption in captions])
     group = np.repeat(np.arange(18), [len(captions) for captions in split.labels])
     found = probes.recall(probes.ranks(text, image, group, np.arange(18)), (1, 5, 10))
@@ -108,7 +116,7 @@ def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
         assert flickr["metrics"][f"image -> text {k}"] == pytest.approx(back[k])
 
     split = DataSet(root / "voc2007_multilabel", "voc").split()
-    image = embedded(stage._image, stage, params, split)
+    image = embedded(stage, params, split)
     score = image @ texts_of(stage, params, small_suite.names(3)).T
     expected = np.mean([oracle(split.labels[:, c], score[:, c]) for c in range(3)])
     assert voc["metrics"]["mean_average_precision"] == pytest.approx(expected, abs=1e-5)
@@ -126,7 +134,7 @@ def test_probes_of_stage_1_and_of_stage_2_agree_with_brute_force(siglip, root, t
     assert cli.main([*argv, "--linear-probe"]) == 0
     result = json.loads(capsys.readouterr().out)["datasets"]["cars"]
     data = DataSet(root / "wds_cars_test", "cars")
-    gallery, asked = (embedded(stage.trunk, stage, params, data.split(split)) for split in ("train", "test"))
+    gallery, asked = (embedded(stage, params, data.split(split), "trunk") for split in ("train", "test"))
     train, test = (data.split(split).labels for split in ("train", "test"))
     assert result["metrics"]["knn"] == pytest.approx((probes.knn(gallery, train, asked, 3) == test).mean())
     assert 0 < result["metrics"]["linear-probe acc1"] <= 1 and result["metrics"]["linear-probe strength"] > 0
@@ -173,7 +181,7 @@ def test_measures_of_single_tasks(siglip, tmp_path):
     for name, result in report["datasets"].items():
         data = DataSet(tmp_path / name, name)
         split = data.split()
-        score = embedded(stage._image, stage, params, split) @ texts_of(stage, params, data.classes()).T
+        score = embedded(stage, params, split) @ texts_of(stage, params, data.classes()).T
         order = np.argsort(-score, axis=1)
         hit = [(order[:, :k] == split.labels[:, None]).any(1) for k in (1, 5)]
         worst = lambda hit, groups: min(hit[groups == g].mean() for g in set(groups.tolist()))  # noqa: E731
@@ -210,7 +218,7 @@ def test_winogavil(siglip, tmp_path):
     assert (result["samples"], result["faults"], result["main"]) == (4, 2, "jaccard_10-12")
     split, scores = data.split(), []
     split.pictures.chosen = split.pictures.chosen[:33]  # of the first four
-    images = embedded(stage._image, stage, params, split)
+    images = embedded(stage, params, split)
     cues = texts_of(stage, params, ["An animal", "A stone"])
     for n, first in enumerate((0, 5, 11, 21)):
         score = [float(cues[n % 2] @ image) for image in images[first : first + len(chosen[n])]]
