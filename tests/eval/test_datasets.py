@@ -5,6 +5,7 @@ Not covered: several hosts (one process here), and whether a model is any good.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -16,7 +17,7 @@ from glmv_jax import cli, config
 from glmv_jax.config import flat
 from glmv_jax.data import tars
 from glmv_jax.data.pipeline import vision_row
-from glmv_jax.eval import datasets, probes, suite, summary
+from glmv_jax.eval import datasets, linear, probes, shards, suite, summary
 from glmv_jax.eval.folders import DataSet
 from glmv_jax.train import checkpoint, main
 from glmv_jax.train.state import TrainState
@@ -131,13 +132,19 @@ def test_the_command_on_a_folder_of_three(siglip, root, tmp_path, capsys):
 def test_probes_of_stage_1_and_of_stage_2_agree_with_brute_force(siglip, root, tmp_path, capsys):
     folder, stage, params = siglip
     argv = ["eval", "--run", str(folder), "--suite", str(root), "--datasets", "cars", "--knn", "--k", "3", "--json"]
-    assert cli.main([*argv, "--linear-probe"]) == 0
+    assert cli.main(argv) == 0
     result = json.loads(capsys.readouterr().out)["datasets"]["cars"]
     data = DataSet(root / "wds_cars_test", "cars")
     gallery, asked = (embedded(stage, params, data.split(split), "trunk") for split in ("train", "test"))
     train, test = (data.split(split).labels for split in ("train", "test"))
     assert result["metrics"]["knn"] == pytest.approx((probes.knn(gallery, train, asked, 3) == test).mean())
-    assert 0 < result["metrics"]["linear-probe acc1"] <= 1 and result["metrics"]["linear-probe strength"] > 0
+
+    alone = dataclasses.replace(stage.as_towers(), mesh=shards.one_device())
+    evaluation = datasets.Evaluation(alone, datasets.Settings(("linear-probe",), seed=3))
+    found = evaluation.dataset(params, data)["metrics"]
+    probe = linear.linear_probe(gallery, train, seed=3)
+    assert found["linear-probe acc1"] == pytest.approx((probe.scores(asked).argmax(1) == test).mean(), abs=0.05)
+    assert found["linear-probe strength"] == probe.strength
 
     mim, *_ = run_of(tmp_path, "mim")
     report = main.evaluate_data(mim, root, settings={"k": 3})
@@ -196,6 +203,15 @@ def test_measures_of_single_tasks(siglip, tmp_path):
         if name == "fmow":
             named = split.facts[:, 0] != 5
             assert found["acc_worst_named_region"] == pytest.approx(worst(hit[0][named], split.facts[named, 0]))
+
+
+def test_groups_that_are_left_out():
+    """By hand: in region 0 half is right, in "Other" (5) nothing, in 4 all."""
+    top, labels = np.array([[1, 0], [1, 0], [1, 0], [1, 0]]), np.array([1, 0, 0, 1])
+    facts = np.array([[0, 9], [0, 9], [7, 9], [5, 9], [4, 9]])
+    found = datasets._of_task("wds_wilds-fmow_test", top, labels, facts, np.array([0, 1, 3, 4]))
+    assert found == {"acc_worst_region": 0.0, "acc_worst_named_region": 0.5}
+    assert datasets._of_task("dollar_street", top, labels, facts, np.array([0, 1, 3, 4])) == {"acc5_worst_income": 1.0}
 
 
 def test_winogavil(siglip, tmp_path):
