@@ -131,16 +131,16 @@ def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
         if not grads:
             return sums[:3], sums.highest_B
         g_CM = _slope(cosine_CM, unlike_CM, scale, bias)
-        row = _times(g_CM, visiting.text)
-        return (*sums[:3], (g_CM * cosine_CM).sum(), g_CM.sum()), (sums.highest_B, row)
+        slopes = (g_CM * cosine_CM).sum(), g_CM.sum()
+        return (*sums[:3], *slopes), (sums.highest_B, _times(g_CM, visiting.text))
 
     def of_texts(cosine_CM, unlike_CM):
         return (), _times(_slope(cosine_CM, unlike_CM, scale, bias), visiting.image)
 
+    total, rows = _by_rows(of_images, own.image, visiting.text, chunk)
     if not grads:
-        total, highest = _by_rows(of_images, own.image, visiting.text, chunk)
-        return _Found(Negatives(*total, highest), None)
-    total, (highest, image) = _by_rows(of_images, own.image, visiting.text, chunk)
+        return _Found(Negatives(*total, rows), None)
+    highest, image = rows
     _, text = _by_rows(of_texts, own.text, visiting.image, chunk)
     return _Found(Negatives(*total[:3], highest), _Grads(image, text, *total[3:]))
 
