@@ -7,6 +7,7 @@ method, an answer another line; an error is an answer too, so that one contender
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import os
@@ -54,6 +55,8 @@ class Contender:
         self._lines.put(None)
 
     def tell(self, method: str, **arguments: Any) -> None:
+        if self._process.stdin.closed:
+            raise Failed(f"{self.name}: it was ended before")
         try:
             self._process.stdin.write(json.dumps({"method": method, "arguments": arguments}) + "\n")
             self._process.stdin.flush()
@@ -79,7 +82,8 @@ class Contender:
 
     def close(self) -> None:
         """Ends the process, with what it started."""
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, with a request unread
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
