@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, save, serve, significant, spread
 from PIL import Image
 
 PATCH, BUDGET = 14, 256
@@ -325,10 +325,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         tar = os.path.join(folder, "photographs.tar")
         kilobytes = write_tar(tar, args.images)
-        rows = [setting(args, tar, workers, failed) for workers in args.workers]
-    emit({"benchmark": "input_pipeline", "images": args.images, "kB an image": significant(kilobytes, 3),
-          "batch": args.batch, "patch": PATCH, "patches": BUDGET, "device": args.device, "workers": rows,
-          "failed": failed, **environment()}, args.out)  # fmt: skip
+        record = {"benchmark": "input_pipeline", "images": args.images, "kB an image": significant(kilobytes, 3),
+                  "batch": args.batch, "patch": PATCH, "patches": BUDGET, "device": args.device, "workers": [],
+                  "failed": failed, **environment()}  # fmt: skip
+        for workers in args.workers:
+            record["workers"].append(setting(args, tar, workers, failed))
+            save(record, args.out)  # what is known, should anything end us
+    emit(record, args.out)
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from contest import Contender, Failed, device, emit, environment, in_turns, log, serve, significant, spread
+from contest import Contender, Failed, device, emit, environment, in_turns, log, save, serve, significant, spread
 
 OURS = ("ring_bidir", "allgather_chunked", "dense")
 OPEN_CLIP = ("bidir", "shift", "reduce", "gather")
@@ -337,10 +337,13 @@ def main() -> None:
     args.devices = args.devices or ([1] if args.device == "cuda" else [2, 4])
     contest = Contest(args)
     sizes = [(w, b, e) for w in args.devices for b in args.batches for e in args.widths]
-    rows = [contest.setting(*size) for size in sizes]
     about = {name: getattr(args, name) for name in ("device", "wire", "chunk", "threads")}
-    emit({"benchmark": "sigmoid_loss_peers", "dtype": "float32", **about, "sizes": rows, "failed": contest.failed,
-          **environment()}, args.out)  # fmt: skip
+    record = {"benchmark": "sigmoid_loss_peers", "dtype": "float32", **about, "sizes": [], "failed": contest.failed,
+              **environment()}  # fmt: skip
+    for size in sizes:
+        record["sizes"].append(contest.setting(*size))
+        save(record, args.out)  # what is known, should anything end us
+    emit(record, args.out)
 
 
 if __name__ == "__main__":
