@@ -42,7 +42,7 @@ def rows(cfg: ConfigDict, text: object) -> TextRows:
     if not is_public(cfg):
         words = vocabulary.load(cfg.data.vocabulary or SHIPPED)
         _check(words.vocab_size, text.vocab, f"model.text.vocab={text.vocab}",
-               f"--config.model.text.vocab={words.vocab_size}")  # fmt: skip
+               f"--config.model.text.vocab={words.vocab_size}, or another --config.data.vocabulary")  # fmt: skip
         return SharedRows(words, cfg.data.get("split_chinese", True))
     path = Path(cfg.model.text.path)
     if not cfg.data.vocabulary and not path.is_dir():
