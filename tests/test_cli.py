@@ -65,7 +65,8 @@ finally:
     assert best < 0.3
 
 
-@pytest.mark.parametrize("command", ["train", "cache-teachers", "generate", "eval", "report", "doctor", "show-config"])
+@pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "generate", "eval", "report",
+                                     "doctor", "show-config"])  # fmt: skip
 def test_every_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])

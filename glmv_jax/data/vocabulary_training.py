@@ -21,6 +21,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import sentencepiece
 
+from glmv_jax.data.pairs.fields import language
 from glmv_jax.data.tokenizer import SPECIALS
 from glmv_jax.typing import UserError
 
@@ -28,14 +29,6 @@ PIECES = 64_000
 LIMIT = 64_000_000
 HELD_OUT = 100  # one text in so many measures what comes out, and is not trained on
 HELD_OUT_MOST = 5_000  # of a language
-_HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\U00020000-\U0003ffff]")
-CHINESE = 0.3  # a share of the letters
-
-
-def language(text: str) -> str:
-    """ "zh" when at least CHINESE of the letters are Chinese characters, else "en", which stands for all others."""
-    letters = sum(c.isalpha() for c in text)
-    return "zh" if letters and len(_HAN.findall(text)) >= CHINESE * letters else "en"
 
 
 def train(lines: Iterable[str], pieces: int, coverage: float, required: str) -> bytes:

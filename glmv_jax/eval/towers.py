@@ -14,7 +14,7 @@ from PIL import Image
 
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import vision_row
-from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.data.text_rows import TextRows
 from glmv_jax.eval.embed import Embedder
 from glmv_jax.models import cogvit, two_tower
 from glmv_jax.parallel import rules as rules_lib
@@ -74,7 +74,7 @@ def of_trunk(vision: cogvit.CogViTConfig, patcher: Patcher, mesh: Mesh, rules: r
 
 
 def of_two_tower(
-    model: two_tower.TwoTowerConfig, tokenizer: Tokenizer, patcher: Patcher, mesh: Mesh, rules: rules_lib.Rules,
+    model: two_tower.TwoTowerConfig, tokenizer: TextRows, patcher: Patcher, mesh: Mesh, rules: rules_lib.Rules,
     batch: int,
 ) -> Towers:  # fmt: skip
     """Stage 2. Texts are made into tokens as in training: one a row, cut to the tower's length."""

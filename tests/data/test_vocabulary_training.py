@@ -13,6 +13,7 @@ import sentencepiece
 from glmv_jax import cli
 from glmv_jax.data import text_files, vocabulary, vocabulary_training
 from glmv_jax.data.corpus import build_vocab
+from glmv_jax.data.pairs.fields import language
 from glmv_jax.data.text_files import Texts
 from glmv_jax.data.texts import Texts as Shipped
 from glmv_jax.data.tokenizer import SPECIALS, Tokenizer
@@ -26,7 +27,7 @@ def corpus() -> dict[str, list[str]]:
     found = {"en": [], "zh": []}
     for i in range(9000):
         text = source[i].answer
-        found[vocabulary_training.language(text)].append(text)
+        found[language(text)].append(text)
     return {lang: sorted(set(texts)) for lang, texts in found.items()}
 
 
@@ -79,7 +80,7 @@ def test_the_sample_is_fair_bounded_and_keeps_equal_texts_on_one_side():
     ("iPhone 手机壳", "zh"), ("Beijing (北京) is large", "en"), ("12 + 3", "en"), ("", "en"), ("𠮷野家", "zh"),
 ])  # fmt: skip
 def test_the_language_of_a_text(text, lang):
-    assert vocabulary_training.language(text) == lang
+    assert language(text) == lang
 
 
 def test_fertility_by_hand(tmp_path):

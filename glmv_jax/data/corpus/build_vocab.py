@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from glmv_jax.data import corpus, drawing, emoji, vocabulary_training
 from glmv_jax.data.corpus import build_fonts
+from glmv_jax.data.pairs.fields import language
 from glmv_jax.data.questions import KINDS, Questions
 from glmv_jax.data.texts import Texts
 
@@ -67,7 +68,7 @@ def heldout_lines() -> dict[str, list[str]]:
     texts = [sample.prompt for sample in samples] + [Texts("heldout")[i].answer for i in range(10 * HELD_OUT_EACH)]
     found: dict[str, list[str]] = {lang: [] for lang in emoji.LANGUAGES}
     for text in filter(None, texts):
-        found[vocabulary_training.language(text)].append(text)
+        found[language(text)].append(text)
     return found
 
 

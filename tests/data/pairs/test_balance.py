@@ -14,11 +14,13 @@ from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pairs import Source, balance, fields, picture
 from glmv_jax.data.pipeline import Reading
+from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 from tests.data.pairs import made
 
 TOKENIZER, PATCHER = Tokenizer(), Patcher(max_patches=16)
+ROWS = SharedRows(TOKENIZER)
 EN, ZH = "a text", "中文"
 
 
@@ -35,7 +37,7 @@ def sources(**entries):
 def batches(found, batch=20, **options):
     of_reading = options.keys() & {"seed", "shard", "shards", "workers", "faults"}
     reading = {"ahead": 0} | {k: options.pop(k) for k in of_reading}
-    return pipeline.pair_batches(found, TOKENIZER, PATCHER, batch=batch, reading=Reading(**reading), **options)
+    return pipeline.pair_batches(found, ROWS, PATCHER, batch=batch, reading=Reading(**reading), **options)
 
 
 def refs(found, n, chinese=0.5, heldout=0.0, shard=0, shards=1, seed=0):
@@ -246,7 +248,7 @@ def test_held_out_pairs_are_never_trained_on(tmp_path):
     for n in range(3):
         made.texts_tar(tmp_path / f"{n}.tar", texts[20 * n : 20 * n + 20], 20 * n)
     found = sources(web={"path": tmp_path})
-    sets = heldout.source_pairs(found, TOKENIZER, PATCHER, 24, share=0.3, limit=50)
+    sets = heldout.source_pairs(found, ROWS, PATCHER, 24, share=0.3, limit=50)
     assert set(sets) == {"en", "zh"}
     ids = set(sets["en"].ids) | set(sets["zh"].ids)
     trained = {id_ for id_, _, _ in refs(found, 400, heldout=0.3)}
@@ -261,11 +263,11 @@ def test_held_out_pairs_are_never_trained_on(tmp_path):
         for id_, image, name in zip(held.ids, held.images, held.names[lang]):
             assert name == texts[int(id_[-5:])] and isinstance(image, Image.Image)
             assert fields.language(name) == lang
-    few = heldout.source_pairs(found, TOKENIZER, PATCHER, 24, share=0.3, limit=3)
+    few = heldout.source_pairs(found, ROWS, PATCHER, 24, share=0.3, limit=3)
     assert {lang: len(held.ids) for lang, held in few.items()} == {"en": 3, "zh": 3}
     assert set(few["en"].ids) <= set(sets["en"].ids)
     with pytest.raises(UserError, match=r"fewer than two pairs of web are held out at data\.heldout=0\.0; raise it"):
-        heldout.source_pairs(found, TOKENIZER, PATCHER, 24, share=0.0, limit=3)
+        heldout.source_pairs(found, ROWS, PATCHER, 24, share=0.0, limit=3)
     with pytest.raises(UserError, match="all records are held out"):
         refs(found, 1, heldout=1.0)
 
