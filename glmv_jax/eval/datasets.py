@@ -50,11 +50,15 @@ class NothingToMeasure(UserError):
 class Evaluation:
     """Evaluators of one model, compiled once for all data sets and all weights.
 
-    Raises: UserError when the measures need texts and the model reads none.
+    Raises: UserError when the measures need texts and the model reads none, or a file of the settings is not there.
     """
 
     def __init__(self, towers: Towers, settings: Settings = Settings(), log: FaultLog | None = None) -> None:
         self.towers, self.settings, self.log = towers, settings, log or FaultLog()
+        if settings.templates != "own":
+            prompts.check(settings.templates)
+        if settings.classnames and not Path(settings.classnames).is_file():
+            raise UserError(f"there is no file of class names {settings.classnames!r}; check the path")
         spoken = {ZEROSHOT, RETRIEVAL} & set(settings.measures)
         self.texts = towers.texts() if spoken else None
         # Probes look at the trunk, which both stages have; sentences are compared in the space of the two towers.
@@ -167,9 +171,11 @@ class Evaluation:
         embedded = self.texts(params, texts, f"{data.name}/captions", None, self.log)
         if embedded.faults:
             raise UserError(f"{embedded.faults} captions cannot be read; look at the reasons above")
-        found = retrieval.both_ways(
-            images.features["embedding"], embedded.features["embedding"], image_of_text, mesh=self.towers.mesh
-        )
+        image, text = images.features["embedding"], embedded.features["embedding"]
+        for what, features in (("pictures", image), ("captions", text)):
+            if len(features) > 1 and np.ptp(features, axis=0).max() < 1e-6:  # all would be first of equals
+                raise UserError(f"all {what} have the same embedding; the model has collapsed, and R@k means nothing")
+        found = retrieval.both_ways(image, text, image_of_text, mesh=self.towers.mesh)
         return found, {"captions": len(texts)}
 
     def _winogavil(

@@ -75,7 +75,7 @@ class Embedder:
     ) -> Embedded:  # fmt: skip
         """Features of all items that `row` can read; faults go to `log` under `name`, with their ids.
 
-        Raises: UserError when there are no items or none of them can be read.
+        Raises: UserError when there are no items, none of them can be read, or a feature is not finite.
         """
         if not len(items):
             raise UserError(f"{name}: nothing to embed")
@@ -96,6 +96,8 @@ class Embedder:
         if not len(kept):
             raise UserError(f"{name}: none of {len(items)} items can be read; look at the reasons above")
         found = {key: value[kept] for key, value in features.items()}
+        if not all(np.isfinite(value).all() for value in found.values()):  # nan would win every comparison of ranks
+            raise UserError(f"{name}: features are not finite; the weights are broken, take an earlier checkpoint")
         return Embedded(found, kept, len(items) - len(kept), time.monotonic() - began)
 
     def _batches(self, count: int, read: Callable[[int], Batch | None]) -> Iterator[Batch]:

@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from glmv_jax.data.faults import BUGS, FaultLog
+from glmv_jax.data.faults import BUGS, TRIES, FaultLog
 from glmv_jax.data.naflex import load_image
 from glmv_jax.data.tars import Tars
 from glmv_jax.eval import prompts, winogavil
@@ -108,6 +108,8 @@ class DataSet:
             except Exception as error:  # noqa: BLE001 - whatever a broken label raises, and it is logged
                 log.add(self.name, id_, f"{type(error).__name__}: {error}", i)
                 faults += 1
+            if not labels and faults == TRIES:  # data of another kind, most likely; no need to log them all
+                break
         if not labels:
             raise UserError(f"{self.path / split}: no sample has a label that can be read as {kind}")
         facts = None
@@ -193,6 +195,6 @@ def is_data_set(path: Path) -> bool:
     return (path / "test").is_dir() and any((path / "test").glob("*.tar"))
 
 
-def everything(root: Path, found: Callable[[Path], bool] = is_data_set) -> list[Path]:
+def everything(root: Path) -> list[Path]:
     """All data sets one or two folders deep (as in vtab/cars), by name."""
-    return sorted({path for pattern in ("*", "*/*") for path in root.glob(pattern) if found(path)})
+    return sorted({path for pattern in ("*", "*/*") for path in root.glob(pattern) if is_data_set(path)})

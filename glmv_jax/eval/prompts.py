@@ -55,15 +55,20 @@ def templates(which: str, dataset: str = "") -> tuple[str, ...]:
 
     Raises: UserError for no such set or file, or a template without {c}.
     """
+    check(which)
     if which in SETS:
         return SETS[which]
-    if not Path(which).is_file():
-        raise UserError(f"prompts {which!r} are no set and no file{nearest(which, [*SETS, 'own'])}")
     found = _strings(Path(which), dataset)
     found = [template.replace("{}", "{c}") for template in found]  # as big_vision writes them
     if without := [template for template in found if "{c}" not in template]:
         raise UserError(f"{which}: the template {without[0]!r} has no {{c}} where the class name goes")
     return tuple(found)
+
+
+def check(which: str) -> None:
+    """UserError when there is neither a set of templates of that name nor a file."""
+    if which not in SETS and not Path(which).is_file():
+        raise UserError(f"prompts {which!r} are no set and no file{nearest(which, [*SETS, 'own'])}")
 
 
 def class_names(path: str | Path, dataset: str = "") -> list[str]:

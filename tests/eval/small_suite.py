@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from glmv_jax.data import emoji
 
@@ -79,6 +78,3 @@ def suite(root: Path) -> Path:
     write(root, "flickr30k", pairs, dataset_type="retrieval")
     return root
 
-
-def blank(size: tuple[int, int] = (20, 30)) -> Image.Image:
-    return Image.new("RGB", size)

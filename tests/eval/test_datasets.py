@@ -170,6 +170,10 @@ def test_broken_samples_are_counted_and_left_out(siglip, tmp_path, capsys):
     reasons = capsys.readouterr().err
     for reason in ("1.tar/s0000009", "the sample has no picture", "no caption"):
         assert reason in reasons
+    # Nothing is a retrieval of its own when all embeddings are alike.
+    same = params | {"text": jax.tree.map(np.zeros_like, params["text"])}
+    failed = evaluation.folder(same, tmp_path, ("whole",))["failed"]
+    assert "all captions have the same embedding; the model has collapsed" in failed["whole"]
     # One program for pictures and one for texts, whatever the number of data sets and rows.
     assert evaluation.images.traces == evaluation.texts.traces == 1
 
@@ -253,9 +257,11 @@ def test_what_cannot_be_evaluated_is_named(siglip, root, tmp_path, capsys):
     small_suite.classification(tmp_path, "gtsrb", 3, 2)
     (tmp_path / "gtsrb" / "test" / "nshards.txt").write_text("3")
     small_suite.classification(tmp_path, "fmow", 3, 2)
+    small_suite.write(tmp_path, "untyped", [small_suite.picture(0) | {"txt": b"a"}] * 30)
     assert cli.main(["eval", "--run", str(folder), "--suite", str(tmp_path)]) == 1
     shown = capsys.readouterr().out
     assert "mnist: NOT EVALUATED: a label is 2, and there are 2 class names, counted from 0" in shown
+    assert "untyped: NOT EVALUATED" in shown and "no sample has a label that can be read as classification" in shown
     assert "1 of 3 tar files are missing, the first is 2.tar" in shown
     assert "fmow: NOT EVALUATED: acc_worst_region needs the samples' facts" in shown
     for argv, message in [
@@ -263,11 +269,12 @@ def test_what_cannot_be_evaluated_is_named(siglip, root, tmp_path, capsys):
         (["--suite", str(tmp_path / "no")], "is no folder; give one with data sets"),
         (["--suite", str(folder)], "has no data set; each is a folder with test/0.tar"),
         (["--suite", str(root), "--templates", "clip80"], "no set and no file; nearest: clip_80"),
+        (["--suite", str(root), "--classnames", "no.txt"], "there is no file of class names 'no.txt'"),
         (["--knn"], "--knn is about data sets; name their folder with --suite ROOT"),
     ]:
-        assert cli.main(["eval", "--run", str(folder), *argv]) in (1, 2)
+        assert cli.main(["eval", "--run", str(folder), *argv]) == 2
         captured = capsys.readouterr()
-        assert message in captured.out + captured.err and "Traceback" not in captured.err
+        assert message in captured.err and captured.out == "" and captured.err.count("\n") == 1
 
 
 def test_average_is_of_all_38_or_none():

@@ -43,6 +43,8 @@ def test_all_items_in_order_but_the_broken_ones(sizes, tmp_path):
     assert "id-38" in log.path.read_text() and log.counts() == {"things": 6}
     with pytest.raises(UserError, match="things: none of 1 items can be read"):
         embed(np.float32(2), [3], "things", log=log)
+    with pytest.raises(UserError, match="things: features are not finite; the weights are broken"):
+        embed(np.float32(np.nan), [1, 2], "things")
     with pytest.raises(UserError, match="things: nothing to embed"):
         embed(np.float32(2), [], "things")
 
