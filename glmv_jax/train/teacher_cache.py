@@ -75,7 +75,7 @@ def write(cfg: Any, out: str | Path, *, items: int = 0, hosts: int = 1, part: tu
     out = Path(out).expanduser().absolute()
     cfg.data.teacher_cache, cfg.faults = "", cfg.faults or str(out / "faults.jsonl")
     stage = mim.MIM(cfg)
-    plan = _plan(stage, items or cfg.steps * cfg.batch * hosts, hosts)
+    plan = _plan(stage, items or cfg.steps * cfg.batch, hosts)
     with disk_errors(out):
         out.mkdir(parents=True, exist_ok=True)
         share, there = plan.part(*part), sum(1 for _ in out.rglob("*.safetensors"))
@@ -101,9 +101,8 @@ def _plan(stage: mim.MIM, items: int, hosts: int) -> Plan:
     patches = (c.data.size // stage.model.vision.patch) ** 2
     crop_bytes = 2 * patches * sum(t.channels for t in stage.teachers) + features.KEY
     rows = features.rows_per_file(crop_bytes)
-    whole = lambda n: -(-n // rows) * rows  # noqa: E731
-    return Plan(hosts, {"heldout": whole(c.eval.batches * c.batch), "train": whole(-(-items // hosts))},
-                rows, patches, crop_bytes)  # fmt: skip
+    each = lambda n: -(-n // (hosts * rows)) * rows  # crops of a host, for n of all hosts  # noqa: E731
+    return Plan(hosts, {"heldout": each(c.eval.batches * c.batch), "train": each(items)}, rows, patches, crop_bytes)
 
 
 def _record(stage: mim.MIM, plan: Plan, out: Path) -> None:
@@ -152,8 +151,8 @@ def _write(stage: mim.MIM, plan: Plan, todo: list[File], out: Path, progress: Pr
 
 def _seeing(stage: mim.MIM):
     """images [rows, S, S, 3] -> name -> [rows, P, C] bfloat16, with rows and parameters where the config wants them."""
-    mesh = mesh_lib.make_mesh(dict(stage.cfg.get("mesh", {"data": -1})))
-    rules, rows = rules_lib.preset(stage.cfg.get("rules", "data")), rules_lib.batch_sharding(mesh)
+    mesh, rules = stage.place()
+    rows = rules_lib.batch_sharding(mesh)
     constants = jax.device_put(stage.constants(), rules.shardings(mesh, stage.constant_axes(), stage.constants()))
 
     @jax.jit

@@ -117,6 +117,15 @@ def test_a_broken_picture_is_counted_and_held_out_ones_are_not_trained_on(world,
     assert "SigLIP 2x32/8 of" in note and note.endswith("at 32 px; held-out pictures: 7 of natural")
 
 
+def test_held_out_crops_are_the_same_whether_kept_or_read_again(world, monkeypatch):
+    kept, again = (mim.MIM(experiment(world, "eval.batches=2", kind=("hog", "hog"))) for _ in range(2))
+    want = [list(kept._heldout_batches()) for _ in range(2)]
+    monkeypatch.setattr(mim, "KEPT", 0)
+    got = [list(again._heldout_batches()) for _ in range(2)]
+    assert kept._kept and not again._kept
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 def test_from_the_cache_losses_are_those_of_live_teachers(world, live, cache):
     """No path to any teacher is given; only the rounding of stored features differs."""
     stage = main.stage_class("mim")(experiment(world, f"data.teacher_cache={cache}", live=False))

@@ -34,10 +34,11 @@ def compiled(stage, batch):
 def test_stage_1_with_two_public_teachers():
     """SigLIP 2 So400m/14 at 224 px and DINOv3 ViT-L/16 at 256 px as shapes; a global batch of 4,096."""
     cfg = config.load("experiments/cogvit_mim.py:size=l")
+    cfg.model.vision.remat = "full"  # so many crops on eight devices
     stage = main.stage_class("mim")(cfg, make=teachers.abstract)
     assert [t.channels for t in stage.teachers] == [1152, 1024]
     B, P, side = cfg.batch, 256, cfg.data.size
-    shapes = {"patches": ((B, P, stage.model.vision.patch_dim), np.float32), "yx": ((B, P, 2), np.int32),
+    shapes = {"patches": ((B, P, 3 * stage.model.vision.patch**2), np.uint8), "yx": ((B, P, 2), np.int32),
               "frame": ((B, P), np.int32), "mask": ((B, P), np.bool_), "source": ((B,), np.int32),
               "image": ((B, side, side, 3), np.uint8)}  # fmt: skip
     program = compiled(stage, {name: jax.ShapeDtypeStruct(*s) for name, s in shapes.items()})

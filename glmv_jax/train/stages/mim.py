@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.train.state import Placement
 from glmv_jax.typing import Params, UserError, VisionInput
 
+KEPT = 2**30  # bytes of held-out batches that are read once and kept; more are read for each evaluation
 SPLITS = ("train", "heldout")
 
 
@@ -82,11 +84,12 @@ class MIM(Stage):
         self.sources = {split: {name: part[i] for name, part in parts.items()} for i, split in enumerate(SPLITS)}
         if self.cache:
             self.cache.check(self.facts(jax.process_count()))
-            asked, there = cfg.eval.batches * cfg.batch, self.cache.items["heldout"]
+            asked, there = cfg.eval.batches * cfg.batch // jax.process_count(), self.cache.items["heldout"]
             if asked > there:
                 raise UserError(f"the teacher cache {folder} holds {there} held-out crops, eval.batches of this batch "
                                 f"take {asked}; run glmv cache-teachers with these values, it adds what is missing")
         self._begun: tuple[Placement, Params] | None = None
+        self._kept: list[Any] = []
 
     def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig):
         """One that runs, or one that the cache knows; then its weights are compared if they are here."""
@@ -223,18 +226,41 @@ class MIM(Stage):
 
     def _heldout_loss(self, params, extra):
         placement, constants = self._begun or (None, self.constants())
-        if not hasattr(self, "_heldout"):
-            here = dataclasses.replace(reading(self.cfg, "heldout"), workers=0, ahead=0)  # a few batches, once
-            with contextlib.closing(self.batches("heldout", here, self.own_rows)) as data:
-                self._heldout = [next(data) for _ in range(self.cfg.eval.batches)]
-            self._loss = jax.jit(self.loss)
-            # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that
-            # the first number is comparable with the last.
+        # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that the
+        # first number is comparable with the last.
         with rules_lib.use(placement.mesh, placement.rules) if placement else contextlib.nullcontext():
             put = placement.batch if placement else lambda batch: batch
-            results = [self._loss(params, constants, extra, put(batch), jax.random.key(0)) for batch in self._heldout]
-        rows = [{"loss": loss, **metrics} for loss, (metrics, _) in results]
+            results = [
+                jax.device_get(self._loss(params, constants, extra, put(batch), jax.random.key(0)))
+                for batch in self._heldout_batches()
+            ]
+        rows = [{"loss": loss, **metrics} for loss, metrics in results]
         return {f"heldout/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
+
+    @functools.cached_property
+    def _loss(self):
+        """The loss and its metrics alone, compiled."""
+
+        def loss(*args):
+            value, (metrics, _) = self.loss(*args)
+            return value, metrics
+
+        return jax.jit(loss)
+
+    def _heldout_batches(self):
+        """The same ones each time, kept where they are small."""
+        if self._kept:
+            yield from self._kept
+            return
+        batches = []
+        reads = dataclasses.replace(reading(self.cfg, "heldout"), ahead=0)
+        with contextlib.closing(self.batches("heldout", reads, self.own_rows)) as data:
+            for _ in range(self.cfg.eval.batches):
+                batch = next(data)
+                if self.cfg.eval.batches * sum(x.nbytes for x in jax.tree.leaves(batch)) < KEPT:
+                    batches.append(batch)
+                yield batch
+        self._kept = batches
 
     def notes(self):
         classes = len({concept_number(i) for i in _heldout_ids()})
