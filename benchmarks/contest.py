@@ -167,7 +167,7 @@ def environment() -> dict[str, Any]:
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    flags = {name: os.environ[name] for name in ("XLA_FLAGS",) if os.environ.get(name)}
+    flags = {name: os.environ[name] for name in ("XLA_FLAGS", "GLIBC_TUNABLES") if os.environ.get(name)}
     return {"cpu": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()} | {
         "versions": versions} | flags  # fmt: skip
 
