@@ -87,9 +87,10 @@ class Side:
     def turn(self, batches: int) -> list[float]:
         """Images/s, and images per second of processor time.
 
-        What was made while others had their turn is drawn first, and is not counted.
+        What was made while others had their turn is drawn first, and is not counted: two batches a worker that torch
+        keeps ready, those each worker has in hand, and what our thread makes ahead.
         """
-        for _ in range(2 * self.spec["workers"] + 2):
+        for _ in range(3 * self.spec["workers"] + 4):
             next(self._batches)
         began, spent = time.perf_counter(), processor_seconds()
         for _ in range(batches):
