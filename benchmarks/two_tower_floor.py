@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from glmv_jax.data import emoji, heldout, pipeline
+from glmv_jax.data import emoji, heldout, image_text
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.text_rows import SharedRows
 from glmv_jax.data.tokenizer import Tokenizer
@@ -78,9 +78,9 @@ def batches(rows: SharedRows, batch: int, seed: int):
             rows = [pairs[epoch * concepts + int(i)] for i in order[start : start + batch]]
             texts = []
             for pair in rows:
-                lang = pipeline.LANGUAGES[rng.integers(2)]
+                lang = image_text.LANGUAGES[rng.integers(2)]
                 kind = rng.choice(["name", "name+keywords", "keywords"], p=[0.3, 0.5, 0.2])
-                texts.append(rows.fixed(pipeline.pair_text(pair.texts[lang], str(kind), rng), LENGTH))
+                texts.append(rows.fixed(image_text.pair_text(pair.texts[lang], str(kind), rng), LENGTH))
             yield np.stack([pixels(pair.image) for pair in rows]), np.stack(texts)
         epoch += 1
 

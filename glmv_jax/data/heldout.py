@@ -13,12 +13,13 @@ from PIL import Image
 from glmv_jax.data import emoji, questions
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.image_text import LANGUAGES, concept_number, pair_text
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.packing import PackIterDataset
 from glmv_jax.data.pairs import Source, alike, balance, picture
-from glmv_jax.data.pipeline import LANGUAGES, Rows, collate_documents, concept_number, pair_text, vision_row
+from glmv_jax.data.pipeline import collate_documents, vision_row
 from glmv_jax.data.records import Pair, Sample
-from glmv_jax.data.stream import Stream
+from glmv_jax.data.stream import Rows, Stream
 from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
@@ -51,8 +52,8 @@ def heldout_pairs(tokenizer: TextRows, patcher: Patcher, text_length: int = 16, 
 
 def source_pairs(sources: Mapping[str, Source], tokenizer: TextRows, patcher: Patcher, text_length: int = 64, *,
                  share: float, limit: int, log: FaultLog | None = None) -> dict[str, HeldoutPairs]:
-    """Up to `limit` pairs a language of those that `pipeline.pair_batches` leaves out at this share, the same on every
-    host: language -> pairs. A record with both languages is in both.
+    """Up to `limit` pairs a language of those that `image_text.pair_batches` leaves out at this share: language ->
+    pairs, the same on every host. A record with both languages is in both.
 
     Each source gives an equal part. Its files are gone through in an order of their own until that is found.
     Raises: UserError when no language has two of them.

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmv_jax.data import features, pipeline
+from glmv_jax.data import crops, features
+from glmv_jax.data.crops import Stored
 from glmv_jax.data.features import FeatureCache
 from glmv_jax.data.files import ImageFiles
-from glmv_jax.data.pipeline import Reading, Stored
+from glmv_jax.data.pipeline import Reading
 from glmv_jax.typing import UserError
 
 SIZE, ROWS, ITEMS = 16, 4, 12
@@ -31,7 +32,7 @@ def teacher(images):
 
 def batches(folder, batch, **options):
     reading = Reading(**{"seed": 3, "ahead": 0} | {k: options.pop(k) for k in ("workers", "ahead") if k in options})
-    return pipeline.mim_batches({"own": ImageFiles(folder)}, {"own": 1.0}, batch=batch, size=SIZE, patch=8,
+    return crops.mim_batches({"own": ImageFiles(folder)}, {"own": 1.0}, batch=batch, size=SIZE, patch=8,
                                 crop_scale=(0.3, 1.0), reading=reading, **options)
 
 
@@ -141,7 +142,7 @@ def test_another_run_is_refused_by_the_fact_that_differs(written):
 
 
 def test_other_crops_and_changed_pictures_are_refused(pictures, written, tmp_path):
-    other_seed = pipeline.mim_batches({"own": ImageFiles(pictures)}, {"own": 1.0}, batch=5, size=SIZE, patch=8,
+    other_seed = crops.mim_batches({"own": ImageFiles(pictures)}, {"own": 1.0}, batch=5, size=SIZE, patch=8,
                                       crop_scale=(0.3, 1.0), reading=Reading(seed=4), stored=stored(written))
     with pytest.raises(UserError, match="is stale: crop 0 of train-0000 is .*; write it anew"):
         next(other_seed)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmv_jax.data import images, pipeline
+from glmv_jax.data import crops, images, pipeline
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.files import ImageFiles, random_crop
 from glmv_jax.data.tars import Tars, expand
@@ -125,7 +125,7 @@ def test_stage_1_reads_a_folder_and_skips_what_is_broken(tmp_path, form):
             (folder / f"{key}.jpg").write_bytes(files["jpg"])
     log = tmp_path / "faults.jsonl"
     sources = {"natural": ImageFiles(tmp_path), "scientific": images.Images("scientific", "train")}
-    data = pipeline.mim_batches(
+    data = crops.mim_batches(
         sources, {"natural": 0.75, "scientific": 0.25}, batch=32, size=32, crop_scale=(0.2, 1.0),
         reading=pipeline.Reading(ahead=0, faults=log),
     )  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmv_jax.data import basics, drawing, emoji, naflex, packing, pipeline
+from glmv_jax.data import basics, crops, drawing, emoji, image_text, naflex, packing, pipeline
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.images import Images
 from glmv_jax.data.naflex import Patcher
@@ -32,11 +32,11 @@ KINDS = ("count", "name", "ground", "read")
 
 def mim(**options):
     sources = {name: Images(name, "train", 0) for name in MIM_WEIGHTS}
-    return pipeline.mim_batches(sources, MIM_WEIGHTS, batch=10, reading=Reading(**{"ahead": 0} | options))
+    return crops.mim_batches(sources, MIM_WEIGHTS, batch=10, reading=Reading(**{"ahead": 0} | options))
 
 
 def siglip(batch: int = 64, chinese: float | None = None, **options):
-    return pipeline.siglip_batches(emoji.Pairs("train", 0), ROWS, PATCHER, batch=batch, chinese=chinese,
+    return image_text.siglip_batches(emoji.Pairs("train", 0), ROWS, PATCHER, batch=batch, chinese=chinese,
                                    reading=Reading(**{"ahead": 0} | options))
 
 
@@ -123,7 +123,7 @@ def test_siglip_batches_of_the_shipped_corpus_are_what_they_were(options, expect
             seen.update(batch[name].tobytes())
         return seen.hexdigest()[:16]
 
-    data = pipeline.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, Patcher(max_patches=48), batch=64,
+    data = image_text.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, Patcher(max_patches=48), batch=64,
                                    reading=Reading(ahead=0), **options)
     assert [digest(next(data)) for _ in range(2)] == expected
 
@@ -132,7 +132,7 @@ def test_siglip_batch_with_basics():
     """A quarter of the pairs; their concepts lie beyond those of the emoji and may repeat, the emoji still may not."""
 
     def make():
-        return pipeline.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=200, basics=0.25,
+        return image_text.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=200, basics=0.25,
                                        reading=Reading(ahead=0))
 
     data = make()
@@ -165,12 +165,12 @@ def test_basics_show_what_they_name():
 
 def test_texts_of_a_pair():
     texts, rng = ["cat", "animal", "pet", "whiskers", "tail"], np.random.default_rng(0)
-    assert pipeline.pair_text(texts, "name", rng) == "cat"
-    assert pipeline.pair_text(texts, "name+keywords") == "cat, animal, pet, whiskers, tail"
-    drawn = {pipeline.pair_text(texts, "keywords", rng) for _ in range(200)}
+    assert image_text.pair_text(texts, "name", rng) == "cat"
+    assert image_text.pair_text(texts, "name+keywords") == "cat, animal, pet, whiskers, tail"
+    drawn = {image_text.pair_text(texts, "keywords", rng) for _ in range(200)}
     assert {text.count(",") for text in drawn} == {0, 1, 2, 3} and not any("cat" in text for text in drawn)
-    assert all(pipeline.pair_text(texts, "name+keywords", rng).startswith("cat, ") for _ in range(20))
-    assert pipeline.pair_text(["cat"], "keywords", rng) == "cat"
+    assert all(image_text.pair_text(texts, "name+keywords", rng).startswith("cat, ") for _ in range(20))
+    assert image_text.pair_text(["cat"], "keywords", rng) == "cat"
 
 
 @pytest.mark.parametrize("form", ["chat", "pretrain"])
@@ -271,9 +271,9 @@ def test_siglip_shows_every_concept_once_an_epoch_and_never_twice_in_a_batch():
         batch = next(data)
         assert len(set(batch["concept"])) == 300
         seen += batch["concept"].tolist()
-    concepts = {pipeline.concept_number(emoji.load()[i].id) for i in emoji.split("train")}
+    concepts = {image_text.concept_number(emoji.load()[i].id) for i in emoji.split("train")}
     assert set(seen) == concepts
-    held_out = {pipeline.concept_number(emoji.load()[i].id) for i in emoji.split("heldout")}
+    held_out = {image_text.concept_number(emoji.load()[i].id) for i in emoji.split("heldout")}
     assert not held_out & set(seen)
 
 
@@ -305,7 +305,7 @@ class Holes:
 def test_broken_pictures_are_skipped_and_logged_and_the_run_goes_on(tmp_path):
     def make(broken, name):
         reading = Reading(ahead=0, faults=tmp_path / name)
-        return pipeline.mim_batches({"p": Holes(broken)}, {"p": 1}, batch=10, reading=reading)
+        return crops.mim_batches({"p": Holes(broken)}, {"p": 1}, batch=10, reading=reading)
 
     whole, holed = make((), "none"), make((7, 20), "some")
     for _ in range(10):  # two epochs
@@ -324,9 +324,9 @@ def test_wrong_arguments_are_user_errors():
         (lambda: siglip(batch=5000), "5000 needs as many concepts"),
         (lambda: vlm("chatt"), "choose pretrain or chat"),
         (lambda: Reading(shard=2, shards=2), "shard 2 of 2"),
-        (lambda: pipeline.mim_batches({}, {}, batch=1, mask_kind="x"), "choose blockwise or random"),
-        (lambda: pipeline.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=2, texts={"nam": 1}), "'nam'"),
-        (lambda: pipeline.mim_batches({"a": [1, 2]}, {"a": 1}, batch=1, reading=Reading(shards=4)), "use fewer"),
+        (lambda: crops.mim_batches({}, {}, batch=1, mask_kind="x"), "choose blockwise or random"),
+        (lambda: image_text.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=2, texts={"nam": 1}), "'nam'"),
+        (lambda: crops.mim_batches({"a": [1, 2]}, {"a": 1}, batch=1, reading=Reading(shards=4)), "use fewer"),
     ]:
         with pytest.raises(UserError, match=message):
             call()

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from glmv_jax.data import emoji, pipeline
+from glmv_jax.data import emoji, image_text
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pipeline import Reading
 from glmv_jax.data.schedule import Schedule
@@ -65,7 +65,7 @@ def test_shares_that_make_no_sense(shares):
 
 
 def naflex(shard=0, shards=1, ahead=0):
-    return pipeline.siglip_batches(
+    return image_text.siglip_batches(
         emoji.Pairs("train", 0), ROWS, Patcher(patch=8), batch=16, lengths=LENGTHS, text_length=28,
         reading=Reading(seed=3, shard=shard, shards=shards, ahead=ahead),
     )  # fmt: skip

@@ -20,11 +20,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from glmv_jax import models
-from glmv_jax.data import emoji, files, images, pipeline
+from glmv_jax.data import crops, emoji, files, images, pipeline
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.features import FORMAT, FeatureCache
+from glmv_jax.data.image_text import concept_number
 from glmv_jax.data.naflex import Patcher
-from glmv_jax.data.pipeline import concept_number, vision_row
+from glmv_jax.data.pipeline import vision_row
 from glmv_jax.eval import probes, towers
 from glmv_jax.losses import distill, phi_s
 from glmv_jax.models import build, cogvit, mim
@@ -192,10 +193,10 @@ class MIM(Stage):
 
     # ------------------------------------------------------------------------------------------------- data
     def batches(self, split: str, reading: pipeline.Reading, batch: int, *, keys: bool = False):
-        """Crops of a split in the order that the reading gives. keys: for a cache, see `pipeline.mim_batches`."""
+        """Crops of a split in the order that the reading gives. keys: for a cache, see `crops.mim_batches`."""
         d, v = self.cfg.data, self.model.vision
-        stored = pipeline.Stored(self.cache, tuple(t.name for t in self.teachers), split) if self.cache else None
-        return pipeline.mim_batches(
+        stored = crops.Stored(self.cache, tuple(t.name for t in self.teachers), split) if self.cache else None
+        return crops.mim_batches(
             self.sources[split], dict(d.weights), batch=batch, size=d.size, patch=v.patch, mask_ratio=d.mask_ratio,
             mask_kind=d.mask_kind, crop_scale=d.crop_scale, reading=reading, keys=keys, stored=stored,
         )  # fmt: skip

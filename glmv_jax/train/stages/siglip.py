@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import models
-from glmv_jax.data import emoji, heldout, pairs, pipeline
+from glmv_jax.data import emoji, heldout, image_text, pairs
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.eval import probes, towers
@@ -106,10 +106,10 @@ class SigLIP(Stage):
         )  # fmt: skip
         if self.sources:
             unseen = {concept for held in self.heldout_sets for concept in held.concept.tolist()}
-            return pipeline.pair_batches(
+            return image_text.pair_batches(
                 self.sources, self.tokenizer, self.patcher, heldout=d.heldout, unseen=unseen, **shared
             )
-        return pipeline.siglip_batches(
+        return image_text.siglip_batches(
             emoji.Pairs("train", self.cfg.seed), self.tokenizer, self.patcher, texts=dict(d.texts), basics=d.basics,
             **shared,
         )  # fmt: skip

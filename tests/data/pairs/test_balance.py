@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from glmv_jax.data import heldout, naflex, pipeline
+from glmv_jax.data import heldout, image_text, naflex
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.pairs import Source, balance, fields, picture
@@ -37,7 +37,7 @@ def sources(**entries):
 def batches(found, batch=20, **options):
     of_reading = options.keys() & {"seed", "shard", "shards", "workers", "faults"}
     reading = {"ahead": 0} | {k: options.pop(k) for k in of_reading}
-    return pipeline.pair_batches(found, ROWS, PATCHER, batch=batch, reading=Reading(**reading), **options)
+    return image_text.pair_batches(found, ROWS, PATCHER, batch=batch, reading=Reading(**reading), **options)
 
 
 def refs(found, n, chinese=0.5, heldout=0.0, shard=0, shards=1, seed=0):
