@@ -131,6 +131,9 @@ def test_stage_1_counts_masked_patches_or_all():
     assert losses["masked"] != pytest.approx(losses["all"], rel=1e-3)
     with pytest.raises(UserError, match="loss.on='mask' is not known; choose masked or all"):
         build("mim", "loss.on=mask")
+    nobody = config.load("experiments/cogvit_mim.py:size=nano,semantic=false,texture=false")
+    with pytest.raises(UserError, match="stage 1 has no teacher"):
+        main.stage_class("mim")(nobody)
 
 
 def test_shapes_that_are_compiled_ahead_are_those_that_come():

@@ -70,6 +70,8 @@ class MIM(Stage):
         self._make = make
         if cfg.loss.on not in ("masked", "all"):
             raise UserError(f"loss.on={cfg.loss.on!r} is not known; choose masked or all")
+        if not cfg.teachers:
+            raise UserError("stage 1 has no teacher; leave at least one in teachers")
         self.normalise = {name: t.get("normalise", "channel") for name, t in cfg.teachers.items()}
         for name, how in self.normalise.items():
             if how not in ("channel", "phi_s"):
