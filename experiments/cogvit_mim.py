@@ -75,7 +75,7 @@ def get_config(arg=None):
         "clip": 1.0,
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.05},
         "groups": (
-            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.05}),
+            (r"vision/blocks/.*/kernel", {"kind": "muon", "wd": 0.05, "dtype": "float32" if nano else "bfloat16"}),
             (r".*", {"kind": "adamw", "wd": 0.05}),
         ),
     }
