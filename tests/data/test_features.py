@@ -33,7 +33,7 @@ def teacher(images):
 def batches(folder, batch, **options):
     reading = Reading(**{"seed": 3, "ahead": 0} | {k: options.pop(k) for k in ("workers", "ahead") if k in options})
     return crops.mim_batches({"own": ImageFiles(folder)}, {"own": 1.0}, batch=batch, size=SIZE, patch=8,
-                                crop_scale=(0.3, 1.0), reading=reading, **options)
+                             crop_scale=(0.3, 1.0), reading=reading, **options)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_another_run_is_refused_by_the_fact_that_differs(written):
 
 def test_other_crops_and_changed_pictures_are_refused(pictures, written, tmp_path):
     other_seed = crops.mim_batches({"own": ImageFiles(pictures)}, {"own": 1.0}, batch=5, size=SIZE, patch=8,
-                                      crop_scale=(0.3, 1.0), reading=Reading(seed=4), stored=stored(written))
+                                   crop_scale=(0.3, 1.0), reading=Reading(seed=4), stored=stored(written))
     with pytest.raises(UserError, match="is stale: crop 0 of train-0000 is .*; write it anew"):
         next(other_seed)
     other_seed.close()

@@ -37,7 +37,7 @@ def mim(**options):
 
 def siglip(batch: int = 64, chinese: float | None = None, **options):
     return image_text.siglip_batches(emoji.Pairs("train", 0), ROWS, PATCHER, batch=batch, chinese=chinese,
-                                   reading=Reading(**{"ahead": 0} | options))
+                                     reading=Reading(**{"ahead": 0} | options))
 
 
 def vlm(form: str = "chat", **options):
@@ -123,8 +123,8 @@ def test_siglip_batches_of_the_shipped_corpus_are_what_they_were(options, expect
             seen.update(batch[name].tobytes())
         return seen.hexdigest()[:16]
 
-    data = image_text.siglip_batches(emoji.Pairs("train", 0), TOKENIZER, Patcher(max_patches=48), batch=64,
-                                   reading=Reading(ahead=0), **options)
+    data = image_text.siglip_batches(emoji.Pairs("train", 0), ROWS, Patcher(max_patches=48), batch=64,
+                                     reading=Reading(ahead=0), **options)
     assert [digest(next(data)) for _ in range(2)] == expected
 
 
@@ -133,7 +133,7 @@ def test_siglip_batch_with_basics():
 
     def make():
         return image_text.siglip_batches(emoji.Pairs("train"), ROWS, PATCHER, batch=200, basics=0.25,
-                                       reading=Reading(ahead=0))
+                                         reading=Reading(ahead=0))
 
     data = make()
     batches = [next(data) for _ in range(3)]

@@ -15,7 +15,7 @@ from sklearn.metrics import average_precision_score as oracle
 
 from glmv_jax import cli, config
 from glmv_jax.config import flat
-from glmv_jax.data import tars
+from glmv_jax.data import cache
 from glmv_jax.data.pipeline import vision_row
 from glmv_jax.eval import datasets, linear, probes, shards, suite, summary
 from glmv_jax.eval.folders import DataSet
@@ -35,7 +35,7 @@ FILES = {"siglip": "experiments/cogvit_siglip.py:size=nano", "mim": "experiments
 def quickly_compiled_and_nothing_left_behind(tmp_path_factory):
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tars, "CACHE", str(tmp_path_factory.mktemp("cache")))
+        patch.setattr(cache, "FOLDER", str(tmp_path_factory.mktemp("cache")))
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 

@@ -276,7 +276,7 @@ def test_pictures_of_the_evaluation_are_not_trained_on_under_other_ids(tmp_path)
     """Data with a record a caption: a picture is in three records."""
     samples = {f"{i:03d}": {"png": made.jpeg(i // 3, format="PNG"), "txt": f"{EN} {i}".encode()} for i in range(90)}
     found = sources(web={"path": made.tar(tmp_path / "a.tar", samples), "lang": "en"})
-    held = heldout.source_pairs(found, TOKENIZER, PATCHER, 24, share=0.1, limit=50)["en"]
+    held = heldout.source_pairs(found, ROWS, PATCHER, 24, share=0.1, limit=50)["en"]
     evaluated = {int(id_[-3:]) // 3 for id_ in held.ids}
 
     def shown(**options):
