@@ -34,7 +34,6 @@ def compiled(stage, batch):
 def test_stage_1_with_two_public_teachers():
     """SigLIP 2 So400m/14 at 224 px and DINOv3 ViT-L/16 at 256 px as shapes; a global batch of 4,096."""
     cfg = config.load("experiments/cogvit_mim.py:size=l")
-    cfg.model.vision.remat = "full"  # so many crops on eight devices
     stage = main.stage_class("mim")(cfg, make=teachers.abstract)
     assert [t.channels for t in stage.teachers] == [1152, 1024]
     B, P, side = cfg.batch, 256, cfg.data.size
