@@ -65,7 +65,7 @@ def chance(group_N: np.ndarray, at: Sequence[int] = (1, 5)) -> dict[str, float]:
     result = {}
     for k in at:
         miss_N = np.ones(n)
-        for i in range(k):
+        for i in range(min(k, n)):
             miss_N *= np.clip((n - own_N - i) / (n - i), 0.0, 1.0)
         result[f"R@{k}"] = float((1.0 - miss_N).mean())
     return result

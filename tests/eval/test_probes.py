@@ -57,3 +57,5 @@ def test_chance_by_simulation():
     for at in ("R@1", "R@5"):
         assert abs(np.mean([s[at] for s in seen]) - expected[at]) < 0.01
     assert np.isclose(probes.chance(np.arange(180))["R@5"], 5 / 180)
+    with np.errstate(all="raise"):
+        assert probes.chance(np.arange(3)) == {"R@1": pytest.approx(1 / 3), "R@5": 1.0}  # fewer than five in all
