@@ -196,10 +196,11 @@ class Balanced:
     def mixed(self, seed: int, guard: Callable[[Order, tuple[str, ...], str], Any]) -> Mixture:
         """Endless random access. guard(order, languages of a row, source's name) -> random access of what it makes."""
         by_language = {}
-        for langs, weights in self._weights.items():
+        for n, (langs, weights) in enumerate(self._weights.items()):
             total = sum(weights.values())
             shares = {name: weight / total for name, weight in weights.items() if weight >= LEAST * total}
-            orders = {name: guard(Order(self._readers[name], self._rows[langs][name], seed, self._heldout), langs, name)
+            own = seed + 104_729 * n  # or records with both languages would come in both, one after the other
+            orders = {name: guard(Order(self._readers[name], self._rows[langs][name], own, self._heldout), langs, name)
                       for name in shares}
             by_language["+".join(langs)] = Mixture(orders, shares)
         return Mixture(by_language, {"+".join(langs): share for langs, share in self._shares.items()})

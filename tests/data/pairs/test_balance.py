@@ -102,6 +102,14 @@ def test_rows_have_the_language_they_say(tmp_path):
             assert lang == (shade % 3 == 0)
 
 
+def test_a_record_with_both_languages_does_not_come_in_both_at_once(tmp_path):
+    """In step, half of a batch would be pictures that it holds already."""
+    found = sources(web={"path": made.texts_tar(tmp_path / "a.tar", [f"{EN}\n{ZH}"] * 200)})
+    drawn = refs(found, 100)
+    assert collections.Counter(langs for _, langs, _ in drawn) == {("en",): 50, ("zh",): 50}
+    assert len({id_ for id_, _, _ in drawn}) > 75  # 87.5 are to be expected
+
+
 def test_both_languages_take_the_records_that_have_both(tmp_path):
     texts = [EN, ZH, f"{EN}\n{ZH}", f"{ZH}\n{EN}", EN]
     found = sources(web={"path": made.texts_tar(tmp_path / "a.tar", texts)})
