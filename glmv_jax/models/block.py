@@ -16,9 +16,9 @@ from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
-# One layer's keys and values while decoding: k, v [B, S, G, K], which the layer adds to and returns, and where rows
-# continue the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with
-# a leading L.
+# What one layer keeps while decoding, here k and v [B, S, G, K], which it adds to and returns, and where rows continue
+# the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with a leading
+# L.
 LayerCache = dict[str, Any]
 
 
@@ -140,17 +140,18 @@ class Block(nn.Module):
             mlp = SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init, name="mlp")
             branch = mlp(norm("norm2")(x_BTD))
             x_BTD = x_BTD + (norm("post_norm2", c.gain_init)(branch) if c.post_norms else branch)
-        return constrain(x_BTD, "batch", "length", "activation"), cache
+        return constrain(x_BTD, "batch", "length", "activation"), (cache, {})
 
 
 def stack(
-    cfg: BlockConfig, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
-    unroll: int = 1,
-) -> tuple[jax.Array, Any]:
-    """`depth` blocks as one scan, parameters stacked on a leading "layers" axis under the name "blocks".
+    cfg: Any, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
+    unroll: int = 1, name: str = "blocks",
+) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
+    """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading "layers" axis under `name`.
 
-    Call it inside a compact module. cache: `LayerCache` with a leading L, or None; the updated k and v are returned.
-    unroll: blocks a turn of the scan's loop.
+    Call it inside a compact module. cache: `LayerCache` with a leading L, or None. unroll: blocks a turn of the scan's
+    loop. Returns the result, the updated cache, and what blocks say about themselves (losses, loads of experts), with a
+    leading L too; blocks of `BlockConfig` say nothing.
     """
     block = cfg.layer
     if remat != "none":
@@ -165,7 +166,8 @@ def stack(
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
-    return scanned(cfg, name="blocks")(x_BTD, cache, rope, query, key)
+    x_BTD, (cache, aux) = scanned(cfg, name=name)(x_BTD, cache, rope, query, key)
+    return x_BTD, cache, aux
 
 
 def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerCache:

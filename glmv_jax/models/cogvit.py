@@ -79,7 +79,7 @@ class CogViT(nn.Module):
         x_BPD = constrain(x_BPD, "batch", "length", "activation")
         rope = rope_lib.axial(vision.yx, c.block.k, c.rope_theta)
         span = Span(vision.frame)
-        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
+        x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
 
 

@@ -1,16 +1,20 @@
 """The dense GLM decoder, as in GLM-OCR's text model: grouped-query attention, rotary sections, norms on both sides of
-each branch. Source: transformers `glm_ocr/modeling_glm_ocr.py` (GlmOcrTextModel)."""
+each branch. Source: transformers `glm_ocr/modeling_glm_ocr.py` (GlmOcrTextModel).
+
+`embed`, `apply` and `logits` serve every decoder: a config has vocab, width, depth, tied, dtype, `block` (of the MTP
+head), rope(), module(), flops(), init_cache() and share_prompts().
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import Shared, Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, empty_cache, stack
 from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param
@@ -54,6 +58,19 @@ class DecoderConfig:
         """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
         return tokens * (self.depth * self.block.flops(keys) + 2 * self.width * self.vocab)
 
+    def init_cache(self, batch: int, length: int) -> dict:
+        """Zeros for `batch` rows of `length` slots; "layers" has leaves [L, B, S, ...]."""
+        return {"layers": empty_cache(self.block, self.depth, batch, length)}
+
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
+        """From the cache of B prompts, of these lengths, that of `group` continuations of each with `length` more slots,
+        and how many of its slots are filled: none. Prompts are not copied; their keys are only read from now on."""
+        k, v = cache["layers"]["k"], cache["layers"]["v"]
+        L, B, slots = k.shape[:3]
+        valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))
+        own = self.init_cache(B * group, length)
+        return own | {"prompt": Shared(k, v, valid_LBS)}, jnp.zeros((B * group,), jnp.int32)
+
     def module(self) -> nn.Module:
         return Decoder(self)
 
@@ -62,20 +79,34 @@ class DecoderConfig:
         return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
 
 
+class DecoderOutput(NamedTuple):
+    """hidden, prenorm: [B, T, D] after and before the final norm; cache: what came in, with this pass added; aux: what
+    layers say about themselves, [L, ...] a name (a dense decoder nothing)."""
+
+    hidden: jax.Array
+    prenorm: jax.Array
+    cache: dict | None
+    aux: dict[str, jax.Array]
+
+
 class Decoder(nn.Module):
     """Embedded inputs to hidden states. The table and the head are parameters here, read by `embed` and `logits`."""
 
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: Any):
+    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: dict | None) -> DecoderOutput:
         c = self.cfg
         Embedding(c.vocab, c.width, name="embed")()
         if not c.tied:
             param(self, "head", fan_in, (c.width, c.vocab), ("embed", "vocab"))
         x_BTD = constrain(x_BTD.astype(c.dtype), "batch", "length", "activation")
-        x_BTD, cache = stack(c.block, c.depth, c.remat, x_BTD, c.rope(positions_BT3), query, key, cache)
-        return RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache
+        layers = None
+        if cache is not None:
+            layers = cache["layers"] | {name: cache[name] for name in ("prompt",) if name in cache}
+        x_BTD, layers, aux = stack(c.block, c.depth, c.remat, x_BTD, c.rope(positions_BT3), query, key, layers)
+        cache = None if cache is None else cache | {"layers": layers}
+        return DecoderOutput(RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache, aux)
 
 
 def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:
@@ -83,16 +114,12 @@ def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0)
 
 
-def apply(cfg: DecoderConfig, params: dict, x_BTD, positions_BT3, query: Span, key: Span, cache=None):
-    """(hidden after the final norm, hidden before it, cache), all [B, T, D]."""
-    return Decoder(cfg).apply({"params": params}, x_BTD, positions_BT3, query, key, cache)
+def apply(cfg: Any, params: dict, x_BTD, positions_BT3, query: Span, key: Span, cache=None) -> DecoderOutput:
+    """Embedded inputs [B, T, D] through the decoder of this config."""
+    return cfg.module().apply({"params": params}, x_BTD, positions_BT3, query, key, cache)
 
 
-def logits(cfg: DecoderConfig, params: dict, hidden_BTD: jax.Array) -> jax.Array:
+def logits(cfg: Any, params: dict, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32 from hidden states after a norm (the final one, or the MTP head's own)."""
     head_DV = params["embed"]["embedding"].T if cfg.tied else params["head"]
     return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
-
-
-def layer_cache(cfg: DecoderConfig, batch: int, length: int) -> dict:
-    return empty_cache(cfg.block, cfg.depth, batch, length)

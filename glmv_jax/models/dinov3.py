@@ -88,7 +88,7 @@ class DINOv3(nn.Module):
         centre_BT2 = jnp.pad(centre_BP2, ((0, 0), (first, 0), (0, 0)))
         rope = rope_lib.axial(2.0 * math.pi * centre_BT2, c.block.k, c.rope_theta)
         span = Span(jnp.pad((vision.frame > 0).astype(jnp.int32), ((0, 0), (first, 0)), constant_values=1))
-        x_BTD, _ = stack(c.block, c.depth, c.remat, x_BTD, rope, span, span)
+        x_BTD, *_ = stack(c.block, c.depth, c.remat, x_BTD, rope, span, span)
         x_BTD = LayerNorm(c.norm_eps, name="norm")(x_BTD)
         return x_BTD[:, first:], x_BTD[:, 0]
 

@@ -26,8 +26,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels.attention import Span
-from glmv_jax.models.block import Block, BlockConfig
-from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.layers import Linear, RMSNorm
 from glmv_jax.typing import UserError
 
@@ -36,7 +34,7 @@ from glmv_jax.typing import UserError
 class MTPConfig:
     """depth K of prediction; option: which of OPTIONS; h_prev: "post_norm" or "pre_norm" (see the file's head)."""
 
-    decoder: DecoderConfig
+    decoder: Any  # DecoderConfig, or another of its kind
     depth: int = 1
     option: str = "image_token"
     h_prev: str = "post_norm"
@@ -61,17 +59,17 @@ class MTPConfig:
 
 
 class MTPLayer(nn.Module):
-    cfg: BlockConfig
+    cfg: Any  # of the block
 
     @nn.compact
     def __call__(self, e_BTD, h_BTD, rope, query: Span, key: Span):
-        """(h, norm(h)): what the next depth is fed before and after the norm."""
+        """(h, norm(h), aux): what the next depth is fed before and after the norm, and what the block says."""
         c = self.cfg
         norm = lambda name: RMSNorm("norm", c.norm_eps, name=name)  # noqa: E731
         x = jnp.concatenate([norm("enorm")(e_BTD), norm("hnorm")(h_BTD)], axis=-1).astype(c.dtype)
         x = Linear(c.width, ("merge", "projection"), False, c.dtype, name="eh_proj")(x)
-        x, _ = Block(c, name="block")(x, None, rope, query, key)
-        return x, norm("norm")(x)
+        x, (_, aux) = c.layer(c, name="block")(x, None, rope, query, key)
+        return x, norm("norm")(x), aux
 
 
 class HeadInput(NamedTuple):
@@ -104,15 +102,17 @@ OPTIONS: dict[str, Callable[[HeadInput], tuple[jax.Array, jax.Array]]] = {
 }
 
 
-def apply(cfg: MTPConfig, params: dict, h_BTD: jax.Array, inputs: HeadInput, tokens: Any) -> list[jax.Array]:
-    """Normed hidden states [B, T, D] of depths 1..K, ready for the backbone's head.
+def apply(
+    cfg: MTPConfig, params: dict, h_BTD: jax.Array, inputs: HeadInput, tokens: Any
+) -> tuple[list[jax.Array], list[dict[str, jax.Array]]]:
+    """Normed hidden states [B, T, D] of depths 1..K, ready for the backbone's head, and what the block says at each.
 
     h_BTD: the backbone's hidden state, as cfg.h_prev says. tokens: TokenInput of the row. Entries within k positions of
     the end of a segment embed a token of the next one: they are finite, no valid position attends to them (they come
     later in their own segment), and the loss must leave them out (`losses.mtp`).
     """
     layer = cfg.module()
-    hidden = []
+    hidden, said = [], []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
     for k in range(1, cfg.depth + 1):
         shifted = HeadInput(*(jnp.roll(a, -k, axis=1) for a in inputs))
@@ -120,7 +120,8 @@ def apply(cfg: MTPConfig, params: dict, h_BTD: jax.Array, inputs: HeadInput, tok
         rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
         query = Span(tokens.segments, slots_BT)
         key = Span(jnp.where(is_key_BT, tokens.segments, -1), slots_BT)
-        pre_BTD, post_BTD = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
+        pre_BTD, post_BTD, aux = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
         h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD
         hidden.append(post_BTD)
-    return hidden
+        said.append(aux)
+    return hidden, said

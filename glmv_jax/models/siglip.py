@@ -82,7 +82,7 @@ class SiglipVision(nn.Module):
         table_ND = Embedding(c.table**2, c.width, "position", name="position")()
         x_BPD = x_BPD + resized_table(table_ND, vision.yx, grid(vision.yx, vision.frame)).astype(x_BPD.dtype)
         span = Span((vision.frame > 0).astype(jnp.int32))
-        x_BPD, _ = stack(c.block, c.depth, c.remat, x_BPD, None, span, span)
+        x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, None, span, span)
         x_BPD = LayerNorm(c.norm_eps, name="norm")(x_BPD)
         return x_BPD, AttentionPool(c, name="head")(x_BPD, span) if c.head else None
 
@@ -138,7 +138,7 @@ class SiglipText(nn.Module):
         position_TD = Embedding(c.length, c.width, "position", name="position")()
         x = (jnp.take(table_VD, tokens, axis=0) + position_TD).astype(c.dtype)
         span = Span(jnp.ones_like(tokens))
-        x, _ = stack(c.block, c.depth, c.remat, x, None, span, span)
+        x, *_ = stack(c.block, c.depth, c.remat, x, None, span, span)
         return LayerNorm(c.norm_eps, name="norm")(x).reshape(*tokens_BT.shape, c.width)
 
 

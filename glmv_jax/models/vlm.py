@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import Shared, Span
+from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.typing import Params, TokenInput, VisionInput
 
@@ -20,7 +20,7 @@ from glmv_jax.typing import Params, TokenInput, VisionInput
 class VLMConfig:
     vision: cogvit.CogViTConfig
     merger: cogvit.MergerConfig
-    decoder: decoder.DecoderConfig
+    decoder: Any  # decoder.DecoderConfig, or another of its kind
     mtp: mtp.MTPConfig | None = None
 
     def __post_init__(self) -> None:
@@ -41,12 +41,14 @@ class VLMConfig:
 
 
 class VLMOutput(NamedTuple):
-    """hidden, prenorm: [B, T, D] after and before the final norm; merged: [B, T, D] what entered the backbone."""
+    """hidden, prenorm: [B, T, D] after and before the final norm; merged: [B, T, D] what entered the backbone; cache,
+    aux: as in `decoder.DecoderOutput`."""
 
     hidden: jax.Array
     prenorm: jax.Array
     merged: jax.Array
     cache: dict | None
+    aux: dict[str, jax.Array]
 
 
 def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Array:
@@ -70,7 +72,7 @@ def apply(
 ) -> VLMOutput:
     """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
 
-    cache: {"k", "v"} [L, B, S, G, K] and "length" [B], the slots each row has filled. Position t of row b takes slot
+    cache: the decoder's, and "length" [B], the slots each row has filled. Position t of row b takes slot
     length[b] + t and sees the slots up to its own; the returned length has grown by T. Segments do not count then. A
     caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
     padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
@@ -81,19 +83,17 @@ def apply(
     if cache is None:
         slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
         query = key = Span(tokens.segments, slots_BT, tokens.branches)
-        layers = None
+        own = None
     else:
-        slots = cache["k"].shape[2]
+        slots = jax.tree.leaves(cache["layers"])[0].shape[2]
         one = jnp.ones((), jnp.int32)
         query = Span(jnp.broadcast_to(one, (B, T)), cache["length"][:, None] + jnp.arange(T))
         key = Span(jnp.broadcast_to(one, (B, slots)), jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-        layers = {name: x for name, x in cache.items() if name != "length"}
-    hidden, prenorm, layers = decoder.apply(
-        cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, layers
-    )
+        own = {name: x for name, x in cache.items() if name != "length"}
+    out = decoder.apply(cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, own)
     if cache is not None:
-        cache = cache | layers | {"length": cache["length"] + T}
-    return VLMOutput(hidden, prenorm, merged_BTD, cache)
+        cache = out.cache | {"length": cache["length"] + T}
+    return VLMOutput(out.hidden, out.prenorm, merged_BTD, cache, out.aux)
 
 
 def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
@@ -111,20 +111,17 @@ def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInpu
     table_BTD = decoder.embed(params["decoder"], tokens.tokens)
     inputs = mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0)
     h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
-    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
+    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)[0]
 
 
 def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:
     """An empty cache of `length` slots for `batch` rows; see `apply`."""
-    return decoder.layer_cache(cfg.decoder, batch, length) | {"length": jnp.zeros((batch,), jnp.int32)}
+    return cfg.decoder.init_cache(batch, length) | {"length": jnp.zeros((batch,), jnp.int32)}
 
 
 def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
-    """From the cache of B prompts that of `group` continuations of each, with `length` slots of their own.
-
-    Row b * group + g continues prompt b and holds no copy of it: the prompts' keys are only read from now on.
-    """
-    L, B, slots = cache["k"].shape[:3]
-    valid_BS = jnp.arange(slots) < cache["length"][:, None]
-    prompt = Shared(cache["k"], cache["v"], jnp.broadcast_to(valid_BS, (L, B, slots)))
-    return init_cache(cfg, B * group, length) | {"prompt": prompt}
+    """From the cache of B prompts that of `group` continuations of each, with `length` slots of their own; row
+    b * group + g continues prompt b."""
+    own = {name: x for name, x in cache.items() if name != "length"}
+    own, filled = cfg.decoder.share_prompts(own, cache["length"], group, length)
+    return own | {"length": filled}

@@ -101,7 +101,7 @@ def test_shared_prompts_equal_repeated_ones():
     copied = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
     copied = {name: jnp.repeat(x, group, axis=0 if name == "length" else 1) for name, x in copied.items()}
     shared = vlm.share_prompts(cfg, cache, group, 3)
-    assert shared["k"].shape[:3] == (cfg.decoder.depth, 2 * group, 3)
+    assert shared["layers"]["k"].shape[:3] == (cfg.decoder.depth, 2 * group, 3)
     for step in range(3):
         tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
         at = jnp.repeat(lengths, group)[:, None] + step
@@ -117,7 +117,7 @@ def test_scan_equals_unrolled():
     x = jnp.array(rng.normal(size=(2, 7, 32)), jnp.float32)
     span = Span(jnp.ones((2, 7), jnp.int32), jnp.broadcast_to(jnp.arange(7), (2, 7)))
     positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
-    _, scanned, _ = decoder.apply(DECODER, params, x, positions, span, span)
+    scanned = decoder.apply(DECODER, params, x, positions, span, span).prenorm
     for layer in range(DECODER.depth):
         weights = jax.tree.map(lambda a, i=layer: a[i], params["blocks"])
         x, _ = block.Block(DECODER.block).apply({"params": weights}, x, None, DECODER.rope(positions), span, span)
