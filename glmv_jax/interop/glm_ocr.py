@@ -6,7 +6,7 @@ it. transformers drops that layer, so a checkpoint written by it has none: `has_
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glmv_jax.interop.table import Entry, convolution, fused, linear, matrix, same
@@ -90,7 +90,7 @@ def _merger() -> list[Entry]:
     return entries + [Entry(f"{hf}{n}_proj.weight", (f"{ours}mlp/{n}/kernel",), matrix) for n in ("gate", "up", "down")]
 
 
-def _block(hf: str, ours: str, layers: int | None) -> list[Entry]:
+def _block(hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry]:
     norms = {
         "input_layernorm": "norm1",
         "post_self_attn_layernorm": "post_norm1",

@@ -1,13 +1,15 @@
 """One declarative table a model family: our parameter paths, Hugging Face's tensor names, and the transform between.
 
 `to_params` and `to_tensors` read the same table, so the two directions cannot drift apart. A layer number is written
-"{i}" in their name; ours are stacked on the first dimension. Every tensor must be accounted for, both ways.
+"{i}" in their name, an expert's "{e}"; ours are stacked on leading dimensions, layers before experts. Every tensor must
+be accounted for, both ways.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,15 +59,38 @@ def convolution(order: Sequence[int], kernel: Sequence[int]) -> Transform:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """theirs: tensor name, "{i}" for the layer. ours: slash paths. layers: how many, None when there is no "{i}"."""
+    """A tensor of theirs, or one a layer and expert, and the arrays of ours that it becomes.
+
+    theirs: tensor name, "{i}" for the layer, "{e}" for the expert. ours: slash paths.
+    layers: the numbers that "{i}" takes, in the order of our stack (n: range(n)), as range(3, 78) where the first
+        layers are of another kind; None when there is no "{i}".
+    experts: how many numbers "{e}" takes; None when there is no "{e}".
+    """
 
     theirs: str
     ours: tuple[str, ...]
     transform: Transform
-    layers: int | None = None
+    layers: Sequence[int] | int | None = None
+    experts: int | None = None
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The leading dimensions of our arrays that count layers and experts."""
+        return tuple(len(numbers) for numbers in self._numbers())
+
+    def names(self) -> Iterator[tuple[tuple[int, ...], str]]:
+        """(place in our stack, their name) of every tensor."""
+        keys = [key for key, given in (("i", self.layers), ("e", self.experts)) if given is not None]
+        for chosen in itertools.product(*(enumerate(numbers) for numbers in self._numbers())):
+            place = tuple(at for at, _ in chosen)
+            yield place, self.theirs.format(**{key: number for key, (_, number) in zip(keys, chosen)})
+
+    def _numbers(self) -> list[Sequence[int]]:
+        given = [n for n in (self.layers, self.experts) if n is not None]
+        return [range(n) if isinstance(n, int) else n for n in given]
 
 
-def linear(theirs: str, ours: str, layers: int | None = None) -> list[Entry]:
+def linear(theirs: str, ours: str, layers: Sequence[int] | int | None = None) -> list[Entry]:
     """A torch Linear with a bias."""
     return [
         Entry(theirs + ".weight", (ours + "/kernel",), matrix, layers),
@@ -73,7 +98,7 @@ def linear(theirs: str, ours: str, layers: int | None = None) -> list[Entry]:
     ]
 
 
-def norm(theirs: str, ours: str, layers: int | None = None) -> list[Entry]:
+def norm(theirs: str, ours: str, layers: Sequence[int] | int | None = None) -> list[Entry]:
     """A LayerNorm."""
     return [
         Entry(theirs + ".weight", (ours + "/scale",), same, layers),
@@ -89,7 +114,7 @@ def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore:
     params: Params = {}
     used = set(ignore)
     for entry in table:
-        names = [entry.theirs.format(i=i) for i in range(entry.layers or 1)]
+        names = [name for _, name in entry.names()]
         missing = [n for n in names if n not in tensors]
         if missing:
             raise UserError(f"checkpoint: tensor {missing[0]} is missing (and {len(missing) - 1} like it)")
@@ -97,7 +122,8 @@ def to_params(table: Sequence[Entry], tensors: Mapping[str, np.ndarray], ignore:
         loaded = [entry.transform.load(np.asarray(tensors[n])) for n in names]
         for position, path in enumerate(entry.ours):
             arrays = [one[position] for one in loaded]
-            _set(params, path, np.stack(arrays) if entry.layers is not None else np.asarray(arrays[0], order="C"))
+            whole = np.stack(arrays).reshape(*entry.stack, *arrays[0].shape) if entry.stack else arrays[0]
+            _set(params, path, np.asarray(whole, order="C"))
     unknown = sorted(set(tensors) - used)
     if unknown:
         raise UserError(f"checkpoint: {len(unknown)} tensors have no place in this family, the first is {unknown[0]}")
@@ -121,12 +147,8 @@ def to_tensors(table: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
     tensors: dict[str, np.ndarray] = {}
     for entry in table:
         arrays = tuple(np.asarray(flat.pop(path)) for path in entry.ours)
-        if entry.layers is None:
-            tensors[entry.theirs] = np.ascontiguousarray(entry.transform.save(arrays))
-            continue
-        for i in range(entry.layers):
-            layer = entry.transform.save(tuple(a[i] for a in arrays))
-            tensors[entry.theirs.format(i=i)] = np.ascontiguousarray(layer)
+        for place, name in entry.names():
+            tensors[name] = np.ascontiguousarray(entry.transform.save(tuple(a[place] for a in arrays)))
     if flat:
         raise UserError(f"export: parameter {sorted(flat)[0]} has no Hugging Face name in this family")
     return tensors
