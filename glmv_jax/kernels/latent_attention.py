@@ -1,0 +1,210 @@
+"""Multi-head latent attention over a compressed cache, and the lightning indexer that chooses its keys.
+
+Keys and values of all heads are one latent c [S, C] and one rotated key r [S, R]: k_h = [c W_uk_h, r], v_h = c W_uv_h.
+`expanded` makes them and is right for long runs of queries; `absorbed` moves W_uk into the queries and W_uv behind the
+sum, so that a key is read once for all heads, and is right for a few queries over a long cache. They are the same
+function. Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1) and, for the indexer, DeepSeek-V3.2 (arXiv 2512.02556,
+section 2.1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glmv_jax.kernels.attention import MASKED, Span, visible
+
+
+class Heads(NamedTuple):
+    """Queries q [B, T, H, N] without and r [B, T, H, R] with rotation; weights uk [C, H, N] and uv [C, H, V]."""
+
+    q: jax.Array
+    r: jax.Array
+    uk: jax.Array
+    uv: jax.Array
+
+
+class Latents(NamedTuple):
+    """What all heads share: c [B, S, C] after its norm, r [B, S, R] rotated."""
+
+    c: jax.Array
+    r: jax.Array
+
+
+class Index(NamedTuple):
+    """The indexer's queries q [B, T, J, K], their weights w [B, T, J] float32, and its keys k [B, S, K]."""
+
+    q: jax.Array
+    w: jax.Array
+    k: jax.Array
+
+
+class Selection(NamedTuple):
+    """The keys that queries may see: mask [B, T, S] bool, or, for one query a row, their numbers at [B, A] int32 (all of
+    them where fewer are visible; `visible` still counts)."""
+
+    mask: jax.Array | None = None
+    at: jax.Array | None = None
+
+
+class Looked(NamedTuple):
+    """out [B, T, H, V]; selection: for layers that share it, None when every visible key is seen; loss [B, T]: of the
+    indexer, 0 when it was not asked for."""
+
+    out: jax.Array
+    selection: Selection | None
+    loss: jax.Array
+
+
+# --- one pass ---------------------------------------------------------------------------------------------------------
+
+
+def latent_attention(
+    heads: Heads, latents: Latents, query: Span, key: Span, index: Index | None = None,
+    selection: Selection | None = None, top_k: int = 0, with_loss: bool = False, block: int = 512,
+) -> Looked:  # fmt: skip
+    """Attention of T queries over S keys.
+
+    Without `index` and `selection` every visible key is seen. With `index` and top_k > 0 each query sees the top_k
+    visible keys of highest index score (ties: the earlier key); with top_k = 0 all, and the index only learns. With
+    `selection` those of an earlier layer. with_loss: the indexer's (`index_loss`), over the keys seen.
+    Queries go in blocks of `block` when that divides them, which are computed anew for the gradient: the weights of all
+    heads are [B, H, block, S] at a time.
+    """
+    B, T = heads.q.shape[:2]
+    S = latents.c.shape[1]
+    sparse = index is not None and 0 < top_k < S
+    if T == 1 and not with_loss and S > 2 * top_k and (sparse or (selection and selection.at is not None)):
+        return _one_query(heads, latents, query, key, index, selection, top_k)
+    if T <= block or T % block:
+        return _look(heads, latents, query, key, index, selection, top_k if sparse else 0, with_loss)
+
+    def blocks(x_BT):
+        return None if x_BT is None else jnp.moveaxis(x_BT.reshape(B, T // block, block, *x_BT.shape[2:]), 1, 0)
+
+    @jax.checkpoint
+    def one(part):
+        q, r, span, indexed, mask = part
+        own_index = None if indexed is None else Index(*indexed, index.k)
+        own_selection = None if mask is None else Selection(mask)
+        return _look(
+            heads._replace(q=q, r=r), latents, span, key, own_index, own_selection, top_k if sparse else 0, with_loss
+        )
+
+    indexed = None if index is None else (blocks(index.q), blocks(index.w))
+    mask = None if selection is None else blocks(selection.mask)
+    parts = jax.lax.map(one, (blocks(heads.q), blocks(heads.r), Span(*map(blocks, query)), indexed, mask))
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts)
+
+
+def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: bool) -> Looked:
+    seen_BTS = allowed_BTS = visible(query, key)
+    scores_BTS = None if index is None else index_scores(index)
+    if selection is not None:
+        allowed_BTS = seen_BTS & selection.mask
+    elif top_k:
+        allowed_BTS = select(scores_BTS, seen_BTS, top_k)
+        selection = Selection(allowed_BTS)
+    form = absorbed if absorbing_pays(heads) else expanded
+    out_BTHV, weights_BHTS = form(heads, latents, allowed_BTS)
+    if not with_loss or index is None:
+        return Looked(out_BTHV, selection, jnp.zeros(seen_BTS.shape[:2], jnp.float32))
+    return Looked(out_BTHV, selection, index_loss(scores_BTS, weights_BHTS, allowed_BTS))
+
+
+def _one_query(heads, latents, query, key, index, selection, top_k: int) -> Looked:
+    """A row's one query over the latents of its chosen keys, which are gathered: the others are not read."""
+    seen_BS = visible(query, key)[:, 0]
+    if selection is None:
+        scores_BS = jnp.where(seen_BS, index_scores(index)[:, 0], -jnp.inf)
+        selection = Selection(at=jax.lax.top_k(scores_BS, top_k)[1])
+    at_BA = selection.at
+    chosen = Latents(*(jnp.take_along_axis(x, at_BA[..., None], axis=1) for x in latents))
+    allowed_B1A = jnp.take_along_axis(seen_BS, at_BA, axis=1)[:, None]
+    return Looked(absorbed(heads, chosen, allowed_B1A)[0], selection, jnp.zeros((len(at_BA), 1), jnp.float32))
+
+
+# --- attention --------------------------------------------------------------------------------------------------------
+
+
+def absorbing_pays(heads: Heads) -> bool:
+    """Whether so few queries look that making keys and values costs more than wider products without them."""
+    C, _, N = heads.uk.shape
+    V = heads.uv.shape[-1]
+    return heads.q.shape[1] * (2 * C - N - V) < C * (N + V)
+
+
+def expanded(heads: Heads, latents: Latents, allowed_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(out [B, T, H, V], weights [B, H, T, S] float32); keys and values of every head are made."""
+    q, r, uk_CHN, uv_CHV = heads
+    B, T, H, _ = q.shape
+    S = latents.c.shape[1]
+    k_BHNS = jnp.einsum("bsc,chn->bhns", latents.c, uk_CHN)
+    r_BHRS = jnp.broadcast_to(latents.r.swapaxes(1, 2)[:, None], (B, H, r.shape[-1], S))
+    q_BHTK = jnp.concatenate([q, r], axis=-1).transpose(0, 2, 1, 3)
+    weights_BHTS, total_BHT1 = _weights(heads, q_BHTK, jnp.concatenate([k_BHNS, r_BHRS], axis=2), allowed_BTS)
+    v_BHSV = jnp.einsum("bsc,chv->bhsv", latents.c, uv_CHV)
+    out_BHTV = jnp.matmul(weights_BHTS.astype(v_BHSV.dtype), v_BHSV, preferred_element_type=jnp.float32) / total_BHT1
+    return out_BHTV.astype(q.dtype).transpose(0, 2, 1, 3), weights_BHTS / total_BHT1
+
+
+def absorbed(heads: Heads, latents: Latents, allowed_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same; queries come to the latents instead."""
+    q, r, uk_CHN, uv_CHV = heads
+    B, T, H, _ = q.shape
+    S, C = latents.c.shape[1:]
+    q_BHTC = jnp.einsum("bthn,chn->bhtc", q, uk_CHN)
+    q_B1MK = jnp.concatenate([q_BHTC, r.transpose(0, 2, 1, 3)], axis=-1).reshape(B, 1, H * T, -1)
+    k_B1KS = jnp.concatenate([latents.c, latents.r], axis=-1).swapaxes(1, 2)[:, None]
+    weights_BHTS, total_BHT1 = _weights(heads, q_B1MK, k_B1KS, allowed_BTS)
+    mixed_BMC = jnp.matmul(
+        weights_BHTS.astype(q.dtype).reshape(B, H * T, S), latents.c, preferred_element_type=jnp.float32
+    )
+    mixed_BHTC = (mixed_BMC.reshape(B, H, T, C) / total_BHT1).astype(q.dtype)
+    return jnp.einsum("bhtc,chv->bthv", mixed_BHTC, uv_CHV), weights_BHTS / total_BHT1
+
+
+def _weights(heads: Heads, q: jax.Array, k: jax.Array, allowed_BTS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """exp(q k - the highest) [B, H, T, S] where allowed, and its sum over S: weights before they are divided."""
+    B, T, H, N = heads.q.shape
+    scale = (N + heads.r.shape[-1]) ** -0.5
+    logits = jnp.matmul(q * scale, k, preferred_element_type=jnp.float32).reshape(B, H, T, -1)
+    logits = logits + jnp.where(allowed_BTS, 0.0, MASKED)[:, None]
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    return weights, weights.sum(axis=-1, keepdims=True)
+
+
+# --- the indexer ------------------------------------------------------------------------------------------------------
+
+
+def index_scores(index: Index) -> jax.Array:
+    """[B, T, S] float32: sum_j w_j relu(q_j k) / sqrt(J K)."""
+    B, T, J, K = index.q.shape
+    logits_BMS = jnp.matmul(
+        index.q.reshape(B, T * J, K), index.k.swapaxes(1, 2), preferred_element_type=jnp.float32
+    )
+    return jnp.einsum("btjs,btj->bts", jax.nn.relu(logits_BMS).reshape(B, T, J, -1), index.w) * (J * K) ** -0.5
+
+
+def select(scores_BTS: jax.Array, visible_BTS: jax.Array, top_k: int) -> jax.Array:
+    """[B, T, S] bool: of the visible keys the top_k of highest score, of equal ones the earlier; all when fewer are."""
+    if top_k >= scores_BTS.shape[-1]:
+        return visible_BTS
+    scores_BTS = jnp.where(visible_BTS, jax.lax.stop_gradient(scores_BTS), -jnp.inf)
+    last_BT1 = jax.lax.top_k(scores_BTS, top_k)[0][..., -1:]
+    above_BTS = scores_BTS > last_BT1
+    equal_BTS = scores_BTS == last_BT1
+    room_BT1 = top_k - above_BTS.sum(-1, keepdims=True)
+    return (above_BTS | (equal_BTS & (jnp.cumsum(equal_BTS, axis=-1) <= room_BT1))) & visible_BTS
+
+
+def index_loss(scores_BTS: jax.Array, weights_BHTS: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
+    """[B, T]: KL(attention, mean over heads, without gradient || softmax of the index scores), over the allowed keys.
+
+    DeepSeek-V3.2, equations 3 and 4: over all keys while the indexer warms up, over the selected ones after that.
+    """
+    target_BTS = jax.lax.stop_gradient(weights_BHTS.mean(axis=1))
+    log_BTS = jax.nn.log_softmax(jnp.where(allowed_BTS, scores_BTS, MASKED), axis=-1)
+    return jnp.where(allowed_BTS, jax.scipy.special.xlogy(target_BTS, target_BTS) - target_BTS * log_BTS, 0).sum(-1)

@@ -1,0 +1,302 @@
+"""The GLM-5 decoder: latent attention with a lightning indexer (DSA), three dense layers and then mixtures of experts.
+
+Source: transformers `glm_moe_dsa/modeling_glm_moe_dsa.py` (GlmMoeDsaModel); DeepSeek-V3.2 for the indexer's loss.
+Rotation is by (time, height, width) sections as in the GLM vision-language models; for text, where the three are equal,
+that is GLM-5's own rotation whatever the split. The report does not say how GLM-5V rotates at images: the split is ours.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.latent_attention import Heads, Index, Latents, Selection, latent_attention
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.block import LayerCache, stack
+from glmv_jax.models.decoder import DecoderOutput
+from glmv_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, SwiGLU, fan_in, param
+from glmv_jax.models.moe import MoE, MoEConfig
+from glmv_jax.parallel.rules import constrain
+from glmv_jax.typing import UserError
+
+_LATENT_EPS = 1e-6  # of the norms inside attention, whatever the others have
+
+
+@dataclasses.dataclass(frozen=True)
+class GLM5Config:
+    """Defaults are the released GLM-5 (743 B) without its MTP layer.
+
+    dense: how many layers at the start have a plain MLP. index: a letter a layer, "F" for a layer with its own indexer
+    and "S" for one that sees what the last F saw; "" stands for F everywhere.
+    attention: "sparse" (top_k keys a query), or "dense" (all visible keys; the warm-up of an indexer).
+    index_loss: whether the indexer's loss is computed, over the keys seen; nothing else teaches it.
+    """
+
+    vocab: int = 154880
+    depth: int = 78
+    width: int = 6144
+    heads: int = 64
+    q_rank: int = 2048
+    kv_rank: int = 512
+    nope_dim: int = 192
+    rope_dim: int = 64
+    v_dim: int = 256
+    index_heads: int = 32
+    index_dim: int = 128
+    top_k: int = 2048
+    index: str = ""
+    attention: str = "sparse"
+    index_loss: bool = False
+    mlp: int = 12288
+    dense: int = 3
+    expert_mlp: int = 2048
+    experts: int = 256
+    chosen: int = 8
+    shared: int = 1
+    groups: int = 1
+    chosen_groups: int = 1
+    normalise: bool = True
+    route_scale: float = 2.5
+    dense_experts: bool = False
+    rope_theta: float = 1e6
+    rope_split: tuple[int, int, int] = (8, 12, 12)
+    norm_eps: float = 1e-5
+    tied: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.index and (len(self.index) != self.depth or set(self.index) - set("FS") or self.index[0] != "F"):
+            raise UserError(f"index={self.index!r} must have one letter F or S for each of {self.depth} layers, F first")
+        if self.attention not in ("sparse", "dense"):
+            raise UserError(f"attention={self.attention!r} is not known; choose sparse or dense")
+        if sum(self.rope_split) * 2 != self.rope_dim:
+            raise UserError(f"rope_split={self.rope_split} must sum to half of rope_dim={self.rope_dim}")
+
+    @property
+    def stacks(self) -> list[tuple[Unit, int]]:
+        """Runs of equal units: what is scanned, and how often. A unit is a layer F with the S that follow it."""
+        kinds = [("dense" if i < self.dense else "moe") for i in range(self.depth)]
+        starts = [i for i, letter in enumerate(self.index or "F" * self.depth) if letter == "F"]
+        units = [tuple(kinds[a:b]) for a, b in zip(starts, [*starts[1:], self.depth])]
+        return [(Unit(self, kinds), len(list(run))) for kinds, run in itertools.groupby(units)]
+
+    @property
+    def block(self) -> Unit:
+        """One layer with its own indexer and experts: the MTP head's."""
+        return Unit(self, ("moe",))
+
+    @property
+    def moe(self) -> MoEConfig:
+        return MoEConfig(
+            self.width, self.expert_mlp, self.experts, self.chosen, self.shared, self.groups, self.chosen_groups,
+            self.normalise, self.route_scale, self.dense_experts, self.dtype,
+        )  # fmt: skip
+
+    def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
+        return rope_lib.sections(positions_BT3, self.rope_dim, self.rope_theta, tuple(self.rope_split))
+
+    def flops(self, tokens: float, keys: float) -> float:
+        """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
+        layers = sum(unit.flops(keys) * times for unit, times in self.stacks)
+        return tokens * (layers + 2 * self.width * self.vocab)
+
+    def init_cache(self, batch: int, length: int) -> dict:
+        """Zeros for `batch` rows of `length` slots: latents, rotated keys, and the keys of the indexers."""
+        return {"layers": {f"blocks{i}": u.empty_cache(n, batch, length) for i, (u, n) in enumerate(self.stacks)}}
+
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
+        """From the cache of B prompts that of `group` continuations of each with `length` more slots, and how many are
+        filled. Prompts are copied: a slot is 704 numbers, an eighth of what eight heads of 128 would keep."""
+
+        def copy(x_LBS):
+            rest = [(0, 0)] * (x_LBS.ndim - 3)
+            return jnp.pad(jnp.repeat(x_LBS, group, axis=1), [(0, 0), (0, 0), (0, length), *rest])
+
+        return {"layers": jax.tree.map(copy, cache["layers"])}, jnp.repeat(length_B, group)
+
+    def module(self) -> nn.Module:
+        return GLM5(self)
+
+    def example(self) -> tuple:
+        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
+        return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """Consecutive layers of which the first has an indexer and the others see what it selects. mlps: "dense" or "moe"
+    for each."""
+
+    cfg: GLM5Config
+    mlps: tuple[str, ...]
+
+    @property
+    def width(self) -> int:
+        return self.cfg.width
+
+    @property
+    def norm_eps(self) -> float:
+        return self.cfg.norm_eps
+
+    @property
+    def dtype(self) -> str:
+        return self.cfg.dtype
+
+    @property
+    def layer(self) -> type[nn.Module]:
+        return Layers
+
+    def empty_cache(self, depth: int, batch: int, length: int) -> LayerCache:
+        c = self.cfg
+        widths = {"c": c.kv_rank, "r": c.rope_dim}
+        cache = {
+            f"layer{j}": {name: jnp.zeros((depth, batch, length, n), c.dtype) for name, n in widths.items()}
+            for j in range(len(self.mlps))
+        }
+        cache["layer0"]["index"] = jnp.zeros((depth, batch, length, c.index_dim), c.dtype)
+        return cache
+
+    def flops(self, keys: float) -> float:
+        """Of one token through the forward pass of these layers when `keys` keys are visible."""
+        c = self.cfg
+        projections = c.width * (c.q_rank + c.kv_rank + c.rope_dim) + c.heads * c.v_dim * c.width
+        projections += c.q_rank * c.heads * (c.nope_dim + c.rope_dim) + c.kv_rank * c.heads * (c.nope_dim + c.v_dim)
+        seen = min(keys, c.top_k) if c.attention == "sparse" else keys
+        attention = 2 * projections + 2 * seen * c.heads * (c.nope_dim + c.rope_dim + c.v_dim)
+        indexer = 2 * (c.q_rank * c.index_heads * c.index_dim + c.width * (c.index_dim + c.index_heads))
+        indexer += 2 * keys * c.index_heads * (c.index_dim + 1)
+        mlps = sum(c.moe.flops() if kind == "moe" else 6 * c.width * c.mlp for kind in self.mlps)
+        return len(self.mlps) * attention + indexer + mlps
+
+
+class Layers(nn.Module):
+    """The layers of a unit: `stack` repeats it. aux: {"layerJ": {"load", "balance"} of its experts, "index_loss"}."""
+
+    unit: Unit
+
+    @nn.compact
+    def __call__(self, x_BTD, cache: LayerCache | None, rope, query: Span, key: Span):
+        selection, kept, aux = None, {}, {}
+        for j, mlp in enumerate(self.unit.mlps):
+            name = f"layer{j}"
+            layer = Layer(self.unit.cfg, mlp, indexed=j == 0, name=name)
+            own = None if cache is None else cache[name]
+            x_BTD, kept[name], selection, aux[name] = layer(x_BTD, own, rope, query, key, selection)
+        return x_BTD, (None if cache is None else kept, aux)
+
+
+class Layer(nn.Module):
+    """x += Attn(norm(x)); x += MLP(norm(x))."""
+
+    cfg: GLM5Config
+    mlp: str
+    indexed: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, rope, query: Span, key: Span, selection: Selection | None):
+        c = self.cfg
+        with jax.named_scope("attention"):
+            normed = RMSNorm("norm", c.norm_eps, name="norm1")(x_BTD)
+            branch, cache, selection, aux = LatentAttention(c, self.indexed, name="attention")(
+                normed, cache, rope, query, key, selection
+            )
+            x_BTD = x_BTD + branch
+        with jax.named_scope("mlp"):
+            normed = RMSNorm("norm", c.norm_eps, name="norm2")(x_BTD)
+            if self.mlp == "moe":
+                branch, said = MoE(c.moe, name="moe")(normed, query.segments > 0)
+                aux = aux | said
+            else:
+                branch = SwiGLU(c.mlp, c.width, dtype=c.dtype, name="mlp")(normed)
+        return constrain(x_BTD + branch, "batch", "length", "activation"), cache, selection, aux
+
+
+class LatentAttention(nn.Module):
+    cfg: GLM5Config
+    indexed: bool
+
+    @nn.compact
+    def __call__(self, x_BTD, cache, rope, query: Span, key: Span, selection: Selection | None):
+        c = self.cfg
+        B, T, _ = x_BTD.shape
+
+        def linear(name: str, n: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
+            return Linear(n, axes, False, c.dtype, name=name)(x)
+
+        q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
+        q_BTHK = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("latent", "heads"), q_BTQ).reshape(B, T, c.heads, -1)
+        q_BTHN, r_BTHR = jnp.split(q_BTHK, [c.nope_dim], axis=-1)
+        kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
+        c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
+        new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
+        uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("latent", "heads"))
+        uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("latent", "heads"))
+        up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
+        indexer = None
+        if self.indexed:
+            q_w_k = Indexer(c, name="indexer")(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(q_BTQ), rope)
+            indexer, new["index"] = q_w_k[:2], q_w_k[2]
+        if cache is not None:
+            write = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=0))
+            new = {name: write(cache[name], x.astype(c.dtype), query.slots[:, 0]) for name, x in new.items()}
+        sparse = c.attention == "sparse" and new["c"].shape[1] > c.top_k
+        learns = c.index_loss and self.indexed
+        looked = latent_attention(
+            Heads(q_BTHN, rope_lib.rotate_pairs(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
+            Index(*indexer, new["index"]) if indexer and (sparse or learns) else None,
+            selection, c.top_k if sparse else 0, learns,
+        )  # fmt: skip
+        aux = {}
+        if learns:
+            weight_BT = (query.segments > 0).astype(jnp.float32)
+            aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
+        out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
+        return out_BTD, None if cache is None else new, looked.selection, aux
+
+
+class Indexer(nn.Module):
+    """Queries [B, T, J, K] from the compressed queries, their weights [B, T, J] and one key [B, T, K] from the input."""
+
+    cfg: GLM5Config
+
+    @nn.compact
+    def __call__(self, x_BTD, q_BTQ, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        c = self.cfg
+        B, T, _ = x_BTD.shape
+        q = Linear(c.index_heads * c.index_dim, ("latent", "index"), False, c.dtype, name="q")(q_BTQ)
+        k_BTK = LayerNorm(_LATENT_EPS, name="k_norm")(Linear(c.index_dim, ("embed", None), False, c.dtype, name="k")(x_BTD))
+        w_BTJ = Linear(c.index_heads, ("embed", "index"), False, "float32", name="weights")(x_BTD)
+        q_BTJK = rope_lib.rotate_pairs(q.reshape(B, T, c.index_heads, -1), rope)
+        return q_BTJK, w_BTJ, _rotate_one(k_BTK, rope)
+
+
+def _rotate_one(x_BTK: jax.Array, rope: rope_lib.Rope) -> jax.Array:
+    return rope_lib.rotate_pairs(x_BTK[:, :, None], rope)[:, :, 0]
+
+
+class GLM5(nn.Module):
+    """Embedded inputs to hidden states, as `decoder.Decoder`."""
+
+    cfg: GLM5Config
+
+    @nn.compact
+    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: dict | None) -> DecoderOutput:
+        c = self.cfg
+        Embedding(c.vocab, c.width, name="embed")()
+        if not c.tied:
+            param(self, "head", fan_in, (c.width, c.vocab), ("embed", "vocab"))
+        x_BTD = constrain(x_BTD.astype(c.dtype), "batch", "length", "activation")
+        rope, layers, aux = c.rope(positions_BT3), {}, {}
+        for i, (unit, times) in enumerate(c.stacks):
+            name = f"blocks{i}"
+            own: Any = None if cache is None else cache["layers"][name]
+            x_BTD, layers[name], aux[name] = stack(unit, times, c.remat, x_BTD, rope, query, key, own, name=name)
+        cache = None if cache is None else cache | {"layers": layers}
+        return DecoderOutput(RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache, aux)
