@@ -121,9 +121,7 @@ def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, dtype)
         group, start, mine = _tile(t, first_G, sizes_G, rows)
         x_RK, g_RN = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (x_MK, g_MN))
         g_RN = jnp.where(jnp.arange(rows)[:, None] < mine, g_RN, 0)
-        product_KN = jax.lax.dot_general(
-            x_RK, g_RN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
-        )
+        product_KN = jax.lax.dot_general(x_RK, g_RN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         so_far_KN = jax.lax.dynamic_index_in_dim(dw_GKN, group, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw_GKN, so_far_KN + product_KN, group, axis=0)
 

@@ -42,8 +42,8 @@ class Index(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The keys that queries may see: mask [B, T, S] bool, or, for one query a row, their numbers at [B, A] int32 (all of
-    them where fewer are visible; `visible` still counts)."""
+    """The keys that queries may see: mask [B, T, S] bool, or, for one query a row, their numbers at [B, A] int32, of
+    which only the visible ones count."""
 
     mask: jax.Array | None = None
     at: jax.Array | None = None
@@ -182,9 +182,7 @@ def _weights(heads: Heads, q: jax.Array, k: jax.Array, allowed_BTS: jax.Array) -
 def index_scores(index: Index) -> jax.Array:
     """[B, T, S] float32: sum_j w_j relu(q_j k) / sqrt(J K)."""
     B, T, J, K = index.q.shape
-    logits_BMS = jnp.matmul(
-        index.q.reshape(B, T * J, K), index.k.swapaxes(1, 2), preferred_element_type=jnp.float32
-    )
+    logits_BMS = jnp.matmul(index.q.reshape(B, T * J, K), index.k.swapaxes(1, 2), preferred_element_type=jnp.float32)
     return jnp.einsum("btjs,btj->bts", jax.nn.relu(logits_BMS).reshape(B, T, J, -1), index.w) * (J * K) ** -0.5
 
 

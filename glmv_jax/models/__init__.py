@@ -1,9 +1,10 @@
 """Models as plain functions over plain nested dicts; the only folder that knows Flax."""
 
-from glmv_jax.models import cogvit, decoder, mtp, two_tower, vlm
+from glmv_jax.models import cogvit, decoder, glm5, mtp, two_tower, vlm
 from glmv_jax.models.api import abstract_params, count, init_params, logical_axes
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
+from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
 from glmv_jax.models.vlm import VLMConfig
@@ -11,6 +12,7 @@ from glmv_jax.models.vlm import VLMConfig
 __all__ = [
     "CogViTConfig",
     "DecoderConfig",
+    "GLM5Config",
     "MTPConfig",
     "MeanConfig",
     "MergerConfig",
@@ -22,6 +24,7 @@ __all__ = [
     "cogvit",
     "count",
     "decoder",
+    "glm5",
     "init_params",
     "logical_axes",
     "mtp",

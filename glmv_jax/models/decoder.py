@@ -63,8 +63,8 @@ class DecoderConfig:
         return {"layers": empty_cache(self.block, self.depth, batch, length)}
 
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
-        """From the cache of B prompts, of these lengths, that of `group` continuations of each with `length` more slots,
-        and how many of its slots are filled: none. Prompts are not copied; their keys are only read from now on."""
+        """From the cache of B prompts of these lengths that of `group` continuations of each, with `length` slots of
+        their own, and how many are filled: none. Prompts are not copied; their keys are only read from now on."""
         k, v = cache["layers"]["k"], cache["layers"]["v"]
         L, B, slots = k.shape[:3]
         valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))

@@ -1,8 +1,8 @@
 """The GLM-5 decoder: latent attention with a lightning indexer (DSA), three dense layers and then mixtures of experts.
 
 Source: transformers `glm_moe_dsa/modeling_glm_moe_dsa.py` (GlmMoeDsaModel); DeepSeek-V3.2 for the indexer's loss.
-Rotation is by (time, height, width) sections as in the GLM vision-language models; for text, where the three are equal,
-that is GLM-5's own rotation whatever the split. The report does not say how GLM-5V rotates at images: the split is ours.
+Rotation is by (time, height, width) sections as in the GLM vision-language models; for text, where the three are
+equal, that is GLM-5's own whatever the split. The report does not say how GLM-5V rotates at images: the split is ours.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels.attention import Span
-from glmv_jax.kernels.latent_attention import Heads, Index, Latents, Selection, latent_attention
+from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import LayerCache, stack
 from glmv_jax.models.decoder import DecoderOutput
-from glmv_jax.models.layers import Embedding, LayerNorm, Linear, RMSNorm, SwiGLU, fan_in, param
+from glmv_jax.models.latent import LatentAttention
+from glmv_jax.models.layers import Embedding, RMSNorm, SwiGLU, fan_in, param
 from glmv_jax.models.moe import MoE, MoEConfig
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
-
-_LATENT_EPS = 1e-6  # of the norms inside attention, whatever the others have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +72,7 @@ class GLM5Config:
 
     def __post_init__(self) -> None:
         if self.index and (len(self.index) != self.depth or set(self.index) - set("FS") or self.index[0] != "F"):
-            raise UserError(f"index={self.index!r} must have one letter F or S for each of {self.depth} layers, F first")
+            raise UserError(f"index={self.index!r} must be {self.depth} letters F or S, one a layer, F first")
         if self.attention not in ("sparse", "dense"):
             raise UserError(f"attention={self.attention!r} is not known; choose sparse or dense")
         if sum(self.rope_split) * 2 != self.rope_dim:
@@ -216,69 +215,6 @@ class Layer(nn.Module):
             else:
                 branch = SwiGLU(c.mlp, c.width, dtype=c.dtype, name="mlp")(normed)
         return constrain(x_BTD + branch, "batch", "length", "activation"), cache, selection, aux
-
-
-class LatentAttention(nn.Module):
-    cfg: GLM5Config
-    indexed: bool
-
-    @nn.compact
-    def __call__(self, x_BTD, cache, rope, query: Span, key: Span, selection: Selection | None):
-        c = self.cfg
-        B, T, _ = x_BTD.shape
-
-        def linear(name: str, n: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
-            return Linear(n, axes, False, c.dtype, name=name)(x)
-
-        q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
-        q_BTHK = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("latent", "heads"), q_BTQ).reshape(B, T, c.heads, -1)
-        q_BTHN, r_BTHR = jnp.split(q_BTHK, [c.nope_dim], axis=-1)
-        kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
-        c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
-        new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
-        uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("latent", "heads"))
-        uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("latent", "heads"))
-        up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
-        indexer = None
-        if self.indexed:
-            q_w_k = Indexer(c, name="indexer")(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(q_BTQ), rope)
-            indexer, new["index"] = q_w_k[:2], q_w_k[2]
-        if cache is not None:
-            write = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=0))
-            new = {name: write(cache[name], x.astype(c.dtype), query.slots[:, 0]) for name, x in new.items()}
-        sparse = c.attention == "sparse" and new["c"].shape[1] > c.top_k
-        learns = c.index_loss and self.indexed
-        looked = latent_attention(
-            Heads(q_BTHN, rope_lib.rotate_pairs(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
-            Index(*indexer, new["index"]) if indexer and (sparse or learns) else None,
-            selection, c.top_k if sparse else 0, learns,
-        )  # fmt: skip
-        aux = {}
-        if learns:
-            weight_BT = (query.segments > 0).astype(jnp.float32)
-            aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
-        out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
-        return out_BTD, None if cache is None else new, looked.selection, aux
-
-
-class Indexer(nn.Module):
-    """Queries [B, T, J, K] from the compressed queries, their weights [B, T, J] and one key [B, T, K] from the input."""
-
-    cfg: GLM5Config
-
-    @nn.compact
-    def __call__(self, x_BTD, q_BTQ, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
-        c = self.cfg
-        B, T, _ = x_BTD.shape
-        q = Linear(c.index_heads * c.index_dim, ("latent", "index"), False, c.dtype, name="q")(q_BTQ)
-        k_BTK = LayerNorm(_LATENT_EPS, name="k_norm")(Linear(c.index_dim, ("embed", None), False, c.dtype, name="k")(x_BTD))
-        w_BTJ = Linear(c.index_heads, ("embed", "index"), False, "float32", name="weights")(x_BTD)
-        q_BTJK = rope_lib.rotate_pairs(q.reshape(B, T, c.index_heads, -1), rope)
-        return q_BTJK, w_BTJ, _rotate_one(k_BTK, rope)
-
-
-def _rotate_one(x_BTK: jax.Array, rope: rope_lib.Rope) -> jax.Array:
-    return rope_lib.rotate_pairs(x_BTK[:, :, None], rope)[:, :, 0]
 
 
 class GLM5(nn.Module):

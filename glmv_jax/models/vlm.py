@@ -13,17 +13,21 @@ import jax.numpy as jnp
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
-from glmv_jax.typing import Params, TokenInput, VisionInput
+from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
 
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    vision: cogvit.CogViTConfig
-    merger: cogvit.MergerConfig
+    """vision and merger are None for a model of text alone."""
+
+    vision: cogvit.CogViTConfig | None
+    merger: cogvit.MergerConfig | None
     decoder: Any  # decoder.DecoderConfig, or another of its kind
     mtp: mtp.MTPConfig | None = None
 
     def __post_init__(self) -> None:
+        if self.vision is None and self.merger is None:
+            return
         if self.merger.in_width != self.vision.width or self.merger.width != self.decoder.width:
             raise ValueError(
                 f"widths do not meet: vision {self.vision.width} -> merger {self.merger.in_width} -> "
@@ -31,13 +35,13 @@ class VLMConfig:
             )
 
     def parts(self) -> dict[str, Any]:
-        parts = {"vision": self.vision, "merger": self.merger, "decoder": self.decoder}
-        return parts | ({"mtp": self.mtp} if self.mtp else {})
+        parts = {"vision": self.vision, "merger": self.merger, "decoder": self.decoder, "mtp": self.mtp}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def flops(self, tokens: float, keys: float, rows: int, patches: int) -> float:
         """Forward FLOPs of `tokens` text positions and `rows` rows of `patches` patches."""
-        total = self.decoder.flops(tokens, keys) + rows * (self.vision.flops(patches) + self.merger.flops(patches))
-        return total + (self.mtp.flops(tokens, keys) if self.mtp else 0)
+        total = self.decoder.flops(tokens, keys) + (self.mtp.flops(tokens, keys) if self.mtp else 0)
+        return total + (rows * (self.vision.flops(patches) + self.merger.flops(patches)) if self.vision else 0)
 
 
 class VLMOutput(NamedTuple):
@@ -52,7 +56,9 @@ class VLMOutput(NamedTuple):
 
 
 def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Array:
-    """Visual tokens [B, M, D] of rows of patches."""
+    """Visual tokens [B, M, D] of rows of patches. UserError when the model reads text alone."""
+    if cfg.vision is None:
+        raise UserError("this model reads text alone, but images were given; leave them out or take a vision model")
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
     return cogvit.merge(cfg.merger, params["merger"], features_BPD)
 
