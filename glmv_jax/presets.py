@@ -1,7 +1,7 @@
 """Model sizes by name, as ConfigDicts that an experiment can override key by key; `models.build` makes models of them.
 
-`nano` trains on two CPU cores in minutes; `l` is the public 403M CogViT with GLM-OCR's language model. The full GLM-5
-decoder is another family.
+`nano` trains on two CPU cores in minutes; `l` is the public 403M CogViT with GLM-OCR's language model. `glm5v` has
+GLM-5's decoder in its place, 743 B at `l`, and at nano one of the same kind.
 """
 
 from __future__ import annotations
@@ -34,6 +34,15 @@ DECODER: dict[str, dict[str, Any]] = {
         dtype="bfloat16", remat="full",
     ),
 }  # fmt: skip
+# Latent attention with an indexer, mixtures of experts. At nano size an indexer that keeps 48 keys of at most 112.
+GLM5: dict[str, dict[str, Any]] = {
+    "nano": dict(
+        vocab=4096, depth=4, width=128, heads=4, q_rank=96, kv_rank=48, nope_dim=24, rope_dim=16, v_dim=32,
+        index_heads=4, index_dim=32, top_k=48, index_loss=True, mlp=352, dense=1, expert_mlp=96, experts=8, chosen=2,
+        route_scale=1.0, rope_theta=2.0, rope_split=(2, 3, 3),
+    ),
+    "l": dict(index_loss=True, dtype="bfloat16", remat="full"),
+}  # fmt: skip
 EMBEDDING = {"nano": 128, "l": 1024}
 # What a row of packed documents holds of tokens, patches and learnt tokens; an image's patches, a prompt's tokens.
 DOCUMENTS: dict[str, dict[str, int]] = {
@@ -64,6 +73,13 @@ def vlm(size: str) -> ConfigDict:
     """Stages 3 to 5."""
     mtp = dict(depth=1, option="image_token", h_prev="post_norm")
     return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
+
+
+def glm5v(size: str) -> ConfigDict:
+    """Stages 3 to 5 with GLM-5's decoder. Three tokens ahead with one set of weights, as GLM-5 was trained."""
+    mtp = dict(depth=3, option="image_token", h_prev="post_norm")
+    decoder = {"kind": "glm5", **_pick(GLM5, size)}
+    return ConfigDict({"vision": _pick(VISION, size), "decoder": decoder, "mtp": mtp})
 
 
 def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> ConfigDict:

@@ -8,12 +8,15 @@ from ml_collections import ConfigDict
 
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
+from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.siglip import SiglipConfig
 from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
 from glmv_jax.models.vlm import VLMConfig
+from glmv_jax.typing import UserError
 
 _WHERE_FROM = ("kind", "path", "scale")  # of `model.text`: see `train.text_towers`
+DECODERS = {"dense": DecoderConfig, "glm5": GLM5Config}
 
 
 def vision(cfg: ConfigDict) -> CogViTConfig:
@@ -40,6 +43,10 @@ def two_tower(cfg: ConfigDict, public: SiglipConfig | None = None) -> TwoTowerCo
 
 def vlm(cfg: ConfigDict) -> VLMConfig:
     """The model of stages 3 to 5; the merger's MLP is three times its width, as in the public checkpoint."""
-    trunk, decoder = CogViTConfig(**cfg.vision), DecoderConfig(**cfg.decoder)
+    trunk, sizes = CogViTConfig(**cfg.vision), dict(cfg.decoder)
+    kind = sizes.pop("kind", "dense")
+    if kind not in DECODERS:
+        raise UserError(f"model.decoder.kind={kind!r} is not known; choose one of {', '.join(DECODERS)}")
+    decoder = DECODERS[kind](**sizes)
     merger = MergerConfig(trunk.width, decoder.width, 3 * decoder.width, dtype=decoder.dtype)
     return VLMConfig(trunk, merger, decoder, MTPConfig(decoder, **cfg.mtp))

@@ -1,0 +1,30 @@
+"""Stage 3 with GLM-5's decoder: latent attention, an indexer, mixtures of experts, MMTP of depth 3.
+
+    glmv train --config experiments/glm5v_pretrain.py:size=nano --workdir runs/glm5v --config.init_from=runs/siglip
+
+size=nano: two CPU cores; 8 experts, 48 keys a query; the data of vlm_pretrain.py.
+size=l:    CogViT-403M with GLM-5 (743.9 B parameters, and 9.9 B of the MTP layer); a pod. Data of that scale are not
+           shipped.
+mmtp=image_token|embeddings|masked: as in vlm_pretrain.py.
+
+`loss.balance` weighs the sequence-wise balance loss and `loss.index` the indexer's; `router_bias_rate` is what a step
+moves a router's bias by (DeepSeek-V3's values: arXiv 2412.19437, section 4.2; the report gives none).
+"""
+
+from glmv_jax.config import load, parse_arg, presets
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, size="nano", mmtp="image_token")
+    cfg = load(__file__.replace("glm5v_", "vlm_") + f":size={arg.size},mmtp={arg.mmtp}")
+    cfg.model = presets.glm5v(arg.size)
+    cfg.model.mtp.option = arg.mmtp
+    cfg.loss = {"mtp": 0.3, "balance": 1e-4, "index": 1.0}
+    cfg.router_bias_rate = 1e-3
+    cfg.optim.groups = (
+        (r".*router_bias", {"kind": "frozen"}),
+        (r".*/moe/(gate|up|down)", {"kind": "muon", "wd": 0.1}),
+        (r".*/attention/(uk|uv)", {"kind": "muon", "wd": 0.1}),
+        *cfg.optim.groups,
+    )
+    return cfg
