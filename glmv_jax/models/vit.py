@@ -91,7 +91,7 @@ class ViTBlock(nn.Module):
         with jax.named_scope("mlp"):
             mlp = mlp_of(c.activation, c.mlp, c.width, c.dtype, "mlp")
             x_BTD = x_BTD + self._scaled("scale2", mlp(LayerNorm(c.norm_eps, name="norm2")(x_BTD)))
-        return constrain(x_BTD, "batch", "length", "activation"), cache
+        return constrain(x_BTD, "batch", "length", "activation"), (cache, {})
 
     def _scaled(self, name: str, branch: jax.Array) -> jax.Array:
         if not self.cfg.layer_scale:
