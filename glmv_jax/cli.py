@@ -135,6 +135,39 @@ def cache_teachers(args: argparse.Namespace) -> int:
     return 0
 
 
+def import_hf(args: argparse.Namespace) -> int:
+    """Reads a public checkpoint into a folder that training can start from and `glmv generate` can read.
+
+    SRC is a folder in Hugging Face layout (config.json, safetensors), or its name on the Hub. DST must not exist yet.
+
+      glmv import-hf GLM-OCR/ checkpoints/glm-ocr
+      glmv import-hf zai-org/GLM-OCR checkpoints/glm-ocr --dtype bfloat16
+      glmv train --config experiments/vlm_sft.py:size=l --workdir runs/sft --config.init_from=checkpoints/glm-ocr
+
+    One tensor at a time is in memory. The tokenizer, the chat template and every other small file are kept.
+    """
+    from glmv_jax.train import checkpoint, exchange
+
+    checkpoint.quiet_orbax()
+    print(exchange.import_hf(args.src, args.dst, args.dtype))
+    return 0
+
+
+def export_hf(args: argparse.Namespace) -> int:
+    """Gives a checkpoint back in Hugging Face layout, complete for transformers' from_pretrained.
+
+    SRC is a folder that `glmv import-hf` wrote, or the work directory of a run that began from one. DST must not exist.
+
+      glmv export-hf checkpoints/glm-ocr GLM-OCR-again/
+      glmv export-hf runs/sft GLM-OCR-mine/ --dtype bfloat16
+    """
+    from glmv_jax.train import checkpoint, exchange
+
+    checkpoint.quiet_orbax()
+    print(exchange.export_hf(args.src, args.dst, args.dtype))
+    return 0
+
+
 def generate(args: argparse.Namespace) -> int:
     """Answers a prompt, with or without an image, with the model of the recipe's last finished stage.
 
@@ -366,6 +399,8 @@ def _alone_in(workdir: str):
 _COMMANDS = {
     "train": train,
     "cache-teachers": cache_teachers,
+    "import-hf": import_hf,
+    "export-hf": export_hf,
     "generate": generate,
     "eval": evaluate,
     "train-vocabulary": train_vocabulary,
@@ -409,6 +444,11 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     sub.add_argument("--items", type=int, default=0, metavar="N", help="crops of all hosts; default: every one read")
     sub.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts that the training will have (default 1)")
     sub.add_argument("--part", default="1/1", metavar="P/N", help="write only the P-th of N parts (default 1/1: all)")
+
+    for name, source in (("import-hf", "a Hugging Face folder, or org/name on the Hub"), ("export-hf", "ours")):
+        subs[name].add_argument("src", metavar="SRC", help=source)
+        subs[name].add_argument("dst", metavar="DST", help="the folder to write")
+        subs[name].add_argument("--dtype", metavar="NAME", help="bfloat16 or float32 (default: as stored)")
 
     sub = subs["generate"]
     sub.add_argument("--run", required=True, metavar="DIR", help="a recipe's run directory, as runs/quickstart")

@@ -1,0 +1,51 @@
+"""GLM-OCR with random weights as a folder, written by transformers itself; with the MTP layer, which it leaves out."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from tests.interop.test_glm_ocr import hf_config, randomise
+
+
+def model(seed: int = 0, **text) -> transformers.GlmOcrForConditionalGeneration:
+    torch.manual_seed(seed)
+    made = transformers.GlmOcrForConditionalGeneration(hf_config(**text)).eval()
+    randomise(made)
+    return made
+
+
+def write(folder, *, dtype=None, shard: str = "5GB", mtp: bool = False, repeated: bool = False):
+    """Saves a tiny model and returns it. mtp: with layer 2, behind the last; repeated: and its copies of the table and
+    of the head."""
+    made = model() if dtype is None else model().to(dtype)
+    made.save_pretrained(folder, max_shard_size=shard)
+    if mtp:
+        tensors = load_file(folder / "model.safetensors")
+        save_file(tensors | mtp_layer(tensors, repeated), folder / "model.safetensors", {"format": "pt"})
+    return made
+
+
+def mtp_layer(tensors: dict, repeated: bool = False) -> dict:
+    """Tensors of the layer behind the last, other numbers than any other's."""
+    prefix, rng = "model.language_model.layers.2.", np.random.default_rng(5)
+    draw = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=tensors["lm_head.weight"].dtype)  # noqa: E731
+    layer = {
+        name.replace(".layers.0.", ".layers.2."): draw(*t.shape) for name, t in tensors.items()
+        if "language_model.layers.0." in name
+    }  # fmt: skip
+    layer |= {prefix + f"{name}.weight": draw(32) for name in ("enorm", "hnorm", "shared_head.norm")}
+    layer[prefix + "eh_proj.weight"] = draw(32, 64)
+    if repeated:
+        layer[prefix + "embed_tokens.weight"] = tensors["model.language_model.embed_tokens.weight"].clone()
+        layer[prefix + "shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+    return layer
+
+
+def edit_config(folder, **changes) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
