@@ -74,22 +74,30 @@ def generate(
 
     Raises UserError for a prompt that is too long, an image that is too elongated, and settings out of range.
     """
-    if max_new_tokens < 1:
-        raise UserError(f"max_new_tokens={max_new_tokens} asks for no answer; use at least 1")
-    if not 0 <= temperature < float("inf"):
-        raise UserError(f"temperature={temperature} is out of range; use 0 for the likeliest answer, 1 for a sample")
+    check_settings(max_new_tokens, temperature)
     document = _document(model, asked)
     tokens = -(-len(document.tokens) // BUCKET) * BUCKET
     patches = model.patcher.max_patches  # one shape for all images, and for none
     rows = collate([document], tokens, patches, model.patcher.channels, [asked.source])
     sampling = Sampling.chat(model.tokenizer, max_new_tokens, temperature=temperature)
-    out = jax.device_get(_sampler(model.cfg, sampling)(model.params, Prompts.of(rows), jax.random.key(seed)))
+    out = jax.device_get(sampler_for(model.cfg, sampling)(model.params, Prompts.of(rows), jax.random.key(seed)))
     return parse_answer(answer_text(model.tokenizer, out.tokens[0, : out.lengths[0]], sampling.stop))
 
 
+def check_settings(max_new_tokens: int, temperature: float) -> None:
+    """UserError for settings of an answer that are out of range."""
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens={max_new_tokens} asks for no answer; use at least 1")
+    if not 0 <= temperature < float("inf"):
+        raise UserError(f"temperature={temperature} is out of range; use 0 for the likeliest answer, 1 for a sample")
+
+
 @functools.lru_cache(maxsize=8)
-def _sampler(cfg: vlm.VLMConfig, sampling: Sampling) -> Sampler:
-    """Kept between questions, so that the second one does not compile again."""
+def sampler_for(cfg: vlm.VLMConfig, sampling: Sampling) -> Sampler:
+    """How one answer is drawn, from a run or a public checkpoint: the one place that chooses.
+
+    Kept between questions, so that the second one does not compile again.
+    """
     return Sampler(cfg, sampling)
 
 

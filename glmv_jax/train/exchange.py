@@ -36,11 +36,10 @@ _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".ms
 
 
 class Loaded(NamedTuple):
-    """A model that can answer: its config, its parameters, and the folder of its tokenizer and other small files."""
+    """A model that can answer."""
 
     cfg: Any
     params: Params
-    files: Path
 
 
 def import_hf(source: str | Path, target: str | Path, dtype: str | None = None) -> str:
@@ -99,9 +98,9 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
     default: the first device. Raises UserError as `families.open_checkpoint` and `checkpoint.newest`.
     """
     source = Path(source).expanduser()
-    if not (source / MODEL).exists() and (source / "config.json").exists() and not (source / "checkpoints").exists():
+    if _is_public(source):
         found = families.open_checkpoint(source, dtype)
-        return Loaded(found.cfg, families.load(found, shardings, dtype), source)
+        return Loaded(found.cfg, families.load(found, shardings, dtype))
     origin = _origin(source)
     about, hf, cfg = _model(origin)
     if dtype is not None:
@@ -119,7 +118,20 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)
 
     like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), where)
-    return Loaded(cfg, checkpoint.load_item(params, like=like), origin / FILES)
+    return Loaded(cfg, checkpoint.load_item(params, like=like))
+
+
+def files(source: str | Path) -> Path:
+    """The folder with the tokenizer and the other small files of what `load` takes."""
+    source = Path(source).expanduser()
+    if not source.is_dir():
+        raise UserError(f"{source} is no folder; give a checkpoint")
+    return source if _is_public(source) else _origin(source) / FILES
+
+
+def _is_public(source: Path) -> bool:
+    """Whether it is in Hugging Face's layout: of ours none has a config.json without checkpoints."""
+    return (source / "config.json").exists() and not (source / "checkpoints").exists()
 
 
 def _origin(source: Path) -> Path:

@@ -1,0 +1,151 @@
+"""The small files beside a public checkpoint: how its images are sized, which ids end an answer, its tokenizer.
+
+Source: transformers 5 `models/glm46v/image_processing_pil_glm46v.py` and `processing_glm46v.py`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from glmv_jax.data.building import Document
+from glmv_jax.data.naflex import Patcher, load_image, smart_resize
+from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError
+
+# Pixels of an image, counted once a frame: what the processor class has where a checkpoint says nothing.
+MIN_PIXELS, MAX_PIXELS = 112 * 112, 28 * 28 * 15000
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelPatcher(Patcher):
+    """A Patcher whose budget is in pixels, as the public processors count: a still image as `temporal` frames."""
+
+    min_pixels: int = MIN_PIXELS
+    max_pixels: int = MAX_PIXELS
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        return smart_resize(height, width, factor=self.patch * self.merge, frames=self.temporal,
+                            temporal=self.temporal, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Prompts of a public checkpoint.
+
+    folder: where its config.json and the other small files are.
+    Raises UserError for a file that is broken, and for settings that the tower cannot follow.
+    """
+
+    folder: pathlib.Path
+
+    @functools.cached_property
+    def config(self) -> dict[str, Any]:
+        """The contents of config.json."""
+        return read_json(self.folder / "config.json")
+
+    @functools.cached_property
+    def _generation(self) -> dict[str, Any]:
+        return read_json(self.folder / "generation_config.json", {})
+
+    @functools.cached_property
+    def _text(self) -> dict[str, Any]:
+        return self.config.get("text_config", self.config)
+
+    @functools.cached_property
+    def image(self) -> int | None:
+        """The id of the image placeholder; None for a model of text alone."""
+        return self.config.get("image_token_id")
+
+    @functools.cached_property
+    def stops(self) -> tuple[int, ...]:
+        """Ids that end an answer: those of generation_config.json, else of config.json."""
+        for source in (self._generation, self._text, self.config):
+            found = source.get("eos_token_id")
+            if found is not None:
+                return tuple(found) if isinstance(found, list) else (found,)
+        return ()
+
+    @functools.cached_property
+    def longest(self) -> int:
+        """How many positions the model was made for, prompt and answer together."""
+        return self._text.get("max_position_embeddings", 1 << 30)
+
+    @functools.cached_property
+    def patcher(self) -> PixelPatcher:
+        """Images to patches as the checkpoint's own processor cuts them."""
+        vision = self.config.get("vision_config")
+        if vision is None:
+            raise UserError(f"{self.folder / 'config.json'} has no vision_config: this model sees no images; leave out "
+                            "--image")
+        said = read_json(self.folder / "preprocessor_config.json", None)
+        if said is None:
+            said = read_json(self.folder / "processor_config.json", {}).get("image_processor", {})
+        wants = {"patch_size": vision["patch_size"], "temporal_patch_size": vision["temporal_patch_size"],
+                 "merge_size": vision["spatial_merge_size"]}  # fmt: skip
+        wants |= {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD), "resample": 3, "rescale_factor": 1 / 255,
+                  "do_resize": True, "do_rescale": True, "do_normalize": True}  # fmt: skip
+        for name, want in wants.items():
+            if not np.allclose(said.get(name, want), want):
+                raise UserError(f"{self.folder}: the image processor has {name}={said[name]}, but only {want} is "
+                                "supported")
+        size = said.get("size", {})
+        low = size.get("shortest_edge", said.get("min_pixels", MIN_PIXELS))
+        high = size.get("longest_edge", said.get("max_pixels", MAX_PIXELS))
+        patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
+        budget = max(high // (temporal * patch**2), vision["spatial_merge_size"] ** 2)
+        return PixelPatcher(patch=patch, merge=vision["spatial_merge_size"], temporal=temporal, policy="smart",
+                            max_patches=budget, min_pixels=low, max_pixels=high)
+
+    @functools.cached_property
+    def tokenizer(self) -> Any:
+        return None
+
+    def document(self, ids: Sequence[int], images: Sequence[str | pathlib.Path | Image.Image] = ()) -> Document:
+        """A prompt of token ids with images.
+
+        ids: each image has one placeholder, which becomes as many as the image has visual tokens, or all of them.
+        Raises UserError for ids out of range, and when placeholders and images differ in number.
+        """
+        ids = np.asarray(ids, np.int64)
+        if not ids.size:
+            raise UserError("the prompt is empty; give at least one token")
+        vocab = self._text["vocab_size"]
+        if wrong := ids[(ids < 0) | (ids >= vocab)].tolist():
+            raise UserError(f"token id {wrong[0]} is not in the vocabulary of {vocab}; give ids from 0 to {vocab - 1}")
+        pictures = tuple(self.patcher(load_image(image)) for image in images)
+        merged = [len(patches) // self.patcher.merge**2 for patches, _ in pictures]
+        is_image = ids == self.image if self.image is not None else np.zeros(len(ids), bool)
+        count = int(is_image.sum())
+        if count not in (len(pictures), sum(merged)):
+            raise UserError(f"the prompt has {count} image placeholders, but {len(pictures)} images were given (of "
+                            f"{sum(merged)} visual tokens); give one image for each placeholder")
+        repeats = np.ones(len(ids), np.int64)
+        if count == len(pictures):
+            repeats[is_image] = merged
+        tokens = np.repeat(ids, repeats).astype(np.int32)
+        image_of_token = np.full(len(tokens), -1, np.int32)
+        image_of_token[np.repeat(is_image, repeats)] = np.repeat(np.arange(len(merged)), merged)
+        return Document(tokens, np.zeros(len(tokens), np.float32), image_of_token, pictures, "prompt", "prompt")
+
+
+_MISSING = object()
+
+
+def read_json(path: pathlib.Path, default: Any = _MISSING) -> Any:
+    """The JSON of a file; `default` where there is no file. UserError when it is broken, or there is no default."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if default is not _MISSING:
+            return default
+        raise UserError(f"{path} is missing; give the folder of a whole checkpoint") from None
+    except (OSError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path} cannot be read ({reason}); write or download it again") from None

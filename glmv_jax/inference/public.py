@@ -1,0 +1,85 @@
+"""Answers of a public checkpoint: a prompt of ids and images, the ids that follow and how likely each was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import jax
+import numpy as np
+
+from glmv_jax.data.building import Document
+from glmv_jax.data.packing import collate
+from glmv_jax.data.processor import Processor
+from glmv_jax.inference.generate import BUCKET, check_settings, sampler_for
+from glmv_jax.inference.sampler import Prompts, Sampling
+from glmv_jax.inference.text import answer_text
+from glmv_jax.models import vlm
+from glmv_jax.typing import Params, UserError
+
+# Patches are padded to a multiple of this, for the same reason as tokens to a multiple of BUCKET.
+PATCH_BUCKET = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Reply:
+    """token_ids: those after the prompt, the one that ends it included. logprobs: of each, before any truncation, at
+    the sampling's temperature (greedy: 1). finished: false when max_new_tokens cut it off."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finished: bool
+
+
+def check_length(processor: Processor, prompt: Document, max_new_tokens: int) -> None:
+    """UserError when prompt and answer exceed the positions that the model was made for."""
+    length = len(prompt.tokens)
+    if length + max_new_tokens > processor.longest:
+        raise UserError(f"the prompt has {length} tokens and up to {max_new_tokens} may follow, but the model was made "
+                        f"for {processor.longest}; shorten the prompt or lower --max-new-tokens")
+
+
+def reply(
+    cfg: vlm.VLMConfig, params: Params, processor: Processor, prompt: Document, *,
+    max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
+) -> Reply:  # fmt: skip
+    """What the model says next. Nothing is suppressed: greedy ids are those of transformers' `generate`.
+
+    Raises UserError for a prompt and an answer that exceed the model's positions, images that a model of text alone is
+    given, and settings out of range.
+    """
+    check_settings(max_new_tokens, temperature)
+    check_length(processor, prompt, max_new_tokens)
+    tokens = -(-len(prompt.tokens) // BUCKET) * BUCKET
+    patches = -(-prompt.patches // PATCH_BUCKET) * PATCH_BUCKET
+    channels = processor.patcher.channels if prompt.images else 0
+    rows = Prompts.of(collate([prompt], tokens, patches, channels, [prompt.source]))
+    if not prompt.images:
+        rows = rows._replace(vision=None)
+    sampling = Sampling(max_new_tokens, temperature=temperature, stop=processor.stops)
+    out: Any = jax.device_get(sampler_for(cfg, sampling)(params, rows, jax.random.key(seed)))
+    n = int(out.lengths[0])
+    logprobs = np.asarray(out.logprobs[0, :n], np.float64)
+    return Reply(out.tokens[0, :n].tolist(), logprobs.tolist(), bool(out.finished[0]))
+
+
+def text_of(answer: Reply, processor: Processor) -> str | None:
+    """The text of an answer; None for a checkpoint without a tokenizer."""
+    if processor.tokenizer is None:
+        return None
+    return answer_text(processor.tokenizer, answer.token_ids, processor.stops)
+
+
+def as_json(answer: Reply, processor: Processor) -> str:
+    """One object: token_ids, logprobs, finished, text."""
+    return json.dumps(dataclasses.asdict(answer) | {"text": text_of(answer, processor)}, ensure_ascii=False)
+
+
+def as_text(answer: Reply, processor: Processor) -> str:
+    """The text, then ids and log-probabilities, a line each."""
+    text = text_of(answer, processor)
+    lines = [] if text is None else [text]
+    lines.append("token ids: " + ",".join(map(str, answer.token_ids)))
+    lines.append("logprobs: " + ",".join(f"{x:.4f}" for x in answer.logprobs))
+    return "\n".join(lines)

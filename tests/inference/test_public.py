@@ -1,0 +1,169 @@
+"""Answers of a public checkpoint against transformers' `generate` on the same random weights, and wrong input.
+
+Not covered: released weights, videos, sampling at a temperature (the sampler's own test).
+"""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from glmv_jax import cli  # noqa: E402
+from glmv_jax.data.processor import Processor  # noqa: E402
+from glmv_jax.train import exchange  # noqa: E402
+from glmv_jax.typing import UserError  # noqa: E402
+from tests.interop import hf_glm_ocr  # noqa: E402
+
+IMAGE, EOS = 100, (7, 11)
+PIXELS = {"shortest_edge": 8 * 8 * 2 * 2, "longest_edge": 8 * 8 * 2 * 12}  # of a picture: 2 to 12 visual tokens
+
+
+def image_processor():
+    from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+    return Glm46VImageProcessorPil(size=PIXELS, patch_size=4, temporal_patch_size=2, merge_size=2)
+
+
+def picture(path, width: int, height: int, seed: int = 0):
+    pixels = np.random.default_rng(seed).integers(0, 255, (height, width, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """A folder that transformers wrote, with its image processor, and the model in it."""
+    folder = tmp_path_factory.mktemp("public") / "hf"
+    model = hf_glm_ocr.write(folder)
+    with torch.no_grad():  # so that different contexts give different answers
+        model.lm_head.weight.mul_(3)
+        model.model.language_model.embed_tokens.weight.mul_(4)
+    model.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    transformers.GenerationConfig(eos_token_id=list(EOS), pad_token_id=0).save_pretrained(folder)
+    return folder, model
+
+
+@pytest.fixture(scope="module")
+def ours(hf):
+    exchange.import_hf(hf[0], hf[0].parent / "ours")
+    return hf[0].parent / "ours"
+
+
+def theirs(model, ids, images=(), n: int = 12) -> tuple[list[int], list[float]]:
+    """Greedy ids of transformers, and their log-probabilities from its logits."""
+    ids, vision = torch.tensor([ids]), {}
+    if images:
+        vision = dict(image_processor()([Image.open(p) for p in images], return_tensors="pt"))
+    out = model.generate(
+        ids, mm_token_type_ids=(ids == IMAGE).int(), **vision, max_new_tokens=n, do_sample=False,
+        eos_token_id=list(EOS), pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    new = out.sequences[0, ids.shape[1]:].tolist()
+    return new, [float(torch.log_softmax(x[0].double(), -1)[i]) for x, i in zip(out.logits, new)]
+
+
+def answer(capsys, folder, *argv) -> dict:
+    assert cli.main(["generate", "--checkpoint", str(folder), "--json", *map(str, argv)]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def spelt(ids) -> str:
+    return ",".join(map(str, ids))
+
+
+def test_greedy_ids_of_text_are_theirs(hf, ours, capsys):
+    folder, model = hf
+    rng, ended = np.random.default_rng(0), 0
+    for length in (1, 5, 17):
+        ids = rng.integers(12, 99, length).tolist()
+        want, logprobs = theirs(model, ids)
+        for source in (ours, folder):
+            got = answer(capsys, source, "--token-ids", spelt(ids), "--max-new-tokens", 12)
+            assert got["token_ids"] == want
+            np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
+        ended += got["finished"]
+        assert got["finished"] == (want[-1] in EOS)
+    assert ended < 3, "some answer must be cut off"
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+def test_greedy_ids_after_images_are_theirs(hf, ours, capsys, tmp_path, expanded):
+    images = [picture(tmp_path / "a.png", 37, 21), picture(tmp_path / "b.png", 9, 50, 1)]
+    counts = [int(g.prod()) // 4 for g in image_processor()([Image.open(p) for p in images])["image_grid_thw"]]
+    rng = np.random.default_rng(1)
+    words = lambda n: rng.integers(12, 99, n).tolist()  # noqa: E731
+    begin, middle, end = words(3), words(2), words(4)
+    full = begin + [IMAGE] * counts[0] + middle + [IMAGE] * counts[1] + end
+    want, logprobs = theirs(hf[1], full, images)
+    given = full if expanded else begin + [IMAGE] + middle + [IMAGE] + end
+    got = answer(capsys, ours, "--token-ids", spelt(given), "--image", *images, "--max-new-tokens", 12)
+    assert got["token_ids"] == want
+    np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
+    swapped = answer(capsys, ours, "--token-ids", spelt(begin + [IMAGE] + middle + [IMAGE] + end), "--image", images[1],
+                     "--image", images[0], "--max-new-tokens", 12)  # fmt: skip
+    assert swapped["logprobs"] != got["logprobs"]
+
+
+@pytest.mark.parametrize("size", [(8, 8), (37, 21), (3, 3), (200, 90), (10, 300), (64, 24)])
+def test_patches_are_those_of_their_processor(hf, tmp_path, size):
+    path = picture(tmp_path / "a.png", *size)
+    want = image_processor()(Image.open(path), return_tensors="np")
+    patches, yx = Processor(hf[0]).patcher(Image.open(path))
+    np.testing.assert_array_equal(yx.max(0) + 1, want["image_grid_thw"][0, 1:])
+    from glmv_jax.models.cogvit import normalised
+
+    np.testing.assert_allclose(normalised(patches, 3, 2), want["pixel_values"], atol=2e-6)
+
+
+def test_without_a_file_the_budget_is_that_of_the_class(hf, tmp_path):
+    from transformers.models.glm46v.image_processing_pil_glm46v import Glm46VImageProcessorPil
+
+    config = json.loads((hf[0] / "config.json").read_text())
+    config["vision_config"]["patch_size"] = 14
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    patcher, standard = Processor(tmp_path).patcher, Glm46VImageProcessorPil()
+    for height, width in [(30, 40), (500, 300), (4000, 3000), (20, 2000)]:
+        h, w = patcher.size(height, width)
+        assert h * w // 14**2 == standard.get_number_of_image_patches(height, width)
+
+
+def test_wrong_prompts_are_one_line(hf, ours, capsys, tmp_path):
+    a = picture(tmp_path / "a.png", 30, 30)
+
+    def refused(*argv) -> str:
+        capsys.readouterr()
+        assert cli.main(["generate", "--checkpoint", str(ours), *argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "1 image placeholders, but 0 images" in refused("--token-ids", f"5,{IMAGE},6")
+    assert "0 image placeholders, but 1 images" in refused("--token-ids", "5,6", "--image", a)
+    assert "1 image placeholders, but 2 images" in refused("--token-ids", f"5,{IMAGE}", "--image", a, a)
+    assert "token id 128 is not in the vocabulary of 128" in refused("--token-ids", "5,128")
+    assert "--token-ids 5,x" in refused("--token-ids", "5,x")
+    assert "was made for 512" in refused("--token-ids", "5,6", "--max-new-tokens", "511")
+    assert "asks for no answer" in refused("--token-ids", "5,6", "--max-new-tokens", "0")
+    assert "does not exist" in refused("--token-ids", f"5,{IMAGE}", "--image", str(tmp_path / "none.png"))
+    assert "one of --prompt, --messages, --token-ids" in refused()
+    assert "one of --prompt, --messages, --token-ids" in refused("--token-ids", "5", "--prompt", "What?")
+    assert "--run" in refused("--run", "runs/x", "--token-ids", "5")
+
+
+def test_an_image_processor_that_the_tower_cannot_follow(hf, tmp_path):
+    for file in ("config.json", "preprocessor_config.json"):
+        (tmp_path / file).write_text((hf[0] / file).read_text())
+    said = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(said | {"image_std": [0.5, 0.5, 0.5]}))
+    with pytest.raises(UserError, match="image_std"):
+        _ = Processor(tmp_path).patcher
+    (tmp_path / "preprocessor_config.json").write_text('{"image')
+    with pytest.raises(UserError, match="cannot be read"):
+        _ = Processor(tmp_path).patcher
