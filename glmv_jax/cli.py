@@ -204,7 +204,7 @@ def generate(args: argparse.Namespace) -> int:
 
 
 def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], settings: dict) -> int:
-    from glmv_jax.data.processor import Processor
+    from glmv_jax.data.processor import Processor, question, read_messages
     from glmv_jax.inference import public
     from glmv_jax.train import exchange
 
@@ -218,7 +218,8 @@ def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], setti
             raise UserError(f"--token-ids {args.token_ids} are no numbers; give for example 5,6,7") from None
         prompt = processor.document(ids, images)
     else:
-        prompt = processor.conversation(args.messages or args.prompt, images)
+        asked = question(args.prompt, len(images)) if args.messages is None else read_messages(args.messages)
+        prompt = processor.conversation(asked, images)
     public.check_length(processor, prompt, settings["max_new_tokens"])
     cfg, params = exchange.load(args.checkpoint, args.dtype)
     answer = public.reply(cfg, params, processor, prompt, **settings)
@@ -381,7 +382,7 @@ def _config(args: argparse.Namespace):
 def _answering_model(folder):
     """The model of a finished stage's work directory, with the tokenizer and image sizes that it was trained with."""
     from glmv_jax.data.naflex import Patcher
-    from glmv_jax.data.tokenizer import Tokenizer
+    from glmv_jax.data.tokenizer import open_tokenizer
     from glmv_jax.inference.generate import Model
     from glmv_jax.models import build
     from glmv_jax.train import checkpoint
@@ -390,7 +391,7 @@ def _answering_model(folder):
     model = build.vlm(cfg.model)
     vision = model.vision
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, max_patches=cfg.data.image_patches)
-    tokenizer = Tokenizer(cfg.data.vocabulary or None)
+    tokenizer = open_tokenizer(cfg.data.vocabulary or None)
     return Model(model, checkpoint.load_params(folder), tokenizer, patcher, chat=cfg.stage != "pretrain")
 
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from glmv_jax.data import chat_template
 from glmv_jax.data.building import Document
 from glmv_jax.data.naflex import Patcher, load_image, smart_resize
+from glmv_jax.data.tokenizer_json import JsonTokenizer
 from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError
 
 # Pixels of an image, counted once a frame: what the processor class has where a checkpoint says nothing.
@@ -33,6 +35,15 @@ class PixelPatcher(Patcher):
     def size(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, factor=self.patch * self.merge, frames=self.temporal,
                             temporal=self.temporal, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """messages, tools: as the OpenAI API has them. settings: for the chat template, as enable_thinking."""
+
+    messages: Any
+    tools: Sequence[dict[str, Any]] = ()
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +115,24 @@ class Processor:
                             max_patches=budget, min_pixels=low, max_pixels=high)
 
     @functools.cached_property
-    def tokenizer(self) -> Any:
-        return None
+    def tokenizer(self) -> JsonTokenizer | None:
+        """The checkpoint's tokenizer.json; None where there is none."""
+        path = self.folder / "tokenizer.json"
+        return JsonTokenizer(path) if path.is_file() else None
+
+    def conversation(self, asked: Conversation, images: Sequence[Any] = ()) -> Document:
+        """A prompt of messages, rendered as the checkpoint wants it, ready for an answer.
+
+        images: of the placeholders that name none, in reading order.
+        Raises UserError for a checkpoint without a tokenizer and as `chat_template` and `document`.
+        """
+        if self.tokenizer is None:
+            raise UserError(f"{self.folder} has no tokenizer.json; copy it there, or give --token-ids")
+        checked = chat_template.checked(asked.messages)
+        images = chat_template.pictures(asked.messages, images)
+        render = chat_template.of_checkpoint(self.folder, self.config.get("model_type", ""))
+        ids = chat_template.prompt_ids(render, self.tokenizer, checked, asked.tools, **asked.settings)
+        return self.document(ids, images)
 
     def document(self, ids: Sequence[int], images: Sequence[str | pathlib.Path | Image.Image] = ()) -> Document:
         """A prompt of token ids with images.
@@ -133,6 +160,28 @@ class Processor:
         image_of_token = np.full(len(tokens), -1, np.int32)
         image_of_token[np.repeat(is_image, repeats)] = np.repeat(np.arange(len(merged)), merged)
         return Document(tokens, np.zeros(len(tokens), np.float32), image_of_token, pictures, "prompt", "prompt")
+
+
+def question(text: str, images: int) -> Conversation:
+    """A question about pictures. UserError when it is empty."""
+    if not text.strip():
+        raise UserError("the prompt is empty; write a question after --prompt")
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": text}]
+    return Conversation([{"role": "user", "content": parts if images else text}])
+
+
+def read_messages(path: str | pathlib.Path) -> Conversation:
+    """From a JSON file: a list of messages, or an object as the OpenAI API takes it, with "messages" and, if there are
+    any, "tools" and "chat_template_kwargs". UserError for anything else."""
+    found = read_json(pathlib.Path(path))
+    if isinstance(found, list):
+        return Conversation(found)
+    if not isinstance(found, dict) or "messages" not in found:
+        raise UserError(f"{path} holds no messages; write a list of them, or an object with \"messages\"")
+    tools, settings = found.get("tools") or [], found.get("chat_template_kwargs") or {}
+    if not isinstance(tools, list) or not isinstance(settings, dict):
+        raise UserError(f"{path}: \"tools\" has to be a list and \"chat_template_kwargs\" an object")
+    return Conversation(found["messages"], tools, settings)
 
 
 _MISSING = object()

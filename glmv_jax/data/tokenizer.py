@@ -9,6 +9,7 @@ from __future__ import annotations
 import pathlib
 import re
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -77,3 +78,12 @@ class Tokenizer:
             else:
                 run.append(i)
         return "".join(text) + self._model.decode(run)
+
+
+def open_tokenizer(path: str | pathlib.Path | None = None) -> Any:
+    """The vocabulary in a file: a `tokenizer.json` (see `tokenizer_json`) or sentencepiece; None: the shipped one."""
+    if path and str(path).endswith(".json"):
+        from glmv_jax.data.tokenizer_json import JsonTokenizer
+
+        return JsonTokenizer(path)
+    return Tokenizer(path)

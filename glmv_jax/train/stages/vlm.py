@@ -17,7 +17,7 @@ from glmv_jax.data import heldout, pipeline, texts
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.questions import Questions
-from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.data.tokenizer import open_tokenizer
 from glmv_jax.eval import vlm as vlm_eval
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses.cross_entropy import cross_entropy, divide, per_source
@@ -49,7 +49,7 @@ class VLMStage(Stage):
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
         self.model = build.vlm(cfg.model)
-        self.tokenizer = Tokenizer(cfg.data.vocabulary or None)
+        self.tokenizer = open_tokenizer(cfg.data.vocabulary or None)
         v, d = self.model.vision, cfg.data
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
         self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per)

@@ -1,0 +1,200 @@
+"""A conversation to token ids as a public checkpoint wants it: by its own chat template (jinja), or by our dialects.
+
+A template comes from a checkpoint, so it runs in jinja's sandbox, with what transformers gives it (trim_blocks,
+lstrip_blocks, loop controls, `tojson` without escapes, `raise_exception`, `strftime_now`, `generation` blocks). Special
+tokens that a message spells are marked before it is rendered, so that what the template writes counts and what a person
+writes does not.
+"""
+
+from __future__ import annotations
+
+import base64
+import datetime
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from glmv_jax.data import dialect
+from glmv_jax.data.tokenizer import BOX
+from glmv_jax.typing import UserError
+
+Render = Callable[..., str]
+_TRUSTED = (*BOX, "<think>", "</think>")  # in what an assistant said
+
+
+def of_checkpoint(folder: pathlib.Path, model_type: str) -> Render:
+    """How a checkpoint renders conversations: chat_template.jinja, else what older folders have in JSON, else our own.
+
+    Returns a function (messages, tools, add_generation_prompt, **settings) -> text. UserError for a broken template.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        return jinja(path.read_text(encoding="utf-8"), path)
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            found = json.loads(path.read_text(encoding="utf-8")).get("chat_template")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} cannot be read ({error}); download it again") from None
+        if isinstance(found, list):  # several by name
+            found = next((one["template"] for one in found if one["name"] == "default"), None)
+        if found:
+            return jinja(found, path)
+    return dialect.OF_FAMILY.get(model_type, dialect.COMPACT)
+
+
+def jinja(source: str, name: str | pathlib.Path = "the chat template") -> Render:
+    """A template as a function. UserError when jinja2 is not installed, or the template is broken or complains."""
+    try:
+        import jinja2
+        from jinja2.ext import Extension, loopcontrols
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+    except ImportError:
+        raise UserError('rendering a chat template takes jinja2; pip install "glmv_jax[hf]"') from None
+
+    class Generation(Extension):
+        """`{% generation %}` marks what is learnt; a prompt has no use for it."""
+
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def complain(message: str) -> None:
+        raise jinja2.exceptions.TemplateError(message)
+
+    def tojson(x: Any, ensure_ascii: bool = False, **settings: Any) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, **settings)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = complain
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+
+    def told(work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except (jinja2.exceptions.TemplateError, TypeError, ValueError, KeyError, AttributeError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"{name}: {reason}; change the messages, or the template") from None
+
+    template = told(lambda: environment.from_string(source))
+
+    def render(messages, tools=(), add_generation_prompt=True, **settings) -> str:
+        given = dict(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
+        return told(lambda: template.render(**given, documents=None, **settings))
+
+    return render
+
+
+def prompt_ids(
+    render: Render, tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (),
+    **settings: Any,
+) -> list[int]:  # fmt: skip
+    """Ids of a conversation that an assistant is to go on with; an image is one `<|image|>`.
+
+    tokenizer: a `JsonTokenizer`. settings: for the template, as `enable_thinking`.
+    """
+    written = json.dumps([messages, tools], ensure_ascii=False)
+    mark = next(chr(c) for c in range(0xE000, 0xF8FF) if chr(c) not in written)  # of those that mean nothing
+    names = sorted(tokenizer.special, key=len, reverse=True)
+    spelt = re.compile("|".join(map(re.escape, names)))
+    marked = lambda text: spelt.sub(lambda m: m[0][0] + mark + m[0][1:], text)  # noqa: E731
+    trusting = lambda text: spelt.sub(  # noqa: E731
+        lambda m: m[0] if m[0] in _TRUSTED else m[0][0] + mark + m[0][1:], text
+    )
+    safe = [_each_text(m, trusting if m["role"] == "assistant" else marked) for m in messages]
+    text = render(safe, tools=_each_text(list(tools), marked), add_generation_prompt=True, **settings)
+    return [i for piece in text.split(mark) for i in tokenizer.encode_with_specials(piece, names)]
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {change(key): _each_text(inner, change) for key, inner in value.items()}
+    return [_each_text(inner, change) for inner in value] if isinstance(value, (list, tuple)) else value
+
+
+def checked(messages: Any) -> list[dict[str, Any]]:
+    """Messages as templates expect them, from what the OpenAI API takes: no empty fields, arguments as objects,
+    pictures as {"type": "image"} (see `pictures`). Raises UserError for what is none, naming the message."""
+    if not isinstance(messages, list) or not messages:
+        raise UserError("the messages are no list of messages; write [{\"role\": \"user\", \"content\": ...}]")
+    found = []
+    for n, message in enumerate(messages, 1):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise UserError(f"message {n} has no role; write {{\"role\": \"user\", \"content\": ...}}")
+        message = {key: value for key, value in message.items() if value is not None}
+        content = message.get("content", "")
+        if isinstance(content, list):
+            message["content"] = [_part(part, n) for part in content]
+        elif not isinstance(content, str):
+            raise UserError(f"the content of message {n} is no text and no list of parts; give one of them")
+        if "tool_calls" in message:
+            message["tool_calls"] = [_call(call, n) for call in message["tool_calls"]]
+        found.append(message)
+    return found
+
+
+def pictures(messages: Sequence[Mapping[str, Any]], given: Sequence[Any]) -> list[Any]:
+    """The image of each placeholder in reading order: the file or bytes that its part names, else the next of `given`.
+
+    A part names one as {"type": "image", "image": FILE} or {"type": "image_url", "image_url": {"url": FILE}}; a data:
+    URL holds the bytes. Raises UserError for other addresses, and when placeholders and images differ in number.
+    """
+    found, waiting = [], list(given)
+    parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
+    for part in (p for p in parts if p.get("type") in ("image", "image_url")):
+        named = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
+        named = named.get("url") if isinstance(named, Mapping) else named
+        if named is None and not waiting:
+            raise UserError(f"the messages have more image placeholders than the {len(given)} images that were given; "
+                            "give one --image for each")
+        found.append(waiting.pop(0) if named is None else _source(named))
+    if waiting:
+        raise UserError(f"the messages have {len(found)} image placeholders and {len(waiting)} images too many were "
+                        'given; write one {"type": "image"} part for each image')
+    return found
+
+
+def _source(named: str) -> str | bytes:
+    if named.startswith("data:"):
+        try:
+            return base64.b64decode(named.partition(",")[2], validate=True)
+        except ValueError:
+            raise UserError("a data: URL in the messages is no base64; encode the picture again") from None
+    if re.match(r"https?://", named):
+        raise UserError(f"the messages name an image at {named[:80]}; download it and give its path")
+    return named.removeprefix("file://")
+
+
+def _part(part: Any, n: int) -> dict[str, Any]:
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
+        return part
+    if kind in ("image", "image_url"):
+        return {"type": "image"}
+    raise UserError(f"message {n} has a part of type {kind!r}; use text or image")
+
+
+def _call(call: Any, n: int) -> dict[str, Any]:
+    """A tool call with its arguments as an object, under "function" as OpenAI has it."""
+    inner = call.get("function", call) if isinstance(call, dict) else {}
+    arguments = inner.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except ValueError:
+            arguments = None
+    if not isinstance(inner.get("name"), str) or not isinstance(arguments, dict):
+        raise UserError(f"a tool call of message {n} has no name, or arguments that are no JSON object; write both")
+    changed = {**inner, "arguments": arguments}
+    return {**call, "function": changed} if "function" in call else changed
