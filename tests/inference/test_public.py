@@ -6,6 +6,7 @@ Not covered: released weights, videos, sampling at a temperature (the sampler's 
 from __future__ import annotations
 
 import json
+import pathlib
 
 import numpy as np
 import pytest
@@ -18,8 +19,11 @@ from glmv_jax import cli  # noqa: E402
 from glmv_jax.data.processor import Processor  # noqa: E402
 from glmv_jax.train import exchange  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
+from tests.data import json_vocabulary  # noqa: E402
 from tests.interop import hf_glm_ocr  # noqa: E402
+from tests.interop.test_glm_ocr import hf_config, randomise  # noqa: E402
 
+TEMPLATES = pathlib.Path(__file__).parent.parent / "data" / "templates"
 IMAGE, EOS = 100, (7, 11)
 PIXELS = {"shortest_edge": 8 * 8 * 2 * 2, "longest_edge": 8 * 8 * 2 * 12}  # of a picture: 2 to 12 visual tokens
 
@@ -56,17 +60,102 @@ def ours(hf):
     return hf[0].parent / "ours"
 
 
-def theirs(model, ids, images=(), n: int = 12) -> tuple[list[int], list[float]]:
+def theirs(model, ids, images=(), n: int = 12, image: int = IMAGE, eos=EOS) -> tuple[list[int], list[float]]:
     """Greedy ids of transformers, and their log-probabilities from its logits."""
     ids, vision = torch.tensor([ids]), {}
     if images:
         vision = dict(image_processor()([Image.open(p) for p in images], return_tensors="pt"))
     out = model.generate(
-        ids, mm_token_type_ids=(ids == IMAGE).int(), **vision, max_new_tokens=n, do_sample=False,
-        eos_token_id=list(EOS), pad_token_id=0, return_dict_in_generate=True, output_logits=True,
+        ids, mm_token_type_ids=(ids == image).int(), **vision, max_new_tokens=n, do_sample=False,
+        eos_token_id=list(eos), pad_token_id=0, return_dict_in_generate=True, output_logits=True,
     )  # fmt: skip
     new = out.sequences[0, ids.shape[1]:].tolist()
     return new, [float(torch.log_softmax(x[0].double(), -1)[i]) for x, i in zip(out.logits, new)]
+
+
+def stops(tokenizer) -> list[int]:
+    return tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    """A folder with a tokenizer and a chat template, and its model: ids of the tokenizer are those of the model."""
+    folder = tmp_path_factory.mktemp("talking") / "hf"
+    folder.mkdir()
+    json_vocabulary.write(folder, **{"chat_template.jinja": (TEMPLATES / "spaced.jinja").read_text()})
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+    config = hf_config()
+    config.text_config.vocab_size, config.image_token_id = 512, tokenizer.convert_tokens_to_ids("<|image|>")
+    torch.manual_seed(0)
+    model = transformers.GlmOcrForConditionalGeneration(config).eval()
+    randomise(model)
+    model.save_pretrained(folder)
+    image_processor().save_pretrained(folder)
+    transformers.GenerationConfig(eos_token_id=stops(tokenizer), pad_token_id=0).save_pretrained(folder)
+    return folder, model, tokenizer
+
+
+def test_messages_with_images_and_tools_are_answered_as_theirs(talking, capsys, tmp_path):
+    folder, model, tokenizer = talking
+    images = [picture(tmp_path / "a.png", 37, 21), picture(tmp_path / "b.png", 9, 50, 1)]
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "the cat?"}]},
+        {"role": "assistant", "tool_calls": [{"function": {"name": "zoom", "arguments": '{"n": 3}'}}]},
+        {"role": "tool", "content": [{"type": "image", "image": images[1]}]},
+    ]
+    tools = [{"type": "function", "function": {"name": "zoom", "parameters": {}}}]
+    (tmp_path / "chat.json").write_text(json.dumps({"messages": messages, "tools": tools}))
+    got = answer(capsys, folder, "--messages", tmp_path / "chat.json", "--image", images[0], "--max-new-tokens", 8)
+
+    messages[2]["tool_calls"][0]["function"]["arguments"] = {"n": 3}
+    text = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=True)
+    for grid in image_processor()([Image.open(p) for p in images])["image_grid_thw"]:
+        text = text.replace("<|image|>", "<|IMAGE|>" * (int(grid.prod()) // 4), 1)  # as their processors do
+    ids = tokenizer(text.replace("<|IMAGE|>", "<|image|>"), add_special_tokens=False)["input_ids"]
+    want, logprobs = theirs(model, ids, images, 8, image=model.config.image_token_id, eos=stops(tokenizer))
+    assert got["token_ids"] == want
+    np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
+    assert got["text"] == tokenizer.decode(want[:-1] if got["finished"] else want)
+
+
+def test_a_question_and_what_is_printed(talking, capsys):
+    folder, model, tokenizer = talking
+    argv = ["generate", "--checkpoint", str(folder), "--prompt", "the cat?", "--max-new-tokens", "5"]
+    assert cli.main(argv) == 0
+    lines = capsys.readouterr().out
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "the cat?"}], add_generation_prompt=True, return_dict=True
+    )["input_ids"]
+    want, logprobs = theirs(model, ids, (), 5, image=-1, eos=stops(tokenizer))
+    assert lines.endswith(
+        f"token ids: {spelt(want)}\nlogprobs: {','.join(f'{x:.4f}' for x in logprobs)}\n"
+    ), lines
+    warm = [answer(capsys, folder, *argv[3:], "--temperature", "1", "--seed", seed)["token_ids"] for seed in (1, 1, 2)]
+    assert warm[0] == warm[1] != warm[2]
+
+
+def test_wrong_messages_are_one_line(talking, hf, capsys, tmp_path):
+    def refused(text: str, *argv, folder=talking[0]) -> str:
+        (tmp_path / "chat.json").write_text(text)
+        capsys.readouterr()
+        given = ["--checkpoint", str(folder), "--messages", str(tmp_path / "chat.json")]
+        assert cli.main(["generate", *given, *argv]) == 2
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1
+        return err
+
+    assert "chat.json cannot be read" in refused("{")
+    assert "holds no messages" in refused('{"message": []}')
+    assert "message 1 has no role" in refused('[{"content": "x"}]')
+    one = json.dumps([{"role": "user", "content": [{"type": "image"}]}])
+    assert "more image placeholders" in refused(one)
+    assert "has no tokenizer.json" in refused('[{"role": "user", "content": "x"}]', folder=hf[0])
+    spelt = json.dumps([{"role": "user", "content": "x <|image|>"}])  # a person's, so no placeholder
+    assert "was made for 512" in refused(spelt, "--max-new-tokens", "600")
+    assert "no list of messages" in refused("[]")
+    assert cli.main(["generate", "--checkpoint", str(tmp_path / "none"), "--prompt", "x"]) == 2
+    assert "is no folder" in capsys.readouterr().err
 
 
 def answer(capsys, folder, *argv) -> dict:
