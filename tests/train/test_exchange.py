@@ -264,6 +264,7 @@ def test_targets_that_are_in_the_way(tmp_path, capsys, source):
 
 def test_a_killed_import_is_never_taken_for_whole(tmp_path, source):
     code = f"""
+import os
 from glmv_jax.interop import arrays
 from glmv_jax.train import exchange
 blocks, n = arrays._blocks, [0]
@@ -281,6 +282,35 @@ exchange.import_hf({str(source)!r}, {str(tmp_path / "ours")!r})
             read(tmp_path / "ours.part")
     exchange.import_hf(source, tmp_path / "ours")  # the next attempt clears it away
     assert not (tmp_path / "ours.part").exists() and exchange.load(tmp_path / "ours").params
+
+
+@pytest.mark.parametrize("way", ["import", "export"])
+def test_a_disk_that_takes_no_more(tmp_path, source, way):
+    if way == "export":
+        exchange.import_hf(source, tmp_path / "ours")
+    code = """
+import resource, signal, sys
+from glmv_jax import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))  # as a full disk, for larger files
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    before = sorted(p.name for p in tmp_path.iterdir())
+    argv = [f"{way}-hf", source if way == "import" else tmp_path / "ours", tmp_path / "new"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"cannot write {tmp_path / 'new'}" in done.stderr and "larger than this system allows" in done.stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_what_is_no_checkpoint_of_ours(tmp_path, source):
+    for where in (source, tmp_path / "nowhere", tmp_path):
+        with pytest.raises(UserError, match="is no imported checkpoint and did not begin from one"):
+            exchange.export_hf(where, tmp_path / "out")
+    exchange.import_hf(source, tmp_path / "ours")
+    (tmp_path / "ours" / "model.json").write_text('{"mtp": ')
+    with pytest.raises(UserError, match="model.json cannot be read"):
+        exchange.load(tmp_path / "ours")
 
 
 def test_damage_on_disk_is_noticed(tmp_path, source):

