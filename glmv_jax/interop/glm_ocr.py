@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from glmv_jax.interop.table import Entry, convolution, fused, linear, matrix, same
+from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.mtp import MTPConfig
@@ -22,29 +23,51 @@ def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float3
     if hf.get("model_type") != "glm_ocr":
         raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not glm_ocr")
     v, t = hf["vision_config"], hf["text_config"]
-    rope = t["rope_parameters"]
-    if rope.get("rope_type", "default") != "default":
-        raise UserError(f"config.json: rope_type {rope['rope_type']!r} is not supported, only 'default'")
-    vision = CogViTConfig(
-        depth=v["depth"], width=v["hidden_size"], heads=v["num_heads"], mlp=v["intermediate_size"],
-        patch=v["patch_size"], temporal_patch=v["temporal_patch_size"], channels=v["in_channels"],
-        rope_theta=(v.get("rope_parameters") or {}).get("rope_theta", 1e4), norm_eps=v["rms_norm_eps"], dtype=dtype,
-    )  # fmt: skip
+    vision = CogViTConfig(**trunk(v), mlp=v["intermediate_size"], dtype=dtype)
     merger = MergerConfig(vision.width, v["out_hidden_size"], v["out_hidden_size"] * v["in_channels"], dtype=dtype)
-    head_dim = t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"]
-    decoder = DecoderConfig(
-        vocab=t["vocab_size"], depth=t["num_hidden_layers"], width=t["hidden_size"], heads=t["num_attention_heads"],
-        kv_heads=t["num_key_value_heads"], head_dim=head_dim, mlp=t["intermediate_size"],
-        rope_theta=rope["rope_theta"], rope_split=tuple(rope.get("mrope_section", (8, 12, 12))),
-        rotary_fraction=rope.get("partial_rotary_factor", 1.0), norm_eps=t["rms_norm_eps"],
-        tied=bool(hf.get("tie_word_embeddings", False)), dtype=dtype,
-    )  # fmt: skip
+    tied = bool(hf.get("tie_word_embeddings", False))
+    decoder = DecoderConfig(**text(t), mlp=t["intermediate_size"], tied=tied, dtype=dtype)
     return VLMConfig(vision, merger, decoder, MTPConfig(decoder) if has_mtp else None)
+
+
+def trunk(v: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of a vision tower's config that are named alike in all GLM families."""
+    rope = v.get("rope_parameters") or {}
+    return dict(
+        depth=v["depth"], width=v["hidden_size"], heads=v["num_heads"], patch=v["patch_size"],
+        temporal_patch=v["temporal_patch_size"], channels=v["in_channels"], rope_theta=rope.get("rope_theta", 1e4),
+        norm_eps=v["rms_norm_eps"],
+    )  # fmt: skip
+
+
+def text(t: Mapping[str, Any], rotary_fraction: float = 1.0) -> dict[str, Any]:
+    """Fields of a decoder's config that are named alike in all GLM families; rotary_fraction: where none is given.
+
+    Rotary numbers stand in "rope_parameters", before transformers 5 in "rope_scaling" and beside it.
+    """
+    rope = {name: t[name] for name in ("rope_theta", "partial_rotary_factor") if name in t}
+    rope |= t.get("rope_parameters") or t.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise UserError(f"config.json: rope_type {kind!r} is not supported, only 'default'")
+    head_dim = t.get("head_dim") or t["hidden_size"] // t["num_attention_heads"]
+    split = tuple(rope.get("mrope_section", (8, 12, 12)))
+    rotary_fraction = rope.get("partial_rotary_factor", rotary_fraction)
+    if len(split) != 3 or 2 * sum(split) != int(head_dim * rotary_fraction):
+        raise UserError(
+            f"config.json: mrope_section {list(split)} does not share out the {head_dim} * {rotary_fraction} rotary "
+            "dimensions of a head among time, height and width"
+        )
+    return dict(
+        vocab=t["vocab_size"], depth=t["num_hidden_layers"], width=t["hidden_size"], heads=t["num_attention_heads"],
+        kv_heads=t["num_key_value_heads"], head_dim=head_dim, rope_theta=rope.get("rope_theta", 1e4), rope_split=split,
+        rotary_fraction=rotary_fraction, norm_eps=t["rms_norm_eps"],
+    )  # fmt: skip
 
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*_vision(cfg.vision), *_merger(), *_decoder(cfg.decoder), *(_mtp(cfg.decoder) if cfg.mtp else ())]
+    return [*_vision(cfg.vision), *merger(), *decoder(cfg.decoder), *(_mtp(cfg.decoder) if cfg.mtp else ())]
 
 
 def duplicates(cfg: VLMConfig) -> list[str]:
@@ -68,16 +91,22 @@ def _vision(cfg: CogViTConfig) -> list[Entry]:
     ]
     for name in ("gate", "up", "down"):
         entries += linear(f"{hf}mlp.{name}_proj", f"{ours}mlp/{name}", n)
+    return entries + ends(cfg)
+
+
+def ends(cfg: CogViTConfig) -> list[Entry]:
+    """What a vision tower has before and after its blocks."""
     # Conv3d over (C, T, y, x): our patch vector holds them in that very order.
     patch = convolution((0, 1, 2, 3), (cfg.temporal_patch, cfg.patch, cfg.patch))
-    return entries + [
+    return [
         Entry("model.visual.patch_embed.proj.weight", ("vision/patch_embed/kernel",), patch),
         Entry("model.visual.patch_embed.proj.bias", ("vision/patch_embed/bias",), same),
         Entry("model.visual.post_layernorm.weight", ("vision/norm/scale",), same),
     ]
 
 
-def _merger() -> list[Entry]:
+def merger() -> list[Entry]:
+    """The merger and the downsampling before it."""
     hf, ours = "model.visual.merger.", "merger/"
     # Conv2d 2x2 over channels: our input is four neighbours (y, x) side by side, channels inside.
     entries = [
@@ -90,7 +119,7 @@ def _merger() -> list[Entry]:
     return entries + [Entry(f"{hf}{n}_proj.weight", (f"{ours}mlp/{n}/kernel",), matrix) for n in ("gate", "up", "down")]
 
 
-def _block(hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry]:
+def _block(cfg: BlockConfig, hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry]:
     norms = {
         "input_layernorm": "norm1",
         "post_self_attn_layernorm": "post_norm1",
@@ -101,6 +130,7 @@ def _block(hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry
     entries += [
         Entry(f"{hf}self_attn.{p}_proj.weight", (f"{ours}attention/{p}/kernel",), matrix, layers) for p in "qkvo"
     ]
+    entries += [Entry(f"{hf}self_attn.{p}_proj.bias", (f"{ours}attention/{p}/bias",), same, layers) for p in cfg.biases]
     gate_up = (f"{ours}mlp/gate/kernel", f"{ours}mlp/up/kernel")
     return entries + [
         Entry(hf + "mlp.gate_up_proj.weight", gate_up, fused(2), layers),
@@ -108,9 +138,16 @@ def _block(hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry
     ]
 
 
-def _decoder(cfg: DecoderConfig) -> list[Entry]:
+def decoder(cfg: DecoderConfig) -> list[Entry]:
+    """The dense decoder with its table and head."""
     hf = "model.language_model."
-    entries = _block(hf + "layers.{i}.", "decoder/blocks/", cfg.depth) + [
+    return _block(cfg.block, hf + "layers.{i}.", "decoder/blocks/", cfg.depth) + words(cfg)
+
+
+def words(cfg: Any) -> list[Entry]:
+    """A decoder's table, last norm and head."""
+    hf = "model.language_model."
+    entries = [
         Entry(hf + "embed_tokens.weight", ("decoder/embed/embedding",), same),
         Entry(hf + "norm.weight", ("decoder/norm/scale",), same),
     ]
@@ -119,7 +156,7 @@ def _decoder(cfg: DecoderConfig) -> list[Entry]:
 
 def _mtp(cfg: DecoderConfig) -> list[Entry]:
     hf = f"model.language_model.layers.{cfg.depth}."
-    return _block(hf, "mtp/block/", None) + [
+    return _block(cfg.block, hf, "mtp/block/", None) + [
         Entry(hf + "enorm.weight", ("mtp/enorm/scale",), same),
         Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
         Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),

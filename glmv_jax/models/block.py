@@ -31,7 +31,8 @@ class BlockConfig:
     mlp: int
     kv_heads: int = 0  # 0: as many as heads
     head_dim: int = 0  # 0: width / heads
-    bias: bool = False
+    bias: bool = False  # of all matrices
+    qkv_bias: bool = False  # of these three alone
     qk_norm: bool = False
     post_norms: bool = False  # a norm after attention and after the MLP too, before the residual sum (GLM decoders)
     identity: bool = False  # starts as the identity: the last matrix of a branch, or the norm after it, at zero
@@ -51,7 +52,7 @@ class BlockConfig:
     @property
     def biases(self) -> str:
         """Which projections of the attention have one."""
-        return "qkvo" if self.bias else ""
+        return "qkvo" if self.bias else "qkv" if self.qkv_bias else ""
 
     @property
     def layer(self) -> type[nn.Module]:

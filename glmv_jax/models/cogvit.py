@@ -76,11 +76,15 @@ class CogViT(nn.Module):
         x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
         if mask_BP is not None:
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
-        x_BPD = constrain(x_BPD, "batch", "length", "activation")
+        x_BPD = constrain(self.placed(x_BPD, vision), "batch", "length", "activation")
         rope = rope_lib.axial(vision.yx, c.block.k, c.rope_theta)
         span = Span(vision.frame)
         x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
+
+    def placed(self, x_BPD: jax.Array, vision: VisionInput) -> jax.Array:
+        """What enters the blocks, from the patches' embeddings. Here nothing is added: attention rotates."""
+        return x_BPD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,8 +145,8 @@ def example_rows(patch_dim: int) -> VisionInput:
 def apply(
     cfg: CogViTConfig, params: dict, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D=None
 ) -> jax.Array:
-    """Patch features [B, P, D] after the final norm; see CogViT."""
-    return CogViT(cfg).apply({"params": params}, vision, mask_BP, mask_token_D)
+    """Patch features [B, P, D] after the final norm; see CogViT. `cfg` may be of a tower derived from it."""
+    return cfg.module().apply({"params": params}, vision, mask_BP, mask_token_D)
 
 
 def merge(cfg: MergerConfig, params: dict, x_BPD: jax.Array) -> jax.Array:

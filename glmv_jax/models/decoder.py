@@ -1,5 +1,6 @@
-"""The dense GLM decoder, as in GLM-OCR's text model: grouped-query attention, rotary sections, norms on both sides of
-each branch. Source: transformers `glm_ocr/modeling_glm_ocr.py` (GlmOcrTextModel).
+"""The dense GLM decoder, as in GLM-OCR's, GLM-4.1V's and GLM-4.6V-Flash's text models: grouped-query attention, rotary
+sections, norms on both sides of each branch. Sources: transformers `glm_ocr/modeling_glm_ocr.py` (GlmOcrTextModel),
+`glm4v/modeling_glm4v.py` (Glm4vTextModel).
 
 `embed`, `apply` and `logits` serve every decoder: a config has vocab, width, depth, tied, dtype, `block` (of the MTP
 head), rope(), module(), flops(), init_cache() and share_prompts().
@@ -38,6 +39,7 @@ class DecoderConfig:
     rope_theta: float = 1e4
     rope_split: tuple[int, int, int] = (16, 24, 24)
     rotary_fraction: float = 1.0
+    qkv_bias: bool = False
     norm_eps: float = 1e-5
     tied: bool = False  # the output head is the embedding table
     dtype: str = "float32"
@@ -46,8 +48,8 @@ class DecoderConfig:
     @property
     def block(self) -> BlockConfig:
         return BlockConfig(
-            self.width, self.heads, self.mlp, self.kv_heads, self.head_dim, post_norms=True, identity=True,
-            norm_eps=self.norm_eps, rotate=rope_lib.rotate_pairs, dtype=self.dtype,
+            self.width, self.heads, self.mlp, self.kv_heads, self.head_dim, qkv_bias=self.qkv_bias,
+            post_norms=True, identity=True, norm_eps=self.norm_eps, rotate=rope_lib.rotate_pairs, dtype=self.dtype,
         )  # fmt: skip
 
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:

@@ -1,11 +1,14 @@
 """Rotary position embeddings: 2-D axial for CogViT, 1-D or (time, height, width) sections for the language model.
 
-Both return (cos, sin) [B, T, K'] in float32 and come with the rotation that pairs their dimensions:
-CogViT pairs i with i + K/2 (`rotate_half`), the GLM decoder pairs 2i with 2i + 1 (`rotate_pairs`).
-Source: transformers `glm_ocr/modeling_glm_ocr.py`.
+Both return (cos, sin) [B, T, K'] in float32 and come with the rotation that pairs their dimensions: vision towers and
+GLM-4.5V's decoder pair i with i + K'/2 (`rotate_half`), the dense GLM decoders 2i with 2i + 1 (`rotate_pairs`). Both
+rotate the first K' dimensions of a head and pass the rest through.
+Sources: transformers `glm_ocr/modeling_glm_ocr.py`, `glm4v_moe/modeling_glm4v_moe.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,28 +25,31 @@ def axial(yx_BP2: jax.Array, head_dim: int, theta: float) -> Rope:
     return jnp.cos(angle), jnp.sin(angle)
 
 
-def sections(positions_BT3: jax.Array, rotary_dim: int, theta: float, split: tuple[int, int, int]) -> Rope:
-    """Frequencies are dealt to (time, height, width) in blocks of `split` (rotary_dim / 2 in all), each twice."""
+def sections(
+    positions_BT3: jax.Array, rotary_dim: int, theta: float, split: tuple[int, int, int], rotate: Callable | None = None
+) -> Rope:
+    """Frequencies are dealt to (time, height, width) in blocks of `split` (rotary_dim / 2 in all), each twice: where
+    `rotate` (None: rotate_pairs) pairs dimensions."""
     inv = theta ** (-jnp.arange(0, rotary_dim, 2, dtype=jnp.float32) / rotary_dim)
     owner = jnp.repeat(jnp.arange(3), jnp.array(split), total_repeat_length=rotary_dim // 2)
     angle = jnp.take(positions_BT3.astype(jnp.float32), owner, axis=-1) * inv
-    angle = jnp.repeat(angle, 2, axis=-1)
+    angle = jnp.concatenate([angle, angle], axis=-1) if rotate is rotate_half else jnp.repeat(angle, 2, axis=-1)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_half(x_BTHK: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates all of K in float32, dimension i with i + K/2."""
-    x = x_BTHK.astype(jnp.float32)
-    low, high = jnp.split(x, 2, axis=-1)
-    return _rotate(x, jnp.concatenate([-high, low], axis=-1), rope).astype(x_BTHK.dtype)
+    """Rotates dimension i with i + K'/2, in float32."""
+
+    def swapped(x: jax.Array) -> jax.Array:
+        low, high = jnp.split(x, 2, axis=-1)
+        return jnp.concatenate([-high, low], axis=-1)
+
+    return _rotate(x_BTHK, rope, swapped)
 
 
 def rotate_pairs(x_BTHK: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates the first K' dimensions (K' = the width of `rope`), 2i with 2i + 1; the rest passes through."""
-    rotary_dim = rope[0].shape[-1]
-    x, rest = x_BTHK[..., :rotary_dim].astype(jnp.float32), x_BTHK[..., rotary_dim:]
-    swapped = jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
-    return jnp.concatenate([_rotate(x, swapped, rope).astype(x_BTHK.dtype), rest], axis=-1)
+    """Rotates dimension 2i with 2i + 1, in float32."""
+    return _rotate(x_BTHK, rope, lambda x: jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape))
 
 
 def no_rotation(x_BTHK: jax.Array, rope: None) -> jax.Array:
@@ -51,6 +57,8 @@ def no_rotation(x_BTHK: jax.Array, rope: None) -> jax.Array:
     return x_BTHK
 
 
-def _rotate(x: jax.Array, swapped: jax.Array, rope: Rope) -> jax.Array:
+def _rotate(x_BTHK: jax.Array, rope: Rope, swapped: Callable) -> jax.Array:
     cos, sin = (r[:, :, None, :] for r in rope)
-    return x * cos + swapped * sin
+    rotary_dim = cos.shape[-1]
+    x, rest = x_BTHK[..., :rotary_dim].astype(jnp.float32), x_BTHK[..., rotary_dim:]
+    return jnp.concatenate([(x * cos + swapped(x) * sin).astype(x_BTHK.dtype), rest], axis=-1)
