@@ -3,7 +3,8 @@
 The decoder is GLM-OCR's with biases on q, k, v. The tower is models/glm4v_vit.py: its MLP is as wide as what the merger
 gives out, while the merger's own MLP has the tower's `intermediate_size`. A video is one frame id for every two of its
 frames: `get_video_features` gives each temporal patch to the tower as an image of its own, and its time stands as text
-behind it. Names: transformers `glm4v/modeling_glm4v.py`.
+behind it. Names: transformers `glm4v/modeling_glm4v.py`. No released model of the family has an MTP layer; one that is
+trained here is written, and read with `has_mtp`, under GLM-OCR's names.
 """
 
 from __future__ import annotations
@@ -12,30 +13,30 @@ from collections.abc import Mapping
 from typing import Any
 
 from glmv_jax.interop import glm_ocr
+from glmv_jax.interop.glm_ocr import duplicates
 from glmv_jax.interop.table import Entry, fused, matrix, same
 from glmv_jax.models.cogvit import MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.glm4v_vit import Glm4vViTConfig
+from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
+__all__ = ["config", "duplicates", "parts", "table", "tied", "vision", "vision_table"]
 
-def config(hf: Mapping[str, Any], *, model_type: str = "glm4v", dtype: str = "float32") -> VLMConfig:
+
+def config(
+    hf: Mapping[str, Any], *, model_type: str = "glm4v", has_mtp: bool = False, dtype: str = "float32"
+) -> VLMConfig:
     """VLMConfig from the contents of config.json. UserError for another model_type or an unsupported rotary type."""
     v, t = parts(hf, model_type)
-    decoder = DecoderConfig(
-        **glm_ocr.text(t), mlp=t["intermediate_size"], qkv_bias=True, tied=tied(hf), dtype=dtype)  # fmt: skip
-    return VLMConfig(*vision(v, dtype), decoder)
+    decoder = DecoderConfig(**glm_ocr.text(t), mlp=t["intermediate_size"], qkv_bias=True, tied=tied(hf), dtype=dtype)
+    return VLMConfig(*vision(v, dtype), decoder, MTPConfig(decoder) if has_mtp else None)
 
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*vision_table(cfg.vision), *glm_ocr.merger(), *glm_ocr.decoder(cfg.decoder)]
-
-
-def duplicates(cfg: VLMConfig) -> list[str]:
-    """Tensors that repeat others; they may be present and are not read."""
-    return ["lm_head.weight"] if cfg.decoder.tied else []
+    return [*vision_table(cfg.vision), *glm_ocr.merger(), *glm_ocr.decoder(cfg)]
 
 
 def parts(hf: Mapping[str, Any], model_type: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -6,7 +6,8 @@ it. transformers drops that layer, so a checkpoint written by it has none: `has_
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.interop.table import Entry, convolution, fused, linear, matrix, same
@@ -67,7 +68,7 @@ def text(t: Mapping[str, Any], rotary_fraction: float = 1.0) -> dict[str, Any]:
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*_vision(cfg.vision), *merger(), *decoder(cfg.decoder), *(_mtp(cfg.decoder) if cfg.mtp else ())]
+    return [*_vision(cfg.vision), *merger(), *decoder(cfg)]
 
 
 def duplicates(cfg: VLMConfig) -> list[str]:
@@ -119,7 +120,8 @@ def merger() -> list[Entry]:
     return entries + [Entry(f"{hf}{n}_proj.weight", (f"{ours}mlp/{n}/kernel",), matrix) for n in ("gate", "up", "down")]
 
 
-def _block(cfg: BlockConfig, hf: str, ours: str, layers: Sequence[int] | int | None) -> list[Entry]:
+def block(cfg: BlockConfig, hf: str, ours: str, layers: Sequence[int] | int | None = None) -> list[Entry]:
+    """A dense block with norms on both sides of its branches."""
     norms = {
         "input_layernorm": "norm1",
         "post_self_attn_layernorm": "post_norm1",
@@ -138,10 +140,12 @@ def _block(cfg: BlockConfig, hf: str, ours: str, layers: Sequence[int] | int | N
     ]
 
 
-def decoder(cfg: DecoderConfig) -> list[Entry]:
-    """The dense decoder with its table and head."""
-    hf = "model.language_model."
-    return _block(cfg.block, hf + "layers.{i}.", "decoder/blocks/", cfg.depth) + words(cfg)
+def decoder(cfg: VLMConfig) -> list[Entry]:
+    """The dense decoder with its table and head, and the MTP layer where there is one."""
+    d = cfg.decoder
+    one = functools.partial(block, d.block)
+    entries = one("model.language_model.layers.{i}.", "decoder/blocks/", d.depth) + words(d)
+    return entries + (mtp(d.depth, one) if cfg.mtp else [])
 
 
 def words(cfg: Any) -> list[Entry]:
@@ -154,9 +158,10 @@ def words(cfg: Any) -> list[Entry]:
     return entries + ([] if cfg.tied else [Entry("lm_head.weight", ("decoder/head",), matrix)])
 
 
-def _mtp(cfg: DecoderConfig) -> list[Entry]:
-    hf = f"model.language_model.layers.{cfg.depth}."
-    return _block(cfg.block, hf, "mtp/block/", None) + [
+def mtp(depth: int, block: Callable[[str, str], list[Entry]]) -> list[Entry]:
+    """The MTP layer, one after the last; block: (their prefix, ours) -> the entries of the block in it."""
+    hf = f"model.language_model.layers.{depth}."
+    return block(hf, "mtp/block/") + [
         Entry(hf + "enorm.weight", ("mtp/enorm/scale",), same),
         Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
         Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),

@@ -138,10 +138,14 @@ class Block(nn.Module):
             branch, cache = Attention(c, name="attention")(norm("norm1")(x_BTD), rope, query, key, cache)
             x_BTD = x_BTD + (norm("post_norm1", c.gain_init)(branch) if c.post_norms else branch)
         with jax.named_scope("mlp"):
-            mlp = SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init, name="mlp")
-            branch = mlp(norm("norm2")(x_BTD))
+            branch, aux = self.mlp(norm("norm2")(x_BTD), query)
             x_BTD = x_BTD + (norm("post_norm2", c.gain_init)(branch) if c.post_norms else branch)
-        return constrain(x_BTD, "batch", "length", "activation"), (cache, {})
+        return constrain(x_BTD, "batch", "length", "activation"), (cache, aux)
+
+    def mlp(self, x_BTD: jax.Array, query: Span) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The second branch, and what it says about itself."""
+        c = self.cfg
+        return SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init, name="mlp")(x_BTD), {}
 
 
 def stack(

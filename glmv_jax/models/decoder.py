@@ -67,11 +67,9 @@ class DecoderConfig:
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
         """From the cache of B prompts of these lengths that of `group` continuations of each, with `length` slots of
         their own, and how many are filled: none. Prompts are not copied; their keys are only read from now on."""
-        k, v = cache["layers"]["k"], cache["layers"]["v"]
-        L, B, slots = k.shape[:3]
-        valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))
-        own = self.init_cache(B * group, length)
-        return own | {"prompt": Shared(k, v, valid_LBS)}, jnp.zeros((B * group,), jnp.int32)
+        rows = length_B.shape[0] * group
+        prompt = shared_prompts(cache["layers"], length_B)
+        return self.init_cache(rows, length) | {"prompt": prompt}, jnp.zeros((rows,), jnp.int32)
 
     def module(self) -> nn.Module:
         return Decoder(self)
@@ -103,12 +101,42 @@ class Decoder(nn.Module):
         if not c.tied:
             param(self, "head", fan_in, (c.width, c.vocab), ("embed", "vocab"))
         x_BTD = constrain(x_BTD.astype(c.dtype), "batch", "length", "activation")
-        layers = None
-        if cache is not None:
-            layers = cache["layers"] | {name: cache[name] for name in ("prompt",) if name in cache}
-        x_BTD, layers, aux = stack(c.block, c.depth, c.remat, x_BTD, c.rope(positions_BT3), query, key, layers)
-        cache = None if cache is None else cache | {"layers": layers}
+        x_BTD, cache, aux = self.layers(x_BTD, c.rope(positions_BT3), query, key, cache)
         return DecoderOutput(RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache, aux)
+
+    def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
+        """(x after all layers, cache, aux)."""
+        c = self.cfg
+        own = None
+        if cache is not None:
+            own = cache["layers"] | {name: cache[name] for name in ("prompt",) if name in cache}
+        x_BTD, own, aux = stack(c.block, c.depth, c.remat, x_BTD, rope, query, key, own)
+        return x_BTD, None if cache is None else cache | {"layers": own}, aux
+
+
+class Runs(Decoder):
+    """A decoder with layers of several kinds: `cfg.stacks` lists (block, how often) in order, and the parameters of run
+    i are "blocks{i}", as are its part of the cache and of aux."""
+
+    cfg: Any
+
+    def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
+        kept, aux = {}, {}
+        for i, (block, times) in enumerate(self.cfg.stacks):
+            name = f"blocks{i}"
+            own = None
+            if cache is not None:
+                own = cache["layers"][name] | {part: cache[part][name] for part in ("prompt",) if part in cache}
+            remat = self.cfg.remat
+            x_BTD, kept[name], aux[name] = stack(block, times, remat, x_BTD, rope, query, key, own, name=name)
+        return x_BTD, None if cache is None else cache | {"layers": kept}, aux
+
+
+def shared_prompts(layers: dict, length_B: jax.Array) -> Shared:
+    """From the keys and values [L, B, S, G, K] of the prompts, of these lengths, what their continuations read."""
+    L, B, slots = layers["k"].shape[:3]
+    valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))
+    return Shared(layers["k"], layers["v"], valid_LBS)
 
 
 def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:

@@ -5,7 +5,9 @@ from the package's own data code; rotary positions are the package's, as they ar
 
 from __future__ import annotations
 
+import copy
 import functools
+import tempfile
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -16,10 +18,12 @@ import torch
 
 from glmv_jax.data.packing import rope_positions
 from glmv_jax.interop import table as table_lib
+from glmv_jax.interop.folder import Tensors
 from glmv_jax.models import vlm
 from glmv_jax.typing import TokenInput, VisionInput
 
 IMAGE, WORDS, VOCAB, CHANNELS = 100, 99, 128, 96  # 96 = 3 channels * 2 frames * 4 * 4 pixels
+T, P = 40, 64  # of a row: the same everywhere, as each shape is compiled anew
 
 # Non-square and odd on purpose; the table of positions has 5 x 5 rows.
 VISION = dict(
@@ -48,9 +52,15 @@ class Pair(NamedTuple):
 
 def pair(model: Any, family: ModuleType) -> Pair:
     randomise(model.eval())
-    tensors = {name: x.detach().numpy() for name, x in model.state_dict().items()}
     cfg = family.config(model.config.to_dict())
-    return Pair(model, cfg, table_lib.to_params(family.table(cfg), tensors, family.duplicates(cfg)), family)
+    return Pair(model, cfg, table_lib.to_params(family.table(cfg), written(model), family.duplicates(cfg)), family)
+
+
+def written(model: Any) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint, as transformers writes it: its names in memory may be others."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return dict(Tensors(folder))
 
 
 def randomise(model: Any) -> None:
@@ -115,13 +125,18 @@ def sample(seed: int, pieces: list[int | tuple[int, int, int]]) -> Sample:
     return Sample(np.array(tokens), np.array(frame), grids, patches)
 
 
+TEXT_ALONE = sample(2, [11])
+IMAGES = [sample(0, [3, (1, 4, 6), 4, (1, 2, 8), 7]), sample(1, [2, (1, 8, 2), 5]), TEXT_ALONE]
+VIDEOS = [sample(3, [4, (3, 4, 2), 6]), sample(4, [2, (2, 2, 6), 1, (1, 6, 4), 5]), TEXT_ALONE]
+
+
 # --- transformers -----------------------------------------------------------------------------------------------------
 
 
 def their_inputs(samples: list[Sample], video: bool) -> dict[str, torch.Tensor]:
     """A batch padded on the right."""
-    T = max(len(s.tokens) for s in samples)
-    pad = lambda x: np.pad(x, (0, T - len(x)))  # noqa: E731
+    longest = max(len(s.tokens) for s in samples)
+    pad = lambda x: np.pad(x, (0, longest - len(x)))  # noqa: E731
     ids = torch.tensor(np.stack([pad(s.tokens) for s in samples]))
     mask = torch.tensor(np.stack([pad(np.ones_like(s.tokens)) for s in samples]))
     inputs = {"input_ids": ids, "attention_mask": mask}
@@ -147,20 +162,20 @@ def theirs(model: Any, samples: list[Sample], video: bool = False) -> list[np.nd
 # --- ours -------------------------------------------------------------------------------------------------------------
 
 
-def vision_row(frames: list[tuple[int, int]], patches: np.ndarray, P: int) -> VisionInput:
-    """One row of `P` patches with all frames: coordinates in merge-block order, one id a frame."""
+def vision_row(frames: list[tuple[int, int]], patches: np.ndarray, length: int = P) -> VisionInput:
+    """One row with all frames: coordinates in merge-block order, one id a frame."""
     yx, frame = [], []
     for number, (h, w) in enumerate(frames, start=1):
         for by in range(h // 2):
             for bx in range(w // 2):
                 yx += [(2 * by + y, 2 * bx + x) for y in (0, 1) for x in (0, 1)]
         frame += [number] * (h * w)
-    pad = lambda x: np.pad(x, [(0, P - len(x))] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
+    pad = lambda x: np.pad(x, [(0, length - len(x))] + [(0, 0)] * (x.ndim - 1))  # noqa: E731
     return VisionInput(pad(patches), pad(np.array(yx, np.int32).reshape(-1, 2)), pad(np.array(frame, np.int32)))
 
 
-def token_row(samples: list[Sample], T: int) -> TokenInput:
-    """One row of `T` tokens with all samples, one segment each."""
+def token_row(samples: list[Sample]) -> TokenInput:
+    """One row with all samples, one segment each."""
     fields, merged = [], 0
     for number, s in enumerate(samples, start=1):
         image_row = np.full(len(s.tokens), -1)
@@ -176,13 +191,11 @@ def token_row(samples: list[Sample], T: int) -> TokenInput:
     )  # fmt: skip
 
 
-def batch(rows: list[list[Sample]], spare: int = 3) -> tuple[VisionInput, TokenInput]:
-    """Each row holds some samples; all are padded to a few places more than the longest has."""
-    T = max(sum(len(s.tokens) for s in row) for row in rows) + spare
-    P = max(sum(len(s.patches) for s in row) for row in rows) + 4 * spare
+def batch(rows: list[list[Sample]]) -> tuple[VisionInput, TokenInput]:
+    """Each row holds some samples; all are padded to T tokens and P patches."""
     join = lambda row: np.concatenate([s.patches for s in row])  # noqa: E731
-    vision = [vision_row([f for s in row for f in s.frames], join(row), P) for row in rows]
-    tokens = [token_row(row, T) for row in rows]
+    vision = [vision_row([f for s in row for f in s.frames], join(row)) for row in rows]
+    tokens = [token_row(row) for row in rows]
     return (
         VisionInput(*map(jnp.array, map(np.stack, zip(*vision)))),
         TokenInput(*(jnp.array(np.stack(x)) for x in list(zip(*tokens))[:4])),
@@ -191,9 +204,12 @@ def batch(rows: list[list[Sample]], spare: int = 3) -> tuple[VisionInput, TokenI
 
 @functools.partial(jax.jit, static_argnums=0)
 def run(cfg: vlm.VLMConfig, params: dict, vision: VisionInput | None, tokens: TokenInput, cache=None):
-    """(logits [B, T, V], the cache)."""
+    """(logits [B, T, V], VLMOutput)."""
     out = vlm.apply(cfg, params, vision, tokens, cache)
-    return vlm.logits(cfg, params, out.hidden), out.cache
+    return vlm.logits(cfg, params, out.hidden), out
+
+
+encode = jax.jit(vlm.encode_images, static_argnums=0)
 
 
 def ours(p: Pair, rows: list[list[Sample]]) -> list[list[np.ndarray]]:
@@ -208,17 +224,15 @@ def decoded(p: Pair, samples: list[Sample], steps: int) -> list[np.ndarray]:
     vision, tokens = batch([[s] for s in samples])
     start = np.array([len(s.tokens) - steps for s in samples])
     prompts = [Sample(s.tokens[:n], s.frame[:n], s.grids, s.patches) for s, n in zip(samples, start)]
-    B, T = tokens.tokens.shape
-    cache = vlm.init_cache(p.cfg, B, T)
-    width = start.max()
-    prompt = TokenInput(*(jnp.array(np.stack(x)) for x in list(zip(*[token_row([s], width) for s in prompts]))[:4]))
-    logits, cache = run(p.cfg, p.params, vision, prompt, cache)
-    cache = cache | {"length": jnp.array(start)}
+    B = len(samples)
+    logits, out = run(p.cfg, p.params, vision, batch([[s] for s in prompts])[1], vlm.init_cache(p.cfg, B, T))
+    cache = out.cache | {"length": jnp.array(start)}
     seen = [list(np.asarray(x)[:n]) for x, n in zip(logits, start)]
     for i in range(steps):
         at = (np.arange(B), start + i)
         one = TokenInput(*(x[at][:, None] for x in tokens[:4]))
-        logits, cache = run(p.cfg, p.params, None, one, cache)
+        logits, out = run(p.cfg, p.params, None, one, cache)
+        cache = out.cache
         for row, x in zip(seen, np.asarray(logits)):
             row.append(x[0])
     return [np.stack(x) for x in seen]
@@ -237,10 +251,32 @@ def check_tower(p: Pair, grids: list[tuple[int, int, int]]) -> None:
     patches = np.random.default_rng(0).normal(size=(n, CHANNELS)).astype(np.float32)
     with torch.no_grad():  # the tower itself takes no t > 1: videos reach it frame by frame
         want = p.model.model.visual(torch.tensor(patches), grid_thw=torch.tensor([(1, h, w) for h, w in frames]))
-    row = VisionInput(*(jnp.array(x)[None] for x in vision_row(frames, patches, n + 8)))
-    got = np.asarray(vlm.encode_images(p.cfg, p.params, row))
+    row = VisionInput(*(jnp.array(x)[None] for x in vision_row(frames, patches, 224)))
+    got = np.asarray(encode(p.cfg, p.params, row))
     assert np.isfinite(got).all()
     close(got[0, : n // 4], want.pooler_output.numpy())
+
+
+def check_rows(p: Pair, samples: list[Sample], video: bool = False) -> None:
+    """One sample a row, padded."""
+    for (got,), want in zip(ours(p, [[s] for s in samples]), theirs(p.model, samples, video)):
+        close(got, want)
+
+
+def check_packing(p: Pair) -> None:
+    """Several texts a row, of which one may have images and another videos, against each alone."""
+    got = ours(p, [[IMAGES[1], VIDEOS[0]], [TEXT_ALONE, IMAGES[0]], [VIDEOS[1]]])
+    for mine, s in ((got[0][0], IMAGES[1]), (got[1][0], TEXT_ALONE), (got[1][1], IMAGES[0])):
+        close(mine, theirs(p.model, [s])[0])
+    for mine, s in ((got[0][1], VIDEOS[0]), (got[2][0], VIDEOS[1])):
+        close(mine, theirs(p.model, [s], video=True)[0])
+
+
+def check_decoding(p: Pair) -> None:
+    """A prompt and single steps against a cache = the whole text at once."""
+    for samples, video in ((IMAGES, False), (VIDEOS, True)):
+        for got, want in zip(decoded(p, samples, steps=4), theirs(p.model, samples, video)):
+            close(got, want)
 
 
 def check_gradients(p: Pair, samples: list[Sample]) -> None:
@@ -250,15 +286,17 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
     logits = p.model(**their_inputs(samples, video=False)).logits
     loss = sum((torch.tanh(x[: len(w)]) * torch.tensor(w)).sum() for x, w in zip(logits, weights))
     loss.backward()
-    named = {name: x.grad for name, x in p.model.named_parameters()}
-    missing = [name for name, g in named.items() if g is None]
-    assert not missing
-    zeros = {name: np.zeros(x.shape, np.float32) for name, x in p.model.state_dict().items()}  # buffers have none
-    tensors = zeros | {name: g.numpy() for name, g in named.items()}
+    slopes = copy.deepcopy(p.model)  # a model whose weights are the gradients
+    with torch.no_grad():
+        for x, y in zip(slopes.parameters(), p.model.parameters()):
+            x.copy_(y.grad)
+        for x in slopes.buffers():  # those of the checkpoint have no gradient
+            x.zero_()
+    tensors = written(slopes)
     want = table_lib.flatten(table_lib.to_params(p.family.table(p.cfg), tensors, p.family.duplicates(p.cfg)))
 
     vision, tokens = batch([[s] for s in samples])
-    padded = np.stack([np.pad(w, ((0, tokens.tokens.shape[1] - len(w)), (0, 0))) for w in weights]).astype(np.float32)
+    padded = np.stack([np.pad(w, ((0, T - len(w)), (0, 0))) for w in weights]).astype(np.float32)
 
     def scalar(params):
         return jnp.sum(jnp.tanh(vlm.logits(p.cfg, params, vlm.apply(p.cfg, params, vision, tokens).hidden)) * padded)
@@ -272,7 +310,7 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
 
 
 def check_way_back(p: Pair) -> None:
-    tensors = {name: x.detach().numpy() for name, x in p.model.state_dict().items()}
+    tensors = written(p.model)
     back = table_lib.to_tensors(p.family.table(p.cfg), p.params)
     assert back.keys() == tensors.keys()
     for name in tensors:

@@ -1,0 +1,132 @@
+"""The GLM-4.5 decoder, as in GLM-4.5V and GLM-4.6V: grouped-query attention, the first layers dense, the others
+mixtures of experts; one norm before each branch, rotary sections over half of a head, dimension i paired with i + K'/2.
+Sources: transformers `glm4v_moe/modeling_glm4v_moe.py` (Glm4vMoeTextModel), and `glm4_moe/modeling_glm4_moe.py` for the
+QK-norm, which text models may have.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.block import Block, BlockConfig, empty_cache
+from glmv_jax.models.decoder import Runs, shared_prompts
+from glmv_jax.models.moe import MoE, MoEConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class GLM4MoEConfig:
+    """Defaults are the text model of GLM-4.5V (106 B) without an MTP layer.
+
+    dense: how many layers at the start have a plain MLP, `mlp` wide. expert_mlp to route_scale: see `moe.MoEConfig`.
+    """
+
+    vocab: int = 151552
+    depth: int = 46
+    width: int = 4096
+    heads: int = 96
+    kv_heads: int = 8
+    head_dim: int = 128
+    mlp: int = 10944
+    dense: int = 1
+    expert_mlp: int = 1408
+    experts: int = 128
+    chosen: int = 8
+    shared: int = 1
+    groups: int = 1
+    chosen_groups: int = 1
+    normalise: bool = True
+    route_scale: float = 1.0
+    dense_experts: bool = False
+    rope_theta: float = 1e4
+    rope_split: tuple[int, int, int] = (8, 12, 12)
+    rotary_fraction: float = 0.5
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    norm_eps: float = 1e-5
+    tied: bool = False
+    dtype: str = "float32"
+    remat: str = "none"
+
+    @property
+    def stacks(self) -> list[tuple[BlockConfig, int]]:
+        """(block, how often), in order."""
+        dense = BlockConfig(self.width, self.heads, self.mlp, **self._attention)
+        runs = [(dense, min(self.dense, self.depth)), (self.block, self.depth - self.dense)]
+        return [(block, times) for block, times in runs if times > 0]
+
+    @property
+    def block(self) -> MoEBlockConfig:
+        """A layer with experts; the MTP head's too."""
+        return MoEBlockConfig(self.width, self.heads, 0, moe=self.moe, **self._attention)
+
+    @property
+    def _attention(self) -> dict:
+        return dict(
+            kv_heads=self.kv_heads, head_dim=self.head_dim, qkv_bias=self.qkv_bias, qk_norm=self.qk_norm,
+            norm_eps=self.norm_eps, rotate=rope_lib.rotate_half, dtype=self.dtype,
+        )  # fmt: skip
+
+    @property
+    def moe(self) -> MoEConfig:
+        return MoEConfig(
+            self.width, self.expert_mlp, self.experts, self.chosen, self.shared, self.groups, self.chosen_groups,
+            self.normalise, self.route_scale, self.dense_experts, self.dtype,
+        )  # fmt: skip
+
+    def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
+        rotary_dim = int(self.head_dim * self.rotary_fraction)
+        return rope_lib.sections(
+            positions_BT3, rotary_dim, self.rope_theta, tuple(self.rope_split), rope_lib.rotate_half)  # fmt: skip
+
+    def flops(self, tokens: float, keys: float) -> float:
+        """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
+        layers = sum(block.flops(keys) * times for block, times in self.stacks)
+        return tokens * (layers + 2 * self.width * self.vocab)
+
+    def init_cache(self, batch: int, length: int) -> dict:
+        """Zeros for `batch` rows of `length` slots; "layers" has a part a run, with leaves [L, B, S, ...]."""
+        runs = enumerate(self.stacks)
+        return {"layers": {f"blocks{i}": empty_cache(block, times, batch, length) for i, (block, times) in runs}}
+
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
+        """As `decoder.DecoderConfig.share_prompts`: prompts are not copied."""
+        rows = length_B.shape[0] * group
+        prompt = {name: shared_prompts(layers, length_B) for name, layers in cache["layers"].items()}
+        return self.init_cache(rows, length) | {"prompt": prompt}, jnp.zeros((rows,), jnp.int32)
+
+    def module(self) -> nn.Module:
+        return Runs(self)
+
+    def example(self) -> tuple:
+        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
+        return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEBlockConfig(BlockConfig):
+    """A block whose second branch is a mixture of experts (its `mlp` is 0)."""
+
+    moe: MoEConfig = dataclasses.field(kw_only=True)
+
+    @property
+    def layer(self) -> type[nn.Module]:
+        return MoEBlock
+
+    def flops(self, keys: float) -> float:
+        """Multiply-adds x 2 of one token through the forward pass when it sees `keys` keys."""
+        return super().flops(keys) + self.moe.flops()
+
+
+class MoEBlock(Block):
+    """x += Attn(norm(x)); x += MoE(norm(x)). aux: "load" [E] and "balance", as `moe.MoE`."""
+
+    cfg: MoEBlockConfig
+
+    def mlp(self, x_BTD: jax.Array, query: Span) -> tuple[jax.Array, dict[str, jax.Array]]:
+        return MoE(self.cfg.moe, name="moe")(x_BTD, query.segments > 0)
