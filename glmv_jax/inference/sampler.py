@@ -119,16 +119,17 @@ def sample(
     cfg: vlm.VLMConfig, sampling: Sampling, group: int, params: Params, prompts: Prompts, key: jax.Array
 ) -> Generated:
     """The program of `Sampler`, unjitted."""
-    hidden_B1D, cache = _prefill(cfg, params, prompts)
+    out = prefill(cfg, params, prompts)
     Tn = sampling.max_new_tokens
-    cache = vlm.share_prompts(cfg, cache, group, Tn)
-    prompt = cache.pop("prompt")  # only read, so it need not travel through the loop
     repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
-    logits_NV = repeat(vlm.logits(cfg, params, hidden_B1D)[:, 0])
+    logits_NV = repeat(vlm.logits(cfg, params, last(out.hidden, prompts))[:, 0])
     start_N = repeat(prompts.next_position)
     N = start_N.shape[0]
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
     stop = jnp.array(sampling.stop, jnp.int32)
+    cache = vlm.share_prompts(cfg, out.cache, group, Tn) | {"length": jnp.zeros(1, jnp.int32)}  # rows keep step
+    params, cache = vlm.layers_apart(cfg, params, cache)
+    fixed = {name: cache.pop(name) for name in ("prompt", "slots")}  # only read: they need not travel through the loop
 
     class State(NamedTuple):
         t: jax.Array  # answer tokens drawn so far
@@ -152,8 +153,8 @@ def sample(
         # Token t - 1 goes in at its position, token t comes out.
         positions_N13 = jnp.broadcast_to((start_N + s.t - 1)[:, None, None], (N, 1, 3))
         ones_N1 = jnp.ones((N, 1), jnp.int32)
-        inputs = TokenInput(s.token[:, None], positions_N13, ones_N1, -ones_N1)
-        out = vlm.apply(cfg, params, None, inputs, s.cache | {"prompt": prompt})
+        token = TokenInput(s.token[:, None], positions_N13, ones_N1, -ones_N1)
+        out = vlm.apply(cfg, params, None, token, s.cache | fixed)
         token_N, done_N, generated = draw(s.t, vlm.logits(cfg, params, out.hidden)[:, 0], s.done, s.out)
         return State(s.t + 1, token_N, done_N, {name: out.cache[name] for name in cache}, generated)
 
@@ -167,33 +168,49 @@ def sample(
 
 def choose(logits_NV: jax.Array, keys_N: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """One token a row and its log-probability as `Generated.logprobs` defines it: (int32 [N], float32 [N])."""
-    scaled_NV = logits_NV.astype(jnp.float32) / (sampling.temperature or 1.0)
-    logprob_NV = jax.nn.log_softmax(scaled_NV, axis=-1)
-    if sampling.suppress:
-        scaled_NV = scaled_NV.at[:, jnp.array(sampling.suppress)].set(NEVER)
     if sampling.temperature == 0:
-        # The first largest. The same as argmax, whose reduction of pairs is 10 times slower on a CPU.
-        is_top_NV = scaled_NV == scaled_NV.max(axis=-1, keepdims=True)
-        token_N = jnp.where(is_top_NV, jnp.arange(scaled_NV.shape[-1]), scaled_NV.shape[-1] - 1).min(axis=-1)
+        token_N = likeliest(logits_NV, sampling)
     else:
-        token_N = draw_index(keys_N, nucleus(scaled_NV, sampling.top_p))
-    logprob_N = jnp.take_along_axis(logprob_NV, token_N[:, None], axis=-1)[:, 0]
-    return token_N.astype(jnp.int32), logprob_N
+        token_N = draw_index(keys_N, probabilities(logits_NV, sampling))
+    return token_N, logprobs_of(logits_NV, token_N, sampling)
 
 
-def draw_index(keys_N: jax.Array, logits_NV: jax.Array) -> jax.Array:
-    """One index a row, drawn with probability softmax(logits), from the row's own key: int32 [N].
+def probabilities(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
+    """What tokens are drawn with, [..., V] float32: temperature, suppression and top-p applied. Not for greedy ones."""
+    scaled_V = _without(logits_V.astype(jnp.float32) / sampling.temperature, sampling.suppress)
+    return jax.nn.softmax(nucleus(scaled_V, sampling.top_p), axis=-1)
+
+
+def likeliest(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
+    """The first largest of those not suppressed, int32 [...]: argmax, whose reduction of pairs is 10 times slower on a
+    CPU."""
+    logits_V, V = _without(logits_V, sampling.suppress), logits_V.shape[-1]
+    is_top_V = logits_V == logits_V.max(axis=-1, keepdims=True)
+    return jnp.where(is_top_V, jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=-1)
+
+
+def logprobs_of(logits_V: jax.Array, token: jax.Array, sampling: Sampling) -> jax.Array:
+    """As `Generated.logprobs` defines them, float32 of the shape of `token` [...]."""
+    logprob_V = jax.nn.log_softmax(logits_V.astype(jnp.float32) / (sampling.temperature or 1.0), axis=-1)
+    return jnp.take_along_axis(logprob_V, token[..., None], axis=-1)[..., 0]
+
+
+def _without(logits_V: jax.Array, suppress: tuple[int, ...]) -> jax.Array:
+    return logits_V.at[..., jnp.array(suppress)].set(NEVER) if suppress else logits_V
+
+
+def draw_index(keys_N: jax.Array, weights_NV: jax.Array) -> jax.Array:
+    """One index a row, drawn in proportion to the weights, from the row's own key: int32 [N].
 
     By inversion in two steps, a block of about sqrt(V) neighbours and then one of them: two random numbers a row
-    instead of V (`jax.random.categorical`), 45 times faster on CPU at V = 4096. What has probability 0 is never drawn.
+    instead of V (`jax.random.categorical`), 45 times faster on CPU at V = 4096. What has weight 0 is never drawn.
     """
-    N, V = logits_NV.shape
+    N, V = weights_NV.shape
     width = 1 << (math.isqrt(V - 1).bit_length())
-    padded_NV = jnp.pad(logits_NV, ((0, 0), (0, -V % width)), constant_values=-jnp.inf)
-    probability_NAW = jax.nn.softmax(padded_NV, axis=-1).reshape(N, -1, width)
+    weights_NAW = jnp.pad(weights_NV, ((0, 0), (0, -V % width))).reshape(N, -1, width)
     uniform_N2 = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys_N)
-    block_N = _invert(probability_NAW.sum(-1), uniform_N2[:, 0])
-    inner_NW = jnp.take_along_axis(probability_NAW, block_N[:, None, None], axis=1)[:, 0]
+    block_N = _invert(weights_NAW.sum(-1), uniform_N2[:, 0])
+    inner_NW = jnp.take_along_axis(weights_NAW, block_N[:, None, None], axis=1)[:, 0]
     return block_N * width + _invert(inner_NW, uniform_N2[:, 1])
 
 
@@ -218,11 +235,18 @@ def nucleus(logits_NV: jax.Array, top_p: float) -> jax.Array:
     return jnp.where(logits_NV >= jnp.take_along_axis(sorted_NV, last_N1, axis=-1), logits_NV, NEVER)
 
 
-def _prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts) -> tuple[jax.Array, dict]:
-    """Hidden state [B, 1, D] of each prompt's last token, and the cache of the prompts."""
+def prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts) -> vlm.VLMOutput:
+    """One pass over the prompts, with their cache."""
     B, T = prompts.tokens.shape
-    valid_BT = jnp.arange(T) < prompts.length[:, None]
-    inputs = TokenInput(prompts.tokens, prompts.positions, valid_BT.astype(jnp.int32), prompts.image_row)
-    out = vlm.apply(cfg, params, prompts.vision, inputs, vlm.init_cache(cfg, B, T))
-    last_B11 = jnp.maximum(prompts.length - 1, 0)[:, None, None]
-    return jnp.take_along_axis(out.hidden, last_B11, axis=1), out.cache | {"length": prompts.length}
+    out = vlm.apply(cfg, params, prompts.vision, inputs(prompts), vlm.init_cache(cfg, B, T))
+    return out._replace(cache=out.cache | {"length": prompts.length})
+
+
+def inputs(prompts: Prompts) -> TokenInput:
+    valid_BT = jnp.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
+    return TokenInput(prompts.tokens, prompts.positions, valid_BT.astype(jnp.int32), prompts.image_row)
+
+
+def last(x_BTD: jax.Array, prompts: Prompts) -> jax.Array:
+    """[B, 1, D]: the entry of each prompt's last token."""
+    return jnp.take_along_axis(x_BTD, jnp.maximum(prompts.length - 1, 0)[:, None, None], axis=1)

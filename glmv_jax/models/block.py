@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Shared, Span, attention
+from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
-# What one layer keeps while decoding, here k and v [B, S, G, K], which it adds to and returns, and where rows continue
+# What one layer keeps while decoding, here k and v [B, G, S, K], which it adds to and returns, and where rows continue
 # the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with a leading
-# L.
+# L, or as a tuple of L.
 LayerCache = dict[str, Any]
 
 
@@ -92,16 +92,12 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
         q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
-        shared: Shared | None = None
-        if cache is not None:
-            # Each row writes at its own next slot (the query's slots are consecutive within a row).
-            write = jax.vmap(lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0))
-            start_B = query.slots[:, 0]
-            k_BTGK = write(cache["k"], k_BTGK.astype(cache["k"].dtype), start_B)
-            v_BTGK = write(cache["v"], v_BTGK.astype(cache["v"].dtype), start_B)
+        if cache is None:
+            out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
+        else:
             shared = cache.get("prompt")
-            cache = {"k": k_BTGK, "v": v_BTGK}
-        out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key, shared)
+            cache = {"k": write(cache["k"], k_BTGK, query.slots), "v": write(cache["v"], v_BTGK, query.slots)}
+            out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
         out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
         return out(out_BTHK.reshape(B, T, -1)), cache
 
@@ -154,11 +150,19 @@ def stack(
 ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
     """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading "layers" axis under `name`.
 
-    Call it inside a compact module. cache: `LayerCache` with a leading L, or None. unroll: blocks a turn of the scan's
-    loop. Returns the result, the updated cache, and what blocks say about themselves (losses, loads of experts), with a
-    leading L too; blocks of `BlockConfig` say nothing.
+    Call it inside a compact module. cache: `LayerCache` with a leading L, or None; or a tuple of L of them, and then
+    blocks follow each other without a loop and their parameters are those of `layers_apart`. unroll: blocks a turn of
+    the scan's loop. Returns the result, the updated cache, and what blocks say about themselves (losses, loads of
+    experts), with a leading L too; blocks of `BlockConfig` say nothing.
     """
     block = cfg.layer
+    if isinstance(cache, tuple):
+        caches, said = [], []
+        for layer, own in enumerate(cache):
+            x_BTD, (own, aux) = block(cfg, name=f"{name}_{layer}")(x_BTD, own, rope, query, key)
+            caches.append(own)
+            said.append(aux)
+        return x_BTD, tuple(caches), jax.tree.map(lambda *xs: jnp.stack(xs), *said)
     if remat != "none":
         block = nn.remat(block, policy=policy(remat), prevent_cse=False)
     scanned = nn.scan(
@@ -175,7 +179,28 @@ def stack(
     return x_BTD, cache, aux
 
 
+def layers_apart(params: dict, name: str = "blocks") -> dict:
+    """The parameters of a module that calls `stack`, with those of each layer for themselves: `blocks_0`, ...
+
+    Out of a stack XLA's CPU backend copies a layer's matrices at each use, three times the traffic of a product with
+    one vector; here they are copied once.
+    """
+    leaves, tree = jax.tree.flatten(params[name])
+    rest = {other: x for other, x in params.items() if other != name}
+    return rest | {f"{name}_{i}": tree.unflatten([x[i] for x in leaves]) for i in range(len(leaves[0]))}
+
+
 def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerCache:
     """Zeros for `depth` layers, `batch` rows and `length` slots."""
-    shape = (depth, batch, length, cfg.g, cfg.k)
+    shape = (depth, batch, cfg.g, length, cfg.k)
     return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype)}
+
+
+def write(cache_BGSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """The cache with T new keys or values a row in the row's next slots, or in the same ones of all rows (slots_BT is
+    [1, T]). Slots are consecutive within a row, so the first counts."""
+    new_BGTK = new_BTGK.swapaxes(1, 2).astype(cache_BGSK.dtype)
+    if len(slots_BT) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache_BGSK, new_BGTK, slots_BT[0, 0], axis=2)
+    row = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
+    return jax.vmap(row)(cache_BGSK, new_BGTK, slots_BT[:, 0])

@@ -17,7 +17,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.attention import Shared, Span
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.block import BlockConfig, empty_cache, stack
+from glmv_jax.models.block import BlockConfig, empty_cache, layers_apart, stack
 from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param
 from glmv_jax.parallel.rules import constrain
 
@@ -61,15 +61,19 @@ class DecoderConfig:
         return tokens * (self.depth * self.block.flops(keys) + 2 * self.width * self.vocab)
 
     def init_cache(self, batch: int, length: int) -> dict:
-        """Zeros for `batch` rows of `length` slots; "layers" has leaves [L, B, S, ...]."""
+        """Zeros for `batch` rows of `length` slots; "layers" has leaves [L, B, ...]."""
         return {"layers": empty_cache(self.block, self.depth, batch, length)}
 
-    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
-        """From the cache of B prompts of these lengths that of `group` continuations of each, with `length` slots of
-        their own, and how many are filled: none. Prompts are not copied; their keys are only read from now on."""
-        rows = length_B.shape[0] * group
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
+        """From the cache of B prompts of these lengths that of `group` continuations of each with `length` more slots,
+        its slots, and how many are filled: none, in all rows alike. Prompts are not copied, only read from now on."""
         prompt = shared_prompts(cache["layers"], length_B)
-        return self.init_cache(rows, length) | {"prompt": prompt}, jnp.zeros((rows,), jnp.int32)
+        return self.init_cache(len(length_B) * group, length) | {"prompt": prompt}, length, jnp.zeros(1, jnp.int32)
+
+    def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
+        """Parameters and cache for decoding without a loop over layers, see `block.layers_apart`."""
+        split = lambda tree: tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(self.depth))  # noqa: E731
+        return layers_apart(params), {name: split(tree) for name, tree in cache.items()}
 
     def module(self) -> nn.Module:
         return Decoder(self)
@@ -107,9 +111,7 @@ class Decoder(nn.Module):
     def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
         """(x after all layers, cache, aux)."""
         c = self.cfg
-        own = None
-        if cache is not None:
-            own = cache["layers"] | {name: cache[name] for name in ("prompt",) if name in cache}
+        own = None if cache is None else with_prompt(cache["layers"], cache.get("prompt"))
         x_BTD, own, aux = stack(c.block, c.depth, c.remat, x_BTD, rope, query, key, own)
         return x_BTD, None if cache is None else cache | {"layers": own}, aux
 
@@ -126,15 +128,24 @@ class Runs(Decoder):
             name = f"blocks{i}"
             own = None
             if cache is not None:
-                own = cache["layers"][name] | {part: cache[part][name] for part in ("prompt",) if part in cache}
+                own = with_prompt(cache["layers"][name], cache["prompt"][name] if "prompt" in cache else None)
             remat = self.cfg.remat
             x_BTD, kept[name], aux[name] = stack(block, times, remat, x_BTD, rope, query, key, own, name=name)
         return x_BTD, None if cache is None else cache | {"layers": kept}, aux
 
 
+def with_prompt(layers: Any, prompt: Any) -> Any:
+    """The cache of layers, stacked or a tuple, and what they only read of the prompts they continue, if anything."""
+    if prompt is None:
+        return layers
+    if isinstance(layers, tuple):
+        return tuple(own | {"prompt": x} for own, x in zip(layers, prompt))
+    return layers | {"prompt": prompt}
+
+
 def shared_prompts(layers: dict, length_B: jax.Array) -> Shared:
-    """From the keys and values [L, B, S, G, K] of the prompts, of these lengths, what their continuations read."""
-    L, B, slots = layers["k"].shape[:3]
+    """From the keys and values [L, B, G, S, K] of the prompts, of these lengths, what their continuations read."""
+    L, B, _, slots, _ = layers["k"].shape
     valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))
     return Shared(layers["k"], layers["v"], valid_LBS)
 

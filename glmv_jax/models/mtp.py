@@ -62,14 +62,15 @@ class MTPLayer(nn.Module):
     cfg: Any  # of the block
 
     @nn.compact
-    def __call__(self, e_BTD, h_BTD, rope, query: Span, key: Span):
-        """(h, norm(h), aux): what the next depth is fed before and after the norm, and what the block says."""
+    def __call__(self, e_BTD, h_BTD, rope, query: Span, key: Span, cache: Any = None):
+        """(h, norm(h), cache, aux): what the next depth is fed before and after the norm, the block's cache with these
+        positions in it (None without one), and what the block says."""
         c = self.cfg
         norm = lambda name: RMSNorm("norm", c.norm_eps, name=name)  # noqa: E731
         x = jnp.concatenate([norm("enorm")(e_BTD), norm("hnorm")(h_BTD)], axis=-1).astype(c.dtype)
         x = Linear(c.width, ("merge", "projection"), False, c.dtype, name="eh_proj")(x)
-        x, (_, aux) = c.layer(c, name="block")(x, None, rope, query, key)
-        return x, norm("norm")(x), aux
+        x, (cache, aux) = c.layer(c, name="block")(x, cache, rope, query, key)
+        return x, norm("norm")(x), cache, aux
 
 
 class HeadInput(NamedTuple):
@@ -120,7 +121,7 @@ def apply(
         rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
         query = Span(tokens.segments, slots_BT)
         key = Span(jnp.where(is_key_BT, tokens.segments, -1), slots_BT)
-        pre_BTD, post_BTD, aux = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
+        pre_BTD, post_BTD, _, aux = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
         h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD
         hidden.append(post_BTD)
         said.append(aux)

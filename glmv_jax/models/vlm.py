@@ -78,8 +78,9 @@ def apply(
 ) -> VLMOutput:
     """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
 
-    cache: the decoder's, and "length" [B], the slots each row has filled. Position t of row b takes slot
-    length[b] + t and sees the slots up to its own; the returned length has grown by T. Segments do not count then. A
+    cache: the decoder's, "slots" [S], their numbers, and "length", the slots each row has filled, [B], or [1] for all
+    rows alike (their keys are then written at once). Position t of row b takes slot length[b] + t and sees the slots up
+    to its own; the returned length has grown by T. Segments do not count then. A
     caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
     padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
     """
@@ -91,15 +92,19 @@ def apply(
         query = key = Span(tokens.segments, slots_BT, tokens.branches)
         own = None
     else:
-        slots = jax.tree.leaves(cache["layers"])[0].shape[2]
-        one = jnp.ones((), jnp.int32)
-        query = Span(jnp.broadcast_to(one, (B, T)), cache["length"][:, None] + jnp.arange(T))
-        key = Span(jnp.broadcast_to(one, (B, slots)), jnp.broadcast_to(jnp.arange(slots), (B, slots)))
-        own = {name: x for name, x in cache.items() if name != "length"}
+        query, key = cached_spans(cache, T)
+        own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
     out = decoder.apply(cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, own)
     if cache is not None:
-        cache = out.cache | {"length": cache["length"] + T}
+        cache = cache | out.cache | {"length": cache["length"] + T}
     return VLMOutput(out.hidden, out.prenorm, merged_BTD, cache, out.aux)
+
+
+def cached_spans(cache: dict, T: int) -> tuple[Span, Span]:
+    """What the next T positions of rows with this cache may see: its slots up to their own."""
+    slots_BT = cache["length"][:, None] + jnp.arange(T)
+    slots_1S = cache["slots"][None]
+    return Span(jnp.ones_like(slots_BT), slots_BT), Span(jnp.ones_like(slots_1S), slots_1S)
 
 
 def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
@@ -122,12 +127,24 @@ def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInpu
 
 def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:
     """An empty cache of `length` slots for `batch` rows; see `apply`."""
-    return cfg.decoder.init_cache(batch, length) | {"length": jnp.zeros((batch,), jnp.int32)}
+    counts = {"slots": jnp.arange(length), "length": jnp.zeros((batch,), jnp.int32)}
+    return cfg.decoder.init_cache(batch, length) | counts
 
 
 def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
     """From the cache of B prompts that of `group` continuations of each, with `length` slots of their own; row
     b * group + g continues prompt b."""
-    own = {name: x for name, x in cache.items() if name != "length"}
+    own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
     own, filled = cfg.decoder.share_prompts(own, cache["length"], group, length)
-    return own | {"length": filled}
+    return own | {"slots": jnp.arange(length), "length": filled}
+
+
+def layers_apart(cfg: VLMConfig, params: Params, cache: dict) -> tuple[Params, dict]:
+    """The same parameters and cache, laid out for decoding on this device: on a CPU, where that is faster, without a
+    loop over layers. The decoder may have no such layout; then, and elsewhere, they are returned as they are."""
+    if jax.default_backend() != "cpu" or not hasattr(cfg.decoder, "layers_apart"):
+        return params, cache
+    counts = {name: cache[name] for name in ("slots", "length")}
+    own = {name: x for name, x in cache.items() if name not in counts}
+    decoder_params, own = cfg.decoder.layers_apart(params["decoder"], own)
+    return params | {"decoder": decoder_params}, own | counts

@@ -99,9 +99,10 @@ def test_shared_prompts_equal_repeated_ones():
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text_rows(rng, 1, 7), text_rows(rng, 1, 7))
     cache = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
     copied = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
-    copied = {name: jnp.repeat(x, group, axis=0 if name == "length" else 1) for name, x in copied.items()}
+    copied["layers"] = {name: jnp.repeat(x, group, axis=1) for name, x in copied["layers"].items()}
+    copied["length"] = jnp.repeat(copied["length"], group)
     shared = vlm.share_prompts(cfg, cache, group, 3)
-    assert shared["layers"]["k"].shape[:3] == (cfg.decoder.depth, 2 * group, 3)
+    assert shared["layers"]["k"].shape[1:4] == (2 * group, cfg.decoder.kv_heads, 3)
     for step in range(3):
         tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
         at = jnp.repeat(lengths, group)[:, None] + step
