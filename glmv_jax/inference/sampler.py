@@ -127,9 +127,10 @@ def sample(
     N = start_N.shape[0]
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
     stop = jnp.array(sampling.stop, jnp.int32)
-    cache = vlm.share_prompts(cfg, out.cache, group, Tn) | {"length": jnp.zeros(1, jnp.int32)}  # rows keep step
+    cache = vlm.share_prompts(cfg, out.cache, group, Tn)
     params, cache = vlm.layers_apart(cfg, params, cache)
-    fixed = {name: cache.pop(name) for name in ("prompt", "slots")}  # only read: they need not travel through the loop
+    # What is only read need not travel through the loop.
+    fixed = {name: cache.pop(name) for name in ("prompt", "slots") if name in cache}
 
     class State(NamedTuple):
         t: jax.Array  # answer tokens drawn so far

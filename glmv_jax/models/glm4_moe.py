@@ -94,11 +94,10 @@ class GLM4MoEConfig:
         runs = enumerate(self.stacks)
         return {"layers": {f"blocks{i}": empty_cache(block, times, batch, length) for i, (block, times) in runs}}
 
-    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """As `decoder.DecoderConfig.share_prompts`: prompts are not copied."""
-        rows = length_B.shape[0] * group
         prompt = {name: shared_prompts(layers, length_B) for name, layers in cache["layers"].items()}
-        return self.init_cache(rows, length) | {"prompt": prompt}, jnp.zeros((rows,), jnp.int32)
+        return self.init_cache(len(length_B) * group, length) | {"prompt": prompt}, length, jnp.zeros(1, jnp.int32)
 
     def module(self) -> nn.Module:
         return Runs(self)

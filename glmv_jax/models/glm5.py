@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +17,10 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.block import LayerCache, stack
-from glmv_jax.models.decoder import DecoderOutput
+from glmv_jax.models.block import LayerCache
+from glmv_jax.models.decoder import Runs
 from glmv_jax.models.latent import LatentAttention
-from glmv_jax.models.layers import Embedding, RMSNorm, SwiGLU, fan_in, param
+from glmv_jax.models.layers import RMSNorm, SwiGLU
 from glmv_jax.models.moe import MoE, MoEConfig
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
@@ -110,18 +109,19 @@ class GLM5Config:
         """Zeros for `batch` rows of `length` slots: latents, rotated keys, and the keys of the indexers."""
         return {"layers": {f"blocks{i}": u.empty_cache(n, batch, length) for i, (u, n) in enumerate(self.stacks)}}
 
-    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, jax.Array]:
-        """From the cache of B prompts that of `group` continuations of each with `length` more slots, and how many are
-        filled. Prompts are copied: a slot is 704 numbers, an eighth of what eight heads of 128 would keep."""
+    def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
+        """From the cache of B prompts that of `group` continuations of each with `length` more slots, its slots, and
+        how many are filled. Prompts are copied: a slot is 704 numbers, where eight heads of 128 would keep 2,048."""
 
         def copy(x_LBS):
             rest = [(0, 0)] * (x_LBS.ndim - 3)
             return jnp.pad(jnp.repeat(x_LBS, group, axis=1), [(0, 0), (0, 0), (0, length), *rest])
 
-        return {"layers": jax.tree.map(copy, cache["layers"])}, jnp.repeat(length_B, group)
+        layers = jax.tree.map(copy, cache["layers"])
+        return {"layers": layers}, jax.tree.leaves(layers)[0].shape[2], jnp.repeat(length_B, group)
 
     def module(self) -> nn.Module:
-        return GLM5(self)
+        return Runs(self)
 
     def example(self) -> tuple:
         span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
@@ -215,24 +215,3 @@ class Layer(nn.Module):
             else:
                 branch = SwiGLU(c.mlp, c.width, dtype=c.dtype, name="mlp")(normed)
         return constrain(x_BTD + branch, "batch", "length", "activation"), cache, selection, aux
-
-
-class GLM5(nn.Module):
-    """Embedded inputs to hidden states, as `decoder.Decoder`."""
-
-    cfg: GLM5Config
-
-    @nn.compact
-    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: dict | None) -> DecoderOutput:
-        c = self.cfg
-        Embedding(c.vocab, c.width, name="embed")()
-        if not c.tied:
-            param(self, "head", fan_in, (c.width, c.vocab), ("embed", "vocab"))
-        x_BTD = constrain(x_BTD.astype(c.dtype), "batch", "length", "activation")
-        rope, layers, aux = c.rope(positions_BT3), {}, {}
-        for i, (unit, times) in enumerate(c.stacks):
-            name = f"blocks{i}"
-            own: Any = None if cache is None else cache["layers"][name]
-            x_BTD, layers[name], aux[name] = stack(unit, times, c.remat, x_BTD, rope, query, key, own, name=name)
-        cache = None if cache is None else cache | {"layers": layers}
-        return DecoderOutput(RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache, aux)

@@ -85,6 +85,7 @@ class MoE(nn.Module):
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.cfg
         B, T, D = x_BTD.shape
+        valid_BT = jnp.broadcast_to(valid_BT, (B, T))  # one row may stand for all
         router_DE = param(self, "router", fan_in, (D, c.experts), ("embed", "router"))
         bias_E = param(self, "router_bias", zeros, (c.experts,), ("router",))
         gate, up = (param(self, n, fan_in_expert, (c.experts, D, c.hidden), ("expert", "embed", "mlp")) for n in _IN)

@@ -135,8 +135,8 @@ def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
     """From the cache of B prompts that of `group` continuations of each, with `length` slots of their own; row
     b * group + g continues prompt b."""
     own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
-    own, filled = cfg.decoder.share_prompts(own, cache["length"], group, length)
-    return own | {"slots": jnp.arange(length), "length": filled}
+    own, slots, filled = cfg.decoder.share_prompts(own, cache["length"], group, length)
+    return own | {"slots": jnp.arange(slots), "length": filled}
 
 
 def layers_apart(cfg: VLMConfig, params: Params, cache: dict) -> tuple[Params, dict]:

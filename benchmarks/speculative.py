@@ -1,0 +1,268 @@
+"""What does the MTP head bring when it drafts? Accept length, tokens a second, and where drafting starts to pay.
+
+    python benchmarks/speculative.py [RUN/pretrain | RUN/sft] [--drafts 1 2 3] [--batch 1 8] [--out FILE]
+
+The argument is a stage's work directory. Without one a model of size=nano is trained here, with the recipe of
+experiments/vlm_pretrain.py from a fresh encoder, for --train-steps steps (a minute or two on two idle cores): it tells
+how the parts fit together, and little of what a trained model accepts. Prompts are held-out documents, cut after their
+first words (a model after sft gets questions in the chat template): text alone, and with an image.
+
+Prints one JSON line. Greedy and at temperature 1, on text and on images: the rate at which each draft is kept, and the
+tokens a pass yields (accept length). Then, at each batch size: tokens/s plain and with K drafts, in turns, each the
+quickest of its rounds; the costs that were measured apart (a pass over K + 1 tokens and a token of the head, over a
+plain step); the speed-up that rates and costs give; and the rate of every draft at which drafting starts to pay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+import tempfile
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from contest import emit, environment, in_turns, log, significant
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+WORDS = {"text": 12, "image": 3}  # tokens of a document that a prompt shows, those after the image
+
+
+def train(folder: str, steps: int) -> None:
+    """Stage 3 at size=nano, from nothing."""
+    from glmv_jax import config
+    from glmv_jax.train import main
+
+    cfg = config.load(f"{REPO}/experiments/vlm_pretrain.py:size=nano")
+    cfg.steps, cfg.init_subtrees, cfg.eval.documents, cfg.save_every = steps, (), 16, steps
+    main.run(cfg, folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A trained model and its prompts by kind, as `Prompts` of one row each."""
+
+    cfg: Any
+    params: Any
+    tokenizer: Any
+    prompts: dict[str, list]
+
+
+def load(folder: str, count: int) -> Subject:
+    import jax
+
+    from glmv_jax.data import heldout, texts
+    from glmv_jax.data.building import DocumentBuilder
+    from glmv_jax.data.naflex import Patcher
+    from glmv_jax.data.packing import collate
+    from glmv_jax.data.tokenizer import Tokenizer
+    from glmv_jax.inference import Prompts
+    from glmv_jax.models import build
+    from glmv_jax.train import checkpoint
+
+    checkpoint.quiet_orbax()
+    cfg = checkpoint.load_config(folder)
+    model, d = build.vlm(cfg.model), cfg.data
+    tokenizer = Tokenizer(d.vocabulary or None)
+    patcher = Patcher(patch=model.vision.patch, temporal=model.vision.temporal_patch, max_patches=d.image_patches)
+    builder = DocumentBuilder(tokenizer, patcher, d.tokens, d.patches)
+
+    def cut(document: Any, kind: str) -> Any:
+        """The document up to its first learnt words."""
+        end = int(np.argmax(document.loss_weight > 0)) + WORDS[kind]
+        end = min(end, len(document.tokens) - 1)
+        fields = ("tokens", "loss_weight", "image_of_token")
+        return dataclasses.replace(document, **{name: getattr(document, name)[:end] for name in fields})
+
+    asked = heldout.heldout_questions(list(cfg.eval.kinds), -(-count // len(cfg.eval.kinds)))
+    asked = [sample for kind in zip(*asked.values()) for sample in kind][:count]
+    read = texts.Texts("heldout", 1)
+    documents = {"text": [cut(builder.pretrain(read[i]), "text") for i in range(count)]}
+    if cfg.stage == "pretrain":
+        documents["image"] = [cut(builder.pretrain(sample), "image") for sample in asked]
+    else:
+        documents["image"] = [builder.prompt(sample) for sample in asked]
+    longest = max(len(document.tokens) for kind in documents.values() for document in kind)
+    rows = {
+        kind: [
+            Prompts.of(collate([x], longest, d.image_patches, patcher.channels, [x.source])) for x in documents[kind]
+        ]
+        for kind in documents
+    }
+    return Subject(model, jax.device_put(checkpoint.load_params(folder)), tokenizer, rows)
+
+
+def batches(rows: list, batch: int) -> list:
+    """Prompts of `batch` rows each."""
+    import jax
+
+    join = lambda *xs: np.concatenate(xs)  # noqa: E731
+    return [jax.device_put(jax.tree.map(join, *rows[i : i + batch])) for i in range(0, len(rows) - batch + 1, batch)]
+
+
+def acceptances(subject: Subject, drafts: int, new: int) -> dict[str, Any]:
+    """Rates and accept length by kind of prompt, greedy and drawn."""
+    import jax
+
+    from glmv_jax.inference import Sampling, acceptance
+    from glmv_jax.inference.speculative import Counts, SpeculativeSampler
+
+    found: dict[str, Any] = {}
+    for temperature in (0.0, 1.0):
+        sampling = Sampling.chat(subject.tokenizer, new, temperature=temperature)
+        sampler = SpeculativeSampler(subject.cfg, sampling, drafts)
+        for kind, rows in subject.prompts.items():
+            (prompts,) = batches(rows, len(rows))
+            counts: Counts = jax.device_get(sampler(subject.params, prompts, jax.random.key(1)).counts)
+            rates = acceptance.rates(counts)
+            found[f"{kind}, temperature {temperature:g}"] = {
+                "rates": [significant(rate, 3) for rate in rates],
+                "accept length": significant(acceptance.accept_length(rates), 4), "passes": int(counts.passes.sum()),
+            }  # fmt: skip
+            log(kind, temperature, found[f"{kind}, temperature {temperature:g}"])
+    return found
+
+
+def costs(subject: Subject, batch: int, widths: list[int], rounds: int, repeats: int = 32) -> dict[int, float]:
+    """Seconds of the backbone's pass over T tokens, by T, and, under 0, of one draft: with logits and the likeliest."""
+    import jax
+    import jax.numpy as jnp
+
+    from glmv_jax.inference.sampler import Sampling, inputs, likeliest, prefill
+    from glmv_jax.models import drafting, vlm
+    from glmv_jax.typing import TokenInput
+
+    cfg, sampling = subject.cfg, Sampling.chat(subject.tokenizer, 1, temperature=0.0)
+    prompts = batches(subject.prompts["text"], batch)[0]
+
+    def steps(width: int, repeats, params, prompts):
+        """The same step over and over, each from what the one before said; the number of them is no part of the
+        program, so that a call without any tells what a call costs beside them."""
+        out = prefill(cfg, params, prompts)
+        cache = vlm.share_prompts(cfg, out.cache, 1, 64)
+        head = drafting.prompt_cache(cfg, params, out, inputs(prompts), 1, 64)
+        params, cache = vlm.layers_apart(cfg, params, cache)
+        T = max(width, 1)
+        positions = jnp.broadcast_to((prompts.next_position[:, None] + jnp.arange(T))[..., None], (batch, T, 3))
+
+        def step(_, state):
+            token, h = state
+            if width:
+                tokens = TokenInput(token, positions, jnp.ones_like(token), -jnp.ones_like(token))
+                hidden = vlm.apply(cfg, params, None, tokens, cache).hidden
+            else:
+                (h, hidden), _ = drafting.step(cfg, params, h, token, positions, head)
+            return likeliest(vlm.logits(cfg, params, hidden), sampling), h
+
+        start = jnp.ones((batch, T), jnp.int32), jnp.zeros((batch, T, cfg.decoder.width), cfg.decoder.dtype)
+        return jax.lax.fori_loop(0, repeats, step, start)[0]
+
+    def timed(program: Callable, repeats: int) -> float:
+        began = time.perf_counter()
+        jax.block_until_ready(program(repeats, subject.params, prompts))
+        return time.perf_counter() - began
+
+    programs = {width: jax.jit(functools.partial(steps, width)) for width in (0, *widths)}
+    runs = {(w, n): functools.partial(timed, program, n) for w, program in programs.items() for n in (0, repeats)}
+    for run in runs.values():
+        run()  # compiles
+    best = {name: min(values) for name, values in in_turns(runs, rounds, 60.0).items()}
+    return {width: (best[width, repeats] - best[width, 0]) / repeats for width in programs}
+
+
+def speeds(subject: Subject, batch: int, drafts: list[int], new: int, rounds: int) -> dict[str, Any]:
+    """Greedy tokens/s by kind of prompt, plain (under 0) and with K drafts, the quickest of the rounds; answers are as
+    long as `new` (nothing stops them), so that all sides write the same tokens."""
+    import jax
+
+    from glmv_jax.inference import Sampler, Sampling
+    from glmv_jax.inference.speculative import SpeculativeSampler
+
+    cfg = subject.cfg
+    sampling = dataclasses.replace(Sampling.chat(subject.tokenizer, new, temperature=0.0), stop=())
+    samplers = {0: Sampler(cfg, sampling)} | {K: SpeculativeSampler(cfg, sampling, K) for K in drafts}
+    found = {}
+    for kind, rows in subject.prompts.items():
+        asked = batches(rows, batch)[: max(1, 8 // batch)]
+
+        def answer(K: int, asked: list = asked) -> tuple[float, list, list]:
+            began = time.perf_counter()
+            outs = [jax.block_until_ready(samplers[K](subject.params, x, jax.random.key(0))) for x in asked]
+            seconds = time.perf_counter() - began
+            ids = [np.asarray(out.answers.tokens if K else out.tokens).tolist() for out in outs]
+            return seconds, ids, [out.counts for out in outs] if K else []
+
+        first = {K: answer(K) for K in samplers}
+        same = {K: first[K][1] == first[0][1] for K in drafts}
+        if not all(same.values()):
+            raise SystemExit(f"speculative.py: greedy answers with drafts differ from the plain ones: {same}")
+        times = in_turns({K: functools.partial(lambda K: answer(K)[0], K) for K in samplers}, rounds, 60.0)
+        tokens, quickest = len(asked) * batch * new, {K: min(seconds) for K, seconds in times.items()}
+        passes = {K: sum(int(counts.passes.sum()) for counts in first[K][2]) for K in drafts}
+        found[kind] = {
+            "tokens/s": {K: significant(tokens / seconds) for K, seconds in quickest.items()},
+            "speed-up": {K: significant(quickest[0] / quickest[K], 3) for K in drafts},
+            "tokens a pass": {K: significant((tokens - len(asked) * batch) / passes[K]) for K in drafts},
+        }
+        log(batch, kind, found[kind])
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a stage's work directory, pretrain or sft")
+    parser.add_argument("--drafts", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--prompts", type=int, default=32, help="of each kind")
+    parser.add_argument("--new", type=int, default=32, help="tokens of an answer")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each side")
+    parser.add_argument("--train-steps", type=int, default=120, help="without a run")
+    parser.add_argument("--out", help="also write the JSON line there")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.run is None:
+            train(folder, args.train_steps)
+        subject = load(args.run or folder, args.prompts)
+    emit(record(subject, args), args.out)
+
+
+def record(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
+    import jax
+
+    from glmv_jax.inference import acceptance
+
+    found = acceptances(subject, max(args.drafts), args.new)
+    rows = []
+    for batch in args.batch:
+        seconds = costs(subject, batch, [1, *(K + 1 for K in args.drafts)], args.rounds)
+        plain, draft = seconds[1], seconds[0] / seconds[1]
+        row: dict[str, Any] = {
+            "batch": batch,
+            "plain step ms": significant(1e3 * plain),
+            "draft": significant(draft, 3),
+        }
+        row["verify"] = {K: significant(seconds[K + 1] / plain, 3) for K in args.drafts}
+        row["break-even rate"] = {
+            K: significant(acceptance.break_even(K, seconds[K + 1] / plain, draft), 3) for K in args.drafts
+        }
+        row["speed-up of these rates and costs, greedy"] = {
+            kind: {
+                K: significant(acceptance.speedup(
+                    found[f"{kind}, temperature 0"]["rates"][:K], seconds[K + 1] / plain, draft), 3)
+                for K in args.drafts
+            }
+            for kind in subject.prompts
+        }  # fmt: skip
+        rows.append(row | speeds(subject, batch, args.drafts, args.new, args.rounds))
+    run = {"run": pathlib.Path(args.run).name} if args.run else {"trained here, steps": args.train_steps}
+    return {
+        "benchmark": "speculative", **run, "new": args.new, "prompts of a kind": args.prompts,
+        "device kind": jax.devices()[0].device_kind, "acceptance": found, "rows": rows, **environment(),
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,244 @@
+"""Decoding with drafts against the plain sampler, exact distributions, and a loop without any cache.
+
+The head is built, not trained: it repeats the backbone's reading of the last token alone, so that some of its drafts are
+right. Not covered: several devices, bfloat16 (where a pass over K + 1 tokens may round unlike K + 1 passes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glmv_jax.inference import acceptance
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.speculative import SpeculativeSampler
+from glmv_jax.kernels.attention import Span
+from glmv_jax.models import MTPConfig, decoder, vlm
+from glmv_jax.typing import TokenInput, UserError, VisionInput
+from tests import tiny_vlm
+
+K = 3
+GREEDY = Sampling(12, temperature=0.0, suppress=(3, tiny_vlm.IMAGE, 40))
+SAMPLED = Sampling(12, temperature=0.7, top_p=0.9, suppress=(tiny_vlm.IMAGE,))
+
+
+def config(vocab: int = tiny_vlm.VOCAB, option: str = "image_token", h_prev: str = "post_norm") -> vlm.VLMConfig:
+    cfg = tiny_vlm.config(vocab)
+    return dataclasses.replace(cfg, mtp=MTPConfig(cfg.decoder, option=option, h_prev=h_prev))
+
+
+def half_right(cfg: vlm.VLMConfig, context: float, seed: int = 0) -> dict:
+    """Parameters whose next token depends mostly on the last one (context: the weight of the rest), which the head,
+    that embeds it, can tell as well."""
+    params = tiny_vlm.params(cfg, seed)
+    width = cfg.decoder.width
+
+    def weaker(path, x):
+        return context * x if "post_norm" in jax.tree_util.keystr(path) else x
+
+    params["decoder"] = jax.tree_util.tree_map_with_path(weaker, params["decoder"])
+    params["mtp"] = jax.tree_util.tree_map_with_path(weaker, params["mtp"])
+    noise = 0.1 * np.random.default_rng(seed).normal(size=(width, width)) / width**0.5
+    params["mtp"]["eh_proj"]["kernel"] = jnp.asarray(np.concatenate([0.4 * np.eye(width), noise]), jnp.float32)
+    return params
+
+
+CFG = config()
+
+
+@pytest.fixture(scope="module")
+def params():
+    return half_right(CFG, 0.08)
+
+
+@pytest.fixture(scope="module")
+def rows():
+    rng = np.random.default_rng(0)
+    return [tiny_vlm.prompt(rng, n, grid) for n, grid in [(5, (1, 3)), (9, None), (3, (2, 2)), (12, (3, 1))]]
+
+
+def batch(rows) -> Prompts:
+    return Prompts.of(tiny_vlm.prompt_batch(rows, 20, 16))
+
+
+@functools.cache
+def plain(sampling: Sampling) -> Sampler:
+    return Sampler(CFG, sampling)
+
+
+@functools.cache
+def speculative(sampling: Sampling, group: int = 1) -> SpeculativeSampler:
+    return SpeculativeSampler(CFG, sampling, K, group)
+
+
+def run(sampler, params, prompts, seed=0):
+    return jax.device_get(sampler(params, prompts, jax.random.key(seed)))
+
+
+def runs_by_hand(cfg, params, row, answer, drafts: int, suppress) -> list[list[int]]:
+    """The drafts of every pass of a greedy answer, from whole passes over prompt and answer and the head without a
+    cache: entries of the tokens said so far, with the backbone's hidden states, and of the drafts, with its own."""
+    whole = tiny_vlm.prompt_batch([tiny_vlm.extended(row, np.concatenate([answer, np.zeros(drafts, int)]))], 40, 16)
+    vision = VisionInput(*(whole[name] for name in ("patches", "yx", "frame")))
+    tokens = TokenInput(*(whole[name] for name in ("tokens", "positions", "segments", "image_row")))
+    out = vlm.apply(cfg, params, vision, tokens)
+    table_VD = np.asarray(params["decoder"]["embed"]["embedding"])
+    h = np.asarray(out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm)[0]
+    ahead_TD = np.asarray({
+        "embeddings": out.merged[0], "image_token": table_VD[whole["tokens"][0]],
+        "masked": np.where(whole["image_row"][0, :, None] >= 0, 0.0, table_VD[whole["tokens"][0]]),
+    }[cfg.mtp.option])  # fmt: skip
+    is_key_T = np.ones(39, int) if cfg.mtp.option != "masked" else (whole["image_row"][0, 1:] < 0).astype(int)
+    span = Span(jnp.ones((1, 39), jnp.int32), jnp.arange(39)[None])
+    rope = cfg.decoder.rope(jnp.asarray(whole["positions"][:, 1:]))
+    layer = jax.jit(lambda e, h: cfg.mtp.module().apply(
+        {"params": params["mtp"]}, e[None], h[None], rope, span, Span(jnp.asarray(is_key_T)[None], span.slots)
+    )[:2])  # fmt: skip
+    passes, n, start = [], 1, len(row["tokens"])
+    while n < len(answer):
+        e_TD, h_TD, said = ahead_TD[1:].copy(), h[:39].copy(), []
+        for k in range(drafts):
+            entry = start + n - 2 + k
+            pre, post = layer(e_TD, h_TD)
+            logits_V = np.array(decoder.logits(cfg.decoder, params["decoder"], post[:, entry : entry + 1])[0, 0])
+            logits_V[list(suppress)] = -np.inf
+            said.append(int(logits_V.argmax()))
+            e_TD[entry + 1] = table_VD[said[-1]]
+            h_TD[entry + 1] = (post if cfg.mtp.h_prev == "post_norm" else pre)[0, entry]
+        kept = int(np.cumprod(np.array(said) == np.append(answer, [-1] * drafts)[n : n + drafts]).sum())
+        passes.append(said)
+        n += kept + 1
+    return passes
+
+
+def kept_of(passes, answer):
+    """reached and accepted of each draft, as `Counts` defines them, from the drafts of each pass."""
+    reached, accepted, n = np.zeros(len(passes[0]), int), np.zeros(len(passes[0]), int), 1
+    for said in passes:
+        right = [n + k < len(answer) and said[k] == answer[n + k] for k in range(len(said))]
+        kept = int(np.cumprod(right).sum())
+        reached[: min(kept + 1, len(answer) - n)] += 1
+        accepted[:kept] += 1
+        n += kept + 1
+    return reached, accepted
+
+
+def test_greedy_answers_are_the_plain_ones_and_the_drafts_those_of_a_loop_without_a_cache(params, rows):
+    out, counts = run(speculative(GREEDY), params, batch(rows))
+    wanted = run(plain(GREEDY), params, batch(rows))
+    np.testing.assert_array_equal(out.tokens, wanted.tokens)
+    np.testing.assert_allclose(out.logprobs, wanted.logprobs, atol=1e-4)
+    np.testing.assert_array_equal(out.lengths, wanted.lengths)
+    for row, answer, *said in zip(rows, wanted.tokens, counts.passes, counts.reached, counts.accepted):
+        passes = runs_by_hand(CFG, params, row, answer, K, GREEDY.suppress)
+        for got, want in zip(said, (len(passes), *kept_of(passes, answer))):
+            np.testing.assert_array_equal(got, want)
+    kept = counts.accepted.sum(1) / counts.passes
+    assert len(set(kept.round(2))) > 2 and counts.accepted[:, K - 1].any(), "rows that keep unlike numbers, some all"
+    assert (counts.accepted[:, 0] < counts.reached[:, 0]).any() and (counts.reached < counts.passes[:, None]).any()
+
+
+@pytest.mark.parametrize(("option", "h_prev"), [("embeddings", "pre_norm"), ("masked", "post_norm")])
+def test_other_heads_draft_as_without_a_cache(rows, option, h_prev):
+    cfg = config(option=option, h_prev=h_prev)
+    params = half_right(cfg, 0.08)
+    params["mtp"]["eh_proj"]["kernel"] *= 2.0  # so that what the head is fed beside the token counts for more
+    out, counts = run(SpeculativeSampler(cfg, GREEDY, 2), params, batch(rows[::2]))
+    for row, answer, reached, accepted in zip(rows[::2], out.tokens, counts.reached, counts.accepted):
+        passes = runs_by_hand(cfg, params, row, answer, 2, GREEDY.suppress)
+        np.testing.assert_array_equal((reached, accepted), kept_of(passes, answer))
+    assert counts.accepted.any()
+
+
+def test_a_stop_inside_a_run_of_kept_drafts_ends_the_answer(params, rows):
+    free, _ = run(speculative(GREEDY), params, batch(rows))
+    inside = {}  # tokens that a draft said before the last one that was kept
+    for row, answer in zip(rows, free.tokens):
+        n = 1
+        for said in runs_by_hand(CFG, params, row, answer, K, GREEDY.suppress):
+            kept = int(np.cumprod(np.array(said) == np.append(answer, [-1] * K)[n : n + K]).sum())
+            if kept > 1 and answer[n] not in answer[:n]:
+                inside[int(answer[n])] = True
+            n += kept + 1
+    assert inside, "the test needs a run of two"
+    stopping = dataclasses.replace(GREEDY, stop=(next(iter(inside)),), pad=1)
+    (out, counts), wanted = (run(make(stopping), params, batch(rows)) for make in (speculative, plain))
+    for got, want in zip(out, wanted):
+        np.testing.assert_allclose(got, want, atol=1e-4)
+    assert out.finished.any() and not out.finished.all()
+    assert (counts.accepted.sum(1) + counts.passes >= out.lengths - 1).all()
+
+
+def test_groups_empty_rows_logprobs_and_compilations(params, rows):
+    sampler = speculative(SAMPLED, 3)
+    prompts = batch(rows)._replace(length=np.array([len(r["tokens"]) for r in rows[:3]] + [0], np.int32))
+    out, _ = run(sampler, params, prompts)
+    assert out.lengths.tolist() == [12] * 9 + [0] * 3 and not out.tokens[9:].any()
+    assert len({tuple(a) for a in out.tokens[:3]}) > 1, "answers of one group must be drawn independently"
+    assert not (out.tokens == tiny_vlm.IMAGE).any()
+    extended = [tiny_vlm.extended(rows[i // 3], answer) for i, answer in enumerate(out.tokens)]
+    logits = tiny_vlm.forward(CFG, params, extended).astype(np.float64) / SAMPLED.temperature
+    full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for i, (answer, logprobs) in enumerate(zip(out.tokens[:9], out.logprobs)):
+        at = len(rows[i // 3]["tokens"]) - 1 + np.arange(12)
+        np.testing.assert_allclose(logprobs, full[i, at, answer], atol=1e-4)
+    again, _ = run(sampler, params, batch(rows[::-1]), seed=1)
+    assert sampler.traces == 1 and (again.tokens != out.tokens).any()
+    # Neither the neighbours nor what the batch is padded to change an answer.
+    other, _ = run(sampler, params, batch([rows[0], rows[3], rows[1], rows[2]]))
+    np.testing.assert_array_equal(other.tokens[:3], out.tokens[:3])
+
+
+def nucleus_of(p: np.ndarray, top_p: float) -> np.ndarray:
+    order = np.argsort(-p)
+    kept = order[: int(np.searchsorted(np.cumsum(p[order]), top_p - 1e-6)) + 1]
+    cut = np.zeros_like(p)
+    cut[kept] = p[kept]
+    return cut / cut.sum()
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_drawn_answers_have_the_distribution_of_the_model(top_p):
+    """Every answer of 4 tokens out of 4, a fifth one being suppressed: counts of many draws against exact chances."""
+    vocab, length, many = 5, 4, 6000
+    cfg = config(vocab)
+    params = half_right(cfg, 0.3, seed=1)
+    params["decoder"]["head"] = 0.5 * params["decoder"]["head"]
+    tokens = np.array([1, 3, 2])
+    row = tiny_vlm.prompt(np.random.default_rng(0), 3, None) | {"tokens": tokens}
+    sampling = Sampling(length, temperature=0.9, top_p=top_p, suppress=(4,))
+    sampler = SpeculativeSampler(cfg, sampling, 2, many)
+    out, counts = run(sampler, params, Prompts.of(tiny_vlm.prompt_batch([row], 4, 4)))
+
+    answers = np.array(list(itertools.product(range(4), repeat=length)))
+    logits = tiny_vlm.forward(cfg, params, [tiny_vlm.extended(row, a) for a in answers], T=8, P=4)[:, 2:-2]
+    p = np.exp(logits.astype(np.float64) / 0.9) * (np.arange(vocab) != 4)
+    p = np.apply_along_axis(nucleus_of, -1, p / p.sum(-1, keepdims=True), top_p)
+    exact = np.take_along_axis(p[:, :length], answers[..., None], -1)[..., 0].prod(-1)
+    np.testing.assert_allclose(exact.sum(), 1.0, atol=1e-6)
+
+    seen = np.bincount((out.tokens @ 4 ** np.arange(length)[::-1]), minlength=4**length)
+    assert not seen[exact == 0].any()
+    often = exact * many >= 5
+    cells = lambda x: np.append(x[often], x[~often].sum())  # noqa: E731
+    want, got = cells(exact * many), cells(seen)
+    chi2, freedom = ((got - want) ** 2 / np.maximum(want, 1e-9)).sum(), len(want) - 1
+    assert abs(chi2 - freedom) < 4.5 * np.sqrt(2 * freedom), (chi2, freedom)
+    rates = acceptance.rates(counts)
+    assert all(0.2 < rate < 0.95 for rate in rates), rates
+    assert (counts.passes < length - 1).any(), "some passes say more than one token"
+
+
+def test_what_cannot_draft_is_refused():
+    with pytest.raises(UserError, match="no MTP head"):
+        SpeculativeSampler(tiny_vlm.config(), GREEDY, 1)
+    with pytest.raises(UserError, match="drafts=0"):
+        SpeculativeSampler(CFG, GREEDY, 0)
+    with pytest.raises(ValueError, match="group=0"):
+        SpeculativeSampler(CFG, GREEDY, 1, 0)
