@@ -26,7 +26,7 @@ def get_config(arg=None):
         "point": 2.0, "spatial": 2.5, "chart": 1.0, "ground": 1.0, "read": 2.0,
     }  # fmt: skip
     cfg.data = presets.documents(arg.size, weights, seed=3)
-    cfg.loss = {"mtp": 0.3}
+    cfg.loss = {"mtp": 0.3, "chunk": 256 if nano else 1024}  # chunk: tokens that have logits at a time, on a device
     # At nano size the encoder learns slowly: what stages 1 and 2 taught it (shapes, above all) is soon lost to the
     # rough gradient of a decoder that knows nothing yet.
     cfg.optim = {

@@ -24,7 +24,7 @@ def get_config(arg=None):
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
 
     cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=4)
-    cfg.loss = {"mtp": 0.3}
+    cfg.loss = {"mtp": 0.3, "chunk": 256 if nano else 1024}  # chunk: tokens that have logits at a time, on a device
     cfg.optim = {
         "lr": 4e-3 if nano else 1e-4,
         "clip": 1.0,

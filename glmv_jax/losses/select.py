@@ -37,15 +37,20 @@ def select(tokens_BT: jax.Array, segments_BT: jax.Array, loss_weight_BT: jax.Arr
     return Targets(at_BJ, pick(tokens_BT), weight_BJ, pick(segments_BT), cut)
 
 
+def weights(targets: Targets, segments_BT: jax.Array, ahead: int) -> jax.Array:
+    """[B, J]: the target's weight where there is a position `ahead` tokens before it in its segment, else 0."""
+    from_BJ = targets.at_BJ - ahead
+    inside_BJ = jnp.maximum(from_BJ, 0)
+    same_BJ = (from_BJ >= 0) & (jnp.take_along_axis(segments_BT, inside_BJ, axis=1) == targets.segments_BJ)
+    return targets.weight_BJ * (same_BJ & (targets.segments_BJ > 0))
+
+
 def predictors(
     targets: Targets, hidden_BTD: jax.Array, segments_BT: jax.Array, ahead: int
 ) -> tuple[jax.Array, jax.Array]:
     """What predicts each target from `ahead` tokens before it (1 for the main head, k + 1 for depth k of MTP).
 
-    Returns hidden_BJD and weight_BJ, the target's weight where that position exists in the target's segment, else 0.
+    Returns hidden_BJD and `weights`.
     """
-    from_BJ = targets.at_BJ - ahead
-    inside_BJ = jnp.maximum(from_BJ, 0)
-    same_BJ = (from_BJ >= 0) & (jnp.take_along_axis(segments_BT, inside_BJ, axis=1) == targets.segments_BJ)
-    hidden_BJD = jnp.take_along_axis(hidden_BTD, inside_BJ[..., None], axis=1)
-    return hidden_BJD, targets.weight_BJ * (same_BJ & (targets.segments_BJ > 0))
+    from_BJ1 = jnp.maximum(targets.at_BJ - ahead, 0)[..., None]
+    return jnp.take_along_axis(hidden_BTD, from_BJ1, axis=1), weights(targets, segments_BT, ahead)

@@ -160,7 +160,12 @@ def apply(cfg: Any, params: dict, x_BTD, positions_BT3, query: Span, key: Span, 
     return cfg.module().apply({"params": params}, x_BTD, positions_BT3, query, key, cache)
 
 
+def head(cfg: Any, params: dict) -> jax.Array:
+    """The output head [D, V], float32."""
+    return params["embed"]["embedding"].T if cfg.tied else params["head"]
+
+
 def logits(cfg: Any, params: dict, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32 from hidden states after a norm (the final one, or the MTP head's own)."""
-    head_DV = params["embed"]["embedding"].T if cfg.tied else params["head"]
-    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV.astype(cfg.dtype), preferred_element_type=jnp.float32)
+    head_DV = head(cfg, params).astype(cfg.dtype)
+    return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)

@@ -107,6 +107,11 @@ def cached_spans(cache: dict, T: int) -> tuple[Span, Span]:
     return Span(jnp.ones_like(slots_BT), slots_BT), Span(jnp.ones_like(slots_1S), slots_1S)
 
 
+def head(cfg: VLMConfig, params: Params) -> jax.Array:
+    """The output head [D, V], for losses that make logits a few tokens at a time."""
+    return decoder.head(cfg.decoder, params["decoder"])
+
+
 def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32."""
     return decoder.logits(cfg.decoder, params["decoder"], hidden_BTD)

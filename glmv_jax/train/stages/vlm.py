@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import open_tokenizer
 from glmv_jax.eval import vlm as vlm_eval
 from glmv_jax.inference.sampler import Sampler, Sampling
-from glmv_jax.losses.cross_entropy import cross_entropy, divide, per_source
-from glmv_jax.losses.select import predictors, select
+from glmv_jax.losses.chunked import CHUNK, head_loss
+from glmv_jax.losses.cross_entropy import divide, per_source
+from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import build, cogvit, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
@@ -36,9 +37,24 @@ def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
     return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
 
 
-def _hits(right_BJ: jax.Array, weight_BJ: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The weight of what is right, and of all."""
-    return (right_BJ * weight_BJ).sum(), weight_BJ.sum()
+class Predicted(NamedTuple):
+    """What H heads, the main one first and then the drafts, make of the J learnt tokens of each row.
+
+    total: scalar, the mean loss of the main head + cfg.loss.mtp x that of the drafts; the only one with a gradient.
+    nll_HBJ: -log p, unweighted; said_HBJ: the most probable token; weight_HBJ: of each token for each head; weight_H:
+    their sums over the whole batch, which means are divided by.
+    """
+
+    targets: Targets
+    total: jax.Array
+    nll_HBJ: jax.Array
+    said_HBJ: jax.Array
+    weight_HBJ: jax.Array
+    weight_H: jax.Array
+
+    def hits(self, head: int, of_BJ: jax.Array) -> jax.Array:
+        """The weight of the tokens that a head says as `of_BJ` does."""
+        return ((self.said_HBJ[head] == of_BJ) * self.weight_HBJ[head]).sum()
 
 
 class VLMStage(Stage):
@@ -69,36 +85,59 @@ class VLMStage(Stage):
 
     def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)."""
-        targets, (ce, said_BJ, weight_BJ), drafts = self._predict(params, batch)
-        mtp = sum(draft.loss for draft, _, _ in drafts) / len(drafts)
-        _, drafted_BJ, draft_weight_BJ = drafts[0]
+        whole = batch.get("whole") or self.whole(batch)
+        p = self._predict(params, batch, whole["weight_H"])
+        losses_H = divide((p.weight_HBJ * p.nll_HBJ).sum((1, 2)), p.weight_H)
         metrics = {
-            "ce": ce.loss,
-            "accuracy": divide(*_hits(said_BJ == targets.tokens_BJ, weight_BJ)),
-            "mtp": mtp,
-            "mtp_accuracy": divide(*_hits(drafted_BJ == targets.tokens_BJ, draft_weight_BJ)),
-            "mtp_agreement": divide(*_hits(drafted_BJ == said_BJ, draft_weight_BJ)),
-            "cut": targets.cut,
+            "ce": losses_H[0],
+            "accuracy": divide(p.hits(0, p.targets.tokens_BJ), p.weight_H[0]),
+            "mtp": losses_H[1:].mean(),
+            "mtp_accuracy": divide(p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
+            "mtp_agreement": divide(p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
+            "cut": p.targets.cut,
         }
-        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
-        sums_S, weights_S = per_source(ce.nll_BT, weight_BJ, source_BJ, len(self.names))
-        for name, total, weight in zip(self.names, sums_S, weights_S):
+        sums_N = self._by_source(batch, p.targets, p.nll_HBJ[0], p.weight_HBJ[0])[0]
+        for name, total, weight in zip(self.names, sums_N, whole["source_N"]):
             metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
-        return ce.loss + self.cfg.loss.mtp * mtp, metrics
+        return p.total, metrics
 
-    def _predict(self, params: Params, batch: Batch):
-        """The learnt tokens, and what the main head and each draft make of them: (cross entropy, argmax, weight)."""
+    def whole(self, batch):
+        tokens = inputs(batch)[1]
+        targets = self._targets(tokens)
+        weight_HBJ = jnp.stack([weights(targets, tokens.segments, ahead) for ahead in range(1, self.heads + 1)])
+        source_N = self._by_source(batch, targets, weight_HBJ[0], weight_HBJ[0])[1]
+        return {"weight_H": weight_HBJ.sum((1, 2)), "source_N": source_N}
+
+    @property
+    def heads(self) -> int:
+        """The main one and the drafts."""
+        return 1 + self.model.mtp.depth
+
+    def _targets(self, tokens: TokenInput) -> Targets:
+        return select(tokens.tokens, tokens.segments, tokens.loss_weight, self.builder.max_targets)
+
+    def _by_source(self, batch: Batch, targets: Targets, value_BJ, weight_BJ) -> tuple[jax.Array, jax.Array]:
+        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
+        return per_source(value_BJ, weight_BJ, source_BJ, len(self.names))
+
+    def _predict(self, params: Params, batch: Batch, weight_H: jax.Array) -> Predicted:
+        """Of a batch, or of a piece of one whose sums of weights are these."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
-        targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.builder.max_targets)
-
-        def head(hidden_BTD, ahead):
-            hidden_BJD, weight_BJ = predictors(targets, hidden_BTD, tokens.segments, ahead)
-            logits_BJV = vlm.logits(self.model, params, hidden_BJD)
-            return cross_entropy(logits_BJV, targets.tokens_BJ, weight_BJ), jnp.argmax(logits_BJV, -1), weight_BJ
-
-        drafts = [head(h, k + 2) for k, h in enumerate(vlm.mtp_hidden(self.model, params, out, tokens))]
-        return targets, head(out.hidden, 1), drafts
+        targets = self._targets(tokens)
+        hidden = [out.hidden, *vlm.mtp_hidden(self.model, params, out, tokens)]
+        chosen = [predictors(targets, h_BTD, tokens.segments, ahead) for ahead, h_BTD in enumerate(hidden, start=1)]
+        hidden, weight = zip(*chosen)
+        weight_HBJ = jnp.stack(weight)
+        share_H = jnp.full(self.heads, self.cfg.loss.mtp / (self.heads - 1)).at[0].set(1.0)
+        scaled_HBJ = divide(weight_HBJ * share_H[:, None, None], weight_H[:, None, None])
+        # All heads in one row: the gradient of the head they share is then one sum.
+        one = head_loss(
+            jnp.concatenate(hidden, axis=1), vlm.head(self.model, params), jnp.tile(targets.tokens_BJ, (1, self.heads)),
+            jnp.concatenate(list(scaled_HBJ), axis=1), chunk=self.cfg.loss.get("chunk", CHUNK),
+        )  # fmt: skip
+        nll_HBJ, said_HBJ = (jnp.stack(jnp.split(x, self.heads, axis=1)) for x in (one.nll_BT, one.said_BT))
+        return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H)
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:
@@ -178,11 +217,11 @@ class VLMStage(Stage):
         def sums(params, batch, seen):
             v = self.model.vision
             batch = batch | {"patches": cogvit.normalised(batch["patches"], v.channels, v.temporal_patch) * seen}
-            targets, (ce, said_BJ, _), [(_, drafted_BJ, weight_BJ), *_] = self._predict(params, batch)
+            p = self._predict(params, batch, self.whole(batch)["weight_H"])
             return {
-                "loss": (ce.loss * ce.weight, ce.weight),
-                "mtp_accuracy": _hits(drafted_BJ == targets.tokens_BJ, weight_BJ),
-                "mtp_agreement": _hits(drafted_BJ == said_BJ, weight_BJ),
+                "loss": ((p.weight_HBJ[0] * p.nll_HBJ[0]).sum(), p.weight_H[0]),
+                "mtp_accuracy": (p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
+                "mtp_agreement": (p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
             }
 
         return jax.jit(sums)
