@@ -1,16 +1,18 @@
-"""Multimodal multi-token prediction (GLM-5V-Turbo, section 2.2): one extra layer, applied K times with one set of
-weights.
+"""Multimodal multi-token prediction (GLM-5V-Turbo, section 2.2): one extra layer, applied K times.
 
     x = eh_proj([enorm(e), hnorm(h_prev)]) ;  h = block(x) ;  logits = head(norm(h))
 
 Depth k = 1..K at position i: e is the embedding of t_{i+k}, h_prev the hidden state of depth k - 1 (depth 0 is the
 backbone's), the rotary position is the (time, height, width) triple of t_{i+k}, and the target is t_{i+k+1}. The
 embedding table and the output head are the backbone's. Layer and weight names follow the released checkpoints.
+The K depths have one set of weights (GLM-5; checkpoints hold one layer) or one each (DeepSeek-V3), then stacked on a
+leading axis.
 
-What the head sees where t_{i+k} is an image placeholder is the ablation, three functions of one signature:
-`embeddings` the visual embedding that entered the backbone, `masked` nothing (the position is no key either),
-`image_token` one shared learnable vector: the placeholder's own row of the table, which the backbone never reads
-(visual tokens overwrite it), so its only gradient is this head's. The paper adopts the last.
+What the head sees where t_{i+k} is an image placeholder is the ablation, functions of one signature:
+`embeddings` the visual embedding that entered the backbone, `embeddings_stopped` the same without a gradient to the
+encoder, `masked` nothing (the position is no key either), `image_token` one shared learnable vector: the placeholder's
+own row of the table, which the backbone never reads (visual tokens overwrite it), so its only gradient is this head's.
+The paper adopts the last.
 The paper does not say whether h_prev is taken before or after the final norm, nor which positions it feeds: `h_prev` is
 a field, and the position triple of the token embedded is our choice.
 """
@@ -32,25 +34,43 @@ from glmv_jax.typing import UserError
 
 @dataclasses.dataclass(frozen=True)
 class MTPConfig:
-    """depth K of prediction; option: which of OPTIONS; h_prev: "post_norm" or "pre_norm" (see the file's head)."""
+    """depth K of prediction; option: which of OPTIONS; h_prev: "post_norm" or "pre_norm" (see the file's head);
+    weights: "shared" by all depths, or "per_depth"."""
 
     decoder: Any  # DecoderConfig, or another of its kind
     depth: int = 1
     option: str = "image_token"
     h_prev: str = "post_norm"
+    weights: str = "shared"
 
     def __post_init__(self) -> None:
         if self.option not in OPTIONS:
             raise UserError(f"mtp.option={self.option!r} is not known; choose one of {', '.join(OPTIONS)}")
         if self.h_prev not in ("post_norm", "pre_norm"):
             raise UserError(f"mtp.h_prev={self.h_prev!r} is not known; choose post_norm or pre_norm")
+        if self.weights not in ("shared", "per_depth"):
+            raise UserError(f"mtp.weights={self.weights!r} is not known; choose shared or per_depth")
+        if self.depth < 1:
+            raise UserError(f"mtp.depth={self.depth}: the first prediction head has depth 1")
 
     def flops(self, tokens: float, keys: float) -> float:
         d = self.decoder
         return self.depth * tokens * (d.block.flops(keys) + 4 * d.width**2 + 2 * d.width * d.vocab)
 
     def module(self) -> nn.Module:
-        return MTPLayer(self.decoder.block)
+        """What has the parameters: one layer, or K with theirs on a leading axis (to initialise; `apply` takes them one
+        by one)."""
+        if self.weights == "shared":
+            return MTPLayer(self.decoder.block)
+        stacked = nn.vmap(
+            MTPLayer,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=None,
+            axis_size=self.depth,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return stacked(self.decoder.block)
 
     def example(self) -> tuple:
         x = jnp.zeros((1, 2, self.decoder.width))
@@ -86,6 +106,12 @@ def embeddings(x: HeadInput) -> tuple[jax.Array, jax.Array]:
     return x.merged, jnp.ones_like(x.is_image)
 
 
+def embeddings_stopped(x: HeadInput) -> tuple[jax.Array, jax.Array]:
+    """Option 1, through which the encoder gets no gradient."""
+    merged_BTD = jnp.where(x.is_image[..., None], jax.lax.stop_gradient(x.merged), x.merged)
+    return embeddings(x._replace(merged=merged_BTD))
+
+
 def masked(x: HeadInput) -> tuple[jax.Array, jax.Array]:
     """Option 2: text-only MTP; images give no embedding and are no keys."""
     return jnp.where(x.is_image[..., None], 0.0, x.table), ~x.is_image
@@ -98,9 +124,15 @@ def image_token(x: HeadInput) -> tuple[jax.Array, jax.Array]:
 
 OPTIONS: dict[str, Callable[[HeadInput], tuple[jax.Array, jax.Array]]] = {
     "embeddings": embeddings,
+    "embeddings_stopped": embeddings_stopped,
     "masked": masked,
     "image_token": image_token,
 }
+
+
+def layer_params(cfg: MTPConfig, params: dict, k: int) -> dict:
+    """Those of the layer that depth k = 1..K applies."""
+    return params if cfg.weights == "shared" else jax.tree.map(lambda x: x[k - 1], params)
 
 
 def apply(
@@ -112,7 +144,7 @@ def apply(
     the end of a segment embed a token of the next one: they are finite, no valid position attends to them (they come
     later in their own segment), and the loss must leave them out (`losses.mtp`).
     """
-    layer = cfg.module()
+    layer = MTPLayer(cfg.decoder.block)
     hidden, said = [], []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
     for k in range(1, cfg.depth + 1):
@@ -121,7 +153,8 @@ def apply(
         rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
         query = Span(tokens.segments, slots_BT)
         key = Span(jnp.where(is_key_BT, tokens.segments, -1), slots_BT)
-        pre_BTD, post_BTD, _, aux = layer.apply({"params": params}, e_BTD, h_BTD, rope, query, key)
+        weights = {"params": layer_params(cfg, params, k)}
+        pre_BTD, post_BTD, _, aux = layer.apply(weights, e_BTD, h_BTD, rope, query, key)
         h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD
         hidden.append(post_BTD)
         said.append(aux)

@@ -117,8 +117,11 @@ def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     return decoder.logits(cfg.decoder, params["decoder"], hidden_BTD)
 
 
-def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInput) -> list[jax.Array]:
-    """Normed hidden states [B, T, D] of MTP depths 1..K; `logits` turns each into predictions of t_{i+k+1}.
+def mtp_hidden(
+    cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInput
+) -> tuple[list[jax.Array], list[dict[str, jax.Array]]]:
+    """Normed hidden states [B, T, D] of MTP depths 1..K, and what the block says about itself at each (as `aux` of
+    `decoder.DecoderOutput`, without L). `logits` turns a hidden state into predictions of t_{i+k+1}.
 
     Raises ValueError for rows with branches: the head reads a row's next tokens, and a prompt has several.
     """
@@ -127,7 +130,7 @@ def mtp_hidden(cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInpu
     table_BTD = decoder.embed(params["decoder"], tokens.tokens)
     inputs = mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0)
     h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
-    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)[0]
+    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
 
 
 def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:

@@ -95,8 +95,15 @@ def test_memory_is_that_of_one_chunk():
 
 
 @needs_8
-@pytest.mark.parametrize("sizes, rules", [({"data": 8}, "data"), ({"data": 2, "fsdp": 4}, "fsdp"),
-                                          ({"fsdp": 2, "tensor": 4}, "fsdp_tensor"), ({"tensor": 8}, "fsdp_tensor")])  # fmt: skip
+@pytest.mark.parametrize(
+    "sizes, rules",
+    [
+        ({"data": 8}, "data"),
+        ({"data": 2, "fsdp": 4}, "fsdp"),
+        ({"fsdp": 2, "tensor": 4}, "fsdp_tensor"),
+        ({"tensor": 8}, "fsdp_tensor"),
+    ],
+)
 def test_rows_and_the_vocabulary_are_split(sizes, rules):
     args = case()
     want = jax.value_and_grad(all_at_once, argnums=(0, 1), has_aux=True)(*args)

@@ -8,7 +8,7 @@ import numpy as np
 
 from glmv_jax.losses.cross_entropy import cross_entropy, next_targets
 from glmv_jax.losses.mtp import mtp_targets
-from glmv_jax.losses.select import predictors, select
+from glmv_jax.losses.select import predictors, select, weights
 
 
 def rows(seed: int = 0):
@@ -51,6 +51,17 @@ def test_every_mtp_depth_equals_all_positions():
         h_BJD, w_BJ = predictors(targets, hidden, segments, depth + 1)
         np.testing.assert_allclose(cross_entropy(h_BJD @ head, targets.tokens_BJ, w_BJ).loss, full.loss, rtol=1e-6)
         np.testing.assert_allclose(w_BJ.sum(), weight_BT.sum(), rtol=1e-6)
+
+
+def test_the_last_patch_of_an_image_predicts_the_text_behind_it_and_no_patch_is_predicted():
+    """text, image, image, text, text | text: by hand, for the main head and two depths of MTP."""
+    tokens, segments = jnp.arange(1, 7)[None], jnp.array([[1, 1, 1, 1, 1, 2]])
+    targets = select(tokens, segments, jnp.array([[1.0, 0, 0, 1, 1, 1]]), 6)
+    at = np.asarray(targets.at_BJ[0, :4])
+    np.testing.assert_array_equal(at, [0, 3, 4, 5])
+    for ahead, pairs in ((1, {(2, 3), (3, 4)}), (2, {(1, 3), (2, 4)}), (3, {(0, 3), (1, 4)})):
+        weight = np.asarray(weights(targets, segments, ahead))[0]
+        assert {(t - ahead, t) for t, w in zip(at, weight) if w} == pairs and not weight[4:].any()
 
 
 def test_what_does_not_fit_is_told():

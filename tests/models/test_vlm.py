@@ -145,7 +145,7 @@ def test_remat_changes_memory_not_gradients():
 
 def mtp_hidden(cfg, params, vision, tokens):
     out = vlm.apply(cfg, params, vision, tokens)
-    return vlm.mtp_hidden(cfg, params, out, tokens)
+    return vlm.mtp_hidden(cfg, params, out, tokens)[0]
 
 
 def test_mmtp_options_agree_without_images():
@@ -158,7 +158,10 @@ def test_mmtp_options_agree_without_images():
             np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("option,reaches", [("embeddings", True), ("masked", False), ("image_token", False)])
+@pytest.mark.parametrize(
+    "option,reaches",
+    [("embeddings", True), ("embeddings_stopped", False), ("masked", False), ("image_token", False)],
+)
 def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
     """The backbone's hidden states are cut off, so that only the MTP input is left as a way to the pixels."""
     cfg, rng = config(option), np.random.default_rng(5)
@@ -168,7 +171,7 @@ def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
     def loss(patches):
         out = vlm.apply(cfg, params, vision._replace(patches=patches), tokens)
         out = out._replace(hidden=jax.lax.stop_gradient(out.hidden), prenorm=jax.lax.stop_gradient(out.prenorm))
-        return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens))
+        return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens)[0])
 
     assert bool(jnp.any(jax.grad(loss)(vision.patches) != 0)) is reaches
 
@@ -184,7 +187,7 @@ def test_shared_image_row_learns_only_through_option_3():
 
         def loss(p):
             out = vlm.apply(cfg, p, vision, tokens)
-            extra = vlm.mtp_hidden(cfg, p, out, tokens) if with_mtp else []
+            extra = vlm.mtp_hidden(cfg, p, out, tokens)[0] if with_mtp else []
             return sum(weighted_sum(h[:, :8]) for h in [out.hidden, *extra])
 
         return jax.grad(loss)(params)["decoder"]["embed"]["embedding"][63]
@@ -201,7 +204,7 @@ def test_mtp_depth_2_reads_the_token_two_ahead():
     tokens = text_rows(rng, 1, 10)
     out = vlm.apply(cfg, params, None, tokens)
     changed = tokens._replace(tokens=tokens.tokens.at[0, 6].add(1))
-    before, after = (vlm.mtp_hidden(cfg, params, out, t) for t in (tokens, changed))
+    before, after = (vlm.mtp_hidden(cfg, params, out, t)[0] for t in (tokens, changed))
     for k, (a, b) in enumerate(zip(before, after), start=1):
         moved = np.flatnonzero(np.abs(np.asarray(a - b)[0, : 10 - k]).max(-1) > 0)
         assert moved[0] == 6 - k

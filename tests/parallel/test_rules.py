@@ -64,7 +64,7 @@ def vlm_case():
 
     def loss(params, batch):
         out = vlm.apply(cfg, params, *batch)
-        hidden = [out.hidden, *vlm.mtp_hidden(cfg, params, out, batch[1])]
+        hidden = [out.hidden, *vlm.mtp_hidden(cfg, params, out, batch[1])[0]]
         return sum(jnp.mean(jax.nn.logsumexp(vlm.logits(cfg, params, h), -1)) for h in hidden)
 
     return cfg, loss, (vision, tokens)

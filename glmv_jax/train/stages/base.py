@@ -132,6 +132,19 @@ class Stage(abc.ABC):
         `key` depends on the seed and the step only. Metric names loss, grad_norm, param_norm, skipped are taken.
         """
 
+    def whole(self, batch: Batch, pieces: int = 1) -> Params:
+        """What `loss` has to know of a whole batch, to be given it in pieces: sums of weights that means divide by.
+
+        Pure and jitted. A piece comes to `loss` as a batch that has this under "whole". Then losses of pieces, their
+        gradients and their metrics add up to those of the batch, whatever each piece weighs; of metrics whose name ends
+        in _max the largest counts. Something that is a mean over rows is multiplied by 1 / pieces.
+
+        Raises: UserError, by default: then the loss is one of whole batches, and cfg.accumulate has to be 1.
+        """
+        raise UserError(
+            f"accumulate={pieces}: the loss of stage {self.name} is one of whole batches; set accumulate=1"
+        )
+
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
         """{"samples": n, "tokens": n} of a batch as `next_batch` gave it; tokens are real ones, without padding."""

@@ -28,7 +28,7 @@ from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import reading
-from glmv_jax.typing import Batch, Params, TokenInput, VisionInput
+from glmv_jax.typing import Batch, Params, TokenInput, UserError, VisionInput
 
 
 def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
@@ -42,7 +42,8 @@ class Predicted(NamedTuple):
 
     total: scalar, the mean loss of the main head + cfg.loss.mtp x that of the drafts; the only one with a gradient.
     nll_HBJ: -log p, unweighted; said_HBJ: the most probable token; weight_HBJ: of each token for each head; weight_H:
-    their sums over the whole batch, which means are divided by.
+    their sums over the whole batch, which means are divided by. aux: what the decoder's layers and each draft say about
+    themselves.
     """
 
     targets: Targets
@@ -51,6 +52,7 @@ class Predicted(NamedTuple):
     said_HBJ: jax.Array
     weight_HBJ: jax.Array
     weight_H: jax.Array
+    aux: list[dict[str, jax.Array]]
 
     def hits(self, head: int, of_BJ: jax.Array) -> jax.Array:
         """The weight of the tokens that a head says as `of_BJ` does."""
@@ -84,7 +86,8 @@ class VLMStage(Stage):
         return loss, (metrics, extra)
 
     def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)."""
+        """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual) + the
+        auxiliary losses of the blocks, by cfg.loss.aux: {name: factor}."""
         whole = batch.get("whole") or self.whole(batch)
         p = self._predict(params, batch, whole["weight_H"])
         losses_H = divide((p.weight_HBJ * p.nll_HBJ).sum((1, 2)), p.weight_H)
@@ -99,14 +102,16 @@ class VLMStage(Stage):
         sums_N = self._by_source(batch, p.targets, p.nll_HBJ[0], p.weight_HBJ[0])[0]
         for name, total, weight in zip(self.names, sums_N, whole["source_N"]):
             metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
-        return p.total, metrics
+        aux = {name: whole["share"] * mean for name, mean in self._auxiliary(p.aux).items()}
+        metrics |= {f"aux/{name}": mean for name, mean in aux.items()}
+        return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics
 
-    def whole(self, batch):
+    def whole(self, batch, pieces=1):
         tokens = inputs(batch)[1]
         targets = self._targets(tokens)
         weight_HBJ = jnp.stack([weights(targets, tokens.segments, ahead) for ahead in range(1, self.heads + 1)])
         source_N = self._by_source(batch, targets, weight_HBJ[0], weight_HBJ[0])[1]
-        return {"weight_H": weight_HBJ.sum((1, 2)), "source_N": source_N}
+        return {"weight_H": weight_HBJ.sum((1, 2)), "source_N": source_N, "share": jnp.float32(1 / pieces)}
 
     @property
     def heads(self) -> int:
@@ -114,7 +119,9 @@ class VLMStage(Stage):
         return 1 + self.model.mtp.depth
 
     def _targets(self, tokens: TokenInput) -> Targets:
-        return select(tokens.tokens, tokens.segments, tokens.loss_weight, self.builder.max_targets)
+        """The tokens to be learnt; an image placeholder never is, whatever its weight."""
+        weight_BT = jnp.where(tokens.image_row >= 0, 0.0, tokens.loss_weight)
+        return select(tokens.tokens, tokens.segments, weight_BT, self.builder.max_targets)
 
     def _by_source(self, batch: Batch, targets: Targets, value_BJ, weight_BJ) -> tuple[jax.Array, jax.Array]:
         source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
@@ -125,7 +132,8 @@ class VLMStage(Stage):
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
         targets = self._targets(tokens)
-        hidden = [out.hidden, *vlm.mtp_hidden(self.model, params, out, tokens)]
+        drafts, said = vlm.mtp_hidden(self.model, params, out, tokens)
+        hidden = [out.hidden, *drafts]
         chosen = [predictors(targets, h_BTD, tokens.segments, ahead) for ahead, h_BTD in enumerate(hidden, start=1)]
         hidden, weight = zip(*chosen)
         weight_HBJ = jnp.stack(weight)
@@ -137,7 +145,18 @@ class VLMStage(Stage):
             jnp.concatenate(list(scaled_HBJ), axis=1), chunk=self.cfg.loss.get("chunk", CHUNK),
         )  # fmt: skip
         nll_HBJ, said_HBJ = (jnp.stack(jnp.split(x, self.heads, axis=1)) for x in (one.nll_BT, one.said_BT))
-        return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H)
+        return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, [out.aux, *said])
+
+    def _auxiliary(self, aux: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+        """What blocks say of themselves that cfg.loss.aux has a factor for: the mean over layers, drafts' included."""
+        means = {}
+        for name in self.cfg.loss.get("aux", {}):
+            values = [jnp.ravel(said[name]) for said in aux if name in said]
+            if not values:
+                known = ", ".join(sorted(set().union(*aux))) or "nothing"
+                raise UserError(f"loss.aux.{name}: no block of this model says that; they say {known}")
+            means[name] = jnp.concatenate(values).mean()
+        return means
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:
