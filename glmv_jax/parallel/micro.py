@@ -1,9 +1,10 @@
-"""A batch in pieces, where the whole must be embedded before there is a loss.
+"""A batch in pieces.
 
-A contrastive loss needs all rows of the global batch at once, but only their embeddings. So rows go through the towers
-piece by piece, keeping nothing but embeddings; the loss gives their gradients; and each piece goes forward once more,
-keeping what its own backward pass needs (GradCache, Gao et al., arXiv 2101.06983). Memory is that of one piece, the
-gradient that of the whole batch, the price one more forward pass.
+Where a loss is a sum over rows, the training step takes it piece by piece (`dealt`). A contrastive loss needs all rows
+of the global batch at once, but only their embeddings (`in_pieces`): rows go through the towers piece by piece, keeping
+nothing but embeddings; the loss gives their gradients; and each piece goes forward once more, keeping what its own
+backward pass needs (GradCache, Gao et al., arXiv 2101.06983). Memory is that of one piece, the gradient that of the
+whole batch, the price one more forward pass.
 """
 
 from __future__ import annotations
@@ -16,13 +17,24 @@ import jax
 from glmv_jax.typing import UserError
 
 
+def dealt(rows: Any, pieces: int) -> Any:
+    """A tree of arrays [B, ...] as [pieces, B / pieces, ...].
+
+    Piece n is rows n, n + pieces, n + 2 pieces, ...: a batch that is split over devices gives each piece its rows from
+    all of them, and none has to move. Raises: UserError when B does not divide.
+    """
+    B = jax.tree.leaves(rows)[0].shape[0]
+    if B % pieces:
+        raise UserError(f"{B} rows do not divide into {pieces} pieces; change the batch or the rows at a time")
+    return jax.tree.map(lambda x: x.reshape(B // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
+
+
 def in_pieces(fn: Callable[[Any], Any], rows: Any, pieces: int) -> Any:
     """fn(rows), computed for rows / pieces at a time, forward and backward.
 
     Args:
       fn: a tree of arrays [b, ...] -> a tree of arrays [b, ...], row by row independent.
-      rows: a tree of arrays [B, ...]. Piece n is rows n, n + pieces, n + 2 pieces, ...: a batch that is split over
-        devices gives each piece its rows from all of them, and none has to move.
+      rows: a tree of arrays [B, ...], which is `dealt`.
       pieces: 1 is fn(rows) itself, with nothing computed twice.
 
     Raises: UserError when B does not divide into `pieces`.
@@ -30,11 +42,9 @@ def in_pieces(fn: Callable[[Any], Any], rows: Any, pieces: int) -> Any:
     if pieces == 1:
         return fn(rows)
     B = jax.tree.leaves(rows)[0].shape[0]
-    if B % pieces:
-        raise UserError(f"{B} rows do not divide into {pieces} pieces; change the batch or the rows at a time")
-    dealt = jax.tree.map(lambda x: x.reshape(B // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), rows)
     # Inside a scan nothing can be merged across the checkpoint, so the barrier against that is left out.
-    _, out = jax.lax.scan(lambda _, piece: (None, jax.checkpoint(fn, prevent_cse=False)(piece)), None, dealt)
+    once_more = jax.checkpoint(fn, prevent_cse=False)
+    _, out = jax.lax.scan(lambda _, piece: (None, once_more(piece)), None, dealt(rows, pieces))
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(B, *x.shape[2:]), out)
 
 

@@ -1,4 +1,7 @@
-"""One training step: the gradient of the stage's loss, one update, and a guard against steps that ruin the weights."""
+"""One training step: the gradient of the stage's loss, one update, and a guard against steps that ruin the weights.
+
+With cfg.accumulate = n the gradient is that of the same batch, taken in n pieces with the memory of one.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import jax.numpy as jnp
 import optax
 
 from glmv_jax.optim import slash_path
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import micro
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.state import Placement, TrainState
-from glmv_jax.typing import Batch, Params
+from glmv_jax.typing import Batch, Params, UserError
 
 RESERVED = ("loss", "grad_norm", "param_norm", "skipped")
 
@@ -51,6 +56,9 @@ class TrainStep:
     def __init__(self, stage, optimizer, placement: Placement, trainable: Params | None, seed: int) -> None:
         self.stage, self.optimizer, self.placement = stage, optimizer, placement
         self.trainable, self.seed = trainable, seed
+        self.accumulate = stage.cfg.get("accumulate", 1)
+        if self.accumulate < 1:
+            raise UserError(f"accumulate={self.accumulate}: a batch has at least one piece")
         self.traces = 0
         self._compiled: dict[tuple, Any] = {}
         self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(placement.state, placement.replicated))
@@ -81,12 +89,7 @@ class TrainStep:
         self.traces += 1  # runs when traced, not when executed
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
-        def loss_fn(params):
-            if self.trainable is not None:
-                params = jax.tree.map(lambda p, t: p if t else jax.lax.stop_gradient(p), params, self.trainable)
-            return self.stage.loss(params, constants, state.extra, batch, key)
-
-        (loss, (metrics, extra)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
+        (loss, (metrics, extra)), grads = self._gradient(state.params, constants, state.extra, batch, key)
         taken = sorted(set(metrics) & set(RESERVED))
         if taken:
             raise ValueError(f"stage {self.stage.name} returns the metric {taken[0]}, which the step measures")
@@ -105,6 +108,56 @@ class TrainStep:
             "skipped": 1.0 - finite.astype(jnp.float32),
         }
         return state, metrics
+
+    def _gradient(self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array):
+        """((loss, (metrics, new extra)), gradient): of the whole batch, or of its pieces one after the other.
+
+        Only trained parameters are differentiated; the gradient of the others is the constant 0, which takes no memory.
+        """
+        leaves, tree = jax.tree.flatten(params)
+        trained = [True] * len(leaves) if self.trainable is None else jax.tree.leaves(self.trainable)
+        where = [s for s, t in zip(jax.tree.leaves(self.placement.state.params), trained, strict=True) if t]
+
+        def loss_fn(moving: list[jax.Array], extra, batch, key):
+            rest = iter(moving)
+            whole = tree.unflatten([next(rest) if t else x for x, t in zip(leaves, trained)])
+            return self.stage.loss(whole, constants, extra, batch, key)
+
+        gradient = jax.value_and_grad(loss_fn, has_aux=True)
+        moving = [x for x, t in zip(leaves, trained) if t]
+        if self.accumulate == 1:
+            result, grads = gradient(moving, extra, batch, key)
+        else:
+            result, grads = self._accumulated(gradient, moving, where, extra, batch, key)
+        rest = iter(grads)
+        return result, tree.unflatten([next(rest) if t else jnp.zeros_like(x) for x, t in zip(leaves, trained)])
+
+    def _accumulated(self, gradient, moving, where, extra, batch, key):
+        """As `gradient` of the batch, with the activations of one piece."""
+        n = self.accumulate
+        shared = self.stage.whole(batch, n)
+        rows = {name: x for name, x in batch.items() if jnp.ndim(x)}
+        B, shards = jax.tree.leaves(rows)[0].shape[0], mesh_lib.data_shards(self.placement.mesh)
+        if B % (n * shards):
+            raise UserError(
+                f"batch={B} does not divide into accumulate={n} pieces over {shards} data shards; "
+                f"try {-(-B // (n * shards)) * n * shards}"
+            )
+
+        def piece(carry, given):
+            total, extra = carry
+            i, rows = given
+            batch_i = batch | rows | {"whole": shared}
+            (loss, (metrics, extra)), grads = gradient(moving, extra, batch_i, jax.random.fold_in(key, i))
+            # Pinned to where the parameters are: a sum over devices is then no larger than a part of it.
+            total = [jax.lax.with_sharding_constraint(a + g, s) for a, g, s in zip(total, grads, where)]
+            return (total, extra), (loss, metrics)
+
+        zeros = [jax.lax.with_sharding_constraint(jnp.zeros_like(x), s) for x, s in zip(moving, where)]
+        given = jnp.arange(n), micro.dealt(rows, n)
+        (grads, extra), (losses, metrics) = jax.lax.scan(piece, (zeros, extra), given)
+        metrics = {name: x.max() if name.endswith("_max") else x.sum() for name, x in metrics.items()}
+        return (losses.sum(), (metrics, extra)), grads
 
 
 def _signature(batch: Batch) -> tuple:

@@ -10,9 +10,10 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from glmv_jax import config, optim
+from glmv_jax import config, models, optim
 from glmv_jax.losses.cross_entropy import cross_entropy, next_targets
 from glmv_jax.losses.mtp import mtp_loss
 from glmv_jax.models import vlm
@@ -174,7 +175,7 @@ def test_heldout_numbers_are_those_of_logits_at_every_token():
         logits = vlm.logits(stage.model, params, out.hidden)
         targets, weight = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
         loss = cross_entropy(logits, targets, weight)
-        drafts = [vlm.logits(stage.model, params, h) for h in vlm.mtp_hidden(stage.model, params, out, tokens)]
+        drafts = [vlm.logits(stage.model, params, h) for h in vlm.mtp_hidden(stage.model, params, out, tokens)[0]]
         mtp = mtp_loss(drafts, tokens.tokens, tokens.segments, tokens.loss_weight, tokens.image_row >= 0,
                        main_logits_BTV=logits)  # fmt: skip
         for row, value, weight in zip(sums, (loss.loss, mtp.accuracy_K[0], mtp.agreement_K[0]),
@@ -244,3 +245,89 @@ def test_rl_counts_what_a_frozen_encoder_spares():
     assert trained.flops(batch) - frozen.flops(batch) == pytest.approx(2 * vision)
     drafts = model.mtp.flops(16 * 256, 128)
     assert trained.flops(batch) == pytest.approx(3 * (model.flops(16 * 256, 128, 16, 128) - drafts))
+
+
+# --- a batch in pieces ------------------------------------------------------------------------------------------------
+
+
+class TalkingBlock(models.block.Block):
+    """A block that says how large its output is, as one with experts says how they are loaded."""
+
+    def __call__(self, *args):
+        x_BTD, (cache, _) = super().__call__(*args)
+        return x_BTD, (cache, {"size": jnp.mean(jnp.square(x_BTD))})
+
+
+def gradient(stage, batch, sizes):
+    """(gradient, metrics) of a step: what plain gradient descent at rate 1 takes off the parameters."""
+    mesh = mesh_lib.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    placement = state_lib.place(stage, optax.sgd(1.0), mesh, rules_lib.preset("data"))
+    state = state_lib.init_state(stage, optax.sgd(1.0), placement, 0)
+    before = jax.device_get(state.params)
+    state, metrics = make_train_step(stage, optax.sgd(1.0), placement)(state, {}, placement.batch(batch))
+    return jax.tree.map(np.subtract, before, jax.device_get(state.params)), jax.device_get(metrics)
+
+
+@pytest.fixture(scope="module")
+def uneven():
+    """Rows of very unlike numbers of learnt tokens: none in the first, half of them in the second."""
+    batch = one_batch(build("sft", "model.vision.depth=1", "model.decoder.depth=1"))
+    batch["loss_weight"][0] = 0
+    learnt = np.flatnonzero(batch["loss_weight"][1])
+    batch["loss_weight"][1, learnt[::2]] = 0
+    rng = np.random.default_rng(0)
+    shape = batch["tokens"].shape
+    return batch | {
+        "advantage": rng.normal(size=shape).astype(np.float32),
+        "old_logprob": -8.0 + 0.3 * rng.normal(size=shape).astype(np.float32),
+    }
+
+
+@needs_8
+@pytest.mark.parametrize("name", ["sft", "rl"])
+def test_pieces_of_a_batch_give_the_gradient_of_the_batch(name, uneven, monkeypatch):
+    """Loss, metrics by source and gradients to 1e-6; for sft with two drafts and an auxiliary loss of the blocks."""
+    monkeypatch.setattr(models.block.BlockConfig, "layer", TalkingBlock)
+
+    def stage(pieces):
+        more = ["model.mtp.depth=2"] if name == "sft" else []
+        made = build(name, "model.vision.depth=1", "model.decoder.depth=1", f"accumulate={pieces}", *more)
+        with made.cfg.ignore_type(), made.cfg.unlocked():
+            made.cfg.loss.aux = {"size": 0.01}
+        return made
+
+    want, metrics = gradient(stage(1), uneven, {"data": 1})
+    assert metrics["loss"] != 0 and metrics["skipped"] == 0 and ("aux/size" in metrics) == (name == "sft")
+    for pieces, sizes in ((4, {"data": 1}), (2, {"data": 4})):
+        got, other = gradient(stage(pieces), uneven, sizes)
+        for key in metrics:
+            np.testing.assert_allclose(other[key], metrics[key], rtol=2e-6, atol=1e-6, err_msg=key)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(uneven):
+    with pytest.raises(UserError, match="accumulate=2: the loss of stage siglip is one of whole batches"):
+        build("siglip").whole({}, 2)
+    odd = build("sft", "model.vision.depth=1", "model.decoder.depth=1", "accumulate=3")
+    with pytest.raises(UserError, match="batch=8 does not divide into accumulate=3 pieces over 2 data shards; try 12"):
+        gradient(odd, uneven, {"data": 2})
+    with pytest.raises(UserError, match="accumulate=0: a batch has at least one piece"):
+        gradient(build("sft", "accumulate=0"), uneven, {"data": 1})
+
+
+def test_an_auxiliary_loss_that_no_block_has_is_named(uneven):
+    stage = build("sft", "model.vision.depth=1", "model.decoder.depth=1")
+    with stage.cfg.ignore_type(), stage.cfg.unlocked():
+        stage.cfg.loss.aux = {"balance": 0.01}
+    params = jax.eval_shape(stage.init_params, jax.random.key(0))
+    with pytest.raises(UserError, match="loss.aux.balance: no block of this model says that; they say nothing"):
+        jax.eval_shape(stage.supervised, params, uneven)
+
+
+def test_a_placeholder_is_never_learnt(uneven):
+    """Even where data would weigh it: every weight is 1 here."""
+    stage = build("sft", "model.vision.depth=1", "model.decoder.depth=1")
+    _, tokens = inputs(uneven | {"loss_weight": np.ones_like(uneven["loss_weight"])})
+    targets = stage._targets(tokens)
+    image = np.take_along_axis(np.asarray(tokens.image_row) >= 0, np.asarray(targets.at_BJ), axis=1)
+    assert (np.asarray(tokens.image_row) >= 0).any() and not (image & (np.asarray(targets.weight_BJ) > 0)).any()
