@@ -5,7 +5,8 @@
 size=nano: two CPU cores, about five minutes; a 3.1M-parameter model on rows of 112 tokens and 128 patches.
            Held-out loss 8.7 -> 2.17, without the image 3.0 to 3.6; MMTP drafts right .54; three seeds.
 size=l:    CogViT-403M with GLM-OCR's language model; data of that scale are not shipped.
-mmtp=image_token|embeddings|embeddings_stopped|masked: what the MTP head sees of images (section 2.2 of the report adopts the first).
+mmtp=image_token|embeddings|embeddings_stopped|masked: what the MTP head sees of images (section 2.2 of the report
+           adopts the first).
 """
 
 from glmv_jax.config import parse_arg, presets

@@ -385,14 +385,14 @@ def _answering_model(folder):
     from glmv_jax.data.tokenizer import open_tokenizer
     from glmv_jax.inference.generate import Model
     from glmv_jax.models import build
-    from glmv_jax.train import checkpoint
+    from glmv_jax.train import checkpoint, weights
 
     cfg = checkpoint.load_config(folder)
     model = build.vlm(cfg.model)
     vision = model.vision
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, max_patches=cfg.data.image_patches)
     tokenizer = open_tokenizer(cfg.data.vocabulary or None)
-    return Model(model, checkpoint.load_params(folder), tokenizer, patcher, chat=cfg.stage != "pretrain")
+    return Model(model, weights.load(folder), tokenizer, patcher, chat=cfg.stage != "pretrain")
 
 
 def _check_workdir(workdir: str, cfg) -> None:

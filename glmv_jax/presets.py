@@ -50,6 +50,12 @@ DOCUMENTS: dict[str, dict[str, int]] = {
     "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8, per="sqrt"),
 }
 
+# Adapters of rank 0: none. base: the run whose parameters they change; dtype: what those are kept in.
+LORA: dict[str, Any] = dict(
+    rank=0, alpha=16.0, base="", dtype="float32", targets=(r"decoder/.*/(q|k|v|o|gate|up|down)/kernel",),
+    groups=((r".*", {"kind": "adamw"}),),
+)  # fmt: skip
+
 
 def _pick(table: dict[str, dict[str, Any]], size: str) -> ConfigDict:
     if size not in table:
@@ -71,7 +77,7 @@ def two_tower(size: str) -> ConfigDict:
 
 def vlm(size: str) -> ConfigDict:
     """Stages 3 to 5."""
-    mtp = dict(depth=1, option="image_token", h_prev="post_norm")
+    mtp = dict(depth=1, option="image_token", h_prev="post_norm", weights="shared")
     return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
 
 
@@ -111,6 +117,11 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             init_from="",  # run directory of a finished run to start from
             init_subtrees=(),  # only these parts of it, e.g. ("vision",)
             mesh={"data": -1}, rules="data",
+            accumulate=1,  # pieces that a batch is differentiated in, one after the other
+            freeze=(),  # regular expressions of parameters that stay as they are
+            ema=0.0,  # decay of a running average of the parameters, such as 0.999; 0: none
+            evaluate="params",  # what is evaluated and handed on: those, or their average, "ema"
+            lora=LORA,
             log_every=10, eval_every=0, save_every=100, keep=2,
             max_seconds=0.0,  # stop when the steps have taken so long; 0: never
             faults="",  # where broken records are logged; default: faults.jsonl in the work directory

@@ -30,6 +30,8 @@ def check(cfg: vlm.VLMConfig) -> None:
     """Raises UserError for a model whose head cannot draft."""
     if cfg.mtp is None:
         raise UserError("this model has no MTP head to draft with; sample from it without drafts")
+    if cfg.mtp.weights != "shared" and cfg.mtp.depth > 1:
+        raise UserError("the MTP head has weights of its own for each depth; only a shared one drafts token by token")
     kind = type(cfg.mtp.decoder.block)
     if not issubclass(kind, BlockConfig):
         raise UserError(f"the MTP head's block is a {kind.__name__}, which keeps no cache; sample without drafts")
@@ -74,8 +76,9 @@ def step(
 
 def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, query: Span, key: Span, cache: dict):
     rope = cfg.mtp.decoder.rope(positions_BT3)
-    layer = cfg.mtp.module()
-    pre_BTD, post_BTD, cache, _ = layer.apply({"params": params["mtp"]}, e_BTD, h_BTD, rope, query, key, cache)
+    weights = {"params": mtp.layer_params(cfg.mtp, params["mtp"], 1)}
+    layer = mtp.MTPLayer(cfg.mtp.decoder.block)
+    pre_BTD, post_BTD, cache, _ = layer.apply(weights, e_BTD, h_BTD, rope, query, key, cache)
     return Draft(post_BTD if cfg.mtp.h_prev == "post_norm" else pre_BTD, post_BTD), cache
 
 

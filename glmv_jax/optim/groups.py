@@ -25,11 +25,12 @@ import jax.numpy as jnp
 import optax
 
 from glmv_jax.config import nearest
+from glmv_jax.optim.ema import average_params
 from glmv_jax.optim.muon import muon
 from glmv_jax.optim.schedules import schedule
 from glmv_jax.typing import Params, UserError
 
-_TOP_KEYS = ("lr", "schedule", "clip", "groups")
+_TOP_KEYS = ("lr", "schedule", "clip", "groups", "freeze", "ema")
 _COMMON_KEYS = ("kind", "lr_mult", "wd", "schedule", "name")
 _KIND_KEYS = {
     "muon": (*_COMMON_KEYS, "momentum", "nesterov", "steps", "dtype", "scaling", "heads"),
@@ -50,6 +51,15 @@ def slash_paths(tree: Any) -> list[str]:
     return [slash_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def plan(cfg: Any) -> dict[str, Any]:
+    """What `build` takes, from the config of a run: cfg.optim with cfg.freeze, cfg.ema, and for a run that trains
+    adapters (cfg.lora) their groups in place of those of the model."""
+    optim, lora = dict(cfg.optim.items()), cfg.get("lora", {})
+    if lora.get("rank", 0):
+        optim["groups"] = lora["groups"]
+    return optim | {"freeze": tuple(cfg.get("freeze", ())), "ema": cfg.get("ema", 0.0)}
+
+
 def build(
     cfg: Any, params: Params, total_steps: int, shardings: Params | None = None
 ) -> optax.GradientTransformation:
@@ -67,6 +77,8 @@ def build(
           muon      momentum 0.95, nesterov True, steps 5, dtype "float32", scaling "rms" ("spectral"), heads 1: as
                     `muon.scale_by_muon`
           adamw     betas (0.9, 0.95), eps 1e-8
+        freeze: regular expressions of what is not trained, whatever its group; ema: decay of a running average of the
+        trained parameters (`ema.averaged`), 0 or absent for none.
       params: the parameters, or their shapes.
       total_steps: updates in the run, for the schedules.
       shardings: where the parameters live; with it Muon's matrices are shared out among the devices.
@@ -75,7 +87,7 @@ def build(
     """
     _check_keys("optim", cfg, _TOP_KEYS)
     groups = _groups(cfg)
-    labels = _labels(groups, params)
+    labels = _labels(cfg, groups, params)
     members: dict[str, list[tuple[str, Any]]] = {str(i): [] for i in range(len(groups))}
     for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels), strict=True):
         members[label].append((slash_path(path), leaf))
@@ -90,13 +102,15 @@ def build(
     if cfg.get("clip", 0):
         # The norm is that of what will be applied: a frozen tower must not shrink everybody's update.
         steps.insert(0, optax.masked(optax.clip_by_global_norm(cfg["clip"]), trainable(cfg, params)))
+    if cfg.get("ema", 0):
+        steps.append(optax.masked(average_params(cfg["ema"]), trainable(cfg, params)))
     return optax.chain(*steps)
 
 
 def trainable(cfg: Any, params: Params) -> Params:
     """The tree of `params` with True where a leaf is trained and False where its group is frozen."""
     groups = _groups(cfg)
-    return jax.tree.map(lambda label: groups[int(label)][1]["kind"] != "frozen", _labels(groups, params))
+    return jax.tree.map(lambda label: groups[int(label)][1]["kind"] != "frozen", _labels(cfg, groups, params))
 
 
 def learning_rates(cfg: Any, total_steps: int) -> Callable[[int], dict[str, float]]:
@@ -113,8 +127,9 @@ def learning_rates(cfg: Any, total_steps: int) -> Callable[[int], dict[str, floa
 
 
 def _groups(cfg: Any) -> list[tuple[str, dict[str, Any]]]:
+    """Those of cfg.groups behind one for each expression of cfg.freeze."""
     groups = []
-    for regex, settings in cfg["groups"]:
+    for regex, settings in [*((regex, {"kind": "frozen"}) for regex in cfg.get("freeze", ())), *cfg["groups"]]:
         settings = dict(settings.items())
         kind = settings.get("kind")
         if kind not in _KIND_KEYS:
@@ -128,16 +143,21 @@ def _groups(cfg: Any) -> list[tuple[str, dict[str, Any]]]:
     return groups
 
 
-def _labels(groups: list[tuple[str, dict[str, Any]]], params: Params) -> Params:
+def _labels(cfg: Any, groups: list[tuple[str, dict[str, Any]]], params: Params) -> Params:
     """The index, as a string, of the group each leaf belongs to."""
     paths = slash_paths(params)
-    first = {path: next((str(i) for i, (r, _) in enumerate(groups) if re.fullmatch(r, path)), None) for path in paths}
+    match = lambda path, start=0: next(  # noqa: E731
+        (str(i) for i, (r, _) in enumerate(groups) if i >= start and re.fullmatch(r, path)), None
+    )
+    first = {path: match(path) for path in paths}
+    # What cfg.freeze takes from a group is not missed there.
+    used = {*first.values(), *(match(path, len(cfg.get("freeze", ()))) for path in paths)}
     missing = [path for path in paths if first[path] is None]
     if missing:
         shown = ", ".join(missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         raise UserError(f"optim.groups: no expression matches {shown}; add one (kind='frozen' to leave it alone)")
     for i, (regex, _) in enumerate(groups):
-        if str(i) in first.values() or regex == ".*":
+        if str(i) in used or regex == ".*":
             continue
         taken = [path for path in paths if re.fullmatch(regex, path)]
         if taken:

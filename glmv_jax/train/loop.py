@@ -11,6 +11,11 @@ Keys of the config that the loop reads (everything else is the stage's):
     init_from   ""         workdir of a finished run whose parameters this one starts from
     init_subtrees ()       only these of them, e.g. ("vision",); the rest starts fresh
     mesh        {"data": -1}, rules "data": see `parallel`
+    accumulate  1          pieces that a batch is differentiated in (see `train.step`)
+    freeze      ()         regular expressions of parameters that stay as they are
+    ema         0.0        decay of a running average of the parameters, 0: none
+    evaluate    "params"   what is evaluated, and taken by who starts from this run: those, or their average, "ema"
+    lora        {rank: 0}  adapters that are trained in place of the parameters (see `train.lora`)
 """
 
 from __future__ import annotations
@@ -27,7 +32,7 @@ from typing import Any
 import jax
 
 from glmv_jax import optim
-from glmv_jax.train import checkpoint, metrics
+from glmv_jax.train import checkpoint, metrics, weights
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.disk import write_json
 from glmv_jax.train.signals import Interrupted, Signals
@@ -74,7 +79,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
 
     placement, optimizer, trainable = prepare(stage)
     train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
-    learning_rates = optim.learning_rates(cfg.optim, total)
+    learning_rates = optim.learning_rates(optim.plan(cfg), total)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The state. The order matters: 1. a checkpoint of this very run, 2. the parameters of another run, 3. from nothing.
@@ -126,7 +131,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         if step == 0 and not untrained_file.exists():
             progress.say("evaluating before training")
             with signals.interruptible():
-                numbers = stage.evaluate(state.params, state.extra, full=True)
+                numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=True)
             log.write(0, clock(), "eval", numbers)
             write_json(untrained_file, numbers)
 
@@ -176,7 +181,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
 
             if evaluates:
                 with signals.interruptible():
-                    numbers = stage.evaluate(state.params, state.extra, full=False)
+                    numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=False)
                 log.write(step, clock(), "eval", numbers)
                 recorder.meter.reset()
 
@@ -193,7 +198,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         progress.close()
         progress.say("evaluating after training")
         with signals.interruptible():
-            numbers = stage.evaluate(state.params, state.extra, full=True)
+            numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=True)
             _write_samples(stage, state, workdir / "samples")
         log.write(step, clock(), "eval", numbers)
         totals.seconds = clock()
@@ -222,8 +227,9 @@ def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
     mesh, rules = stage.place()
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
     shardings = rules.shardings(mesh, stage.logical_axes(), shapes)
-    optimizer = optim.build(cfg.optim, shapes, cfg.steps, shardings)
-    return state_lib.place(stage, optimizer, mesh, rules), optimizer, optim.trainable(cfg.optim, shapes)
+    plan = optim.plan(cfg)
+    optimizer = optim.build(plan, shapes, cfg.steps, shardings)
+    return state_lib.place(stage, optimizer, mesh, rules), optimizer, optim.trainable(plan, shapes)
 
 
 # --- parts of the above -----------------------------------------------------------------------------------------------
@@ -268,7 +274,7 @@ def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement)
         params = state_lib.replaced(params, given)
     if init_from:
         # What the other run gives in full need not be drawn first.
-        params = checkpoint.load_params(init_from, subtrees, like=placement.abstract.params if whole else params)
+        params = weights.load(init_from, subtrees, like=placement.abstract.params if whole else params)
     return state_lib.init_state(stage, optimizer, placement, cfg.seed, params)
 
 
@@ -294,7 +300,7 @@ def _results(stage: Stage, untrained: Path, trained: dict[str, float], step: int
 def _write_samples(stage: Stage, state: state_lib.TrainState, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not get to its results
     os.makedirs(folder)
-    stage.write_samples(state.params, state.extra, folder)
+    stage.write_samples(state_lib.evaluated(stage.cfg, state), state.extra, folder)
 
 
 def _origin(cfg: Any) -> str:

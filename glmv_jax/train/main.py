@@ -20,7 +20,8 @@ from jax.experimental.compilation_cache import compilation_cache
 from glmv_jax.config import flat, nearest
 from glmv_jax.eval import datasets
 from glmv_jax.parallel.host import keep_freed_memory
-from glmv_jax.train import checkpoint, loop
+from glmv_jax.train import checkpoint, loop, lora
+from glmv_jax.train import state as state_lib
 from glmv_jax.train.checkpoint import quiet_orbax
 from glmv_jax.train.disk import disk_errors, write_json
 from glmv_jax.train.stages.base import Stage
@@ -52,7 +53,7 @@ def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
         cfg.max_seconds = _train_seconds(cfg.match_wall)
     if "faults" in cfg and not cfg.faults:
         cfg.faults = str(workdir / "faults.jsonl")
-    stage = stage_class(cfg.stage)(cfg)
+    stage = lora.adapted(stage_class(cfg.stage)(cfg))
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     _write_records(stage, workdir)
@@ -84,7 +85,7 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
     with _config_of(workdir) as cfg:
         if cfg.get("match_wall", ""):
             cfg.max_seconds = _train_seconds(cfg.match_wall)
-        stage = stage_class(cfg.stage)(cfg)
+        stage = lora.adapted(stage_class(cfg.stage)(cfg))
         placement, _, _ = loop.prepare(stage)
         checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2))
         restored = checkpoints.restore(placement.abstract)
@@ -94,7 +95,7 @@ def evaluate(workdir: str | Path) -> dict[str, float]:
         state, _ = restored
         constants = jax.device_put(stage.constants(), placement.constants)
         extra = stage.begin(placement, constants, state.extra, fresh=False)
-        return stage.evaluate(state.params, extra, full=True)
+        return stage.evaluate(state_lib.evaluated(cfg, state), extra, full=True)
 
 
 def evaluate_data(

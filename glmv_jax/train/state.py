@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glmv_jax.optim import slash_path
+from glmv_jax.optim import averaged, slash_path
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
@@ -93,6 +93,17 @@ def init_state(
     """A fresh state, every array made where it lives. `params` replaces the random ones (a start from another run)."""
     fresh = jax.jit(lambda key, given: _fresh(stage, optimizer, key, given), out_shardings=placement.state)
     return fresh(jax.random.key(seed), params)
+
+
+def evaluated(cfg: Any, state: TrainState) -> Params:
+    """What evaluations and samples of a run are made with: its parameters, or with cfg.evaluate="ema" their average.
+
+    Raises: UserError for another value, and when the run keeps no average.
+    """
+    which = cfg.get("evaluate", "params")
+    if which not in ("params", "ema"):
+        raise UserError(f"evaluate={which!r} is not known; choose params or ema")
+    return state.params if which == "params" else averaged(state.opt_state, state.params)
 
 
 def replaced(params: Params, given: Params) -> Params:

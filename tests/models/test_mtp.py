@@ -154,7 +154,9 @@ def test_separate_weights_are_three_times_as_many_and_equal_the_shared_ones_when
         out = apply(cfg, params, vision, tokens)
         return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens)[0])
 
-    (a, a_grads), (b, b_grads) = (jax.jit(jax.value_and_grad(loss), static_argnums=1)(p, c) for p, c in ((one, shared), (many, separate)))
+    (a, a_grads), (b, b_grads) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(p, c) for p, c in ((one, shared), (many, separate))
+    )
     np.testing.assert_allclose(a, b, rtol=1e-6)
     close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4)
     jax.tree.map(lambda x, y: close(x, y.sum(0)), a_grads["mtp"], b_grads["mtp"])
@@ -175,8 +177,9 @@ def test_each_depth_has_its_own_set_and_its_own_draw():
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("option, sees", [("embeddings", True), ("embeddings_stopped", True), ("masked", False),
-                                          ("image_token", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, sees", [("embeddings", True), ("embeddings_stopped", True), ("masked", False), ("image_token", False)]
+)
 def test_other_pixels_change_the_drafts_only_in_option_1_or_through_h_prev(option, sees):
     cfg = config(option)
     params = random_params(cfg)
@@ -258,8 +261,14 @@ def test_what_the_block_says_at_each_depth_comes_back():
     np.testing.assert_allclose(plain[0], hidden[0], atol=1e-5)
 
 
-@pytest.mark.parametrize("wrong, message", [({"weights": "both"}, "choose shared or per_depth"),
-                                            ({"depth": 0}, "depth=0: the first"), ({"h_prev": "no"}, "choose post")])  # fmt: skip
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"weights": "both"}, "choose shared or per_depth"),
+        ({"depth": 0}, "depth=0: the first"),
+        ({"h_prev": "no"}, "choose post"),
+    ],
+)
 def test_what_is_not_known_is_named(wrong, message):
     with pytest.raises(UserError, match=message):
         models.MTPConfig(DECODER, **wrong)

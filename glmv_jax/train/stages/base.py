@@ -141,9 +141,7 @@ class Stage(abc.ABC):
 
         Raises: UserError, by default: then the loss is one of whole batches, and cfg.accumulate has to be 1.
         """
-        raise UserError(
-            f"accumulate={pieces}: the loss of stage {self.name} is one of whole batches; set accumulate=1"
-        )
+        raise UserError(f"accumulate={pieces}: the loss of stage {self.name} is one of whole batches; set accumulate=1")
 
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from glmv_jax import optim
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses import policy
-from glmv_jax.losses.cross_entropy import entropy, logprobs
+from glmv_jax.losses.cross_entropy import divide, entropy, logprobs
 from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import vlm
 from glmv_jax.rl import tasks
@@ -42,7 +42,7 @@ class RL(VLMStage):
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
         self.sampler = Sampler(self.model, sampling, r.group)
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
-        self.trains_encoder = any(jax.tree.leaves(optim.trainable(cfg.optim, shapes)["vision"]))
+        self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
         self.rows = tuple(r.rows)
         self.shape_buckets = len(self.rows)
         self._waiting: collections.deque = collections.deque()
@@ -103,9 +103,12 @@ class RL(VLMStage):
         hidden_BJD, weight_BJ = predictors(targets, out.hidden, tokens.segments, 1)
         logits_BJV = vlm.logits(self.model, params, hidden_BJD) / self.cfg.rollout.temperature
         at = lambda x_BT: jnp.take_along_axis(x_BT, targets.at_BJ, axis=1)  # noqa: E731
+        weight = (batch.get("whole") or self.whole(batch))["weight_H"][0]
         loss, metrics = policy.policy_loss(
             logprobs(logits_BJV, targets.tokens_BJ), at(batch["old_logprob"]), at(batch["advantage"]), weight_BJ,
             how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high,
-            entropy_BT=entropy(logits_BJV),
+            entropy_BT=entropy(logits_BJV), denominator=weight,
         )  # fmt: skip
+        share = divide(weight_BJ.sum(), weight)  # 1, but of a piece of a batch
+        metrics = {name: x if name.endswith("_max") else share * x for name, x in metrics.items()}
         return loss, (metrics | {"cut": targets.cut}, extra)

@@ -1,0 +1,130 @@
+"""Adapters (`optim.lora`) are trained in place of the parameters, which stay as another run left them.
+
+The trained tree is that of the adapters, so the optimiser state, the average and the checkpoints are theirs; the base
+lives among the step's constants, in bfloat16 if wanted.
+
+The sum is formed once a step, in the dtype of the base, rather than as a second small product in each layer: so any
+matrix of any model can be a target, and a run computes exactly what its merged weights do. The price is a copy of the
+target matrices and of their gradient while a step runs; at bfloat16 that is half of what full training has in
+gradients alone.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glmv_jax.optim.lora import adapter_axes, apply_adapters, init_adapters
+from glmv_jax.train import weights
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.typing import Params, UserError
+
+
+def adapted(stage: Stage) -> Stage:
+    """The stage with adapters in place of its parameters where its config has a rank for them, else itself."""
+    return Adapted(stage) if stage.cfg.get("lora", {}).get("rank", 0) else stage
+
+
+class Adapted(Stage):
+    """A stage whose trained parameters are adapters of those of the finished run cfg.lora.base.
+
+    The model that the inner stage sees, in its loss, its rollouts and its evaluations, is the adapted one.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__(stage.cfg)
+        self.stage, self.lora = stage, stage.cfg.lora
+        self.name, self.headline = stage.name, stage.headline
+        self.shape_buckets, self.on_policy = stage.shape_buckets, stage.on_policy
+        if not self.lora.base:
+            raise UserError("lora.rank is set and lora.base is not; give the run whose parameters are adapted")
+        self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
+        self._apply = jax.jit(lambda base, adapters: apply_adapters(self.lora, base, adapters))
+        self._host: Params | None = None
+        self._base: Params | None = None
+
+    # --- what is trained, and what stays ------------------------------------------------------------------------------
+    def init_params(self, key):
+        return init_adapters(self.lora, self.shapes, key)
+
+    def logical_axes(self):
+        return adapter_axes(self.lora, self.shapes, self.stage.logical_axes())
+
+    def constants(self):
+        if self._host is None:
+            whole = weights.load(self.lora.base, like=self.shapes)
+            self._host = jax.tree.map(lambda x: np.asarray(x).astype(self.lora.dtype), whole)
+        return {"base": self._host, "stage": self.stage.constants()}
+
+    def constant_axes(self):
+        axes = self.stage.constant_axes()
+        if axes is None:
+            axes = jax.tree.map(lambda x: (None,) * np.ndim(x), self.stage.constants())
+        return {"base": self.stage.logical_axes(), "stage": axes}
+
+    def init_extra(self):
+        return {"stage": self.stage.init_extra(), "base": jnp.zeros((), jnp.float32)}
+
+    def begin(self, placement, constants, extra, *, fresh):
+        """Also sees to it that a run that goes on has the base that it began with."""
+        self._base, self._host = constants["base"], None
+        size = np.float32(_size(self._base))
+        if fresh:
+            extra = extra | {"base": jax.device_put(size, placement.replicated)}
+        elif not np.isclose(float(extra["base"]), size, rtol=1e-4):
+            raise UserError(
+                f"lora.base={Path(self.lora.base)} has other parameters than when this run began; adapters fit only "
+                "those: give that base, or start anew in another workdir"
+            )
+        inner = self.stage.begin(placement, constants["stage"], extra["stage"], fresh=fresh)
+        return extra | {"stage": inner}
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+    def train_data(self):
+        return self.stage.train_data()
+
+    def batch_shapes(self):
+        return self.stage.batch_shapes()
+
+    def next_batch(self, data, state):
+        if self.on_policy:
+            state = state._replace(params=self._apply(self._base, state.params))
+        return self.stage.next_batch(data, state)
+
+    def loss(self, params, constants, extra, batch, key):
+        model = apply_adapters(self.lora, constants["base"], params)
+        loss, (metrics, inner) = self.stage.loss(model, constants["stage"], extra["stage"], batch, key)
+        return loss, (metrics, extra | {"stage": inner})
+
+    def whole(self, batch, pieces=1):
+        return self.stage.whole(batch, pieces)
+
+    def counts(self, batch):
+        return self.stage.counts(batch)
+
+    def flops(self, batch):
+        """As of the whole model being trained: the gradient of a target matrix is computed here too."""
+        return self.stage.flops(batch)
+
+    def place(self):
+        return self.stage.place()
+
+    # --- what is reported ---------------------------------------------------------------------------------------------
+    def evaluate(self, params, extra, *, full):
+        return self.stage.evaluate(self._apply(self._base, params), extra["stage"], full=full)
+
+    def notes(self):
+        return self.stage.notes()
+
+    def write_samples(self, params, extra, folder):
+        self.stage.write_samples(self._apply(self._base, params), extra["stage"], folder)
+
+
+@jax.jit
+def _size(params: Params) -> jax.Array:
+    """The mean over leaves of their mean magnitude: the same on any number of devices, up to rounding."""
+    sizes = [jnp.abs(x.astype(jnp.float32)).mean() for x in jax.tree.leaves(params)]
+    return jnp.stack(sizes).mean()
