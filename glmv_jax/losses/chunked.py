@@ -50,25 +50,53 @@ def head_loss(
 
     Within `parallel.rules.use` each device cuts its own rows into chunks, and the head may be split over its columns.
     """
-    B, T, D = hidden_BTD.shape
-    shards = mesh_lib.data_shards(rules_lib.active_mesh())
-    S = shards if B % shards == 0 else 1
-    own = B // S * T
-    n = max(1, -(-own // chunk)) if chunk else 1
-    size = -(-own // n)
-
-    def cut(x_BT: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [n, S, size, ...]; the last chunk is filled up with zeros."""
-        x = x_BT.reshape(S, own, *x_BT.shape[2:])
-        x = jnp.pad(x, ((0, 0), (0, n * size - own), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(S, n, size, *x.shape[2:]), 1, 0)
-
-    def whole(x_nSC: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x_nSC, 0, 1).reshape(S, n * size)[:, :own].reshape(B, T)
-
+    cut = _Cut.of(hidden_BTD, chunk)
     pieces = cut(hidden_BTD), cut(targets_BT), cut(weight_BT.astype(jnp.float32))
     total, nll, said = _pieces_loss(z_loss, pieces[0], head_DV, *pieces[1:])
-    return HeadLoss(total, jax.lax.stop_gradient(whole(nll)), whole(said))
+    return HeadLoss(total, jax.lax.stop_gradient(cut.back(nll)), cut.back(said))
+
+
+def head_logprobs(
+    hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
+) -> tuple[jax.Array, jax.Array]:
+    """log p(target) and the entropy of p, p = softmax(hidden @ head / temperature): [B, T] float32 each.
+
+    For losses that are no weighted sum of log-probabilities, so that the logits of a chunk are computed once more in
+    the backward pass. The entropy is a number for the log, without a gradient. Other arguments as in `head_loss`.
+    """
+    cut = _Cut.of(hidden_BTD, chunk)
+    logprob, entropy = _pieces_logprobs(temperature, cut(hidden_BTD), head_DV, cut(targets_BT))
+    return cut.back(logprob), jax.lax.stop_gradient(cut.back(entropy))
+
+
+class _Cut(NamedTuple):
+    """Rows [B, T, ...] as [n, S, C, ...]: n chunks of C tokens of each of S shards; the last one is filled up with
+    zeros."""
+
+    B: int
+    T: int
+    S: int
+    n: int
+    C: int
+
+    @classmethod
+    def of(cls, x_BT: jax.Array, chunk: int) -> _Cut:
+        B, T = x_BT.shape[:2]
+        shards = mesh_lib.data_shards(rules_lib.active_mesh())
+        S = shards if B % shards == 0 else 1
+        own = B // S * T
+        n = max(1, -(-own // chunk)) if chunk else 1
+        return cls(B, T, S, n, -(-own // n))
+
+    def __call__(self, x_BT: jax.Array) -> jax.Array:
+        own = self.B // self.S * self.T
+        x = x_BT.reshape(self.S, own, *x_BT.shape[2:])
+        x = jnp.pad(x, ((0, 0), (0, self.n * self.C - own), *[(0, 0)] * (x.ndim - 2)))
+        return jnp.moveaxis(x.reshape(self.S, self.n, self.C, *x.shape[2:]), 1, 0)
+
+    def back(self, x_nSC: jax.Array) -> jax.Array:
+        own = self.B // self.S * self.T
+        return jnp.moveaxis(x_nSC, 0, 1).reshape(self.S, self.n * self.C)[:, :own].reshape(self.B, self.T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -92,46 +120,115 @@ _pieces_loss.defvjp(_forward, _backward)
 
 def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool):
     """((total, nll, said), ((gradient of hidden, of head), (empty arrays of their dtypes)) or None)."""
-    n, S, C, D = hidden_nSCD.shape
     dtype, V = hidden_nSCD.dtype, head_DV.shape[1]
-    head = rules_lib.constrain(head_DV.astype(dtype), None, "vocab")  # gathered once, not once a chunk
+    head = _Head.of(head_DV, hidden_nSCD)
     ids_V = jnp.arange(V, dtype=targets_nSC.dtype)
-    product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
 
     def chunk(carry, piece):
-        total, d_head_SDV = carry
+        total, d_head = carry
         h_SCD, target_SC, w_SC = piece
-        # Two dimensions: XLA's CPU backend has a fast product for matrices only.
-        logits_SCV = product("nd,dv->nv", h_SCD.reshape(S * C, D), head).reshape(S, C, V)
-        top_SC1 = logits_SCV.max(-1, keepdims=True)
+        logits_SCV = head.logits(h_SCD)
+        lse_SC, top_SC1 = _logsumexp(logits_SCV)
         is_target_SCV = ids_V == target_SC[..., None]
         # A comparison instead of a gather, and a minimum instead of argmax: they are as good where V is split.
         said_SC = jnp.where(logits_SCV == top_SC1, ids_V, V).min(-1)
-        lse_SC = jnp.log(jnp.exp(logits_SCV - top_SC1).sum(-1)) + top_SC1[..., 0]
         nll_SC = lse_SC - jnp.where(is_target_SCV, logits_SCV, 0.0).sum(-1)
         total = total + (w_SC * (nll_SC + z_loss * jnp.square(lse_SC))).sum()
         out = nll_SC, said_SC
         if gradient:
             p_SCV = jnp.exp(logits_SCV - lse_SC[..., None]) * (1 + 2 * z_loss * lse_SC[..., None])
             d_SCV = ((p_SCV - is_target_SCV) * w_SC[..., None]).astype(dtype)
-            d_h_SCD = product("nv,dv->nd", d_SCV.reshape(S * C, V), head).reshape(S, C, D).astype(dtype)
-            # A sum a shard: added up over devices once, after the scan.
-            if S == 1:
-                d_head_SDV = d_head_SDV + product("nd,nv->dv", h_SCD[0], d_SCV[0])
-            else:
-                d_head_SDV = d_head_SDV + product("scd,scv->sdv", h_SCD, d_SCV)
-            out += (d_h_SCD,)
-        return (total, d_head_SDV), out
+            d_h_SCD, more = head.gradients(h_SCD, d_SCV)
+            d_head, out = d_head + more, (*out, d_h_SCD)
+        return (total, d_head), out
 
-    sums = None
-    if gradient:
-        sums = jnp.zeros((D, V) if S == 1 else (S, D, V), jnp.float32)
-        if S > 1:
-            sums = rules_lib.constrain(sums, "batch", None, "vocab")
+    sums = head.no_gradient() if gradient else None
     (total, d_head), (nll, said, *d_hidden) = jax.lax.scan(
         chunk, (jnp.zeros((), jnp.float32), sums), (hidden_nSCD, targets_nSC, weight_nSC)
     )
     if not gradient:
         return (total, nll, said), None
-    d_head_DV = d_head if S == 1 else d_head.sum(0)
-    return (total, nll, said), ((d_hidden[0], d_head_DV), (jnp.zeros((0,), dtype), jnp.zeros((0,), head_DV.dtype)))
+    dtypes = jnp.zeros((0,), dtype), jnp.zeros((0,), head_DV.dtype)
+    return (total, nll, said), ((d_hidden[0], head.summed(d_head)), dtypes)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pieces_logprobs(temperature, hidden_nSCD, head_DV, targets_nSC):
+    return _logprobs_forward(temperature, hidden_nSCD, head_DV, targets_nSC)[0]
+
+
+def _logprobs_forward(temperature, hidden_nSCD, head_DV, targets_nSC):
+    head = _Head.of(head_DV, hidden_nSCD)
+    ids_V = jnp.arange(head_DV.shape[1], dtype=targets_nSC.dtype)
+
+    def chunk(_, piece):
+        h_SCD, target_SC = piece
+        logits_SCV = head.logits(h_SCD) / temperature
+        lse_SC, _ = _logsumexp(logits_SCV)
+        at_SC = jnp.where(ids_V == target_SC[..., None], logits_SCV, 0.0).sum(-1)
+        logp_SCV = logits_SCV - lse_SC[..., None]
+        return None, (at_SC - lse_SC, -(jnp.exp(logp_SCV) * logp_SCV).sum(-1), lse_SC)
+
+    _, (logprob, entropy, lse) = jax.lax.scan(chunk, None, (hidden_nSCD, targets_nSC))
+    return (logprob, entropy), (hidden_nSCD, head_DV, targets_nSC, lse)
+
+
+def _logprobs_backward(temperature, kept, given):
+    hidden_nSCD, head_DV, targets_nSC, lse_nSC = kept
+    head = _Head.of(head_DV, hidden_nSCD)
+    ids_V = jnp.arange(head_DV.shape[1], dtype=targets_nSC.dtype)
+
+    def chunk(d_head, piece):
+        h_SCD, target_SC, lse_SC, g_SC = piece
+        p_SCV = jnp.exp(head.logits(h_SCD) / temperature - lse_SC[..., None])
+        d_SCV = ((ids_V == target_SC[..., None]) - p_SCV) * (g_SC[..., None] / temperature)
+        d_h_SCD, more = head.gradients(h_SCD, d_SCV.astype(h_SCD.dtype))
+        return d_head + more, d_h_SCD
+
+    d_head, d_hidden = jax.lax.scan(chunk, head.no_gradient(), (hidden_nSCD, targets_nSC, lse_nSC, given[0]))
+    return d_hidden, head.summed(d_head).astype(head_DV.dtype), None
+
+
+_pieces_logprobs.defvjp(_logprobs_forward, _logprobs_backward)
+
+
+class _Head(NamedTuple):
+    """The products with the output head, of S shards of C tokens. Its gradient is summed in float32, a sum a shard,
+    which devices add up once, at the end."""
+
+    head_DV: jax.Array  # in the dtype of the products; gathered once, not once a chunk
+    S: int
+
+    @classmethod
+    def of(cls, head_DV: jax.Array, hidden_nSCD: jax.Array) -> _Head:
+        return cls(rules_lib.constrain(head_DV.astype(hidden_nSCD.dtype), None, "vocab"), hidden_nSCD.shape[1])
+
+    def logits(self, h_SCD: jax.Array) -> jax.Array:
+        # Two dimensions: XLA's CPU backend has a fast product for matrices only.
+        flat = _product("nd,dv->nv", h_SCD.reshape(-1, h_SCD.shape[-1]), self.head_DV)
+        return flat.reshape(*h_SCD.shape[:-1], -1)
+
+    def gradients(self, h_SCD: jax.Array, d_SCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of hidden states, in their dtype, and of the head, a shard each."""
+        d_h = _product("nv,dv->nd", d_SCV.reshape(-1, d_SCV.shape[-1]), self.head_DV)
+        d_h_SCD = d_h.reshape(h_SCD.shape).astype(h_SCD.dtype)
+        if self.S == 1:
+            return d_h_SCD, _product("nd,nv->dv", h_SCD[0], d_SCV[0])
+        return d_h_SCD, _product("scd,scv->sdv", h_SCD, d_SCV)
+
+    def no_gradient(self) -> jax.Array:
+        if self.S == 1:
+            return jnp.zeros(self.head_DV.shape, jnp.float32)
+        return rules_lib.constrain(jnp.zeros((self.S, *self.head_DV.shape), jnp.float32), "batch", None, "vocab")
+
+    def summed(self, d_head: jax.Array) -> jax.Array:
+        return d_head if self.S == 1 else d_head.sum(0)
+
+
+_product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+
+
+def _logsumexp(logits_SCV: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """[S, C], and the largest [S, C, 1]."""
+    top_SC1 = logits_SCV.max(-1, keepdims=True)
+    return jnp.log(jnp.exp(logits_SCV - top_SC1).sum(-1)) + top_SC1[..., 0], top_SC1

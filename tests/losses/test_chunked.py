@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmv_jax.losses.chunked import head_loss
-from glmv_jax.losses.cross_entropy import cross_entropy
+from glmv_jax.losses.chunked import head_logprobs, head_loss
+from glmv_jax.losses.cross_entropy import cross_entropy, entropy, logprobs
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 
@@ -72,6 +72,38 @@ def test_bfloat16_products_with_float32_sums():
     error = lambda x: float(jnp.linalg.norm(x - exact) / jnp.linalg.norm(exact))  # noqa: E731
     assert grad(16).dtype == jnp.float32
     assert error(grad(16)) < 1.05 * error(grad(0)) < 0.02
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 4}])
+@pytest.mark.parametrize("chunk", [0, 5])
+def test_logprobs_by_chunks(chunk, sizes):
+    """Their gradient is that of any function of them, here one that is no weighted sum; the entropy has none."""
+    hidden, head, targets, weight = case(seed=3)
+
+    def score(logprob, ent):
+        return (weight * jnp.exp(0.3 * logprob)).sum() + 2.0 * jax.lax.stop_gradient(ent).sum(), (logprob, ent)
+
+    def full(h, w):
+        logits = h @ w / 0.7
+        return score(logprobs(logits, targets), entropy(logits))
+
+    def few(h, w):
+        logprob, ent = head_logprobs(h, w, targets, temperature=0.7, chunk=chunk)
+        return (weight * jnp.exp(0.3 * logprob)).sum() + 2.0 * ent.sum(), (logprob, ent)
+
+    both = dict(argnums=(0, 1), has_aux=True)
+    want = jax.value_and_grad(full, **both)(hidden, head)
+    if sizes is None:
+        got = jax.jit(jax.value_and_grad(few, **both))(hidden, head)
+    else:
+        if jax.device_count() < 8:
+            pytest.skip("needs 8 (emulated) devices")
+        mesh, rules = mesh_lib.make_mesh(sizes), rules_lib.preset("fsdp_tensor")
+        head = jax.device_put(head, rules.shardings(mesh, {"head": ("embed", "vocab")})["head"])
+        with rules_lib.use(mesh, rules):
+            got = jax.jit(jax.value_and_grad(few, **both))(hidden, head)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_no_weight_no_loss_and_no_gradient():

@@ -18,7 +18,8 @@ from ml_collections import ConfigDict
 from glmv_jax import optim
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses import policy
-from glmv_jax.losses.cross_entropy import divide, entropy, logprobs
+from glmv_jax.losses.chunked import CHUNK, head_logprobs
+from glmv_jax.losses.cross_entropy import divide
 from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import vlm
 from glmv_jax.rl import tasks
@@ -101,13 +102,16 @@ class RL(VLMStage):
         out = vlm.apply(self.model, params, vision, tokens)
         targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.cfg.data.targets)
         hidden_BJD, weight_BJ = predictors(targets, out.hidden, tokens.segments, 1)
-        logits_BJV = vlm.logits(self.model, params, hidden_BJD) / self.cfg.rollout.temperature
+        logprob_BJ, entropy_BJ = head_logprobs(
+            hidden_BJD, vlm.head(self.model, params), targets.tokens_BJ, temperature=self.cfg.rollout.temperature,
+            chunk=self.cfg.loss.get("chunk", CHUNK),
+        )  # fmt: skip
         at = lambda x_BT: jnp.take_along_axis(x_BT, targets.at_BJ, axis=1)  # noqa: E731
         weight = (batch.get("whole") or self.whole(batch))["weight_H"][0]
         loss, metrics = policy.policy_loss(
-            logprobs(logits_BJV, targets.tokens_BJ), at(batch["old_logprob"]), at(batch["advantage"]), weight_BJ,
+            logprob_BJ, at(batch["old_logprob"]), at(batch["advantage"]), weight_BJ,
             how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high,
-            entropy_BT=entropy(logits_BJV), denominator=weight,
+            entropy_BT=entropy_BJ, denominator=weight,
         )  # fmt: skip
         share = divide(weight_BJ.sum(), weight)  # 1, but of a piece of a batch
         metrics = {name: x if name.endswith("_max") else share * x for name, x in metrics.items()}
