@@ -2,8 +2,8 @@
 
 Logits [B, T, V] and their gradient are the largest arrays of a step. Here a scan makes those of one chunk of tokens,
 takes from them what the loss and its metrics need, and adds up the gradient of the hidden states and of the head on the
-way (as Liger-Kernel does, arXiv 2410.10989, section 3.2). The loss being a weighted sum, the backward pass only has to
-scale it. So nothing is computed twice, where rematerialisation would pay one more product with the head.
+way (as the fused loss of Liger-Kernel does, arXiv 2410.10989). The loss being a weighted sum, the backward pass only
+has to scale it. So nothing is computed twice, where rematerialisation would pay one more product with the head.
 """
 
 from __future__ import annotations
