@@ -26,7 +26,8 @@ class Document:
     """One text with its images.
 
     tokens int32 [T], loss_weight float32 [T], image_of_token int32 [T] (number of the image of an `<|image|>` token,
-    else -1), images: (patches float32 [P, C], yx int32 [P, 2]) each; source and id as in the sample.
+    else -1), images: (patches uint8 [P, C], yx int32 [P, 2]) each; source and id as in the sample.
+    trimmed: "" for a whole text; what was done to one that was longer than a row, said by the first of its parts.
     """
 
     tokens: np.ndarray
@@ -35,6 +36,7 @@ class Document:
     images: tuple[tuple[np.ndarray, np.ndarray], ...]
     source: str
     id: str
+    trimmed: str = ""
 
     @property
     def patches(self) -> int:
@@ -114,13 +116,23 @@ class DocumentBuilder:
         return [len(patches) // self.patcher.merge**2 for patches, _ in images]
 
     def _checked(self, rendered: chat.Rendered, images: tuple, sample: Sample) -> Document:
+        document = self.finished(rendered, images, sample.id, sample.source)
+        if reason := self.too_long(document):
+            raise UserError(reason)
+        return document
+
+    def finished(self, rendered: chat.Rendered, images: tuple, id_: str, source: str = "") -> Document:
+        """A rendered text and its images as a document, its loss weights as `per` says, of whatever length."""
         learnt = max(1, int((rendered.loss_weight > 0).sum()))
         loss_weight = rendered.loss_weight * np.float32(learnt ** -POWERS[self.per])
-        document = Document(rendered.tokens, loss_weight, rendered.image_of_token, images, sample.source, sample.id)
+        return Document(rendered.tokens, loss_weight, rendered.image_of_token, images, source, id_)
+
+    def too_long(self, document: Document) -> str:
+        """Why a document does not fit a row, "" for one that does."""
         if len(document.tokens) > self.max_tokens:
-            raise UserError(f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; lengthen the row")
+            return f"{len(document.tokens)} tokens do not fit a row of {self.max_tokens}; lengthen the row"
         if document.patches > self.max_patches:
-            raise UserError(f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget")
+            return f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget"
         if self.max_targets is not None and document.targets > self.max_targets:
-            raise UserError(f"{document.targets} learnt tokens do not fit a row of {self.max_targets}; raise it")
-        return document
+            return f"{document.targets} learnt tokens do not fit a row of {self.max_targets}; raise it"
+        return ""

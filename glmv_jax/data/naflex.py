@@ -19,7 +19,7 @@ import math
 import pathlib
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -188,6 +188,7 @@ class Patcher:
     min_patches:  only for `smart`: smaller images are enlarged to it.
     policy:       "naflex" (fills the budget, native aspect ratio) or "smart" (GLM-OCR: keeps the size if it can).
     resample:     "bicubic" (GLM) or "bilinear" (SigLIP2); both antialiased by Pillow.
+    frames:       that a patch vector holds: 1, and the tower repeats it; or `temporal`, for rows that also show films.
     """
 
     patch: int = 8
@@ -197,8 +198,11 @@ class Patcher:
     min_patches: int = 4
     policy: str = "naflex"
     resample: str = "bicubic"
+    frames: int = 1
 
     def __post_init__(self):
+        if self.frames not in (1, self.temporal):
+            raise UserError(f"patches of {self.frames} frames for a tower whose patches have {self.temporal}")
         if self.policy not in ("naflex", "smart"):
             raise UserError(f"unknown image sizing policy {self.policy!r}; choose naflex or smart")
         if self.max_patches < self.merge**2:
@@ -207,7 +211,7 @@ class Patcher:
     @property
     def channels(self) -> int:
         """Length of a patch vector."""
-        return 3 * self.patch**2
+        return 3 * self.frames * self.patch**2
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(height, width) in pixels that an image of this size is resized to."""
@@ -232,4 +236,27 @@ class Patcher:
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         """PIL image -> (patches uint8 [P, channels], yx int32 [P, 2]), P at most `max_patches`."""
         rgb = image if image.mode == "RGB" else to_rgb(image)
-        return patchify(np.asarray(self.resize(rgb)), self.patch, self.merge)
+        patches, yx = patchify(np.asarray(self.resize(rgb)), self.patch, self.merge)
+        return (patches if self.frames == 1 else _together([patches] * self.frames)), yx
+
+    def moving(self, images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
+        """Consecutive frames of a film, `frames` RGB images of one size, as the patches of one image.
+
+        A vector is (C, frame, ph, pw), as the public processors order it.
+        """
+        if len(images) != self.frames:
+            raise UserError(f"{len(images)} frames do not make a patch of {self.frames}; set data.video=True")
+        made = [patchify(np.asarray(self.resize(image)), self.patch, self.merge) for image in images]
+        return _together([patches for patches, _ in made]), made[0][1]
+
+
+def _together(frames: list[np.ndarray]) -> np.ndarray:
+    """Patches [P, 3*p*p] of several frames -> [P, 3*t*p*p]."""
+    stacked = np.stack([patches.reshape(len(patches), 3, -1) for patches in frames], axis=2)
+    return stacked.reshape(len(stacked), -1)
+
+
+def apart(patches_PC: np.ndarray, patch: int) -> list[np.ndarray]:
+    """The patches [P, 3*p*p] of each frame that the vectors hold, for `unpatchify`."""
+    frames_P3tK = patches_PC.reshape(len(patches_PC), 3, -1, patch**2)
+    return [frames_P3tK[:, :, t].reshape(len(patches_PC), -1) for t in range(frames_P3tK.shape[2])]

@@ -1,14 +1,16 @@
 """Documents to rows: several texts in one row of static shape, none of which sees another.
 
-The rows of a batch are filled together, each document going to the first row with room for its tokens and its patches;
-the first document that fits nowhere starts the next batch. The iterator's state is the parent's state before that
-document, so a checkpoint holds no arrays, and resuming reads one document again.
+The rows of a batch are filled together, each document going to a row with room for its tokens and its patches: the
+first one, or with fit="best" the one that is left with least room. A document that fits nowhere is held back, and when
+more than `ahead` are, the batch is done and they begin the next one. The iterator's state is the parent's state before
+the first of them (and which of the later ones have been packed), so a checkpoint holds no arrays, and resuming reads a
+few documents again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import grain
 import numpy as np
@@ -16,6 +18,8 @@ import numpy as np
 from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.typing import UserError
+
+FITS = ("first", "best")
 
 
 def rope_positions(image_of_token: np.ndarray, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
@@ -66,6 +70,10 @@ class Row:
         return (self.tokens + len(document.tokens) <= len(self.arrays["tokens"])
                 and self.patches + document.patches <= len(self.arrays["frame"])
                 and self.targets + document.targets <= self.limit)
+
+    def room(self) -> float:
+        """What is left of it: the shares of its tokens and of its patches, added."""
+        return 2 - self.tokens / len(self.arrays["tokens"]) - self.patches / len(self.arrays["frame"])
 
     def add(self, document: Document, source: int) -> None:
         """Appends a document that fits."""
@@ -140,19 +148,30 @@ def efficiency(batch: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 class PackIterDataset(grain.IterDataset):
-    """Documents -> batches of `rows` packed rows. The last batch of a finite parent may have empty rows.
+    """Documents -> batches of `rows` packed rows. The last batches of a finite parent may have empty rows.
 
     A document that is too long even for an empty row is a fault: logged, counted, dropped.
+    fit: "first" or "best".   ahead: documents that are held back at most before a batch is done.
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
-                 names: Sequence[str], log: FaultLog, targets: int | None = None):
+                 names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0):
         super().__init__(parent)
+        if fit not in FITS:
+            raise UserError(f"data.fit={fit!r} is not known; use one of {', '.join(FITS)}")
         self.shape = (tokens, patches, channels, targets)
-        self.rows, self.names, self.log = rows, list(names), log
+        self.rows, self.names, self.log, self.fit, self.ahead = rows, list(names), log, fit, ahead
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackIterator(self._parent.__iter__(), self)
+
+
+class _Held(NamedTuple):
+    """A document that found no room: its number, and the parent's state before it."""
+
+    number: int
+    state: dict[str, Any]
+    document: Document
 
 
 class _PackIterator(grain.DatasetIterator):
@@ -160,41 +179,61 @@ class _PackIterator(grain.DatasetIterator):
     def __init__(self, parent: grain.DatasetIterator, dataset: PackIterDataset):
         super().__init__(parent)
         self._dataset = dataset
-        self._held: Document | None = None  # the document that did not fit the last batch
-        self._state_before_held: dict[str, Any] | None = None
+        self._held: list[_Held] = []
+        self._number = 0  # of the next document of the parent
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = [Row(*self._dataset.shape) for _ in range(self._dataset.rows)]
-        for document, state in self._documents():
-            row = next((row for row in rows if row.fits(document)), None)
-            if row is not None:
-                row.add(document, self._dataset.names.index(document.source))
-            elif any(row.documents == 0 for row in rows):
-                self._dataset.log.add(document.source, document.id, "longer than a row")
-            else:
-                self._held, self._state_before_held = document, state
+        self._held = [held for held in self._held if not self._placed(held.document, rows)]
+        while len(self._held) <= self._dataset.ahead:
+            read = self._read()
+            if read is None:
                 break
+            if not self._placed(read.document, rows):
+                self._held.append(read)
         if not any(row.documents for row in rows):
             raise StopIteration
         return stack([row.arrays for row in rows])
 
-    def _documents(self) -> Iterator[tuple[Document, dict[str, Any]]]:
-        """The held document, then the parent's, each with the parent's state before it."""
-        if self._held is not None:
-            held, state = self._held, self._state_before_held
-            self._held = None
-            yield held, state
-        while True:
-            state = self._parent.get_state()
-            try:
-                document = next(self._parent)
-            except StopIteration:
-                return
-            yield document, state
+    def _read(self) -> _Held | None:
+        """The parent's next document; None at its end."""
+        state = self._parent.get_state()
+        try:
+            document = next(self._parent)
+        except StopIteration:
+            return None
+        self._number += 1
+        return _Held(self._number - 1, state, document)
+
+    def _placed(self, document: Document, rows: Sequence[Row]) -> bool:
+        """Whether the document is dealt with: packed, or too long for any row and dropped."""
+        if self._dataset.fit == "best":
+            row = min((row for row in rows if row.fits(document)), key=Row.room, default=None)
+        else:
+            row = next((row for row in rows if row.fits(document)), None)
+        if row is not None:
+            row.add(document, self._dataset.names.index(document.source))
+        elif any(row.documents == 0 for row in rows):
+            self._dataset.log.add(document.source, document.id, "longer than a row")
+        else:
+            return False
+        return True
 
     def get_state(self) -> dict[str, Any]:
-        return self._parent.get_state() if self._held is None else self._state_before_held
+        if not self._held:
+            return self._parent.get_state()
+        first = self._held[0].number
+        held = [held.number - first for held in self._held]
+        if self._number - first == 1:  # nothing was read after it
+            return self._held[0].state
+        return {"before": self._held[0].state, "read": self._number - first, "held": held}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._held = None
-        self._parent.set_state(state)
+        self._held = []
+        if "held" not in state:
+            self._parent.set_state(state)
+            return
+        self._parent.set_state(state["before"])
+        self._number = 0
+        read = [self._read() for _ in range(state["read"])]
+        self._held = [read[number] for number in state["held"]]

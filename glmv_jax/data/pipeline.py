@@ -108,12 +108,18 @@ def vlm_batches(
     if form not in ("pretrain", "chat"):
         raise UserError(f"unknown document form {form!r}; choose pretrain or chat")
     names = list(sources)
-    documents = {name: reading.guarded(reading.endless(source), _Build(builder, form, name), name)
-                 for name, source in sources.items()}
+    documents = guarded_documents(sources, builder, form, reading)
     stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
     return reading.iterator(PackIterDataset(
         stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
         rows=batch, names=names, log=reading.log, targets=builder.max_targets))
+
+
+def guarded_documents(sources: Mapping[str, Any], builder: DocumentBuilder, form: str, reading: Reading
+                      ) -> dict[str, Guarded]:
+    """Endless documents of each source of samples, broken ones replaced."""
+    return {name: reading.guarded(reading.endless(source), _Build(builder, form, name), name)
+            for name, source in sources.items()}
 
 
 def prompt_batches(

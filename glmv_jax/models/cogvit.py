@@ -9,6 +9,7 @@ layer over four neighbouring rows. Stages 1 and 2 use the trunk alone; the VLM p
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -127,11 +128,13 @@ class Merger(nn.Module):
 
 def normalised(patches: jax.Array, channels: int, frames: int) -> jax.Array:
     """[..., C*p*p] uint8 pixels -> [..., C*frames*p*p] float32, normalised, a still frame as many times as a patch has
-    frames. Patches that are float have been normalised and stay as they are."""
+    frames; or [..., C*frames*p*p] uint8, of films: a length that is no square a channel. Patches that are float have
+    been normalised and stay as they are."""
     if patches.dtype != jnp.uint8:
         return patches
     shape = (channels, 1, 1)
-    pixels = patches.reshape(*patches.shape[:-1], channels, 1, -1).astype(jnp.float32) * jnp.float32(1 / 255)
+    held = 1 if math.isqrt(patches.shape[-1] // channels) ** 2 * channels == patches.shape[-1] else frames
+    pixels = patches.reshape(*patches.shape[:-1], channels, held, -1).astype(jnp.float32) * jnp.float32(1 / 255)
     pixels = (pixels - jnp.array(CLIP_MEAN).reshape(shape)) / jnp.array(CLIP_STD).reshape(shape)
     pixels = jnp.broadcast_to(pixels, (*pixels.shape[:-2], frames, pixels.shape[-1]))
     return pixels.reshape(*patches.shape[:-1], -1)

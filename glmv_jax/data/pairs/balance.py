@@ -53,12 +53,12 @@ def opened(sources: Mapping[str, Source], shard: int, shards: int, log: FaultLog
     for name, source in sources.items():
         files, part = source.files(), slice(shard, None, shards)
         if len(files) >= FILES_A_HOST * shards:
-            files, part = [files[n] for n in _dealt(len(files), part)], slice(None)
+            files, part = [files[n] for n in dealt(len(files), part)], slice(None)
         found[name] = source, source.open(files, name, log, cache), part
     return found
 
 
-def _dealt(n: int, part: slice) -> np.ndarray:
+def dealt(n: int, part: slice) -> np.ndarray:
     """This part of 0 ... n - 1 in a random order, put in order again."""
     if part in (slice(None), slice(0, None, 1)):
         return np.arange(n)
@@ -179,7 +179,7 @@ class Balanced:
                 raise UserError(_missing(langs, chinese, parts))
 
     def _add(self, name: str, source: Source, bits: np.ndarray, part: slice) -> None:
-        rows = _dealt(len(bits), part).astype(np.uint32 if len(bits) < 2**32 else np.int64)
+        rows = dealt(len(bits), part).astype(np.uint32 if len(bits) < 2**32 else np.int64)
         bits = bits[rows]
         if not len(rows):
             raise UserError(f"source {name!r} has too few records for so many hosts; use fewer")

@@ -1,0 +1,137 @@
+"""Batches of stages 3 and 4 from files and from the built-in generators, in one mixture.
+
+Records come in the order of `balance.Order` (each once an epoch, parquet's row groups read side by side), in exact
+proportions (`mixture`), as documents (`assembling`), in packed rows. Where an epoch of a source stands, which part of a
+split record comes next and which documents wait for room are all in the iterator's state.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from glmv_jax.data import local
+from glmv_jax.data.building import Document
+from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.local.assembling import Assembler
+from glmv_jax.data.mixture import Mixture
+from glmv_jax.data.packing import PackIterDataset
+from glmv_jax.data.pairs import balance
+from glmv_jax.data.pipeline import ALONE, Reading, guarded_documents
+from glmv_jax.data.stream import Stream
+from glmv_jax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """How rows are filled, see `packing.PackIterDataset`."""
+
+    fit: str = "best"
+    ahead: int = 16
+
+
+def batches(
+    files: Mapping[str, local.Source], generators: Mapping[str, Any], weights: Mapping[str, float],
+    assembler: Assembler, *, form: str, batch: int, power: float = 0.0, heldout: float = 0.0,
+    packing: Packing = Packing(), reading: Reading = ALONE,
+) -> grain.DatasetIterator:
+    """Packed rows of the sources in `files` and of `generators` (name -> random access of `Sample`) beside them.
+
+    weights: of the generators.   power: see `shares`.   heldout: share of the files' records that is never trained on.
+    `source` in a batch counts in the generators' names, then those of the files.
+    """
+    builder, log = assembler.builder, reading.log
+    parts = local.opened(files, reading.shard, reading.shards, log)
+    documents = guarded_documents(generators, builder, form, reading)
+    for name, (reader, rows) in parts.items():
+        made = dataclasses.replace(assembler, long=files[name].long, name=name, log=log)
+        documents[name] = reading.guarded(balance.Order(reader, rows, reading.seed, heldout), made, name)
+    sizes = {name: len(rows) for name, (_, rows) in parts.items()}
+    stream = Stream(Mixture(documents, shares(files, sizes, weights, power)), reading.workers, chunk=8)
+    return reading.iterator(PackIterDataset(
+        Parts(stream), tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
+        rows=batch, names=list(documents), log=log, targets=builder.max_targets, fit=packing.fit, ahead=packing.ahead))
+
+
+def shares(files: Mapping[str, local.Source], sizes: Mapping[str, int], weights: Mapping[str, float], power: float
+           ) -> dict[str, float]:
+    """How often each source is read, of all: the generators as `weights` say, a source on disk by weight * n^power.
+
+    sizes: n, the records of each source (of this host). power: 0 for the weights alone, 1 for all records alike, a
+    half between them (GLM's and others' "temperature"). UserError: a power beside generators, which have no size.
+    """
+    used = {name: weight for name, weight in weights.items() if weight}
+    if power and used:
+        raise UserError(f"data.power={power} counts the records of files, and {next(iter(used))} is a generator, without "
+                        "an end; set data.power=0, or leave the generators out with corpus=false")
+    all_ = dict(weights) | {name: source.weight * sizes[name] ** power for name, source in files.items()}
+    total = sum(all_.values())
+    return {name: weight / total for name, weight in all_.items()}
+
+
+def heldout_documents(name: str, source: local.Source, assembler: Assembler, share: float, limit: int, log: FaultLog
+                      ) -> list[Document]:
+    """Documents of up to `limit` of the records that `batches` leaves out at this share, the same on every host.
+
+    UserError: none is held out.
+    """
+    reader = source.open(source.files(), name, log)
+    held = [row for row in map(int, source.rows(reader)) if balance.held_out(reader.id(row), share)]
+    made = dataclasses.replace(assembler, long=source.long, name=name, log=log)
+    documents: list[Document] = []
+    for row in np.random.default_rng(0).permutation(held)[:limit].tolist():
+        try:
+            documents += [dataclasses.replace(document, source=name) for document in made.documents(reader[row])]
+        except (UserError, OSError, ValueError) as error:
+            log.add(name, reader.id(row), str(error), row)
+    if not documents:
+        raise UserError(f"source {name!r}: no document is held out at data.heldout={share} of {len(reader)} records; "
+                        "raise it, or set it to 0 to train on all and report on none")
+    return documents
+
+
+class Parts(grain.IterDataset):
+    """Documents out of lists of them, and single ones as they are, in order.
+
+    State: that of the parent before the list that is being read, and how many of it were given.
+    """
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PartsIterator(self._parent.__iter__())
+
+    def __init__(self, parent: grain.IterDataset):
+        super().__init__(parent)
+
+
+class _PartsIterator(grain.DatasetIterator):
+
+    def __init__(self, parent: grain.DatasetIterator):
+        super().__init__(parent)
+        self._waiting: list[Document] = []
+        self._before: dict[str, Any] | None = None
+        self._given = 0
+
+    def __next__(self) -> Document:
+        while not self._waiting:
+            self._before, self._given = self._parent.get_state(), 0
+            item = next(self._parent)
+            self._waiting = list(item) if isinstance(item, list) else [item]
+        self._given += 1
+        return self._waiting.pop(0)
+
+    def get_state(self) -> dict[str, Any]:
+        if not self._waiting:
+            return {"parent": self._parent.get_state(), "given": 0}
+        return {"parent": self._before, "given": self._given}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state["parent"])
+        self._waiting, self._given = [], 0
+        if state["given"]:
+            self._before = state["parent"]
+            self._waiting = list(next(self._parent))[state["given"] :]
+            self._given = state["given"]
