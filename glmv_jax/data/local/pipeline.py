@@ -66,8 +66,8 @@ def shares(files: Mapping[str, local.Source], sizes: Mapping[str, int], weights:
     """
     used = {name: weight for name, weight in weights.items() if weight}
     if power and used:
-        raise UserError(f"data.power={power} counts the records of files, and {next(iter(used))} is a generator, without "
-                        "an end; set data.power=0, or leave the generators out with corpus=false")
+        raise UserError(f"data.power={power} counts the records of files, and {next(iter(used))} is a generator "
+                        "without an end; set data.power=0, or leave the generators out with corpus=false")
     all_ = dict(weights) | {name: source.weight * sizes[name] ** power for name, source in files.items()}
     total = sum(all_.values())
     return {name: weight / total for name, weight in all_.items()}

@@ -225,7 +225,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _list(name: str, value: Any) -> list[Any]:
-    value = _json(name, value) if isinstance(value, (str, bytes)) else value
+    value = _without_none(_json(name, value)) if isinstance(value, (str, bytes)) else value
     if not isinstance(value, (list, tuple)):
         raise UserError(f"its {name} are {type(value).__name__}, not a list")
     return list(value)
