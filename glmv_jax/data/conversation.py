@@ -107,13 +107,14 @@ def write_film(writer: Writer, tokenizer: Tokenizer, film: Film) -> None:
 
 
 def said(message: Mapping[str, Any]) -> tuple[str, str]:
-    """(thinking, the rest) of an assistant's message; thinking may also stand in `<think>` at the head of its text."""
+    """(thinking, the rest) of an assistant's message, stripped; thinking may also stand at the head of its text, before
+    a `</think>`."""
     text = "".join(part["text"] for part in message["content"])
     thought = message.get("reasoning_content", "")
-    if not thought and text.startswith("<think>") and "</think>" in text:
-        thought, _, text = text.removeprefix("<think>").partition("</think>")
-        text = text.lstrip("\n")
-    return thought.strip(), text
+    if "reasoning_content" not in message and "</think>" in text:
+        thought, _, text = text.partition("</think>")
+        thought = thought.rpartition("<think>")[2]
+    return thought.strip(), text.strip()
 
 
 def _write_assistant(writer: Writer, tokenizer: Tokenizer, message: Mapping[str, Any], kept: bool, weight: float

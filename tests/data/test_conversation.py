@@ -36,17 +36,22 @@ def test_without_tools_and_thinking_it_is_the_chat_of_before():
         {"role": "user", "content": "<|image|> and here?"},
         {"role": "assistant", "content": "dogs <think>"},
     ]
-    plain = [{**m, "content": [{"type": "image"} if p == IMAGE else p for p in m["content"]]}
-             if isinstance(m["content"], list) else m for m in messages]
+    plain = [
+        {**m, "content": [{"type": "image"} if p == IMAGE else p for p in m["content"]]}
+        if isinstance(m["content"], list)
+        else m
+        for m in messages
+    ]
     expected, found = chat.render(plain, TOKENIZER, [1, 2]), render(messages, [1, 2])
     for name in ("tokens", "loss_weight", "image_of_token"):
         np.testing.assert_array_equal(getattr(found, name), getattr(expected, name), err_msg=name)
 
 
 def test_a_call_an_observation_and_an_answer():
+    calls = [call("zoom", box=[1, 2], note="猫 <a>", n=None), call("wait")]
     out = render([
         USER,
-        {"role": "assistant", "content": "I look.", "tool_calls": [call("zoom", box=[1, 2], note="猫 <a>"), call("wait")]},
+        {"role": "assistant", "content": "I look.", "tool_calls": calls},
         {"role": "tool", "content": [IMAGE, {"type": "text", "text": "zoomed"}]},
         {"role": "tool", "content": "waited"},
         {"role": "assistant", "content": "A cat."},
@@ -54,13 +59,17 @@ def test_a_call_an_observation_and_an_answer():
     assert spelled(out) == (
         "[gMASK]<sop><|user|>go<|assistant|></think>I look."
         "<tool_call>zoom<arg_key>box</arg_key><arg_value>[1, 2]</arg_value>"
-        "<arg_key>note</arg_key><arg_value>猫 <a></arg_value></tool_call><tool_call>wait</tool_call>"
+        "<arg_key>note</arg_key><arg_value>猫 <a></arg_value>"
+        "<arg_key>n</arg_key><arg_value>null</arg_value></tool_call><tool_call>wait</tool_call>"
         "<|observation|><tool_response><|begin_of_image|><|image|><|image|><|end_of_image|>zoomed</tool_response>"
-        "<tool_response>waited</tool_response><|assistant|></think>A cat.<|endoftext|>")
+        "<tool_response>waited</tool_response><|assistant|></think>A cat.<|endoftext|>"
+    )
     assert learnt(out) == (
         "_I look.<tool_call>zoom<arg_key>box</arg_key><arg_value>[1, 2]</arg_value>"
-        "<arg_key>note</arg_key><arg_value>猫 <a></arg_value></tool_call><tool_call>wait</tool_call>"
-        "<|observation|>_A cat.<|endoftext|>")
+        "<arg_key>note</arg_key><arg_value>猫 <a></arg_value>"
+        "<arg_key>n</arg_key><arg_value>null</arg_value></tool_call><tool_call>wait</tool_call>"
+        "<|observation|>_A cat.<|endoftext|>"
+    )
 
 
 def test_a_last_call_stops_for_its_observation():
@@ -71,7 +80,9 @@ def test_a_last_call_stops_for_its_observation():
 def test_tools_are_announced():
     tool = {"type": "function", "function": {"name": "f", "parameters": {"x": "猫</tools>"}, "strict": True},
             "defer_loading": True}  # fmt: skip
-    out = render([{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "ok"}], tools=[tool])
+    out = render(
+        [{"role": "system", "content": "Be brief."}, USER, {"role": "assistant", "content": "ok"}], tools=[tool]
+    )
     assert spelled(out) == (
         "[gMASK]<sop><|system|>\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
         "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
@@ -79,7 +90,8 @@ def test_tools_are_announced():
         "For each function call, output the function name and arguments within the following XML format:\n"
         "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>"
         "<arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>"
-        "<|system|>Be brief.<|user|>go<|assistant|></think>ok<|endoftext|>")
+        "<|system|>Be brief.<|user|>go<|assistant|></think>ok<|endoftext|>"
+    )
     assert learnt(out) == "_ok<|endoftext|>"
 
 
@@ -89,7 +101,7 @@ THOUGHTFUL = [
     {"role": "user", "content": "more"},
     {"role": "assistant", "reasoning_content": " two ", "content": "2", "tool_calls": [call("f")]},
     {"role": "tool", "content": "r"},
-    {"role": "assistant", "content": "<think>three</think>\n3"},
+    {"role": "assistant", "content": "<think>three</think>\n3 \n"},
 ]
 
 
@@ -101,9 +113,12 @@ def test_thinking_is_kept_by_rule(rule, first, others):
     said = [f"<think>{t}</think>" if t else "</think>" for t in (first, *others)]
     assert spelled(out) == (
         f"[gMASK]<sop><|user|>go<|assistant|>{said[0]}1<|user|>more<|assistant|>{said[1]}2<tool_call>f</tool_call>"
-        f"<|observation|><tool_response>r</tool_response><|assistant|>{said[2]}3<|endoftext|>")
+        f"<|observation|><tool_response>r</tool_response><|assistant|>{said[2]}3<|endoftext|>"
+    )
     ends = [f"{t}</think>" if t else "" for t in (first, *others)]  # `<think>` is what the server writes
-    assert learnt(out) == (f"_{ends[0]}1<|user|>_{ends[1]}2<tool_call>f</tool_call><|observation|>_{ends[2]}3<|endoftext|>")
+    assert learnt(out) == (
+        f"_{ends[0]}1<|user|>_{ends[1]}2<tool_call>f</tool_call><|observation|>_{ends[2]}3<|endoftext|>"
+    )
 
 
 def test_weights_of_messages():
@@ -117,16 +132,18 @@ def test_films_are_images_with_times():
     messages = [{"role": "user", "content": [{"type": "video", "video": "a.mp4"}, {"type": "text", "text": "?"}]},
                 {"role": "assistant", "content": "x"}]  # fmt: skip
     out = render(messages, [[(0.0, 1), (0.5, 2)]])
-    assert "<|user|><|begin_of_video|><|begin_of_image|><|image|><|end_of_image|>0.0 seconds<|begin_of_image|><|image|>" \
-           "<|image|><|end_of_image|>0.5 seconds<|end_of_video|>?" in spelled(out)  # fmt: skip
+    assert spelled(out).startswith(
+        "[gMASK]<sop><|user|><|begin_of_video|><|begin_of_image|><|image|><|end_of_image|>0.0 seconds"
+        "<|begin_of_image|><|image|><|image|><|end_of_image|>0.5 seconds<|end_of_video|>?<|assistant|>")
     assert [i for i in out.image_of_token if i >= 0] == [0, 1, 1]
 
 
 def test_nothing_that_a_record_says_becomes_a_special_token():
     attack = "".join(SPECIALS)
+    unboxed = attack.replace("<|begin_of_box|><|end_of_box|>", "")
     out = render([
         {"role": "user", "content": attack},
-        {"role": "assistant", "reasoning_content": attack, "content": attack.replace("<|begin_of_box|><|end_of_box|>", ""),
+        {"role": "assistant", "reasoning_content": attack, "content": unboxed,
          "tool_calls": [call(attack, **{attack: attack})]},
         {"role": "tool", "content": attack}, {"role": "assistant", "content": "x"},
     ], tools=[{"function": {"name": attack}}])  # fmt: skip

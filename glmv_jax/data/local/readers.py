@@ -104,6 +104,16 @@ class Jsonl(Documents):
 class ParquetDocuments(Documents, Parquet):
     """Rows of parquet files; see `pairs.parquet` for how they are shuffled."""
 
+    def _read(self, file: int, row: int, picture: bool) -> dict[str, Any]:
+        return _without_none(super()._read(file, row, picture))
+
+
+def _without_none(value: Any) -> Any:
+    """Without fields that are null, however deep: each struct of a column has all the fields that any of them has."""
+    if isinstance(value, Mapping):
+        return {k: _without_none(v) for k, v in value.items() if v is not None}
+    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+
 
 class TarDocuments(Documents, WebDataset):
     """Samples of tar files, as WebDataset writes them: the .json is the record, or pictures and a .txt."""

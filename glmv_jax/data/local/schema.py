@@ -89,7 +89,7 @@ class Record:
 
 def parse(fields: Mapping[str, Any], id_: str, fetch: Fetch) -> Record:
     """A record from its fields; id_ is used where it gives none. UserError: what is wrong with it."""
-    fields = _without_none(fields)
+    fields = _given(fields)
     common = {
         "id": str(fields.get("id", id_)), "category": str(fields.get("category", "")),
         "weight": _number("weight", fields.get("weight", 1.0)),
@@ -112,8 +112,8 @@ def parse(fields: Mapping[str, Any], id_: str, fetch: Fetch) -> Record:
 
 
 def _segment(segment: Any, media: _MediaReader) -> Text | Media:
-    kind = segment.get("type") if isinstance(segment, Mapping) else None
-    if kind == "text":
+    segment = _given(segment)
+    if segment.get("type") == "text":
         return Text(_text(segment), _number("loss", segment.get("loss", 1.0)))
     return media.read(segment)
 
@@ -131,7 +131,8 @@ def _short(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _message(message: Any, media: _MediaReader) -> dict[str, Any]:
-    role = message.get("role") if isinstance(message, Mapping) else None
+    message = _given(message)
+    role = message.get("role")
     if role not in ROLES:
         raise UserError(f"a message's role is {role!r}; use {', '.join(ROLES)}")
     content = message.get("content", "")
@@ -146,7 +147,8 @@ def _message(message: Any, media: _MediaReader) -> dict[str, Any]:
 
 
 def _part(part: Any, media: _MediaReader) -> dict[str, Any]:
-    if isinstance(part, Mapping) and part.get("type") == "text":
+    part = _given(part)
+    if part.get("type") == "text":
         return {"type": "text", "text": _text(part)}
     found = media.read(part)
     media.found.append(found)
@@ -154,7 +156,8 @@ def _part(part: Any, media: _MediaReader) -> dict[str, Any]:
 
 
 def _call(call: Any) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
+    call = _given(call)
+    function = _given(call.get("function", call))
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json("the arguments of a tool call", arguments or "{}")
@@ -171,8 +174,8 @@ class _MediaReader:
         self._next: dict[str, Iterator[Any]] = {k: iter(_list(f"{k}s", fields.get(f"{k}s", []))) for k in _KINDS}
         self.found: list[Media] = []
 
-    def read(self, part: Any) -> Media:
-        kind = part.get("type") if isinstance(part, Mapping) else None
+    def read(self, part: Mapping[str, Any]) -> Media:
+        kind = part.get("type")
         kind = kind.removesuffix("_url") if isinstance(kind, str) else kind
         if kind not in _KINDS:
             raise UserError(f"a part of type {kind!r}; use text, image or video")
@@ -217,15 +220,13 @@ def _base64(text: str) -> bytes:
         raise UserError(f"its base64 is broken ({error})") from None
 
 
-def _without_none(value: Any) -> Any:
-    """Without fields that are null: a column of structs has all the names that any row has."""
-    if isinstance(value, Mapping):
-        return {k: _without_none(v) for k, v in value.items() if v is not None}
-    return [_without_none(v) for v in value] if isinstance(value, (list, tuple)) else value
+def _given(value: Any) -> dict[str, Any]:
+    """The fields of an object that are not null; none of something else."""
+    return {k: v for k, v in value.items() if v is not None} if isinstance(value, Mapping) else {}
 
 
 def _list(name: str, value: Any) -> list[Any]:
-    value = _without_none(_json(name, value)) if isinstance(value, (str, bytes)) else value
+    value = _json(name, value) if isinstance(value, (str, bytes)) else value
     if not isinstance(value, (list, tuple)):
         raise UserError(f"its {name} are {type(value).__name__}, not a list")
     return list(value)

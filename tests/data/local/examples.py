@@ -1,7 +1,7 @@
 """One small real record of each category of the report, and the files they come in. Shared by several tests.
 
-Pictures are photographs that scikit-image bundles, emoji and charts of the shipped corpus, and what is drawn here; texts
-are the repository's licence and facts told in our words.
+Pictures are photographs that scikit-image bundles, emoji and charts of the shipped corpus, and what is drawn here;
+texts are the repository's licence and facts told in our words.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def png(image: Image.Image) -> bytes:
 def page(lines: list[str], size: tuple[int, int] = (320, 160)) -> Image.Image:
     sheet = Image.new("RGB", size, "white")
     for n, line in enumerate(lines):
-        ImageDraw.Draw(sheet).text((6, 6 + 16 * n), line, fill="black", font=fonts.load(fonts.files("train", "en")[0], 12))
+        ImageDraw.Draw(sheet).text(
+            (6, 6 + 16 * n), line, fill="black", font=fonts.load(fonts.files("train", "en")[0], 12)
+        )
     return sheet
 
 

@@ -40,9 +40,7 @@ def read(path, **entry) -> list[Record]:
 
 
 def test_every_category_reads_alike_from_jsonl_parquet_and_tar(tmp_path):
-    pytest.importorskip("pyarrow")
-    import pyarrow
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     records = examples.records(tmp_path)
     assert len(set(records) & set(CATEGORIES)) >= len(CATEGORIES) - 1  # film: where PyAV is installed
@@ -50,9 +48,11 @@ def test_every_category_reads_alike_from_jsonl_parquet_and_tar(tmp_path):
     assert [r.category for r in lines] == list(records) and [r.id for r in lines] == [f"{n}/1" for n in records]
 
     columns = ("id", "category", "segments", "messages", "tools")
-    table = {name: [json.dumps(r[name]) if isinstance(r.get(name), list) else r.get(name) for r in records.values()]
-             for name in columns}
-    pyarrow.parquet.write_table(pyarrow.table(table), tmp_path / "all.parquet", row_group_size=3)
+    table = {
+        name: [json.dumps(r[name]) if isinstance(r.get(name), list) else r.get(name) for r in records.values()]
+        for name in columns
+    }
+    parquet.write_table(pyarrow.table(table), tmp_path / "all.parquet", row_group_size=3)
     assert read(tmp_path / "all.parquet") == lines
 
     files = {}
@@ -68,15 +68,20 @@ def test_every_category_reads_alike_from_jsonl_parquet_and_tar(tmp_path):
 
 def test_nested_columns_of_parquet(tmp_path):
     """As Hugging Face's vision data sets have it: a list of pictures, and messages with places for them."""
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
 
     red, blue = (examples.png(examples.Image.new("RGB", (8, 8), c)) for c in ("red", "blue"))
-    parts = [{"type": "image", "text": None}, {"type": "text", "text": "Which is red?"}, {"type": "image", "text": None}]
+    parts = [
+        {"type": "image", "text": None},
+        {"type": "text", "text": "Which is red?"},
+        {"type": "image", "text": None},
+    ]
     answer = [{"type": "text", "text": "the first"}]
-    row = {"images": [{"bytes": red, "path": None}, {"bytes": blue, "path": "x.png"}],
-           "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}]}
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "a.parquet")
+    row = {
+        "images": [{"bytes": red, "path": None}, {"bytes": blue, "path": "x.png"}],
+        "messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": answer}],
+    }
+    parquet.write_table(pyarrow.Table.from_pylist([row, row]), tmp_path / "a.parquet")
     (record, _) = read(tmp_path / "a.parquet")
     assert record.media == (Media("image", red), Media("image", blue)) and record.id == "a.parquet/0"
     assert [p["type"] for p in record.messages[0]["content"]] == ["image", "text", "image"]
@@ -85,7 +90,7 @@ def test_nested_columns_of_parquet(tmp_path):
 
 def test_a_tar_of_pictures_with_texts_needs_no_json(tmp_path):
     content = examples.png(examples.Image.new("RGB", (8, 8), "red"))
-    path = examples.tar(tmp_path / "a.tar", {"x/1.png": content, "x/1.txt": "a red square".encode()})
+    path = examples.tar(tmp_path / "a.tar", {"x/1.png": content, "x/1.txt": b"a red square"})
     (record,) = read(path)
     assert record == Record("a.tar/x/1", segments=(Media("image", content), Text("a red square")))
 
@@ -106,7 +111,7 @@ def test_pictures_may_lie_in_a_tar_beside_a_jsonl(tmp_path):
 def test_icons_pair_each_svg_with_the_largest_png_of_its_name(tmp_path):
     small, large = (examples.png(examples.Image.new("RGB", (n, n), "blue")) for n in (8, 32))
     for name, content in {
-        "T/scalable/status/alarm-symbolic.svg": b'<?xml version="1.0"?>\n<svg>\n  <!-- a bell -->\n <path d="M 0"/></svg>',
+        "T/scalable/status/alarm-symbolic.svg": b'<?xml version="1.0"?>\n<svg>\n  <!-- x -->\n <path d="M 0"/></svg>',
         "T/16x16/status/alarm-symbolic.symbolic.png": small, "T/96x96/status/alarm-symbolic.symbolic.png": large,
         "T/96x96/actions/alarm-symbolic.png": small + b"not of its context", "U/96x96/status/alarm-symbolic.png": large,
         "T/scalable/status/alone.svg": b"<svg/>", "T/scalable/status/big.svg": b" " * 9999,
@@ -183,7 +188,8 @@ def test_tool_calls_may_be_json_and_fields_null():
     ({"messages": [{"role": "user", "content": "a"}]}, "no message of it is an assistant's"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot'"),
     ({"messages": [{"role": "user", "content": 3}]}, "its content are int"),
-    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]}, "broken JSON"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+     "broken JSON"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": {}}}]}]}, "needs a name"),
 ])  # fmt: skip
 def test_wrong_records_say_what_is_wrong(fields, message):
