@@ -7,6 +7,11 @@ role=control: goes on with SFT from a finished SFT run for as long as an RL run 
         --config.init_from=runs/sft --config.match_wall=runs/rl
 size=nano: two CPU cores, about half a minute. A cold start: it teaches the form of an answer, and RL the rest. Held-out
 accuracy over the six tasks of RL .21 to .43 greedy, .02 to .05 drawn at temperature 1, three seeds.
+sources=a+b: conversations on disk (glmv_jax/data/local says what a record is), with tools and thinking, beside the
+built-in questions, under names of your own; corpus=false: in place of them.
+
+    glmv train --config experiments/vlm_sft.py:size=l,sources=chats,corpus=false --workdir runs/sft \
+        --config.init_from=runs/pretrain --config.data.sources.chats.path=chats/
 """
 
 from glmv_jax.config import parse_arg, presets
@@ -15,7 +20,7 @@ TASKS = ("read", "count", "name", "attribute", "spatial", "ground", "point", "ch
 
 
 def get_config(arg=None):
-    arg = parse_arg(arg, size="nano", role="student")
+    arg = parse_arg(arg, size="nano", role="student", sources="", corpus=True)
     nano = arg.size == "nano"
     steps, batch = (20, 16) if nano else (10_000, 256)
     cfg = presets.run("sft", steps, batch)
@@ -23,7 +28,8 @@ def get_config(arg=None):
     if not nano:
         cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
 
-    cfg.data = presets.documents(arg.size, {task: 1.0 for task in TASKS}, seed=4)
+    weights = {task: 1.0 for task in TASKS} if arg.corpus else {}
+    cfg.data = presets.documents(arg.size, weights, seed=4, **presets.files(arg.size, arg.sources))
     cfg.loss = {"mtp": 0.3, "chunk": 256 if nano else 1024}  # chunk: tokens that have logits at a time, on a device
     cfg.optim = {
         "lr": 4e-3 if nano else 1e-4,
@@ -32,7 +38,8 @@ def get_config(arg=None):
         "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
     cfg.eval = {
-        "kinds": TASKS, "documents": 32, "questions": 96, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4,
+        "kinds": TASKS if arg.corpus else (), "documents": 32, "questions": 96, "few": 16, "batch": 64,
+        "max_new_tokens": 24, "shown": 4,
     }  # fmt: skip
     if arg.role == "control":
         cfg.data.seed, cfg.steps = 6, 1_000_000

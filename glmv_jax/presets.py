@@ -93,6 +93,19 @@ def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> C
     return ConfigDict({"weights": weights, "seed": seed, "vocabulary": "", **_pick(DOCUMENTS, size), **more})
 
 
+def files(size: str, names: str) -> ConfigDict:
+    """The part of stages 3 and 4's `data` that is about a person's own files, see `train.stages.from_files`.
+
+    names: of the sources, with a + between them.
+    """
+    entry = dict(path="", reader="", weight=1.0, category="", long="split")
+    sources = {name: dict(entry) for name in filter(None, names.split("+"))}
+    films = dict(film_patches=16, film_frames=8) if size == "nano" else dict(film_patches=1024, film_frames=128)
+    return ConfigDict(
+        dict(sources=sources, power=0.0, heldout=0.01, thinking="last", video=False, fit="best", ahead=16, **films)
+    )
+
+
 def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:
     """Optimiser groups of stages 3 to 5: Muon for the blocks' matrices, AdamW for the rest.
 

@@ -20,6 +20,7 @@ from glmv_jax.data.faults import FaultLog
 from glmv_jax.typing import UserError
 
 FITS = ("first", "best")
+TRIMMED = ("split", "cut")  # what may have been done to a document that was longer than a row
 
 
 def rope_positions(image_of_token: np.ndarray, grids: Sequence[tuple[int, int]]) -> tuple[np.ndarray, int]:
@@ -64,6 +65,7 @@ class Row:
         }
         self.documents = self.tokens = self.patches = self.merged = self.images = self.targets = 0
         self.next_position = 0
+        self.trimmed: list[str] = []  # of each document that was, how
 
     def fits(self, document: Document) -> bool:
         """Whether the document's tokens, patches and targets all have room."""
@@ -80,6 +82,7 @@ class Row:
         a, here = self.arrays, slice(self.tokens, self.tokens + len(document.tokens))
         self.documents += 1
         self.targets += document.targets
+        self.trimmed += [document.trimmed] if document.trimmed else []
         a["tokens"][here] = document.tokens
         a["segments"][here] = self.documents
         a["loss_weight"][here] = document.loss_weight
@@ -152,15 +155,18 @@ class PackIterDataset(grain.IterDataset):
 
     A document that is too long even for an empty row is a fault: logged, counted, dropped.
     fit: "first" or "best".   ahead: documents that are held back at most before a batch is done.
+    trimmed: batches also say for each of TRIMMED how many documents of a row it happened to, int32 [rows].
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
-                 names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0):
+                 names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0,
+                 trimmed: bool = False):
         super().__init__(parent)
         if fit not in FITS:
             raise UserError(f"data.fit={fit!r} is not known; use one of {', '.join(FITS)}")
         self.shape = (tokens, patches, channels, targets)
         self.rows, self.names, self.log, self.fit, self.ahead = rows, list(names), log, fit, ahead
+        self.trimmed = TRIMMED if trimmed else ()
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackIterator(self._parent.__iter__(), self)
@@ -193,7 +199,8 @@ class _PackIterator(grain.DatasetIterator):
                 self._held.append(read)
         if not any(row.documents for row in rows):
             raise StopIteration
-        return stack([row.arrays for row in rows])
+        trimmed = {how: np.array([row.trimmed.count(how) for row in rows], np.int32) for how in self._dataset.trimmed}
+        return stack([row.arrays for row in rows]) | trimmed
 
     def _read(self) -> _Held | None:
         """The parent's next document; None at its end."""

@@ -34,7 +34,7 @@ def sampled(frames: int, rate: float, seconds: float, most: int = MOST_FRAMES) -
     if frames >= wanted:
         due = 0.0
         for number in range(frames):
-            if number / rate >= due:
+            if number * (1 / rate) >= due:  # in their rounding
                 due += step
                 shown.append(number)
                 if due >= int(seconds):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from glmv_jax.train.stages.vlm import VLMStage
+from glmv_jax.train.stages.from_files import FromFiles
 
 
-class Pretrain(VLMStage):
+class Pretrain(FromFiles):
     name = "pretrain"
     form = "pretrain"

@@ -162,7 +162,8 @@ class VLMStage(Stage):
     def sources(self, split: str, seed: int) -> dict[str, Any]:
         """Random-access samples by source name: the kinds of questions, and "text"."""
         return {
-            name: texts.Texts(split, seed) if name == "text" else Questions([name], split, seed) for name in self.names
+            name: texts.Texts(split, seed) if name == "text" else Questions([name], split, seed)
+            for name in self.cfg.data.weights
         }
 
     def train_data(self):

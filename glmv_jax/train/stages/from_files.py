@@ -1,0 +1,114 @@
+"""What stages 3 and 4 read beside, or in place of, the built-in generators: documents and conversations on disk.
+
+`data` of the config, beside what `VLMStage` reads:
+
+    sources         {name: {path, reader, weight, category, long}}, see `data.local`; none: the generators alone
+    weights         of the generators, on the same scale as the sources' weights; empty or 0: without them
+    power           sources are read as weight * records^power: 0 by weight alone
+    heldout         share of the sources' records that is kept for evaluation; 0: none, and nothing is said of them
+    thinking        which thinking of a conversation is kept: last, all, none
+    video           rows hold films: every patch has as many frames as the tower's, so pixels take that much more memory
+    film_patches, film_frames   of a pair of frames, and of a film, at most
+    fit, ahead      how rows are filled, see `data.packing`
+
+Without sources batches are those of `VLMStage`, to the last bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from glmv_jax.data import local, packing
+from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.local import pipeline
+from glmv_jax.data.local.assembling import Assembler
+from glmv_jax.data.stream import Stream
+from glmv_jax.train.stages.mim import reading
+from glmv_jax.train.stages.vlm import VLMStage
+from glmv_jax.typing import Batch, UserError
+
+
+class FromFiles(VLMStage):
+    """A stage of the language model whose documents may come from a person's own files."""
+
+    def __init__(self, cfg: ConfigDict) -> None:
+        super().__init__(cfg)
+        d = cfg.data
+        self.files = {name: local.Source.of(name, entry) for name, entry in d.get("sources", {}).items()}
+        if both := sorted(set(self.files) & set(d.weights)):
+            raise UserError(f"data.sources.{both[0]} has the name of a generator; call it otherwise")
+        if not self.files and not any(d.weights.values()):
+            raise UserError("there are neither data.sources nor data.weights; give one of them")
+        for source in self.files.values():
+            source.files()  # a path that is wrong is said now
+        self.names = [*self.names, *self.files]
+        if d.get("video", False):
+            patcher = dataclasses.replace(self.builder.patcher, frames=self.model.vision.temporal_patch)
+            self.builder = dataclasses.replace(self.builder, patcher=patcher)
+
+    @functools.cached_property
+    def assembler(self) -> Assembler:
+        """Records to documents of this stage's rows."""
+        d = self.cfg.data
+        return Assembler(
+            self.builder, thinking=d.thinking, film_patches=d.film_patches, film_frames=d.film_frames,
+            log=FaultLog(self.cfg.faults or None),
+        )  # fmt: skip
+
+    def train_data(self):
+        if not self.files:
+            return super().train_data()
+        d = self.cfg.data
+        return pipeline.batches(
+            self.files, self.sources("train", self.data_seed), dict(d.weights), self.assembler, form=self.form, batch=self.own_rows,
+            power=d.power, heldout=d.heldout, packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
+        )  # fmt: skip
+
+    def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:
+        batch, metrics = super().next_batch(data, state)
+        if not self.files:
+            return batch, metrics
+        trimmed = {f"documents/{how}": float(batch.pop(how).sum()) for how in packing.TRIMMED}
+        filled = {f"filled/{name}": share for name, share in packing.efficiency(batch).items()}
+        return batch, metrics | trimmed | filled
+
+    # ------------------------------------------------------------------------------------------------- evaluation
+    @functools.cached_property
+    def _heldout_files(self) -> dict[str, list[Batch]]:
+        """Held-out batches of each source."""
+        if not self.cfg.data.get("heldout", 0.0):
+            return {}
+        log, b = FaultLog(self.cfg.faults or None), self.builder
+        assembler = dataclasses.replace(self.assembler, builder=dataclasses.replace(b, per="token"))
+        found = {}
+        for name, source in self.files.items():
+            documents = pipeline.heldout_documents(
+                name, source, assembler, self.cfg.data.heldout, self.cfg.eval.documents, log
+            )
+            batches = packing.PackIterDataset(
+                Stream(documents), tokens=b.max_tokens, patches=b.max_patches, channels=b.patcher.channels,
+                rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets,
+            )  # fmt: skip
+            found[name] = list(iter(batches))
+        return found
+
+    def evaluate(self, params, extra, *, full: bool):
+        return super().evaluate(params, extra, full=full) if self.cfg.eval.kinds else self.heldout_loss(params)
+
+    def notes(self):
+        return super().notes() if self.cfg.eval.kinds else {}
+
+    def heldout_loss(self, params) -> dict[str, float]:
+        """As of the generators, and for each source "heldout loss/<name>", with the images and without."""
+        result = super().heldout_loss(params) if self.cfg.eval.kinds else {}
+        for name, batches in self._heldout_files.items():
+            for seen, suffix in ((1.0, ""), (0.0, " without image")):
+                sums = [jax.device_get(self._measure(params, batch, np.float32(seen))["loss"]) for batch in batches]
+                total, weight = np.sum(sums, axis=0, dtype=np.float64)
+                result[f"heldout loss/{name}{suffix}"] = float(total / max(weight, 1e-6))
+        return result
