@@ -35,7 +35,8 @@ def get_config(arg=None):
         "caption": 1.0, "describe": 2.0, "table": 0.5, "text": 0.4, "name": 2.5, "attribute": 1.5, "count": 1.2,
         "point": 2.0, "spatial": 2.5, "chart": 1.0, "ground": 1.0, "read": 2.0,
     }  # fmt: skip
-    cfg.data = presets.documents(arg.size, weights if arg.corpus else {}, seed=3, **presets.files(arg.size, arg.sources))
+    files = presets.files(arg.size, arg.sources)
+    cfg.data = presets.documents(arg.size, weights if arg.corpus else {}, seed=3, **files)
     cfg.loss = {"mtp": 0.3, "chunk": 256 if nano else 1024}  # chunk: tokens that have logits at a time, on a device
     # At nano size the encoder learns slowly: what stages 1 and 2 taught it (shapes, above all) is soon lost to the
     # rough gradient of a decoder that knows nothing yet.

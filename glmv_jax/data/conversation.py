@@ -62,8 +62,7 @@ def render(
     Raises: UserError for an unknown rule, a picture in an assistant's message, and parts and media that differ in
         number.
     """
-    if thinking not in THINKING:
-        raise UserError(f"data.thinking={thinking!r} is not known; use one of {', '.join(THINKING)}")
+    check_rule(thinking)
     writer, waiting = Writer(tokenizer), iter(media)
     writer.special("[gMASK]", "<sop>")
     if tools:
@@ -95,6 +94,12 @@ def render(
     if next(waiting, None) is not None:
         raise UserError("there are more images and videos than parts of the messages for them")
     return writer.done()
+
+
+def check_rule(thinking: str) -> None:
+    """UserError when there is no such rule for thinking."""
+    if thinking not in THINKING:
+        raise UserError(f"data.thinking={thinking!r} is not known; use one of {', '.join(THINKING)}")
 
 
 def write_film(writer: Writer, tokenizer: Tokenizer, film: Film) -> None:

@@ -8,7 +8,8 @@ What is longer than a row (in tokens, patches or learnt tokens) is treated as it
     split   a document: in parts, each as long as a row allows, none of which cuts through an image; they are documents
             of their own, so none sees another. Parts in which nothing is learnt are left out.
             A conversation: as with "cut", for a turn says little without those before it.
-    cut     a document ends where the row does, a conversation after the last answer that the row holds.
+    cut     a document ends where the row does, a conversation after the last answer that the row holds; one whose
+            first answer it does not hold is dropped.
     drop    the record is left out, and its id logged.
 
 The first document of a record that was split or cut says so (`Document.trimmed`), and training counts it.
@@ -52,6 +53,9 @@ class Assembler:
     name: str = "documents"
     log: FaultLog = dataclasses.field(default_factory=FaultLog)
 
+    def __post_init__(self) -> None:
+        conversation.check_rule(self.thinking)
+
     def __call__(self, ref: Ref, rng: np.random.Generator) -> list[Document]:
         """Reads a record and makes its documents. LeftOut for one that is dropped."""
         record = ref.reader[ref.index]
@@ -90,8 +94,8 @@ class Assembler:
             if not self.builder.too_long(document):
                 return [document] if kept == ends[-1] else _said_once([document], "cut")
             if self.long == "drop":
-                return []
-        raise UserError(f"{self.builder.too_long(document)}: not even its first answer does")
+                break
+        return []
 
     # ------------------------------------------------------------------------------------------------- pictures, tokens
     def _seen(self, media: Media) -> list[tuple[float, Image]]:

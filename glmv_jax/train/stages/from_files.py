@@ -65,8 +65,9 @@ class FromFiles(VLMStage):
             return super().train_data()
         d = self.cfg.data
         return pipeline.batches(
-            self.files, self.sources("train", self.data_seed), dict(d.weights), self.assembler, form=self.form, batch=self.own_rows,
-            power=d.power, heldout=d.heldout, packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
+            self.files, self.sources("train", self.data_seed), dict(d.weights), self.assembler, form=self.form,
+            batch=self.own_rows, power=d.power,
+            heldout=d.heldout, packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
         )  # fmt: skip
 
     def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:
