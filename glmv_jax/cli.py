@@ -370,6 +370,20 @@ def show_config(args: argparse.Namespace) -> int:
     return 0
 
 
+def show_batch(args: argparse.Namespace) -> int:
+    """Shows what a batch of stages 3 to 5 really holds: text coloured by loss weight, pictures, what rows have left.
+
+    All of it is read back from the arrays that the model is given. With --html as a page, pictures and boxes drawn.
+
+      glmv show-batch --config experiments/vlm_pretrain.py:size=nano
+      glmv show-batch --config experiments/vlm_sft.py:size=nano --step 3 --html batch.html
+    """
+    from glmv_jax.train import show
+
+    show.show_batch(_config(args), args.step, args.html)
+    return 0
+
+
 # --- helpers ----------------------------------------------------------------------------------------------------------
 
 
@@ -449,6 +463,7 @@ _COMMANDS = {
     "report": report,
     "doctor": doctor,
     "show-config": show_config,
+    "show-batch": show_batch,
 }
 
 _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, one recipe.
@@ -476,7 +491,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         )
         subs[name].set_defaults(function=function)
 
-    for name in ("train", "cache-teachers", "show-config"):
+    for name in ("train", "cache-teachers", "show-config", "show-batch"):
         subs[name].add_argument("--config", required=True, metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
         subs[name].epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
     subs["train"].add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
@@ -505,6 +520,8 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     sub.add_argument("--dtype", metavar="NAME", help="of a checkpoint: bfloat16 or float32 (default: as stored)")
     sub.add_argument("--json", action="store_true", help="of a checkpoint: token ids and log-probabilities as JSON")
 
+    subs["show-batch"].add_argument("--step", type=int, default=1, metavar="N", help="of which step (default 1)")
+    subs["show-batch"].add_argument("--html", metavar="FILE", help="write a page instead of printing")
     _vocabulary_options(subs["train-vocabulary"])
     _eval_options(subs["eval"])
     subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
