@@ -101,9 +101,9 @@ def files(size: str, names: str) -> ConfigDict:
     entry = dict(path="", reader="", weight=1.0, category="", long="split")
     sources = {name: dict(entry) for name in filter(None, names.split("+"))}
     films = dict(film_patches=16, film_frames=8) if size == "nano" else dict(film_patches=1024, film_frames=128)
-    return ConfigDict(
-        dict(sources=sources, power=0.0, heldout=0.01, thinking="last", video=False, fit="best", ahead=16, **films)
-    )
+    gui = dict.fromkeys(("perceive", "ground", "step", "trajectory", "critic"), 0.0)
+    rest = dict(power=0.0, heldout=0.01, thinking="last", video=False, fit="best", ahead=16)
+    return ConfigDict({"sources": sources, "gui": gui, **rest, **films})
 
 
 def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:

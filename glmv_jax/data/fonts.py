@@ -27,7 +27,12 @@ def load(name: str, size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(corpus.path(name)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
+def face_name(split: str, lang: str, rng: np.random.Generator) -> str:
+    """File name of a random face of the split that covers the language."""
+    names = files(split, lang)
+    return names[int(rng.integers(len(names)))]
+
+
 def face(split: str, lang: str, rng: np.random.Generator, size: int) -> ImageFont.FreeTypeFont:
     """A random face of the split that covers the language. Chinese faces also hold ASCII, Latin ones nothing else."""
-    names = files(split, lang)
-    return load(names[int(rng.integers(len(names)))], size)
+    return load(face_name(split, lang, rng), size)

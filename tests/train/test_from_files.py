@@ -120,3 +120,19 @@ def test_wrong_configs_are_user_errors(tmp_path):
         next(build("sft", ",sources=docs+chats", *paths, "data.thinking=some").train_data())
     with pytest.raises(UserError, match="data.fit='worst' is not known"):
         build("sft", ",sources=docs+chats", *paths, "data.fit=worst").train_data()
+
+
+def test_windows_are_one_more_source():
+    """Records about drawn windows beside the generators: their names, their share, their held-out loss."""
+    stage = build("sft", "", "data.gui.ground=4", "data.gui.trajectory=4", "data.tokens=700", "data.patches=512",
+                  "data.targets=400", "eval.kinds=()", "eval.documents=2")  # fmt: skip
+    assert stage.names[-2:] == ["gui_ground", "gui_trajectory"]
+    data = stage.train_data()
+    seen = [next(data) for _ in range(3)]
+    data.close()
+    found = {stage.names[n] for batch in seen for n in set(batch["source"][batch["source"] >= 0].tolist())}
+    assert {"gui_ground", "gui_trajectory", "read"} <= found
+    held = stage.evaluate(stage.init_params(jax.random.key(0)), {}, full=False)
+    assert {f"heldout loss/gui_{kind}" for kind in ("ground", "trajectory")} <= set(held)
+    with pytest.raises(UserError, match="no key 'data.gui.look'"):
+        build("sft", "", "data.gui.look=1")

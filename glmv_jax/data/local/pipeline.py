@@ -36,17 +36,21 @@ class Packing:
 
 def batches(
     files: Mapping[str, local.Source], generators: Mapping[str, Any], weights: Mapping[str, float],
-    assembler: Assembler, *, form: str, batch: int, power: float = 0.0, heldout: float = 0.0,
-    packing: Packing = Packing(), reading: Reading = ALONE,
+    assembler: Assembler, *, form: str, batch: int, records: Mapping[str, Any] | None = None, power: float = 0.0,
+    heldout: float = 0.0, packing: Packing = Packing(), reading: Reading = ALONE,
 ) -> grain.DatasetIterator:
-    """Packed rows of the sources in `files` and of `generators` (name -> random access of `Sample`) beside them.
+    """Packed rows of the sources in `files`, and beside them of `generators` (name -> random access of `Sample`) and of
+    `records` (name -> of `schema.Record`, as `gui.Windows`).
 
-    weights: of the generators.   power: see `shares`.   heldout: share of the files' records that is never trained on.
-    `source` in a batch counts in the generators' names, then those of the files.
+    weights: of the generators and records.   power: see `shares`.   heldout: share of the files' records that is never
+    trained on. `source` in a batch counts in the names of generators, records, files.
     """
     builder, log = assembler.builder, reading.log
     parts = local.opened(files, reading.shard, reading.shards, log)
     documents = guarded_documents(generators, builder, form, reading)
+    for name, source in (records or {}).items():
+        made = dataclasses.replace(assembler, name=name, log=log)
+        documents[name] = reading.guarded(References(reading.endless(source)), made, name)
     for name, (reader, rows) in parts.items():
         made = dataclasses.replace(assembler, long=files[name].long, name=name, log=log)
         documents[name] = reading.guarded(balance.Order(reader, rows, reading.seed, heldout), made, name)
@@ -93,6 +97,19 @@ def heldout_documents(name: str, source: local.Source, assembler: Assembler, sha
         raise UserError(f"source {name!r}: no document is held out at data.heldout={share} of {len(reader)} records; "
                         "raise it, or set it to 0 to train on all and report on none")
     return documents
+
+
+@dataclasses.dataclass(frozen=True)
+class References:
+    """Records by number that are made only when they are read: what fails then is logged under its number."""
+
+    source: Any
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, i: int) -> balance.Ref:
+        return balance.Ref(str(i), self.source, i)
 
 
 class Parts(grain.IterDataset):

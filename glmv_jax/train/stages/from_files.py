@@ -4,6 +4,7 @@
 
     sources         {name: {path, reader, weight, category, long}}, see `data.local`; none: the generators alone
     weights         of the generators, on the same scale as the sources' weights; empty or 0: without them
+    gui             weights of `data.gui`'s kinds of records about drawn windows, on that scale too
     power           sources are read as weight * records^power: 0 by weight alone
     heldout         share of the sources' records that is kept for evaluation; 0: none, and nothing is said of them
     thinking        which thinking of a conversation is kept: last, all, none
@@ -23,7 +24,8 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from glmv_jax.data import local, packing
+from glmv_jax.data import gui, local, packing
+from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline
 from glmv_jax.data.local.assembling import Assembler
@@ -42,11 +44,13 @@ class FromFiles(VLMStage):
         self.files = {name: local.Source.of(name, entry) for name, entry in d.get("sources", {}).items()}
         if both := sorted(set(self.files) & set(d.weights)):
             raise UserError(f"data.sources.{both[0]} has the name of a generator; call it otherwise")
-        if not self.files and not any(d.weights.values()):
+        self.gui = {kind: weight for kind, weight in d.get("gui", {}).items() if weight}
+        if not self.files and not self.gui and not any(d.weights.values()):
             raise UserError("there are neither data.sources nor data.weights; give one of them")
         for source in self.files.values():
             source.files()  # a path that is wrong is said now
-        self.names = [*self.names, *self.files]
+        self.windows("train")  # as is a kind that does not exist
+        self.names = [*self.names, *map(_gui, self.gui), *self.files]
         if d.get("video", False):
             patcher = dataclasses.replace(self.builder.patcher, frames=self.model.vision.temporal_patch)
             self.builder = dataclasses.replace(self.builder, patcher=patcher)
@@ -60,19 +64,24 @@ class FromFiles(VLMStage):
             log=FaultLog(self.cfg.faults or None),
         )  # fmt: skip
 
+    def windows(self, split: str) -> dict[str, gui.Windows]:
+        """Sources of records about windows, by name."""
+        return {_gui(kind): gui.Windows(kind, split, self.data_seed if split == "train" else 1) for kind in self.gui}
+
     def train_data(self):
-        if not self.files:
+        if not self.files and not self.gui:
             return super().train_data()
         d = self.cfg.data
+        weights = dict(d.weights) | {_gui(kind): weight for kind, weight in self.gui.items()}
         return pipeline.batches(
-            self.files, self.sources("train", self.data_seed), dict(d.weights), self.assembler, form=self.form,
-            batch=self.own_rows, power=d.power,
-            heldout=d.heldout, packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
+            self.files, self.sources("train", self.data_seed), weights, self.assembler, form=self.form,
+            batch=self.own_rows, records=self.windows("train"), power=d.power, heldout=d.heldout,
+            packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
         )  # fmt: skip
 
     def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:
         batch, metrics = super().next_batch(data, state)
-        if not self.files:
+        if "split" not in batch:  # of the generators alone
             return batch, metrics
         trimmed = {f"documents/{how}": float(batch.pop(how).sum()) for how in packing.TRIMMED}
         filled = {f"filled/{name}": share for name, share in packing.efficiency(batch).items()}
@@ -80,23 +89,25 @@ class FromFiles(VLMStage):
 
     # ------------------------------------------------------------------------------------------------- evaluation
     @functools.cached_property
-    def _heldout_files(self) -> dict[str, list[Batch]]:
-        """Held-out batches of each source."""
-        if not self.cfg.data.get("heldout", 0.0):
-            return {}
-        log, b = FaultLog(self.cfg.faults or None), self.builder
-        assembler = dataclasses.replace(self.assembler, builder=dataclasses.replace(b, per="token"))
+    def _heldout_records(self) -> dict[str, list[Batch]]:
+        """Held-out batches of each source of records."""
+        d, limit, log = self.cfg.data, self.cfg.eval.documents, FaultLog(self.cfg.faults or None)
+        made = dataclasses.replace(self.assembler, builder=dataclasses.replace(self.builder, per="token"))
         found = {}
-        for name, source in self.files.items():
-            documents = pipeline.heldout_documents(
-                name, source, assembler, self.cfg.data.heldout, self.cfg.eval.documents, log
-            )
-            batches = packing.PackIterDataset(
-                Stream(documents), tokens=b.max_tokens, patches=b.max_patches, channels=b.patcher.channels,
-                rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets,
-            )  # fmt: skip
-            found[name] = list(iter(batches))
-        return found
+        for name, source in self.windows("heldout").items():
+            documents = [document for i in range(limit) for document in made.documents(source[i])]
+            found[name] = [dataclasses.replace(document, source=name) for document in documents]
+        if d.get("heldout", 0.0):
+            for name, source in self.files.items():
+                found[name] = pipeline.heldout_documents(name, source, made, d.heldout, limit, log)
+        return {name: self._packed(documents, log) for name, documents in found.items() if documents}
+
+    def _packed(self, documents: list[Document], log: FaultLog) -> list[Batch]:
+        b = self.builder
+        return list(iter(packing.PackIterDataset(
+            Stream(documents), tokens=b.max_tokens, patches=b.max_patches, channels=b.patcher.channels,
+            rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets,
+        )))  # fmt: skip
 
     def evaluate(self, params, extra, *, full: bool):
         return super().evaluate(params, extra, full=full) if self.cfg.eval.kinds else self.heldout_loss(params)
@@ -107,9 +118,14 @@ class FromFiles(VLMStage):
     def heldout_loss(self, params) -> dict[str, float]:
         """As of the generators, and for each source "heldout loss/<name>", with the images and without."""
         result = super().heldout_loss(params) if self.cfg.eval.kinds else {}
-        for name, batches in self._heldout_files.items():
+        for name, batches in self._heldout_records.items():
             for seen, suffix in ((1.0, ""), (0.0, " without image")):
                 sums = [jax.device_get(self._measure(params, batch, np.float32(seen))["loss"]) for batch in batches]
                 total, weight = np.sum(sums, axis=0, dtype=np.float64)
                 result[f"heldout loss/{name}{suffix}"] = float(total / max(weight, 1e-6))
         return result
+
+
+def _gui(kind: str) -> str:
+    """The source's name of a kind of records about windows."""
+    return f"gui_{kind}"

@@ -206,6 +206,7 @@ def test_broken_records_are_counted_with_their_line_and_skipped(tmp_path):
     path = examples.jsonl(tmp_path / "a.jsonl", [*good[:5], '{"text": "cut', "", *good[5:], '{"segments": []}'])
     reader = opened(path)
     assert len(reader) == 42 and reader.id(5) == "a.jsonl:6" and reader.id(6) == "a.jsonl:8"
+    assert reader[3].id == "a.jsonl:4"
     log = FaultLog(tmp_path / "faults.jsonl")
     refs = [local.balance.Ref(reader.id(i), reader, i) for i in range(42)]
     guarded = Guarded(refs, lambda ref, rng: ref.reader[ref.index], name="own", seed=0, log=log)
