@@ -110,6 +110,35 @@ def train(args: argparse.Namespace) -> int:
     return 0
 
 
+def sweep(args: argparse.Namespace) -> int:
+    """Trains a config with every combination of some values and seeds, each run in a process of its own.
+
+    Stop it whenever you like: the same command goes on, finished runs are passed over, a run that fails ends no other
+    one. At the end a table, report.html with means and intervals over seeds, and all of it in sweep.json.
+
+      glmv sweep --config experiments/mmtp_ablation.py:size=nano --workdir runs/mmtp --seeds 0..4 \\
+          --set model.mtp.option=embeddings,masked,image_token
+      glmv sweep --config experiments/vlm_sft.py:size=nano --workdir runs/rates --config.steps=50 \\
+          --set optim.lr=1e-3,4e-3 --set batch=8,16 --dry-run
+
+    Exit code 1 when a run failed: it is named with its last words, and the same command tries it again.
+    """
+    cfg = _config(args)
+    from pathlib import Path
+
+    from glmv_jax.train.sweep import main as sweep_main
+    from glmv_jax.train.sweep.plan import plan
+
+    workdir, runs = Path(args.workdir).absolute(), plan(cfg, args.set or (), args.seeds)
+    sweep_main.check(workdir, cfg, args.jobs)
+    if args.dry_run:
+        print(*sweep_main.dry_run(args.config, args.overrides, runs, workdir), sep="\n")
+        return 0
+    os.makedirs(workdir, exist_ok=True)
+    with _alone_in(str(workdir)):
+        return sweep_main.run(args.config, cfg, args.overrides, runs, workdir, args.jobs)
+
+
 def cache_teachers(args: argparse.Namespace) -> int:
     """Writes what the teachers of stage 1 see, for training to read instead of running them.
 
@@ -454,6 +483,7 @@ def _alone_in(workdir: str):
 
 _COMMANDS = {
     "train": train,
+    "sweep": sweep,
     "cache-teachers": cache_teachers,
     "import-hf": import_hf,
     "export-hf": export_hf,
@@ -491,7 +521,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
         )
         subs[name].set_defaults(function=function)
 
-    for name in ("train", "cache-teachers", "show-config", "show-batch"):
+    for name in ("train", "sweep", "cache-teachers", "show-config", "show-batch"):
         subs[name].add_argument("--config", required=True, metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
         subs[name].epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
     subs["train"].add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
@@ -522,6 +552,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     subs["show-batch"].add_argument("--step", type=int, default=1, metavar="N", help="of which step (default 1)")
     subs["show-batch"].add_argument("--html", metavar="FILE", help="write a page instead of printing")
+    _sweep_options(subs["sweep"])
     _vocabulary_options(subs["train-vocabulary"])
     _eval_options(subs["eval"])
     subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
@@ -548,6 +579,14 @@ def _eval_options(sub: argparse.ArgumentParser) -> None:
     how.add_argument("--patches", type=int, metavar="N", help="of a picture at most (default: as in the run's config)")
     how.add_argument("--batch", type=int, metavar="N", help="rows at a time over all devices (default 256)")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON: to a file, or printed")
+
+
+def _sweep_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--workdir", required=True, metavar="DIR", help="the sweep's own folder, made if missing")
+    sub.add_argument("--set", action="append", metavar="KEY=V,V", help="values of a config key; any number of times")
+    sub.add_argument("--seeds", metavar="0..4", help="seeds, as 0..4 or 0,1,5 (default: the config's own)")
+    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1; with TPUs always 1)")
+    sub.add_argument("--dry-run", action="store_true", help="only say which runs there are and what they would do")
 
 
 def _vocabulary_options(sub: argparse.ArgumentParser) -> None:

@@ -1,5 +1,5 @@
-"""The end of a recipe: a table on the terminal and one self-contained page, `report.html`, that works by itself
-anywhere: no script, no network, light and dark, on a phone.
+"""The end of a recipe or of a sweep: tables on the terminal and one self-contained page, `report.html`, that works by
+itself anywhere: no script, no network, light and dark, on a phone.
 
     write("runs/quickstart")      -> runs/quickstart/report.html
     show("runs/quickstart")       the same tables on the terminal
@@ -19,9 +19,11 @@ from rich.text import Text
 
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
+from glmv_jax.eval import report_sweep, report_sweep_html
 from glmv_jax.eval.report_run import STAGES, StageRun, read
 from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
 
+_LEFT = ("metric", "arm", "arms")  # columns of words
 _TONES = {"good": "green", "bad": "red", "quiet": "dim", "head": "bold", "": ""}
 
 
@@ -31,26 +33,35 @@ def write(run_root: str | os.PathLike) -> pathlib.Path:
     Raises:
         UserError: no such run directory.
     """
-    stages = read(run_root)
-    path = pathlib.Path(run_root) / "report.html"
+    root = pathlib.Path(run_root)
+    name = root.resolve().name
+    if report_sweep.is_sweep(root):
+        text = _document(name, report_sweep_html.body(report_sweep.read(root)))
+    else:
+        text = _document(name, _body(name, read(root)))
+    path = root / "report.html"
     partial = path.with_suffix(".html.partial")
-    partial.write_text(_page(pathlib.Path(run_root).resolve().name, stages), encoding="utf-8")
+    partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)
     return path
 
 
 def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
-    """Prints the tables: held-out results, before and after RL, time and arithmetic.
+    """Prints the tables: held-out results, before and after RL, time and arithmetic; of a sweep its arms.
 
     Raises:
         UserError: no such run directory.
     """
     console = console or Console()
-    for content in _tables(read(run_root)):
+    if report_sweep.is_sweep(run_root):
+        tables = report_sweep.tables(report_sweep.read(run_root), report_sweep.SHOWN)
+    else:
+        tables = _tables(read(run_root))
+    for content in tables:
         drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
         for i, name in enumerate(content.header):
             drawn.add_column(
-                name, justify="left" if i == 0 or name == "metric" else "right", overflow="fold", no_wrap=i == 0
+                name, justify="left" if i == 0 or name in _LEFT else "right", overflow="fold", no_wrap=i == 0
             )
         for row in content.rows:
             drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
@@ -67,21 +78,25 @@ def _tables(stages: dict[str, StageRun]) -> list[Table]:
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
-def _page(name: str, stages: dict[str, StageRun]) -> str:
+def _document(name: str, body: str) -> str:
     style = importlib.resources.files("glmv_jax.eval").joinpath("report.css").read_text(encoding="utf-8")
-    started = {key: run for key, run in stages.items() if run.metrics or run.results}
-    links = "".join(f'<a href="#{page.text(key)}">{page.text(key)}</a>' for key in started)
-    body = "".join([
-        f"<h1>{page.text(name)}</h1>{_summary(stages)}<nav>{links}</nav>",
-        "".join(page.table(content) for content in _tables(stages)),
-        "".join(_stage(run) for run in stages.values()),
-        f"<footer class=quiet>glmv_jax {__version__}. Held-out data throughout, unless a curve says train.</footer>",
-    ])  # fmt: skip
+    end = f"<footer class=quiet>glmv_jax {__version__}. Held-out data throughout, unless a curve says train.</footer>"
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{page.text(name)}: glmv_jax report</title><style>{style}</style></head><body>{body}</body></html>\n"
+        f"<title>{page.text(name)}: glmv_jax report</title><style>{style}</style></head>"
+        f"<body>{body}{end}</body></html>\n"
     )
+
+
+def _body(name: str, stages: dict[str, StageRun]) -> str:
+    started = {key: run for key, run in stages.items() if run.metrics or run.results}
+    links = "".join(f'<a href="#{page.text(key)}">{page.text(key)}</a>' for key in started)
+    return "".join([
+        f"<h1>{page.text(name)}</h1>{_summary(stages)}<nav>{links}</nav>",
+        "".join(page.table(content) for content in _tables(stages)),
+        "".join(_stage(run) for run in stages.values()),
+    ])  # fmt: skip
 
 
 def _summary(stages: dict[str, StageRun]) -> str:

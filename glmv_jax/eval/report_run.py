@@ -84,10 +84,11 @@ def read(root: str | pathlib.Path) -> dict[str, StageRun]:
     if (root / "metrics.jsonl").exists():
         raise UserError(f"{root} is the work directory of one stage; give the folder above it, --run {root.parent}")
     others = sorted(path.parent.name for path in root.glob("*/metrics.jsonl") if path.parent.name not in STAGES)
-    return {name: _read_stage(name, root / name) for name in (*STAGES, *others)}
+    return {name: read_stage(name, root / name) for name in (*STAGES, *others)}
 
 
-def _read_stage(name: str, folder: pathlib.Path) -> StageRun:
+def read_stage(name: str, folder: pathlib.Path) -> StageRun:
+    """One work directory, as far as it can be read."""
     run = StageRun(name, folder)
     run.config = _read_object(run, "config.json")
     run.meta = _read_object(run, "meta.json")

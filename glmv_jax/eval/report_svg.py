@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import math
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from glmv_jax.eval.report_run import Point
 
@@ -15,17 +16,20 @@ MAX_POINTS = 240
 
 
 class Series(NamedTuple):
-    """A curve. `kind` "train" is drawn as a pale line under its running mean, "eval" as a line with a dot a value."""
+    """A curve. `kind` "train" is drawn as a pale line under its running mean, "eval" as a line with a dot a value,
+    "mean" as a line on its band: (step, low, high)."""
 
     name: str
     points: list[Point]
     kind: str = "train"
     colour: int = 0
+    band: list[tuple[float, float, float]] = []
 
 
 def line_chart(series: list[Series]) -> str:
     """An `<svg>` of all the series on common axes. Steps go right, values up; the axes fit the data."""
     every = [point for one in series for point in one.points]
+    every += [(x, y) for one in series for x, *ends in one.band for y in ends]
     x_ticks = ticks(min(x for x, _ in every), max(x for x, _ in every), 5)
     y_ticks = ticks(min(y for _, y in every), max(y for _, y in every), 4)
     low_x, high_x = min(x for x, _ in every), max(x for x, _ in every)
@@ -39,7 +43,8 @@ def line_chart(series: list[Series]) -> str:
     parts = []
     for value in y_ticks:
         _, y = place((low_x, value))
-        parts.append(f'<path class="grid" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
+        zero = " zero" if value == 0 and low_y < 0 else ""
+        parts.append(f'<path class="grid{zero}" d="M{LEFT} {y}H{WIDTH - RIGHT}"/>')
         parts.append(f'<text x="{LEFT - 5}" y="{y + 3}" text-anchor="end">{label(value)}</text>')
     for value in x_ticks:
         x, _ = place((value, low_y))
@@ -51,6 +56,45 @@ def line_chart(series: list[Series]) -> str:
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 
 
+def dot_chart(title: str, values: Mapping[str, Sequence[float]], *, zero: bool = False, **more: Any) -> str:
+    """An `<svg>` of one `dot_panel`."""
+    parts = dot_panel(title, values, WIDTH, HEIGHT, zero=zero, **more)
+    return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
+
+
+def dot_panel(
+    title: str, values: Mapping[str, Sequence[float]], wide: float, high: float, x0: float = 0.0, *, zero: bool = True,
+    intervals: Mapping[str, tuple[float, float]] | None = None,
+) -> list[str]:  # fmt: skip
+    """A column a name: a dot a value, a bar at their mean, and where given a line from low to high. The elements have
+    the classes title, grid, mean, span and dot, and are moved x0 to the right.
+
+    zero: the axis begins at 0; else it fits the values.
+    """
+    left, top, bottom = 40, 26, 34
+    every = [v for column in (*values.values(), *(intervals or {}).values()) for v in column]
+    marks = ticks(0.0 if zero else min(every), max(every), 4)
+    y_of = lambda v: high - bottom - (high - top - bottom) * (v - marks[0]) / (marks[-1] - marks[0])  # noqa: E731
+    parts = [f'<text class="title" x="{x0 + left:g}" y="14">{html.escape(title)}</text>'] if title else []
+    for mark in marks:
+        y = y_of(mark)
+        parts.append(f'<path class="grid" d="M{x0 + left:g} {y:.1f}H{x0 + wide - 8:g}"/>')
+        parts.append(f'<text x="{x0 + left - 5:g}" y="{y + 3:.1f}" text-anchor="end">{label(mark)}</text>')
+    step = (wide - left - 8) / len(values)
+    for i, (name, column) in enumerate(values.items()):
+        x, colour = x0 + left + (i + 0.5) * step, f"var(--c{i % COLOURS})"
+        if intervals and name in intervals:
+            low, top_end = map(y_of, intervals[name])
+            parts.append(f'<path class="span" d="M{x:.1f} {low:.1f}V{top_end:.1f}"/>')
+        if column:
+            parts.append(f'<path class="mean" d="M{x - 13:.1f} {y_of(sum(column) / len(column)):.1f}h26"/>')
+        parts += [
+            f'<circle class="dot" style="--dot:{colour}" cx="{x:.1f}" cy="{y_of(v):.1f}" r="3.5"/>' for v in column
+        ]
+        parts.append(f'<text x="{x:.1f}" y="{high - bottom + 14:g}" text-anchor="middle">{html.escape(name)}</text>')
+    return parts
+
+
 def _anchor(x: float) -> str:
     return "end" if x > WIDTH - RIGHT - 12 else "middle"
 
@@ -58,6 +102,12 @@ def _anchor(x: float) -> str:
 def _curve(series: Series, place) -> list[str]:
     colour = f"var(--c{series.colour % COLOURS})"
     name = html.escape(series.name)
+    if series.kind == "mean":
+        edges = [[(x, ends[i]) for x, *ends in series.band] for i in (0, 1)]
+        around = [place(point) for point in [*thin(edges[1]), *reversed(thin(edges[0]))]]
+        area = [f'<path class="band" fill="{colour}" d="{_path(around)}Z"/>'] if around else []
+        line = _path([place(point) for point in thin(series.points)])
+        return [*area, f'<path class="bold" stroke="{colour}" d="{line}"><title>{name}</title></path>']
     if series.kind == "train" and len(series.points) > 8:
         pale = _path([place(point) for point in thin(series.points)])
         bold = _path([place(point) for point in thin(running_mean(series.points))])

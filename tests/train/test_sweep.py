@@ -1,0 +1,246 @@
+"""`glmv sweep`: what it plans, and whole sweeps of a toy stage in processes of their own.
+
+Not covered: TPU hosts (only how they are recognised), several hosts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from glmv_jax import cli
+from glmv_jax.train import main
+from glmv_jax.train.metrics import read_jsonl
+from glmv_jax.train.sweep import main as sweep_main
+from glmv_jax.train.sweep.board import eta
+from glmv_jax.train.sweep.plan import Run, parse_seeds, plan, split
+from glmv_jax.typing import UserError
+from tests.train.toy import config
+
+ROOT = Path(__file__).parents[2]
+TOY = "from tests.train.toy import config\n\n\ndef get_config(arg=None):\n    return config(save_every=2, steps=6)\n"
+
+
+def small() -> ConfigDict:
+    optim = dict(lr=1e-3, wd=0.1)
+    return ConfigDict(dict(stage="toy", seed=7, steps=5, optim=optim, model=dict(option="a", wd=2, parts=("x",))))
+
+
+# --- the plan ---------------------------------------------------------------------------------------------------------
+
+
+def test_plan_is_the_product_with_whole_seeds_first():
+    runs = plan(small(), ["model.option=a,b", "optim.lr=1e-3,3e-3"], "0..1")
+    assert [run.name for run in runs] == [
+        f"option={o},lr={lr},seed={s}" for s in (0, 1) for o in ("a", "b") for lr in (0.001, 0.003)
+    ]
+    assert runs[5].values == {"seed": 1, "model.option": "a", "optim.lr": 0.003}
+    assert runs[5].overrides == ["seed=1", "model.option=a", "optim.lr=3e-3"]
+    assert {run.steps for run in runs} == {5} and {run.status for run in runs} == {"waiting"}
+    assert [run.steps for run in plan(small(), ["steps=3,9"])] == [3, 9]
+
+
+def test_names_are_short_unlike_and_good_for_a_folder():
+    (run,) = plan(small(), ["optim.wd=0.2", "model.wd=3"])
+    assert run.name == "optim.wd=0.2,model.wd=3"
+    names = [run.name for run in plan(small(), ["model.option=runs/a,runs-a,../b"])]
+    assert len(set(names)) == 3 and not any("/" in name or " " in name for name in names)
+    assert plan(small(), ["model.parts=('x','y'),('y',)"])[0].values == {"model.parts": ["x", "y"]}
+
+
+def test_values_split_at_commas_outside_brackets_and_quotes():
+    assert split("1, 2") == ["1", "2"]
+    assert split("(1,2),[3,(4,5)],'a,b',{'c': 1, 'd': 2}") == ["(1,2)", "[3,(4,5)]", "'a,b'", "{'c': 1, 'd': 2}"]
+    assert parse_seeds("0..4") == [0, 1, 2, 3, 4] and parse_seeds("3") == [3] and parse_seeds("0..1, 7") == [0, 1, 7]
+
+
+@pytest.mark.parametrize(
+    ("sets", "seeds", "message"),
+    [
+        (["model.optoin=a,b"], None, "no key 'model.optoin'; nearest: model.option"),
+        (["optim.lr=1e-3,fast"], None, "optim.lr is float, but 'fast' is str"),
+        (["model=a"], None, "'model' is a group, set a value inside it: model.option"),
+        (["optim.lr"], None, "--set optim.lr has no values"),
+        (["optim.lr="], None, "--set optim.lr= has no values"),
+        (["optim.lr=1e-3,0.001"], None, "--set optim.lr has 0.001 twice"),
+        (["optim.lr=1", "optim.lr=2"], None, "--set optim.lr is given twice"),
+        (["seed=1,2"], "0..4", "--seeds and --set seed say the same"),
+        ([], "4..0", "--seeds 4..0 are no seeds; write 0..4"),
+        ([], "0..2,1", "--seeds 0..2,1 names a seed twice"),
+        ([], "-1", "--seeds -1 are no seeds"),
+        ([], None, "nothing to sweep over; give --set KEY=VALUE,VALUE or --seeds"),
+    ],
+)
+def test_a_wrong_plan_is_named(sets, seeds, message):
+    with pytest.raises(UserError) as error:
+        plan(small(), sets, seeds)
+    assert message in str(error.value)
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    cfg = small()
+    with pytest.raises(UserError, match="--jobs 0 runs nothing"):
+        sweep_main.check(tmp_path, cfg, 0)
+    file = {"base": {"optim.lr": 1.0, "optim.wd": 0.1, "model.option": "a", "model.wd": 2, "model.parts": ["x"],
+                     "seed": 7, "stage": "toy", "steps": 5}}  # fmt: skip
+    (tmp_path / "sweep.json").write_text(json.dumps(file))
+    with pytest.raises(UserError, match=r"holds a sweep of another config \(optim.lr: 1.0 -> 0.001\); give another"):
+        sweep_main.check(tmp_path, cfg, 1)
+    cfg.optim.lr, cfg.keep = 1.0, 3  # how many checkpoints are kept changes no number
+    sweep_main.check(tmp_path, cfg, 1)
+    (tmp_path / "sweep.json").write_text("{")
+    with pytest.raises(UserError, match="sweep.json cannot be read"):
+        sweep_main.check(tmp_path, cfg, 1)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is the work directory of a single run"):
+        sweep_main.check(tmp_path, cfg, 1)
+
+
+def test_one_process_at_a_time_where_there_are_tpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep_main.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    assert not sweep_main.has_tpu(tmp_path)
+    (tmp_path / "vfio").mkdir()
+    (tmp_path / "vfio" / "vfio").touch()
+    assert not sweep_main.has_tpu(tmp_path)  # the control device is there without any chip
+    (tmp_path / "vfio" / "0").touch()
+    assert sweep_main.has_tpu(tmp_path)
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert not sweep_main.has_tpu(tmp_path)
+    monkeypatch.setattr(sweep_main, "has_tpu", lambda: True)
+    sweep_main.check(tmp_path, small(), 1)
+    with pytest.raises(UserError, match="can hold this machine's TPU chips; give --jobs 1"):
+        sweep_main.check(tmp_path, small(), 2)
+
+
+def test_time_left_counts_steps_of_all_runs():
+    a, b, c = (Run(name, {}, [], 100) for name in "abc")
+    assert eta([(a, 0), (b, 0)], {}, 1) is None  # nothing is known before a step was made
+    spent = {"a": (60.0, 20), "x": (40.0, 30)}  # 100 s for 50 steps
+    assert eta([(a, 20), (b, 0)], spent, 1) == 360.0
+    assert eta([(a, 20), (b, 0)], spent, 2) == eta([(a, 20), (b, 0)], spent, 8) == 180.0
+    assert eta([(c, 150)], spent, 1) == 0.0 and eta([], spent, 1) is None
+    assert eta([(Run("d", {}, [], 100, max_seconds=30.0), 0), (b, 0)], spent, 1) == 230.0
+
+
+# --- whole sweeps -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    path = tmp_path / "toy_sweep.py"
+    path.write_text(TOY)
+    return path
+
+
+def command(experiment, workdir, *more):
+    argv = ["sweep", "--config", str(experiment), "--workdir", str(workdir), *more]
+    return [sys.executable, "-m", "glmv_jax.cli", *argv]
+
+
+def call(experiment, workdir, *more):
+    return subprocess.run(command(experiment, workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def states(workdir):
+    return {run["name"]: run["status"] for run in json.loads((workdir / "sweep.json").read_text())["runs"]}
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in read_jsonl(workdir / "metrics.jsonl") if row["kind"] == "train"}
+
+
+def test_a_sweep_with_a_failing_arm_is_resumed_and_finished_runs_are_skipped(experiment, tmp_path):
+    """2 x 2: an arm whose data end at step 3 fails, an arm that a signal stops at step 3 is resumed."""
+    runs = tmp_path / "runs"
+    sets = ["--set", "signal=(0,0),(3,2)", "--set", "end=1000,3", "--config.optim.lr=0.05"]
+    dry = call(experiment, runs, *sets, "--dry-run")
+    assert dry.returncode == 0 and dry.stdout.count("(new): glmv train --config") == 4 and not runs.exists()
+    assert dry.stdout.count("--config.optim.lr=0.05 ") == 4 and dry.stdout.count("--config.end=3\n") == 2
+
+    first = call(experiment, runs, *sets)
+    assert first.returncode == 1 and first.stderr == "", first.stderr
+    good, ended, stopped, both = states(runs)  # in the order of the product
+    assert states(runs) == {good: "finished", ended: "failed", stopped: "interrupted", both: "interrupted"}
+    assert "glmv train: toy: the training data ended; make them repeat, or lower steps" in first.stdout
+    assert "3 of 4 runs did not finish; the same command tries them again" in first.stdout
+    assert (runs / "report.html").exists()
+
+    before = (runs / good / "metrics.jsonl").read_bytes()
+    second = call(experiment, runs, *sets)
+    assert second.returncode == 1
+    assert states(runs) == {good: "finished", ended: "failed", stopped: "finished", both: "failed"}
+    assert "1 of 4 runs are already finished" in second.stdout and f"{good} begins" not in second.stdout
+    assert (runs / good / "metrics.jsonl").read_bytes() == before
+    assert "resuming from step 3 of 6" in (runs / stopped / "train.log").read_text()
+    assert losses(runs / stopped) == losses(runs / good)
+    file = json.loads((runs / "sweep.json").read_text())
+    arms = file["results"]["arms"]
+    assert [name for name in arms if arms[name]] == [f"signal {v}, end 1000" for v in ([0, 0], [3, 2])]
+    assert all(run["seconds"] > 0.5 and run["peak_rss"] > 1e8 for run in file["runs"])
+
+
+def test_runs_differ_in_what_was_set_and_are_those_of_the_loop(experiment, tmp_path):
+    runs = tmp_path / "runs"
+    done = call(experiment, runs, "--set", "optim.lr=0.1,0.05", "--seeds", "3", "--jobs", "2", "--config.steps=4")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for lr in (0.1, 0.05):
+        cfg = config(save_every=2, steps=4, seed=3)
+        cfg.optim.lr = lr
+        main.run(cfg, tmp_path / f"{lr}")
+        assert losses(runs / f"lr={lr},seed=3") == losses(tmp_path / f"{lr}")
+    results = json.loads((runs / "sweep.json").read_text())["results"]
+    error = json.loads((tmp_path / "0.05" / "results.json").read_text())["metrics"]["error"]["trained"]
+    assert results["arms"]["0.05"]["error"] == {
+        "n": 1, "mean": error, "sd": None, "low": None, "high": None, "by_seed": {"3": error},
+    }  # fmt: skip
+    assert list(results["differences"]) == ["0.1 - 0.05"]
+
+
+def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_path):
+    """A Ctrl-C of a terminal: SIGINT for the whole process group of the sweep."""
+    runs = tmp_path / "runs"
+    more = ["--seeds", "0..2", "--jobs", "2", "--config.steps=1000000", "--config.log_every=1"]
+    process = subprocess.Popen(command(experiment, runs, *more), cwd=ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not all(losses(runs / f"seed={n}") for n in (0, 1)):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        said, complaint = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and complaint == ""
+    assert "SIGINT: waiting for the runs to save" in said
+    assert "stopped; 0 of 3 runs are finished, the same command goes on from here" in said
+    assert states(runs) == {"seed=0": "interrupted", "seed=1": "interrupted", "seed=2": "waiting"}
+    for n in (0, 1):
+        log = (runs / f"seed={n}" / "train.log").read_text()
+        assert "saved; run the same command to go on" in log and "Traceback" not in log
+        step = max(int(path.name) for path in (runs / f"seed={n}" / "checkpoints").iterdir() if path.name.isdecimal())
+        assert f"stopped at step {step} of 1000000" in log
+
+
+def test_help_teaches_by_example_and_wrong_input_is_one_line(capsys, experiment, tmp_path):
+    with pytest.raises(SystemExit):
+        cli.main(["sweep", "--help"])
+    assert capsys.readouterr().out.count("glmv sweep --config") == 2
+    argv = ["sweep", "--config", str(experiment), "--workdir", str(tmp_path / "runs")]
+    for more, message in [
+        (["--set", "widht=1,2"], "glmv sweep: the config has no key 'widht'; nearest: width"),
+        (["--sets", "width=1,2"], "glmv sweep: unknown option '--sets'; nearest: --set"),
+        (["--seeds", "0", "--jobs", "x"], "glmv sweep: argument --jobs: invalid int value: 'x'; see glmv sweep --help"),
+    ]:
+        assert cli.main([*argv, *more]) == 2
+        assert capsys.readouterr().err.strip() == message
+    assert not (tmp_path / "runs").exists()
