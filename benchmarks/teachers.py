@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import html
 import json
 import pathlib
-import subprocess
 import sys
 from collections.abc import Sequence
 
-from glmv_jax.eval.report_svg import label, ticks
+from glmv_jax.eval.report_svg import dot_panel
+from glmv_jax.train.sweep.child import Child
 
 ARMS = {"none": "no stage 1", "semantic": "semantic only", "texture": "texture only", "both": "both"}
 PANELS = ("probe after stage 1", "probe after stage 2", "R@1 after stage 2", "R@5 after stage 2")
@@ -29,18 +28,16 @@ MIM, SIGLIP = "experiments/cogvit_mim.py:size=nano", "experiments/cogvit_siglip.
 
 def train(log: pathlib.Path, config: str, workdir: pathlib.Path, *overrides: str) -> None:
     """One `glmv train`; what it prints goes to `log`."""
-    command = [sys.executable, "-m", "glmv_jax.cli", "train", "--config", config, "--workdir", str(workdir)]
-    with log.open("a", encoding="utf-8") as file:
-        code = subprocess.run([*command, *overrides], stdout=file, stderr=subprocess.STDOUT).returncode
-    if code:
-        last = "\n".join(log.read_text(encoding="utf-8").splitlines()[-5:])
+    child = Child(log, config, workdir, overrides, apart=False)
+    if code := child.wait():
+        last = child.last_words(5)
         raise SystemExit(f"teachers.py: {workdir} ended with exit code {code}; its last words in {log}:\n{last}")
     print(f"{workdir}: done", file=sys.stderr, flush=True)
 
 
 def teacher(runs: pathlib.Path, seed: int) -> None:
     folder = runs / f"seed{seed}"
-    train(folder / "teacher.log", f"{SIGLIP},role=teacher", folder / "teacher", f"--config.seed={seed}")
+    train(folder / "teacher.log", f"{SIGLIP},role=teacher", folder / "teacher", f"seed={seed}")
 
 
 def arm(runs: pathlib.Path, seed: int, name: str, taught: concurrent.futures.Future) -> None:
@@ -49,11 +46,11 @@ def arm(runs: pathlib.Path, seed: int, name: str, taught: concurrent.futures.Fut
     if name in ("semantic", "both"):
         taught.result()
     if name != "none":
-        path = [] if name == "texture" else [f"--config.teachers.semantic.path={folder / 'teacher'}"]
+        path = [] if name == "texture" else [f"teachers.semantic.path={folder / 'teacher'}"]
         only = {"semantic": ",texture=false", "texture": ",semantic=false", "both": ""}[name]
-        train(log, f"{MIM}{only}", folder / f"mim_{name}", f"--config.seed={seed}", *path)
-        start = [f"--config.init_from={folder / f'mim_{name}'}"]
-    train(log, SIGLIP, folder / f"siglip_{name}", f"--config.seed={seed}", *start)
+        train(log, f"{MIM}{only}", folder / f"mim_{name}", f"seed={seed}", *path)
+        start = [f"init_from={folder / f'mim_{name}'}"]
+    train(log, SIGLIP, folder / f"siglip_{name}", f"seed={seed}", *start)
 
 
 def numbers(runs: pathlib.Path, seed: int, name: str) -> dict[str, float]:
@@ -79,29 +76,15 @@ def table(found: dict[str, list[dict[str, float]]]) -> str:
 
 def plot(found: dict[str, list[dict[str, float]]]) -> str:
     """A panel a number: a dot a seed, a bar at the mean. One SVG that needs nothing else."""
-    wide, high, left, top, bottom = 230, 190, 40, 26, 34
+    wide, high = 230, 190
     parts = [
-        "<style>text{font:10px sans-serif;fill:#444}.t{font-size:11px;font-weight:bold}.g{stroke:#ddd}"
-        ".m{stroke:#222;stroke-width:2}.d{fill:#3b6fb6;fill-opacity:.75}"
-        "@media(prefers-color-scheme:dark){text{fill:#ccc}.g{stroke:#444}.m{stroke:#eee}}</style>"
+        "<style>text{font:10px sans-serif;fill:#444}.title{font-size:11px;font-weight:bold}.grid{stroke:#ddd}"
+        ".mean{stroke:#222;stroke-width:2}.dot{fill:#3b6fb6;fill-opacity:.75}"
+        "@media(prefers-color-scheme:dark){text{fill:#ccc}.grid{stroke:#444}.mean{stroke:#eee}}</style>"
     ]
     for n, panel in enumerate(PANELS):
-        x0 = n * wide
-        every = [row[panel] for rows in found.values() for row in rows]
-        marks = ticks(0.0, max(every), 4)
-        y_of = lambda v, top_mark=marks[-1]: high - bottom - (high - top - bottom) * v / top_mark  # noqa: E731
-        parts.append(f'<text class="t" x="{x0 + left}" y="14">{html.escape(panel)}</text>')
-        for mark in marks:
-            y = y_of(mark)
-            parts.append(f'<path class="g" d="M{x0 + left} {y:.1f}H{x0 + wide - 8}"/>')
-            parts.append(f'<text x="{x0 + left - 5}" y="{y + 3:.1f}" text-anchor="end">{label(mark)}</text>')
-        step = (wide - left - 8) / len(found)
-        for i, (name, rows) in enumerate(found.items()):
-            x, values = x0 + left + (i + 0.5) * step, [row[panel] for row in rows]
-            mean = y_of(sum(values) / len(values))
-            parts.append(f'<path class="m" d="M{x - 13:.1f} {mean:.1f}h26"/>')
-            parts += [f'<circle class="d" cx="{x:.1f}" cy="{y_of(v):.1f}" r="3.5"/>' for v in values]
-            parts.append(f'<text x="{x:.1f}" y="{high - bottom + 14}" text-anchor="middle">{html.escape(name)}</text>')
+        columns = {name: [row[panel] for row in rows] for name, rows in found.items()}
+        parts += dot_panel(panel, columns, wide, high, x0=n * wide)
     size = f"{wide * len(PANELS)} {high}"
     return f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {size}">{"".join(parts)}</svg>\n'
 

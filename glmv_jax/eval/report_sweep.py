@@ -9,6 +9,7 @@ An arm is everything that a sweep's runs share but the seed. Of each finished ru
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -25,6 +26,7 @@ from glmv_jax.typing import UserError
 
 FILE = "sweep.json"
 SHOWN = 10  # metrics of the terminal's tables; the page has all
+_STRAYS = "strays of "
 _RATES = ("_per_second", "data_wait", "skipped")  # what a training row holds beside what is learnt
 
 
@@ -39,6 +41,32 @@ class Member:
     @property
     def finished(self) -> bool:
         return bool(self.stage.results)
+
+    @functools.cached_property
+    def curves(self) -> dict[tuple[str, str], list[Point]]:
+        """(metric, "train" | "eval") -> points."""
+        return self.stage.curves()
+
+    @functools.cached_property
+    def learnt(self) -> dict[str, list[Point]]:
+        """The training curves of what is learnt: the loss, its parts, and all that the MTP head says of itself."""
+        return {name: points for (name, kind), points in self.curves.items() if kind == "train" and is_main(name)}
+
+    @functools.cached_property
+    def numbers(self) -> dict[str, float]:
+        """Everything that a finished run is compared by; see the head of this file."""
+        results = self.stage.results.get("metrics", {})
+        found = {name: values.get("trained") for name, values in results.items()}
+        for name, points in self.learnt.items():
+            found[f"train {name}"] = plain.fmean(value for _, value in points[-max(1, len(points) // 10) :])
+        found |= {f"{_STRAYS}{name}": stray(points).sd for name, points in self.learnt.items()}
+        return {name: float(x) for name, x in found.items() if isinstance(x, (int, float)) and math.isfinite(x)}
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median over the rows of metrics.jsonl, each a mean over up to 50 steps without evaluations."""
+        rates = [y for _, y in self.curves.get(("steps_per_second", "train"), []) if y > 0]
+        return 1 / plain.median(rates) if rates else None
 
 
 @dataclasses.dataclass
@@ -55,7 +83,7 @@ class Arm:
 
     def by_seed(self, metric: str) -> dict[int, float]:
         """One number of each finished run that has it."""
-        found = {member.seed: numbers(member.stage).get(metric) for member in self.finished}
+        found = {member.seed: member.numbers.get(metric) for member in self.finished}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -106,25 +134,6 @@ def _label(values: dict[str, Any], swept: list[str]) -> str:
     return ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in values.items())
 
 
-# --- numbers of one run -----------------------------------------------------------------------------------------------
-
-
-def numbers(run: StageRun) -> dict[str, float]:
-    """Everything of a finished run that arms are compared by; see the head of this file."""
-    found = {name: values.get("trained") for name, values in run.results.get("metrics", {}).items()}
-    for name, points in main_curves(run).items():
-        last = points[-max(1, len(points) // 10) :]
-        found[f"train {name}"] = plain.fmean(value for _, value in last)
-        found[f"strays of {name}"] = stray(points).sd
-    return {name: float(x) for name, x in found.items() if isinstance(x, (int, float)) and math.isfinite(x)}
-
-
-def main_curves(run: StageRun) -> dict[str, list[Point]]:
-    """The training curves of what is learnt: the loss, its parts, and all that the MTP head says of itself."""
-    curves = {name: points for (name, kind), points in run.curves().items() if kind == "train"}
-    return {name: curves[name] for name in curves if is_main(name)}
-
-
 def is_main(name: str) -> bool:
     """ce/KIND, accuracies, rates and norms are details."""
     return name in ("loss", "ce") or name.startswith("mtp") and "accuracy" not in name or name.startswith("loss/")
@@ -138,18 +147,12 @@ def stray(points: list[Point]) -> Steadiness:
     return steadiness(points, running_mean(points))
 
 
-def step_seconds(run: StageRun) -> float | None:
-    """The median over the rows of metrics.jsonl, each a mean over up to 50 steps; no evaluation and no compilation."""
-    rates = [y for _, y in run.curves().get(("steps_per_second", "train"), []) if y > 0]
-    return 1 / plain.median(rates) if rates else None
-
-
 # --- numbers of arms --------------------------------------------------------------------------------------------------
 
 
 def metrics(sweep: Sweep) -> list[str]:
     """Names of all numbers that some finished run has, in the order in which they are shown."""
-    return list(dict.fromkeys(name for member in sweep.members if member.finished for name in numbers(member.stage)))
+    return list(dict.fromkeys(name for member in sweep.members if member.finished for name in member.numbers))
 
 
 def pairs(sweep: Sweep) -> list[tuple[Arm, Arm]]:
@@ -186,7 +189,7 @@ def common(curves: Iterable[list[Point]]) -> list[tuple[float, list[float]]]:
 
 def seed_spread(arm: Arm, name: str) -> float | None:
     """Standard deviation between seeds at the same step, root mean square over the last third of the steps."""
-    rows = common(main_curves(member.stage).get(name, []) for member in arm.finished)
+    rows = common(member.learnt.get(name, []) for member in arm.finished)
     if not rows or len(rows[0][1]) < 2:
         return None
     begin = rows[0][0] + 2 / 3 * (rows[-1][0] - rows[0][0])
@@ -199,9 +202,10 @@ def seed_spread(arm: Arm, name: str) -> float | None:
 def tables(sweep: Sweep, shown: int | None = None) -> list[Table]:
     """shown: how many metrics, None: all."""
     names = metrics(sweep)
+    values = [name for name in names if not name.startswith(_STRAYS)]  # those have a table of their own
     parts = [runs_table(sweep)]
     if names:
-        parts += [final_table(sweep, names[:shown], len(names)), *difference_table(sweep, names[:shown])]
+        parts += [final_table(sweep, values[:shown], len(values)), *difference_table(sweep, names[:shown])]
         parts += [steadiness_table(sweep), *head_table(sweep), cost_table(sweep)]
     return parts
 
@@ -232,8 +236,7 @@ def final_table(sweep: Sweep, names: list[str], of: int) -> Table:
             ])  # fmt: skip
     note = (
         "Of finished runs. Held-out numbers after training; train X: the mean of the training metric over the last "
-        "tenth of the steps logged; strays of X: see Steadiness. sd: over seeds. Interval: of the mean, 95 %, "
-        "Student's t."
+        "tenth of the steps logged. sd: over seeds. Interval: of the mean, 95 %, Student's t."
     )
     rest = f" {of - len(names)} more metrics are in report.html." if of > len(names) else ""
     return Table("Final values", ["metric", "arm", "mean", "sd", "interval", "seeds"], rows, note + rest)
@@ -252,7 +255,7 @@ def difference_table(sweep: Sweep, names: list[str]) -> list[Table]:
             ])  # fmt: skip
     note = (
         "Runs of the same seed are subtracted, then averaged: the batches and the first parameters cancel. Bold: the "
-        "95 % interval leaves 0 out, which by chance alone one in twenty does."
+        "95 % interval leaves 0 out, which by chance alone one in twenty does. Strays: see Steadiness."
     )
     header = ["metric", "arms", "difference", "interval", "seeds"]
     return [Table("Paired differences", header, rows, note)] if rows else []
@@ -260,9 +263,9 @@ def difference_table(sweep: Sweep, names: list[str]) -> list[Table]:
 
 def steadiness_table(sweep: Sweep) -> Table:
     rows = []
-    for name in dict.fromkeys(name for member in sweep.members for name in main_curves(member.stage)):
+    for name in dict.fromkeys(name for member in sweep.members for name in member.learnt):
         for i, arm in enumerate(arm for arm in sweep.arms if arm.finished):
-            found = [stray(main_curves(m.stage)[name]) for m in arm.finished if name in main_curves(m.stage)]
+            found = [stray(m.learnt[name]) for m in arm.finished if name in m.learnt]
             if found:
                 rows.append([
                     Cell("" if i else name, "" if i else "head"), Cell(arm.label),
@@ -301,7 +304,7 @@ def cost_table(sweep: Sweep) -> Table:
     rows = []
     for arm in sweep.arms:
         done = arm.finished
-        steps = [seconds for m in done if (seconds := step_seconds(m.stage))]
+        steps = [seconds for m in done if (seconds := m.step_seconds)]
         tokens = [m.stage.results["tokens"] / s for m in done if (s := m.stage.results.get("train_seconds"))]
         memory = [m.record["peak_rss"] for m in done if m.record.get("peak_rss")]
         rows.append([

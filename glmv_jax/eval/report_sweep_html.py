@@ -67,7 +67,7 @@ def _grid(figures: list[str]) -> str:
 
 def _names(sweep: Sweep, kind: str) -> list[str]:
     """Metrics with a course to show in some run."""
-    found = [(name, len(points)) for m in sweep.members for (name, k), points in m.stage.curves().items() if k == kind]
+    found = [(name, len(points)) for m in sweep.members for (name, k), points in m.curves.items() if k == kind]
     return list(dict.fromkeys(name for name, count in found if count > 2))
 
 
@@ -75,7 +75,7 @@ def _rows(sweep: Sweep, name: str, kind: str) -> Callable[[Arm], dict[int, list[
     """Seed -> curve of an arm: of its finished runs, or while there is none of those that are under way."""
 
     def curves(arm: Arm) -> dict[int, list[Point]]:
-        found = {m.seed: m.stage.curves().get((name, kind), []) for m in arm.finished or arm.members}
+        found = {m.seed: m.curves.get((name, kind), []) for m in arm.finished or arm.members}
         return {seed: points for seed, points in found.items() if len(points) > 2}
 
     return curves
@@ -98,7 +98,7 @@ def _figure(
     series, legend = [], []
     for colour, arm in enumerate(arms):
         curves = rows(arm)
-        table = sweeps.common(running_mean(c) if smooth else c for c in curves.values())
+        table = sweeps.common(_smooth(points) if smooth else points for points in curves.values())
         if table := _since(table, since):
             deviations = [statistics.stdev(values) if len(values) > 1 else 0.0 for _, values in table]
             series.append(_series(arm.label, table, colour, deviations))
@@ -110,9 +110,9 @@ def _difference(
     name: str, arms: list[Arm], reference: Arm, others: list[Arm], rows: Callable[[Arm], dict[int, list[Point]]]
 ) -> str:
     series, legend = [], []
-    first = {seed: dict(running_mean(points)) for seed, points in rows(reference).items()}
+    first = {seed: dict(_smooth(points)) for seed, points in rows(reference).items()}
     for arm in others:
-        curves = {seed: dict(running_mean(points)) for seed, points in rows(arm).items() if seed in first}
+        curves = {seed: dict(_smooth(points)) for seed, points in rows(arm).items() if seed in first}
         differences = [sorted((x, y - first[seed][x]) for x, y in curve.items() if x in first[seed])
                        for seed, curve in curves.items()]  # fmt: skip
         # The first tenth is the steep one: differences there are of when, not of where the arms arrive.
@@ -122,6 +122,11 @@ def _difference(
             series.append(_series(f"{arm.label} − {reference.label}", table, colour, halves))
             legend.append(_entry(series[-1].name, colour, f"{series[-1].points[-1][1]:+.4f}", len(differences)))
     return _drawn(f"{name}, difference to {reference.label}", series, legend)
+
+
+def _smooth(points: list[Point]) -> list[Point]:
+    """The running mean without its last points, whose windows are shorter: they would end the curve in noise."""
+    return running_mean(points)[: len(points) - len(points) // 40]
 
 
 def _since(table: Rows, share: float) -> Rows:

@@ -6,7 +6,6 @@ Read back with the standard library's HTML and XML parsers. How the page looks i
 from __future__ import annotations
 
 import base64
-import html.parser
 import io
 import json
 import math
@@ -20,6 +19,7 @@ from rich.console import Console
 
 from glmv_jax.eval import report, report_run, report_svg, report_tables
 from glmv_jax.typing import UserError
+from tests.eval.pages import Reader
 
 TASKS = ("count", "read", "ground")
 
@@ -98,40 +98,6 @@ def run(tmp_path):
     (sft / "samples" / "samples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert rl.exists()
     return root
-
-
-class Reader(html.parser.HTMLParser):
-    """Checks that tags are balanced; collects text, addresses and drawings."""
-
-    VOID = ("meta", "br", "wbr")
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.words, self.addresses, self.tags = [], [], [], []
-        self.feed(page)
-        self.close()
-        assert not self.open, self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        self.addresses += [value for name, value in attrs if name in ("href", "src", "xlink:href")]
-        if tag not in self.VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
 
 
 def test_page_is_whole_and_self_contained(run):

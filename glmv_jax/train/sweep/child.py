@@ -22,13 +22,15 @@ def train_command(experiment: str, workdir: Path, overrides: Sequence[str] = ())
 
 
 class Child:
-    """A `glmv train` of its own, in a session of its own: a Ctrl-C in the terminal reaches it through `stop` alone, and
-    so once. What it prints is appended to `log`.
+    """A `glmv train` as a process. What it prints is appended to `log`.
 
+    apart: in a session of its own, so that a Ctrl-C in the terminal reaches it through `stop` alone, and so once.
     Attributes: exit_code: None while it runs, negative for a signal. seconds: it has run. peak_rss: bytes, when ended.
     """
 
-    def __init__(self, log: Path, experiment: str, workdir: Path, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, log: Path, experiment: str, workdir: Path, overrides: Sequence[str] = (), *, apart: bool = True
+    ) -> None:
         self.log, self.exit_code, self.peak_rss = log, None, 0
         self._began, self._ended = time.monotonic(), 0.0
         with disk_errors(log):
@@ -36,7 +38,7 @@ class Child:
             with open(log, "ab") as file:
                 self._process = subprocess.Popen(
                     train_command(experiment, workdir, overrides), stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, start_new_session=True,
+                    stderr=subprocess.STDOUT, start_new_session=apart,
                 )  # fmt: skip
 
     def poll(self) -> bool:

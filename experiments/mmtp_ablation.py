@@ -1,0 +1,38 @@
+"""The ablation of the MMTP design (section 2.2, Figure 2 of the report): what the prediction head sees of images.
+
+    glmv sweep --config experiments/mmtp_ablation.py:size=nano --workdir runs/mmtp --seeds 0..4 \
+        --set model.mtp.option=embeddings,masked,image_token --config.init_from=runs/quickstart/siglip
+    glmv sweep --config experiments/mmtp_ablation.py:size=0p5b --workdir runs/mmtp --seeds 0..2 \
+        --set model.mtp.option=embeddings,masked,image_token --config.init_from=runs/siglip
+
+A run is one option and one seed; alone: `glmv train --config experiments/mmtp_ablation.py:size=nano,option=masked ...`.
+With the same seed the options see the same batches and begin with the same parameters, so the sweep's report compares
+them seed by seed. Without init_from the encoder learns from nothing, and little of it in runs as short as those of nano.
+
+size=nano: two CPU cores. TO BE MEASURED
+size=0p5b: a language model of 499M parameters: 24 layers of width 1024 (377.6M) and, not tied, the embedding table and
+           the output head of GLM's 59,392 pieces (121.6M). The MTP head (17.8M), the encoder (404M) and the merger come
+           on top. One TPU slice or GPU node, sharded over all of its chips. The report says no more of its own than "a
+           0.5B model"; steps, batch and rate here are ours, and data of that scale are not shipped. EXPECTED, by the
+           report: a lower and steadier training loss with image_token than with embeddings; no numbers are given.
+"""
+
+from glmv_jax.config import load, parse_arg
+
+
+def get_config(arg=None):
+    arg = parse_arg(arg, size="nano", option="image_token")
+    base = "l" if arg.size == "0p5b" else arg.size
+    cfg = load(__file__.replace("mmtp_ablation.py", f"vlm_pretrain.py:size={base},mmtp={arg.option}"))
+
+    # Nineteen documents of twenty have an image, and a row has room for all that its text asks for (a third of the
+    # tokens of nano are visual). Text alone is a control: without an image the three options are the same function.
+    cfg.data.weights.update({"caption": 2.0, "text": 1.0})
+    cfg.data.patches = cfg.data.patches * 3 // 2
+    if arg.size == "nano":
+        cfg.log_every = 5
+        return cfg
+    if arg.size == "0p5b":
+        cfg.model.decoder.update({"depth": 24, "width": 1024, "mlp": 3072})
+    cfg.steps, cfg.batch, cfg.eval_every = 20_000, 256, 1_000
+    return cfg
