@@ -5,9 +5,10 @@
     glmv sweep --config experiments/mmtp_ablation.py:size=0p5b --workdir runs/mmtp --seeds 0..2 \
         --set model.mtp.option=embeddings,masked,image_token --config.init_from=runs/siglip
 
-A run is one option and one seed; alone: `glmv train --config experiments/mmtp_ablation.py:size=nano,option=masked ...`.
+A run is one option and one seed; alone: `glmv train --config experiments/mmtp_ablation.py:size=nano,option=masked`.
 With the same seed the options see the same batches and begin with the same parameters, so the sweep's report compares
-them seed by seed. Without init_from the encoder learns from nothing, and little of it in runs as short as those of nano.
+them seed by seed. Without init_from the encoder learns from nothing, and little of it in runs as short as those of
+nano.
 
 size=nano: two CPU cores. TO BE MEASURED
 size=0p5b: a language model of 499M parameters: 24 layers of width 1024 (377.6M) and, not tied, the embedding table and
