@@ -121,7 +121,9 @@ def sweep(args: argparse.Namespace) -> int:
       glmv sweep --config experiments/vlm_sft.py:size=nano --workdir runs/rates --config.steps=50 \\
           --set optim.lr=1e-3,4e-3 --set batch=8,16 --dry-run
 
-    Exit code 1 when a run failed: it is named with its last words, and the same command tries it again.
+    Further seeds or values may follow in further calls; the report is of all of them. Exit code 1 when a run failed: it
+    is named with its last words, and the same command tries it again. With --jobs 2 on one GPU, where the first process
+    would take most of the memory, set XLA_PYTHON_CLIENT_MEM_FRACTION=.45 before.
     """
     cfg = _config(args)
     from pathlib import Path
@@ -359,11 +361,12 @@ def train_vocabulary(args: argparse.Namespace) -> int:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Prints the final table of a recipe and writes report.html beside its stages.
+    """Prints the final table of a recipe, or of a sweep, and writes report.html beside its stages or runs.
 
       glmv report --run runs/quickstart
+      glmv report --run runs/mmtp
 
-    The page is one self-contained file. Stages that have not run are named as such, so it may be made at any time.
+    The page is one self-contained file. What has not run is named as such, so it may be made at any time.
     """
     from glmv_jax.eval import report as eval_report
 

@@ -131,6 +131,11 @@ def test_time_left_counts_steps_of_all_runs():
     assert eta([(Run("d", {}, [], 100, max_seconds=30.0), 0), (b, 0)], spent, 1) == 230.0
 
 
+def test_planning_and_running_leave_the_accelerators_alone():
+    code = "import sys; from glmv_jax.train.sweep import main, plan; assert 'jax' not in sys.modules, 'jax'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 # --- whole sweeps -----------------------------------------------------------------------------------------------------
 
 
@@ -147,7 +152,7 @@ def command(experiment, workdir, *more):
 
 
 def call(experiment, workdir, *more):
-    return subprocess.run(command(experiment, workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command(experiment, workdir, *more), cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 def states(workdir):
@@ -204,6 +209,12 @@ def test_runs_differ_in_what_was_set_and_are_those_of_the_loop(experiment, tmp_p
     }  # fmt: skip
     assert list(results["differences"]) == ["0.1 - 0.05"]
 
+    more = call(experiment, runs, "--set", "optim.lr=0.05", "--seeds", "4", "--config.steps=4")  # a further seed
+    assert more.returncode == 0, more.stdout + more.stderr
+    arms = json.loads((runs / "sweep.json").read_text())["results"]["arms"]
+    assert list(arms["0.05"]["error"]["by_seed"]) == ["3", "4"] and list(arms["0.1"]["error"]["by_seed"]) == ["3"]
+    assert call(experiment, runs, "--seeds", "4", "--config.steps=5").returncode == 2  # of another config: refused
+
 
 def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_path):
     """A Ctrl-C of a terminal: SIGINT for the whole process group of the sweep."""
@@ -212,12 +223,12 @@ def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_p
     process = subprocess.Popen(command(experiment, runs, *more), cwd=ROOT, stdout=subprocess.PIPE,
                                stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not all(losses(runs / f"seed={n}") for n in (0, 1)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
         os.killpg(process.pid, signal.SIGINT)
-        said, complaint = process.communicate(timeout=60)
+        said, complaint = process.communicate(timeout=600)
     finally:
         process.kill()
     assert process.returncode == 130 and complaint == ""

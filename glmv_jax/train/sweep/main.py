@@ -41,12 +41,12 @@ def run(
     Raises: UserError as `check`, and for a disk that cannot be written.
     """
     check(workdir, cfg, jobs)
-    _remember(runs, workdir)
+    others = _remember(runs, workdir)
     todo = [each for each in runs if each.status != "finished"]
     file = {"config": experiment, "overrides": list(overrides), "base": config.flat(cfg)}
 
     def save() -> None:
-        write_json(workdir / FILE, file | {"runs": [each.record() for each in runs]})
+        write_json(workdir / FILE, file | {"runs": [*others, *(each.record() for each in runs)]})
 
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def run(
     board.close()
 
     finished = sum(each.status == "finished" for each in runs)
-    if finished:
+    if finished or others:
         file["results"] = report_sweep.summary(report_sweep.read(workdir))
         save()
         report.show(workdir)
@@ -111,14 +111,18 @@ def has_tpu(dev: str | Path = "/dev") -> bool:
     return any(itertools.chain(Path(dev).glob("accel[0-9]*"), Path(dev).glob("vfio/[0-9]*")))
 
 
-def _remember(runs: Sequence[Run], workdir: Path) -> None:
-    """What earlier calls left of the runs: their state by their own folders, time and memory by sweep.json."""
+def _remember(runs: Sequence[Run], workdir: Path) -> list[dict[str, Any]]:
+    """Gives the runs what earlier calls left of them: their state by their own folders, time and memory by sweep.json.
+
+    Returns the records of runs that earlier calls had and this one has not (other seeds, say): they stay in the report.
+    """
     records = read_file(workdir).get("runs", ()) if (workdir / FILE).exists() else ()
     before = {record["name"]: record for record in records}
     for each in runs:
-        record = before.get(each.name, {})
+        record = before.pop(each.name, {})
         each.seconds, each.peak_rss = record.get("seconds", 0.0), record.get("peak_rss", 0)
         each.status = "finished" if (workdir / each.name / "results.json").exists() else "waiting"
+    return list(before.values())
 
 
 def _run_all(
