@@ -135,8 +135,8 @@ def _label(values: dict[str, Any], swept: list[str]) -> str:
 
 
 def is_main(name: str) -> bool:
-    """ce/KIND, accuracies, rates and norms are details."""
-    return name in ("loss", "ce") or name.startswith("mtp") and "accuracy" not in name or name.startswith("loss/")
+    """The loss, its parts (ce, mtp) and theirs (mtp_after_image); ce/KIND, accuracies, rates and norms are details."""
+    return name == "loss" or name.split("_")[0] in ("ce", "mtp") and not name.endswith("_accuracy")
 
 
 def is_rate(name: str) -> bool:

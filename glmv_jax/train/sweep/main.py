@@ -7,6 +7,7 @@ call. Killed outright (kill -9), this process leaves the runs under way to end b
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -54,20 +55,18 @@ def run(
     board = Board(runs, workdir, jobs)
     if len(todo) < len(runs):
         board.say(f"{len(runs) - len(todo)} of {len(runs)} runs are already finished")
-    with Stopper(board.say) as stopper:
+    with contextlib.closing(board), Stopper(board.say) as stopper:
         _run_all(experiment, overrides, todo, workdir, jobs, board, stopper, save)
-    board.close()
-
-    finished = sum(each.status == "finished" for each in runs)
-    if finished or others:
-        file["results"] = report_sweep.summary(report_sweep.read(workdir))
-        save()
-        report.show(workdir)
-        board.say(f"report: {report.write(workdir)}")
-    failed = [each for each in runs if each.status in ("failed", "interrupted")]
     if stopper.number:
+        finished = sum(each.status == "finished" for each in runs)
         board.say(f"stopped; {finished} of {len(runs)} runs are finished, the same command goes on from here")
         return 130
+
+    file["results"] = report_sweep.summary(report_sweep.read(workdir))
+    save()
+    report.show(workdir)
+    board.say(f"report: {report.write(workdir)}")
+    failed = [each for each in runs if each.status != "finished"]
     for each in failed:
         board.say(f"{each.name} {each.status}: {each.error} (all of it in {workdir / each.name / _LOG})")
     if failed:
