@@ -1,6 +1,6 @@
 """Decoding with drafts against the plain sampler, exact distributions, and a loop without any cache.
 
-The head is built, not trained: it repeats the backbone's reading of the last token alone, so that some of its drafts are
+The head is built, not trained: it repeats the backbone's reading of the last token alone, so that some drafts are
 right. Not covered: several devices, bfloat16 (where a pass over K + 1 tokens may round unlike K + 1 passes).
 """
 
