@@ -7,8 +7,8 @@ size=l:    CogViT-403M with GLM-5 (743.9 B parameters, and 9.9 B of the MTP laye
            shipped.
 mmtp=image_token|embeddings|masked: as in vlm_pretrain.py.
 
-`loss.balance` weighs the sequence-wise balance loss and `loss.index` the indexer's; `router_bias_rate` is what a step
-moves a router's bias by (DeepSeek-V3's values: arXiv 2412.19437, section 4.2; the report gives none).
+`loss.aux` weighs the sequence-wise balance loss and the indexer's; `experts.bias_rate` is what a step moves a router's
+bias by (both DeepSeek-V3's: arXiv 2412.19437, section 4.2; the report gives none).
 """
 
 from glmv_jax.config import load, parse_arg, presets
@@ -19,8 +19,8 @@ def get_config(arg=None):
     cfg = load(__file__.replace("glm5v_", "vlm_") + f":size={arg.size},mmtp={arg.mmtp}")
     cfg.model = presets.glm5v(arg.size)
     cfg.model.mtp.option = arg.mmtp
-    cfg.loss = {"mtp": 0.3, "balance": 1e-4, "index": 1.0}
-    cfg.router_bias_rate = 1e-3
+    cfg.loss.aux = {"balance": 1e-4, "index_loss": 1.0}
+    cfg.experts = {"bias_rate": 1e-3}
     cfg.optim.groups = (
         (r".*router_bias", {"kind": "frozen"}),
         (r".*/moe/(gate|up|down)", {"kind": "muon", "wd": 0.1}),

@@ -3,35 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.optim.groups import slash_path, slash_paths
 from glmv_jax.typing import Params
 
 BIAS = "router_bias"
 
 
-def rebalanced(params: Params, aux: Mapping[str, Any], rate: float) -> Params:
+def rebalanced(params: Params, loads: Mapping[str, jax.Array], rate: float) -> Params:
     """`params` with every router bias moved by `rate` towards even loads, after a step that chose with it.
 
-    aux: a tree with "load" [..., E] (tokens an expert, of the whole step) where `params` has a "moe" with a bias
-    [..., E] of the same leading dimensions: {"blocks1": {"layer0": {"load": ...}}} beside
-    {"blocks1": {"layer0": {"moe": {"router_bias": ...}}}}.
-    Raises ValueError for a load without its bias.
+    loads: {slash path of a bias [..., E]: tokens an expert, of the whole step}. Raises ValueError for another path.
     """
-    changed = dict(params)
-    for name, value in aux.items():
-        if name == "load":
-            if BIAS not in params.get("moe", {}):
-                raise ValueError(f"a load of experts was reported where there is no {BIAS}: {sorted(params)}")
-            changed["moe"] = params["moe"] | {BIAS: params["moe"][BIAS] + rate * step(value)}
-        elif isinstance(value, Mapping):
-            if name not in params:
-                raise ValueError(f"loads were reported for {name!r}, which has no parameters")
-            changed[name] = rebalanced(params[name], value, rate)
-    return changed
+    unknown = set(loads) - set(slash_paths(params))
+    if unknown:
+        raise ValueError(f"a load of experts was reported for {sorted(unknown)[0]}, which is no parameter")
+
+    def moved(path, x):
+        load = loads.get(slash_path(path))
+        return x if load is None else x + rate * step(load)
+
+    return jax.tree_util.tree_map_with_path(moved, params)
 
 
 def step(load_E: jax.Array) -> jax.Array:

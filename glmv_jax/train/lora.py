@@ -19,6 +19,7 @@ import numpy as np
 
 from glmv_jax.optim.lora import adapter_axes, apply_adapters, init_adapters
 from glmv_jax.train import weights
+from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.typing import Params, UserError
 
@@ -113,6 +114,11 @@ class Adapted(Stage):
         return self.stage.place()
 
     # --- what is reported ---------------------------------------------------------------------------------------------
+    def after_update(self, params, extra):
+        """The base stands still: only what the stage counted begins anew."""
+        _, inner, metrics = experts.settled({}, extra["stage"], 0.0)
+        return params, extra | {"stage": inner}, metrics
+
     def evaluate(self, params, extra, *, full):
         return self.stage.evaluate(self._apply(self._base, params), extra["stage"], full=full)
 

@@ -90,11 +90,12 @@ class TrainStep:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         (loss, (metrics, extra)), grads = self._gradient(state.params, constants, state.extra, batch, key)
+        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+        params, extra, more = self.stage.after_update(optax.apply_updates(state.params, updates), extra)
+        metrics |= more
         taken = sorted(set(metrics) & set(RESERVED))
         if taken:
             raise ValueError(f"stage {self.stage.name} returns the metric {taken[0]}, which the step measures")
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
 
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

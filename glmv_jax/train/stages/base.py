@@ -143,6 +143,10 @@ class Stage(abc.ABC):
         """
         raise UserError(f"accumulate={pieces}: the loss of stage {self.name} is one of whole batches; set accumulate=1")
 
+    def after_update(self, params: Params, extra: Params) -> tuple[Params, Params, dict[str, jax.Array]]:
+        """What moves without a gradient once the optimiser has moved the rest: (params, extra, metrics). Jitted."""
+        return params, extra, {}
+
     @abc.abstractmethod
     def counts(self, batch: Batch) -> dict[str, int]:
         """{"samples": n, "tokens": n} of a batch as `next_batch` gave it; tokens are real ones, without padding."""

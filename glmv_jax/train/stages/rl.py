@@ -27,6 +27,7 @@ from glmv_jax.rl.batch import to_batch
 from glmv_jax.rl.metrics import by_source
 from glmv_jax.rl.prompts import prompts
 from glmv_jax.rl.rollout import rollout
+from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.vlm import VLMStage, inputs
 
 
@@ -115,4 +116,5 @@ class RL(VLMStage):
         )  # fmt: skip
         share = divide(weight_BJ.sum(), weight)  # 1, but of a piece of a batch
         metrics = {name: x if name.endswith("_max") else share * x for name, x in metrics.items()}
+        extra = experts.counted(extra, experts.by_path(out.aux, (), shared=True))
         return loss, (metrics | {"cut": targets.cut}, extra)

@@ -26,6 +26,7 @@ from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import build, cogvit, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
+from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.typing import Batch, Params, TokenInput, UserError, VisionInput
@@ -42,8 +43,7 @@ class Predicted(NamedTuple):
 
     total: scalar, the mean loss of the main head + cfg.loss.mtp x that of the drafts; the only one with a gradient.
     nll_HBJ: -log p, unweighted; said_HBJ: the most probable token; weight_HBJ: of each token for each head; weight_H:
-    their sums over the whole batch, which means are divided by. aux: what the decoder's layers and each draft say about
-    themselves.
+    their sums over the whole batch, which means are divided by. said: what blocks say about themselves.
     """
 
     targets: Targets
@@ -52,7 +52,7 @@ class Predicted(NamedTuple):
     said_HBJ: jax.Array
     weight_HBJ: jax.Array
     weight_H: jax.Array
-    aux: list[dict[str, jax.Array]]
+    said: experts.Said
 
     def hits(self, head: int, of_BJ: jax.Array) -> jax.Array:
         """The weight of the tokens that a head says as `of_BJ` does."""
@@ -81,13 +81,23 @@ class VLMStage(Stage):
     def logical_axes(self):
         return models.logical_axes(self.model)
 
-    def loss(self, params, constants, extra, batch, key):
-        loss, metrics = self.supervised(params, batch)
-        return loss, (metrics, extra)
+    def init_extra(self):
+        return experts.no_loads(models.abstract_params(self.model))
 
-    def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual) + the
-        auxiliary losses of the blocks, by cfg.loss.aux: {name: factor}."""
+    def loss(self, params, constants, extra, batch, key):
+        loss, metrics, said = self.supervised(params, batch)
+        return loss, (metrics, experts.counted(extra, said))
+
+    def after_update(self, params, extra):
+        """The biases of routers follow the loads, by cfg.experts.bias_rate."""
+        return experts.settled(params, extra, self.cfg.get("experts", {}).get("bias_rate", 0.0))
+
+    def supervised(self, params: Params, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array], experts.Said]:
+        """(loss, metrics, what blocks say of themselves).
+
+        The loss is next-token loss + cfg.loss.mtp x the MTP loss (its weight is not in the paper; 0.1 to 0.3 is usual)
+        + the auxiliary losses of the blocks, by cfg.loss.aux: {name: factor}.
+        """
         whole = batch.get("whole") or self.whole(batch)
         p = self._predict(params, batch, whole["weight_H"])
         losses_H = divide((p.weight_HBJ * p.nll_HBJ).sum((1, 2)), p.weight_H)
@@ -102,9 +112,9 @@ class VLMStage(Stage):
         sums_N = self._by_source(batch, p.targets, p.nll_HBJ[0], p.weight_HBJ[0])[0]
         for name, total, weight in zip(self.names, sums_N, whole["source_N"]):
             metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
-        aux = {name: whole["share"] * mean for name, mean in self._auxiliary(p.aux).items()}
+        aux = {name: whole["share"] * mean for name, mean in self._auxiliary(p.said).items()}
         metrics |= {f"aux/{name}": mean for name, mean in aux.items()}
-        return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics
+        return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics, p.said
 
     def whole(self, batch, pieces=1):
         tokens = inputs(batch)[1]
@@ -145,18 +155,18 @@ class VLMStage(Stage):
             jnp.concatenate(list(scaled_HBJ), axis=1), chunk=self.cfg.loss.get("chunk", CHUNK),
         )  # fmt: skip
         nll_HBJ, said_HBJ = (jnp.stack(jnp.split(x, self.heads, axis=1)) for x in (one.nll_BT, one.said_BT))
-        return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, [out.aux, *said])
+        aux = experts.by_path(out.aux, said, self.model.mtp.weights == "shared")
+        return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, aux)
 
-    def _auxiliary(self, aux: list[dict[str, jax.Array]]) -> dict[str, jax.Array]:
+    def _auxiliary(self, said: experts.Said) -> dict[str, jax.Array]:
         """What blocks say of themselves that cfg.loss.aux has a factor for: the mean over layers, drafts' included."""
-        means = {}
-        for name in self.cfg.loss.get("aux", {}):
-            values = [jnp.ravel(said[name]) for said in aux if name in said]
-            if not values:
-                known = ", ".join(sorted(set().union(*aux))) or "nothing"
-                raise UserError(f"loss.aux.{name}: no block of this model says that; they say {known}")
-            means[name] = jnp.concatenate(values).mean()
-        return means
+        try:
+            return experts.means(said, list(self.cfg.loss.get("aux", {})))
+        except KeyError as error:
+            known = ", ".join(sorted({path.rpartition("/")[2] for path in said})) or "nothing"
+            raise UserError(
+                f"loss.aux.{error.args[0]}: no block of this model says that; they say {known}"
+            ) from None
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:

@@ -1,0 +1,91 @@
+"""A step of stage 3 with GLM-5's decoder at nano: loads counted, biases moved, auxiliary losses in the loss."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from glmv_jax import config
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.train import main
+from glmv_jax.train import state as state_lib
+from glmv_jax.train.stages.vlm import inputs
+from glmv_jax.train.step import make_train_step
+
+NANO = "experiments/glm5v_pretrain.py:size=nano"
+SMALL = ["batch=4", "data.workers=0", "model.decoder.depth=2", "model.vision.depth=1", "model.mtp.depth=2"]
+
+
+@pytest.fixture(scope="module")
+def batch():
+    data = build().train_data()
+    try:
+        return next(data)
+    finally:
+        data.close()
+
+
+def build(*overrides: str):
+    cfg = config.override(config.load(NANO), [*SMALL, *overrides])
+    return main.stage_class(cfg.stage)(cfg)
+
+
+def step(stage, batch):
+    """(parameters before and after a step of plain gradient descent, its extra state, its metrics)."""
+    mesh, optimizer = mesh_lib.make_mesh({"data": 1}, jax.devices()[:1]), optax.sgd(1e-3)
+    placement = state_lib.place(stage, optimizer, mesh, rules_lib.preset("data"))
+    state = state_lib.init_state(stage, optimizer, placement, 0)
+    before = jax.device_get(state.params)
+    state, metrics = make_train_step(stage, optimizer, placement)(state, {}, placement.batch(batch))
+    return before, jax.device_get(state.params), jax.device_get(state.extra), jax.device_get(metrics)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch):
+    """The head's loads are those of both depths; each valid token chooses `chosen` experts a layer."""
+    stage = build(f"accumulate={pieces}")
+    before, after, extra, metrics = step(stage, batch)
+    _, tokens = inputs(batch)
+    _, _, said = jax.jit(stage.supervised)(before, batch)
+    valid = int((np.asarray(tokens.segments) > 0).sum())
+    c, rate = stage.model.decoder, stage.cfg.experts.bias_rate
+    loads = {path: np.asarray(x) for path, x in said.items() if path.endswith("/load")}
+    assert set(loads) == {"decoder/blocks1/layer0/load", "mtp/block/layer0/load"}
+    assert loads["decoder/blocks1/layer0/load"].sum() == valid * c.chosen
+    assert loads["mtp/block/layer0/load"].sum() == 2 * valid * c.chosen
+    for path, load in loads.items():
+        *folders, _ = path.split("/")
+        old, new = before, after
+        for name in (*folders, "moe", "router_bias"):
+            old, new = old[name], new[name]
+        mean = load.mean(-1, keepdims=True)
+        np.testing.assert_allclose(new - old, rate * np.sign(mean - load), atol=1e-7)
+    assert not any(np.any(x) for x in jax.tree.leaves(extra))
+    assert metrics["expert_imbalance"] > 0 and metrics["skipped"] == 0
+
+
+def test_auxiliary_losses_are_in_the_loss(batch):
+    params = build().init_params(jax.random.key(0))
+    plain, more = (build(f"loss.aux.balance={b}", f"loss.aux.index_loss={i}") for b, i in ((0.0, 0.0), (0.5, 2.0)))
+    without, _, _ = jax.jit(plain.supervised)(params, batch)
+    loss, metrics, _ = jax.jit(more.supervised)(params, batch)
+    assert metrics["aux/balance"] >= 0.9 and metrics["aux/index_loss"] > 0
+    np.testing.assert_allclose(loss - without, 0.5 * metrics["aux/balance"] + 2 * metrics["aux/index_loss"], rtol=1e-4)
+
+
+def test_only_its_own_loss_teaches_an_indexer(batch):
+    params = build().init_params(jax.random.key(0))
+    grads = {}
+    for factor in (0.0, 1.0):
+        stage = build(f"loss.aux.index_loss={factor}")
+        grads[factor] = jax.jit(jax.grad(lambda p, s=stage: s.supervised(p, batch)[0]))(params)
+    of = lambda factor: grads[factor]["decoder"]["blocks1"]["layer0"]["attention"]["indexer"]  # noqa: E731
+    assert not any(np.any(g) for g in jax.tree.leaves(of(0.0)))
+    assert all(np.any(g) for g in jax.tree.leaves(of(1.0)))
+    rest = lambda tree: [x for p, x in jax.tree_util.tree_leaves_with_path(tree) if "indexer" not in str(p)]  # noqa: E731
+    for a, b in zip(rest(grads[0.0]), rest(grads[1.0])):
+        np.testing.assert_array_equal(jnp.asarray(a), jnp.asarray(b))
