@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -169,7 +170,7 @@ def spelt(ids) -> str:
 
 def test_greedy_ids_of_text_are_theirs(hf, ours, capsys):
     folder, model = hf
-    rng, ended = np.random.default_rng(0), 0
+    rng = np.random.default_rng(0)
     for length in (1, 5, 17):
         ids = rng.integers(12, 99, length).tolist()
         want, logprobs = theirs(model, ids)
@@ -177,9 +178,26 @@ def test_greedy_ids_of_text_are_theirs(hf, ours, capsys):
             got = answer(capsys, source, "--token-ids", spelt(ids), "--max-new-tokens", 12)
             assert got["token_ids"] == want
             np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
-        ended += got["finished"]
         assert got["finished"] == (want[-1] in EOS)
-    assert ended < 3, "some answer must be cut off"
+
+
+def test_an_answer_ends_where_theirs_does(hf, capsys, tmp_path):
+    ids = np.random.default_rng(0).integers(12, 99, 9).tolist()
+    free, _ = theirs(hf[1], ids)
+    ends = [127, free[4]]
+    shutil.copytree(hf[0], tmp_path / "hf")
+    for file, path in (("generation_config.json", ["eos_token_id"]), ("config.json", ["text_config", "eos_token_id"])):
+        want, logprobs = theirs(hf[1], ids, eos=ends)
+        said = json.loads((tmp_path / "hf" / file).read_text())
+        section = said
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = ends
+        (tmp_path / "hf" / file).write_text(json.dumps(said))
+        got = answer(capsys, tmp_path / "hf", "--token-ids", spelt(ids), "--max-new-tokens", 12)
+        assert got["token_ids"] == want and want[-1] == free[4] and len(want) <= 5 and got["finished"]
+        np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
+        (tmp_path / "hf" / "generation_config.json").unlink(missing_ok=True)  # then config.json says it
 
 
 @pytest.mark.parametrize("expanded", [False, True])
