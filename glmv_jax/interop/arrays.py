@@ -85,21 +85,23 @@ class StoredArrays(Mapping[str, "StoredArray"]):
     def __len__(self) -> int:
         return len(self._arrays)
 
-    def _make_room(self, array: StoredArray) -> None:
-        """`array` is about to hold a block; of the others only the last few may keep theirs."""
+    def _make_room(self, array: StoredArray, holds: bool) -> None:
+        """`array` is about to be read. If it will hold a block, the last few others may keep theirs, else none may."""
         others = [a for a in self._holders if a is not array]
-        for old in others[: len(others) - _HOLDERS + 1]:
+        kept = others[-(_HOLDERS - 1):] if holds else []
+        for old in others[: len(others) - len(kept)]:
             old.release()
-        self._holders = [*others[-(_HOLDERS - 1):], array]
+        self._holders = [*kept, array] if holds else []
 
 
 class StoredArray:
     """An array on disk: shape, dtype, and `array[place]`, a part of it by the numbers of its leading dimensions.
 
-    It holds the block of files that the last part came from, as the next is likely there too.
+    It holds the block of files that the last part came from, as the next is likely there too; of what is read whole it
+    holds nothing.
     """
 
-    def __init__(self, store: ts.TensorStore, make_room: Callable[[StoredArray], None]) -> None:
+    def __init__(self, store: ts.TensorStore, make_room: Callable[[StoredArray, bool], None]) -> None:
         self._store, self._make_room = store, make_room
         self._chunk = store.chunk_layout.read_chunk.shape
         self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
@@ -110,10 +112,13 @@ class StoredArray:
         self._held, self._starts = np.empty(0), None
 
     def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
+        if not place:
+            self._make_room(self, False)
+            return self._store.read().result()
         starts = tuple(at // n * n for at, n in zip(place, self._chunk))
         if starts != self._starts:
             self.release()
-            self._make_room(self)
+            self._make_room(self, True)
             block = tuple(slice(a, min(a + n, whole)) for a, n, whole in zip(starts, self._chunk, self.shape))
             self._held, self._starts = self._store[block].read().result(), starts
         return self._held[tuple(at - start for at, start in zip(place, starts))]
