@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 from glmv_jax import models  # noqa: E402
+from glmv_jax.data import packing  # noqa: E402
 from glmv_jax.interop import glm4v, glm46v  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
 from tests.interop import glm4v_oracle as oracle  # noqa: E402
@@ -79,23 +80,24 @@ def test_way_back_is_exact(p):
     oracle.check_way_back(p)
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_positions_of_random_layouts(p, seed):
-    """get_rope_index on several images, and on several videos, whose frames have text between them."""
+@pytest.mark.parametrize("seed", range(8))
+def test_positions_of_random_layouts(seed):
+    """get_rope_index on texts with up to four images (t = 1) and videos, whose frames have text between them."""
     rng = np.random.default_rng(seed)
-    for video in (False, True):
-        pieces = []
-        for _ in range(int(rng.integers(0, 4))):
-            h, w = 2 * rng.integers(1, 6, 2)
-            pieces += [int(rng.integers(1, 7)), (int(rng.integers(1, 5)) if video else 1, int(h), int(w))]
-        s = sample(seed, [*pieces, int(rng.integers(1, 5))])
-        inputs = oracle.their_inputs([s], video)
-        kinds = inputs.get("mm_token_type_ids", torch.zeros_like(inputs["input_ids"]))
-        grids = {name: x for name, x in inputs.items() if name.endswith("grid_thw")}
-        want, delta = p.model.model.get_rope_index(inputs["input_ids"], kinds, **grids)
-        np.testing.assert_array_equal(s.positions(), want[:, 0].T)
-        following = oracle.rope_positions(s.frame, [(h // 2, w // 2) for h, w in s.frames])[1]
-        assert following == len(s.tokens) + int(delta)
+    pieces = []
+    for _ in range(int(rng.integers(0, 5))):
+        h, w = 2 * rng.integers(1, 6, 2)
+        pieces += [int(rng.integers(1, 7)), (int(rng.choice([1, 1, 2, 4])), int(h), int(w))]
+    s = sample(seed, [*pieces, int(rng.integers(1, 5))])
+    of_video = np.repeat([t > 1 for t, _, _ in s.grids], [t for t, _, _ in s.grids])  # by frame
+    kinds = np.where(s.frame < 0, 0, 1 + of_video[s.frame] if s.grids else 0)
+    grids = {"image_grid_thw": [g for g in s.grids if g[0] == 1], "video_grid_thw": [g for g in s.grids if g[0] > 1]}
+    grids = {name: torch.tensor(g) for name, g in grids.items() if g}
+    model = pair("glm4v").model.model
+    want, delta = model.get_rope_index(torch.tensor(s.tokens)[None], torch.tensor(kinds)[None], **grids)
+    positions, following = packing.rope_positions(s.frame, [(h // 2, w // 2) for h, w in s.frames])
+    np.testing.assert_array_equal(positions, want[:, 0].T)
+    assert following == len(s.tokens) + int(delta)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
