@@ -36,7 +36,7 @@ def get_config(arg=None):
         "advantage": "grpo",
         "per": "rollout",
     }
-    cfg.loss = {"clip_low": 0.2, "clip_high": 0.28}
+    cfg.loss = {"clip_low": 0.2, "clip_high": 0.28, "chunk": 256 if nano else 1024}  # chunk: as in SFT
     cfg.optim = {
         "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,

@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from glmv_jax.config import flat, nearest
 from glmv_jax.eval import datasets
 from glmv_jax.parallel.host import keep_freed_memory
-from glmv_jax.train import checkpoint, loop, lora
+from glmv_jax.train import checkpoint, loop, lora, weights
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.checkpoint import quiet_orbax
 from glmv_jax.train.disk import disk_errors, write_json
@@ -119,7 +119,7 @@ def evaluate_data(
         shardings = towers.rules.shardings(towers.mesh, stage.logical_axes(), shapes)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
         saved = checkpoint.newest(workdir, finished=False)
-        params = checkpoint.load_item(saved / "params", like=like)
+        params = weights.load(workdir, like=like, finished=False)
         report = evaluation.folder(params, root, names, limit=limit, say=say)
         about = {
             "run": str(workdir), "stage": stage.name, "step": int(saved.name), "root": str(root), **_versions(),

@@ -16,7 +16,7 @@ from glmv_jax.models import api, build, cogvit, teachers
 from glmv_jax.models import dinov3 as dinov3_lib
 from glmv_jax.models import siglip as siglip_lib
 from glmv_jax.optim import slash_path
-from glmv_jax.train import checkpoint
+from glmv_jax.train import checkpoint, weights
 from glmv_jax.typing import UserError
 
 KINDS = ("siglip", "dinov3", "tower", "hog")
@@ -110,7 +110,7 @@ def _tower(name: str, path: str, student: cogvit.CogViTConfig, grid: int) -> tea
     vision = build.vision(run.model)
     if vision.patch != student.patch:
         raise UserError(f"teachers.{name}: its patch {vision.patch} is not the student's {student.patch}")
-    params = checkpoint.load_params(path, subtrees=["vision"])["vision"]
+    params = weights.load(path, subtrees=["vision"])["vision"]
     about = f"image tower of {path}: CogViT {vision.depth}x{vision.width}, SigLIP on the corpus"
     return teachers.tower(name, vision, params, about, grid=grid)
 

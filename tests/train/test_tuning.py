@@ -123,8 +123,12 @@ def test_adapters_are_trained_saved_resumed_merged_and_handed_on(base, tmp_path)
     # A next run starts from the merged weights, one with adapters of the same base from the adapters.
     after = main.run(config(optim=OPTIM, init_from=str(run), steps=1), tmp_path / "next")
     assert after["metrics"]["error"]["untrained"] == pytest.approx(error, rel=1e-5)
-    more = main.run(config(**settings, init_from=str(run), steps=1), tmp_path / "more")
-    assert more["metrics"]["error"]["untrained"] == pytest.approx(error, rel=1e-5)
+    averaged = dict(init_from=str(run), steps=3, ema=0.5, evaluate="ema")
+    more = main.run(config(**settings, **averaged), tmp_path / "more")["metrics"]["error"]
+    assert more["untrained"] == pytest.approx(error, rel=1e-5)
+    average = weights.load(tmp_path / "more")  # of the adapters, then merged
+    error = Toy(config()).evaluate(average, {"seen": np.float32(0)}, full=True)["error"]
+    assert more["trained"] == pytest.approx(error, rel=1e-5)
 
 
 class OnPolicy(Toy):
