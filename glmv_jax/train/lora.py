@@ -5,8 +5,8 @@ lives among the step's constants, in bfloat16 if wanted.
 
 The sum is formed once a step, in the dtype of the base, rather than as a second small product in each layer: so any
 matrix of any model can be a target, and a run computes exactly what its merged weights do. The price is a copy of the
-target matrices and of their gradient while a step runs; at bfloat16 that is half of what full training has in
-gradients alone.
+target matrices and of their gradient while a step runs: with a base in bfloat16 as much as the float32 gradients of
+full training, whose parameters and moments in float32 are spared.
 """
 
 from __future__ import annotations

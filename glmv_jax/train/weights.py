@@ -38,7 +38,8 @@ def load(
         params = _averaged(run_dir, params, finished)
     if adapters:
         merge = jax.jit(lambda base, adapters: apply_adapters(cfg.lora, base, adapters))
-        params = jax.device_get(merge(load(cfg.lora.base), params))
+        base = jax.tree.map(lambda x: x.astype(cfg.lora.dtype), load(cfg.lora.base))  # as the run had it
+        params = jax.tree.map(lambda x: np.asarray(x, np.float32), merge(base, params))
     return _placed(run_dir, params, subtrees, like)
 
 

@@ -129,6 +129,11 @@ def test_adapters_are_trained_saved_resumed_merged_and_handed_on(base, tmp_path)
     average = weights.load(tmp_path / "more")  # of the adapters, then merged
     error = Toy(config()).evaluate(average, {"seen": np.float32(0)}, full=True)["error"]
     assert more["trained"] == pytest.approx(error, rel=1e-5)
+    # A base in bfloat16: merged in that dtype, as it was applied.
+    half = settings["lora"] | dict(dtype="bfloat16")
+    third = main.run(config(**settings | dict(lora=half, steps=3)), tmp_path / "half")["metrics"]["error"]["trained"]
+    error = Toy(config()).evaluate(weights.load(tmp_path / "half"), {"seen": np.float32(0)}, full=True)["error"]
+    assert third == pytest.approx(error, rel=1e-5)
 
 
 class OnPolicy(Toy):
