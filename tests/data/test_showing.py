@@ -172,3 +172,13 @@ def test_other_batches_are_refused():
     pairs = {name: batch()[name] for name in ("tokens", "segments", "patches", "loss_weight")}
     with pytest.raises(UserError, match="a batch without image_row is none of stages 3 to 5"):
         showing.read(pairs, TOKENIZER, [], 8)
+
+
+def test_a_character_of_several_tokens_is_shown_whole():
+    parts = [TOKENIZER.encode(text) for text in ("a", "𠮷", "b")]
+    assert len(parts[1]) > 2  # bytes
+    tokens = np.concatenate(parts)
+    weights = np.linspace(0.1, 1, len(tokens)).astype(np.float32)
+    runs = list(showing._text_runs(tokens, weights, TOKENIZER))
+    assert [(run.text, run.tokens) for run in runs] == [(t, len(p)) for t, p in zip("a𠮷b", parts)]
+    assert [run.weight for run in runs] == [weights[0], weights[len(parts[0])], weights[-1]]

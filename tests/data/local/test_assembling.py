@@ -309,6 +309,19 @@ def test_batches_resume_exactly_in_the_middle_of_an_epoch(tmp_path, packing):
             np.testing.assert_equal(next(again), batch)
 
 
+def test_parts_of_a_record_resume_in_their_middle():
+    make = lambda: iter(pipeline.Parts(Stream([["a", "b", "c"], "d", ["e"], ["f", "g"]])))  # noqa: E731
+    data, states = make(), []
+    for _ in range(7):
+        states.append(json.loads(json.dumps(data.get_state())))
+        next(data)
+    for k, state in enumerate(states):
+        again = make()
+        next(again)
+        again.set_state(state)
+        assert list(again) == list("abcdefg")[k:]
+
+
 def test_workers_change_nothing(tmp_path):
     alone = batches(tmp_path / "data", log=str(tmp_path / "log"))
     working = batches(tmp_path / "data", log=str(tmp_path / "log"), workers=1)
