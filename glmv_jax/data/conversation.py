@@ -26,7 +26,7 @@ from glmv_jax.data.chat import Rendered, Writer
 from glmv_jax.data.tokenizer import BOX, Tokenizer
 from glmv_jax.typing import UserError
 
-THINKING = ("last", "all", "none")
+THINKING = ("last", "each", "all", "none")
 Film = Sequence[tuple[float, int]]  # (seconds, visual tokens) of each pair of frames
 
 _TOOLS = (
@@ -58,11 +58,13 @@ def render(
     media: of each {"type": "image"} part, in reading order, its visual tokens; of each {"type": "video"} a `Film`.
     tools: JSON schemas as OpenAI's API takes them.
     thinking: which `reasoning_content` is kept: "last", of what follows the last user message, as the templates do for
-        a conversation that goes on; "all"; "none". What is not kept leaves a turn without thinking.
+        a conversation that goes on; "each": as "last" here, and `turns` makes of each user's turn a last one; "all";
+        "none". What is not kept leaves a turn without thinking.
     Raises: UserError for an unknown rule, a picture in an assistant's message, and parts and media that differ in
         number.
     """
     check_rule(thinking)
+    recent = thinking in ("last", "each")
     writer, waiting = Writer(tokenizer), iter(media)
     writer.special("[gMASK]", "<sop>")
     if tools:
@@ -83,7 +85,7 @@ def render(
         stop_weight = 0.0
         if role == "assistant":
             stop_weight = float(message.get("weight", 1.0))
-            kept = thinking == "all" or (thinking == "last" and n > last_user)
+            kept = thinking == "all" or (recent and n > last_user)
             _write_assistant(writer, tokenizer, message, kept, stop_weight)
             stops = "<|observation|>" if message.get("tool_calls") else "<|endoftext|>"
         elif role != "tool":
@@ -100,6 +102,24 @@ def check_rule(thinking: str) -> None:
     """UserError when there is no such rule for thinking."""
     if thinking not in THINKING:
         raise UserError(f"data.thinking={thinking!r} is not known; use one of {', '.join(THINKING)}")
+
+
+def turns(messages: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The conversation up to the end of each user's turn, what was said before that turn without weight.
+
+    So each answer is learnt once, after its own thinking and without that of earlier turns, as when it is given.
+    Without thinking in any earlier turn that is the conversation itself.
+    """
+    users = [n for n, message in enumerate(messages) if message["role"] == "user"]
+    answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if len(users) < 2 or not any(said(messages[n])[0] for n in answers if n < users[-1]):
+        return [list(messages)]
+    parts = []
+    for start, end in zip(users, [*users[1:], len(messages)]):
+        if any(start < n < end for n in answers):
+            quiet = [{**m, "weight": 0.0} if m["role"] == "assistant" else m for m in messages[:start]]
+            parts.append([*quiet, *messages[start:end]])
+    return parts
 
 
 def write_film(writer: Writer, tokenizer: Tokenizer, film: Film) -> None:

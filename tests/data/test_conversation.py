@@ -157,7 +157,7 @@ def test_nothing_that_a_record_says_becomes_a_special_token():
 
 
 @pytest.mark.parametrize("messages, media, options, message", [
-    (THOUGHTFUL, [], {"thinking": "some"}, "data.thinking='some' is not known; use one of last, all, none"),
+    (THOUGHTFUL, [], {"thinking": "some"}, "data.thinking='some' is not known; use one of last, each, all, none"),
     ([USER, {"role": "assistant", "content": [IMAGE]}], [1], {}, "cannot hold an image"),
     ([USER, {"role": "assistant", "content": "x"}], [1], {}, "more images and videos than parts"),
     ([{"role": "user", "content": [IMAGE]}, {"role": "assistant", "content": "x"}], [], {}, "fewer images and videos"),

@@ -61,14 +61,15 @@ class Assembler:
         record = ref.reader[ref.index]
         documents = self.documents(record)
         if not documents:
-            self.log.add(self.name, ref.id, "longer than a row, and dropped", ref.index)
-            raise LeftOut("it is longer than a row")
+            reason = "longer than a row, or nothing of it is learnt"
+            self.log.add(self.name, ref.id, f"{reason}: dropped", ref.index)
+            raise LeftOut(reason)
         return [dataclasses.replace(document, source=self.name) for document in documents]
 
     def documents(self, record: Record) -> list[Document]:
-        """At least one document; none for a record that is too long and to be dropped."""
+        """At least one document; none for a record that is too long and to be dropped, or teaches nothing."""
         if record.messages:
-            return self._conversation(record)
+            return self._conversations(record)
         shown = [None if isinstance(segment, Text) else self._seen(segment) for segment in record.segments]
         images = tuple(image for each in shown if each for _, image in each)
         rendered = self._written(record, shown)
@@ -80,8 +81,17 @@ class Assembler:
         parts = self._parts(rendered, images, record.id)
         return _said_once(parts if self.long == "split" else parts[:1], self.long)
 
-    def _conversation(self, record: Record) -> list[Document]:
+    def _conversations(self, record: Record) -> list[Document]:
+        """Of a conversation, or of each turn of it (`conversation.turns`)."""
+        parts = conversation.turns(record.messages) if self.thinking == "each" else [record.messages]
         seen = [self._seen(media) for media in record.media]
+        made = []
+        for number, messages in enumerate(parts):
+            id_ = record.id if len(parts) == 1 else f"{record.id}@{number}"
+            made += self._conversation(dataclasses.replace(record, id=id_, messages=tuple(messages)), seen)
+        return made
+
+    def _conversation(self, record: Record, seen: Sequence[list[tuple[float, Image]]]) -> list[Document]:
         ends = [n + 1 for n, message in enumerate(record.messages) if message["role"] == "assistant"]
         for kept in reversed(ends):  # what follows the last answer is learnt by nobody
             messages = record.messages[:kept]
@@ -92,7 +102,8 @@ class Assembler:
             images = tuple(image for each in part for _, image in each)
             document = self.builder.finished(rendered, images, record.id)
             if not self.builder.too_long(document):
-                return [document] if kept == ends[-1] else _said_once([document], "cut")
+                whole = [document] if kept == ends[-1] else _said_once([document], "cut")
+                return whole if document.targets else []
             if self.long == "drop":
                 break
         return []

@@ -7,7 +7,7 @@
     gui             weights of `data.gui`'s kinds of records about drawn windows, on that scale too
     power           sources are read as weight * records^power: 0 by weight alone
     heldout         share of the sources' records that is kept for evaluation; 0: none, and nothing is said of them
-    thinking        which thinking of a conversation is kept: last, all, none
+    thinking        which thinking of a conversation is kept: last, each, all, none, see `data.conversation`
     video           rows hold films: every patch has as many frames as the tower's, so pixels take that much more memory
     film_patches, film_frames   of a pair of frames, and of a film, at most
     fit, ahead      how rows are filled, see `data.packing`

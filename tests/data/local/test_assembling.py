@@ -232,6 +232,28 @@ def test_a_conversation_is_cut_after_a_whole_answer():
     np.testing.assert_array_equal(fits.tokens, whole.tokens)
 
 
+def test_each_turn_may_be_a_last_one():
+    """Every answer is learnt once, after its own thinking and no other's; pictures go with the turns that show them."""
+    turns = []
+    for n in range(3):
+        turns += [{"role": "user", "content": [picture("red"), {"type": "text", "text": f"q{n}"}]},
+                  {"role": "assistant", "reasoning_content": f"t{n}", "content": f"a{n}"}]  # fmt: skip
+    record = schema.parse({"messages": turns}, "c", lambda name: b"")
+    documents = dataclasses.replace(ASSEMBLER, thinking="each").documents(record)
+    assert [d.id for d in documents] == ["c@0", "c@1", "c@2"] and [len(d.images) for d in documents] == [1, 2, 3]
+    for n, document in enumerate(documents):
+        assert spelled(document, learnt=True) == f"t{n}</think>a{n}<|endoftext|>"
+        earlier = "".join(f"<|assistant|></think>a{k}<|user|>" for k in range(n))
+        spoken = re.sub(r"<\|begin_of_image\|>.*?q\d", "", spelled(document))
+        assert spoken == f"[gMASK]<sop><|user|>{earlier}<|assistant|><think>t{n}</think>a{n}<|endoftext|>"
+    plain = schema.parse({"messages": [{k: v for k, v in m.items() if k != "reasoning_content"} for m in turns]}, "c",
+                         lambda name: b"")  # fmt: skip
+    each = small(len(documents[1].tokens), thinking="each").documents(record)
+    assert [d.id for d in each] == ["c@0", "c@1"]  # of a third without its answer nothing would be learnt
+    (whole,) = dataclasses.replace(ASSEMBLER, thinking="each").documents(plain)
+    np.testing.assert_array_equal(whole.tokens, ASSEMBLER.documents(plain)[0].tokens)
+
+
 # --------------------------------------------------------------------------------------------------- through the model
 
 
