@@ -158,33 +158,37 @@ class Assembler:
     def _cuts(self, rendered: Rendered, images: Sequence[Image]) -> Iterator[tuple[int, int]]:
         """(first token, token behind the last) of each part, its head not counted: each as long as a row allows."""
         b = self.builder
-        limits = b.max_tokens - len(HEAD), b.max_patches, b.max_tokens if b.max_targets is None else b.max_targets
-        start, used = len(HEAD), np.zeros(3, np.int64)
-        for at, length, size in _units(rendered, images):
-            size = np.array(size)
-            if (size > limits).any():
-                raise UserError(f"an image of {size[1]} patches and {length} tokens does not fit a row; lower its size")
-            if (used + size > limits).any():
-                yield start, at
-                start, used = at, np.zeros(3, np.int64)
-            used += size
+        most = b.max_tokens - len(HEAD)
+        learnt = np.concatenate([[0], np.cumsum(rendered.loss_weight > 0)])  # before each token
+        targets = most if b.max_targets is None else b.max_targets
+        start, patches = len(HEAD), 0  # of the part that is being filled
+        for first, stop, number in _stretches(rendered.image_of_token):
+            size = len(images[number][0]) if number >= 0 else 0
+            if number >= 0 and (size > b.max_patches or stop - first > most):
+                raise UserError(f"an image of {size} patches and {stop - first} tokens does not fit a row")
+            while True:
+                end = min(start + most, int(np.searchsorted(learnt, learnt[start] + targets, side="right")) - 1)
+                if stop <= end and patches + size <= b.max_patches:
+                    break
+                end = first if number >= 0 else end  # an image goes to the next part whole
+                yield start, end
+                start, patches = end, 0
+            patches += size
         yield start, len(rendered.tokens)
 
 
-def _units(rendered: Rendered, images: Sequence[Image]) -> Iterator[tuple[int, int, tuple[int, int, int]]]:
-    """(place, tokens, (tokens, patches, learnt tokens)) of what cannot be cut: an image with the tokens around it, or
-    a token."""
-    at = len(HEAD)
-    of, learnt = rendered.image_of_token, rendered.loss_weight > 0
-    while at < len(of):
-        if at + 1 < len(of) and of[at] < 0 <= of[at + 1]:
-            number = int(of[at + 1])
-            length = int((of == number).sum()) + 2
-            yield at, length, (length, len(images[number][0]), 0)
-        else:
-            length = 1
-            yield at, length, (length, 0, int(learnt[at]))
-        at += length
+def _stretches(image_of_token: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """(first token, token behind the last, number) of the images, each with the tokens around it, and of the texts
+    between them, whose number is -1."""
+    of, at = image_of_token, len(HEAD)
+    counts = np.bincount(of[of >= 0], minlength=1)
+    for begin in np.flatnonzero((of[:-1] < 0) & (of[1:] >= 0)).tolist():
+        if begin > at:
+            yield at, begin, -1
+        at = begin + int(counts[of[begin + 1]]) + 2
+        yield begin, at, int(of[begin + 1])
+    if at < len(of):
+        yield at, len(of), -1
 
 
 def _said_once(documents: list[Document], how: str) -> list[Document]:

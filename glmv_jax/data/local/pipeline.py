@@ -8,6 +8,7 @@ split record comes next and which documents wait for room are all in the iterato
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,10 +86,11 @@ def heldout_documents(name: str, source: local.Source, assembler: Assembler, sha
     UserError: none is held out.
     """
     reader = source.open(source.files(), name, log)
-    held = [row for row in map(int, source.rows(reader)) if balance.held_out(reader.id(row), share)]
+    order = np.random.default_rng(0).permutation(source.rows(reader))  # gone through until enough are found
+    held = (row for row in map(int, order) if balance.held_out(reader.id(row), share))
     made = dataclasses.replace(assembler, long=source.long, name=name, log=log)
     documents: list[Document] = []
-    for row in np.random.default_rng(0).permutation(held)[:limit].tolist():
+    for row in itertools.islice(held, limit):
         try:
             documents += [dataclasses.replace(document, source=name) for document in made.documents(reader[row])]
         except (UserError, OSError, ValueError) as error:

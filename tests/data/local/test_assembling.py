@@ -19,6 +19,7 @@ import pytest
 
 from glmv_jax.data import local, naflex, packing, video
 from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.chat import Rendered
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline, schema
 from glmv_jax.data.local.assembling import Assembler
@@ -201,6 +202,31 @@ def test_a_split_document_is_all_there_in_order(targets):
             assert (part.image_of_token == number).sum() * 4 == len(patches)
     filled = [len(part.tokens) for part in parts[:-1]]
     assert targets or max(filled) == 90  # as long as a row allows
+
+
+def test_cuts_are_those_of_a_walk_from_token_to_token():
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        tokens, patches, targets = (int(n) for n in rng.integers((12, 8, 3), (40, 30, 20)))
+        of, images, units = [-1, -1], [], []  # a unit: tokens, patches, learnt tokens
+        for _ in range(int(rng.integers(1, 30))):
+            if rng.random() < 0.4:
+                merged = int(rng.integers(1, 3))
+                units.append((merged + 2, 4 * merged, 0))
+                of += [-1, *[len(images)] * merged, -1]
+                images.append((np.zeros((4 * merged, 3), np.uint8), None))
+            else:
+                units.append((1, 0, int(rng.random() < 0.6)))
+                of.append(-1)
+        weights = [0.0, 0.0] + [float(learnt) for n, _, learnt in units for _ in range(n)]
+        rendered = Rendered(np.zeros(len(of), np.int32), np.array(weights), np.array(of, np.int32))
+        expected, start, at, used = [], 2, 2, np.zeros(3, int)
+        for unit in map(np.array, units):
+            if (used + unit > (tokens - 2, patches, targets)).any():
+                expected.append((start, at))
+                start, used = at, np.zeros(3, int)
+            used, at = used + unit, at + int(unit[0])
+        assert list(small(tokens, patches, targets)._cuts(rendered, images)) == [*expected, (start, at)]
 
 
 def test_long_documents_may_be_cut_or_dropped(tmp_path):
