@@ -31,8 +31,8 @@ id          stable and unique, for logs; else the file and the line.
 category    what the record teaches, any word; those of the report are CATEGORIES.
 weight      of the whole record in the loss, 1 if not given.
 
-Short forms: {"text": ..} is one segment; {"image": .. or "images": [..], "text": ..} the pictures, then the text. Any
-other field is left alone. In parquet, nested fields may be columns of structs or of JSON.
+Short forms: {"text": ..} is one segment; {"image": .. or "images": [..], "text": ..} the pictures, then the text.
+LLaVA's form is read too: {"image": .., "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ..]}. Any other field is left alone. In parquet, nested fields may be columns of structs or of JSON.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ import base64
 import binascii
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -94,6 +95,8 @@ def parse(fields: Mapping[str, Any], id_: str, fetch: Fetch) -> Record:
         "id": str(fields.get("id", id_)), "category": str(fields.get("category", "")),
         "weight": _number("weight", fields.get("weight", 1.0)),
     }  # fmt: skip
+    if "conversations" in fields and "messages" not in fields:
+        fields = _of_llava(fields)
     media = _MediaReader(fields, fetch)
     if "messages" in fields:
         messages = tuple(_message(message, media) for message in _list("messages", fields["messages"]))
@@ -130,9 +133,27 @@ def _short(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     return parts
 
 
+_SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
+             "observation": "tool"}  # fmt: skip
+
+
+def _of_llava(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A conversation as LLaVA and ShareGPT have it, in our form."""
+    messages = []
+    for turn in map(_given, _list("conversations", fields["conversations"])):
+        if turn.get("from") not in _SPEAKERS or not isinstance(turn.get("value"), str):
+            raise UserError(f"a turn is from {turn.get('from')!r}; use {', '.join(_SPEAKERS)} with a text as value")
+        parts = [{"type": part[1:-1]} if part in ("<image>", "<video>") else {"type": "text", "text": part.strip("\n")}
+                 for part in re.split("(<image>|<video>)", turn["value"])]  # fmt: skip
+        messages.append({"role": _SPEAKERS[turn["from"]], "content": [p for p in parts if p.get("text") != ""]})
+    given = {f"{kind}s": fields.get(f"{kind}s", fields.get(kind, [])) for kind in _KINDS}
+    return {"messages": messages, **{k: v if isinstance(v, list) else [v] for k, v in given.items()},
+            "tools": fields.get("tools", [])}  # fmt: skip
+
+
 def _message(message: Any, media: _MediaReader) -> dict[str, Any]:
     message = _given(message)
-    role = message.get("role")
+    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
     if role not in ROLES:
         raise UserError(f"a message's role is {role!r}; use {', '.join(ROLES)}")
     content = message.get("content", "")

@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmv_jax.data import local, naflex, packing, video
+from glmv_jax.data import conversation, local, naflex, packing, video
 from glmv_jax.data.building import DocumentBuilder
-from glmv_jax.data.chat import Rendered
+from glmv_jax.data.chat import Rendered, Writer
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline, schema
 from glmv_jax.data.local.assembling import Assembler
@@ -140,6 +140,30 @@ def test_a_film_is_pairs_of_frames_with_times():
         ASSEMBLER.documents(record(part))
     with pytest.raises(UserError, match="film is broken or cut short"):
         assembler.documents(record({"type": "video", "video": film[: len(film) // 2]}))
+
+
+def test_positions_of_a_film_are_those_of_glm_ocr():
+    """Its `get_rope_index` for a document with a film of three pairs of frames and a picture."""
+    torch = pytest.importorskip("torch")
+    modeling = pytest.importorskip("transformers.models.glm_ocr.modeling_glm_ocr")
+    from transformers.models.glm_ocr.configuration_glm_ocr import GlmOcrConfig
+
+    model = modeling.GlmOcrModel.__new__(modeling.GlmOcrModel)  # get_rope_index reads the config only
+    torch.nn.Module.__init__(model)
+    model.config = GlmOcrConfig(vision_config={"spatial_merge_size": 2})
+    writer = Writer(TOKENIZER)
+    writer.special("[gMASK]", "<sop>")
+    conversation.write_film(writer, TOKENIZER, [(at, 6) for at in (0.0, 0.5, 1.0)])
+    writer.ids(TOKENIZER.encode("and "))
+    writer.image(2)
+    rendered = writer.done()
+    kind = np.select([rendered.image_of_token >= 3, rendered.image_of_token >= 0], [1, 2], 0)[None]
+    expected, _ = model.get_rope_index(
+        torch.tensor(rendered.tokens[None].astype(np.int64)), torch.tensor(kind), torch.tensor([[1, 2, 4]]),
+        torch.tensor([[3, 4, 6]]),
+    )  # fmt: skip
+    positions, _ = packing.rope_positions(rendered.image_of_token, [(2, 3)] * 3 + [(1, 2)])
+    np.testing.assert_array_equal(positions, expected[:, 0].T.numpy())
 
 
 @pytest.mark.parametrize("frames, rate", [(24, 12.0), (15, 30.0), (300, 25.0), (901, 30.0), (1500, 10.0), (9000, 24.0),

@@ -169,6 +169,23 @@ def test_tool_calls_may_be_json_and_fields_null():
     assert (record.id, record.weight, record.tools) == ("7", 2.0, ())
 
 
+def test_conversations_of_llava():
+    turns = [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "<image>\nA?\n<image>B?"},
+             {"from": "gpt", "value": "no"}]  # fmt: skip
+    files = {"a.png": b"first", "b.png": b"second"}
+    record = parse({"image": ["a.png", "b.png"], "conversations": turns, "id": 3}, "x", files.__getitem__)
+    image = {"type": "image"}
+    assert [m["role"] for m in record.messages] == ["system", "user", "assistant"] and record.id == "3"
+    assert record.messages[1]["content"] == [
+        image, {"type": "text", "text": "A?"}, image, {"type": "text", "text": "B?"}]  # fmt: skip
+    assert [media.content for media in record.media] == [b"first", b"second"]
+    one = parse({"image": "a.png", "conversations": turns[1:]} | {"conversations": [
+        {"from": "human", "value": "<image>\nA?"}, turns[2]]}, "x", files.__getitem__)  # fmt: skip
+    assert one.media == (Media("image", b"first"),)
+    with pytest.raises(UserError, match="a turn is from 'bot'"):
+        parse({"conversations": [{"from": "bot", "value": ""}]}, "x", nothing)
+
+
 @pytest.mark.parametrize("fields, message", [
     ({}, "neither segments nor messages nor text, only nothing"),
     ({"segments": []}, "it has no segments"),
