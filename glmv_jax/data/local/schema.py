@@ -32,7 +32,8 @@ category    what the record teaches, any word; those of the report are CATEGORIE
 weight      of the whole record in the loss, 1 if not given.
 
 Short forms: {"text": ..} is one segment; {"image": .. or "images": [..], "text": ..} the pictures, then the text.
-LLaVA's form is read too: {"image": .., "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ..]}. Any other field is left alone. In parquet, nested fields may be columns of structs or of JSON.
+LLaVA's form is read too: {"image": .., "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ..]}.
+Any other field is left alone. In parquet, nested fields may be columns of structs or of JSON.
 """
 
 from __future__ import annotations
