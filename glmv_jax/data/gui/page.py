@@ -8,7 +8,6 @@ is not there.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -164,14 +163,3 @@ def _draw(pen: ImageDraw.ImageDraw, size: tuple[int, int], element: Element, foc
     else:
         pen.rounded_rectangle((0, 0, width - 1, height - 1), 3, fill=look.accent)
         pen.text((width / 2, middle), element.name, font=font, fill=(255, 255, 255), anchor="mm")
-
-
-def differences(before: Window, after: Window) -> Iterator[str]:
-    """What an action has changed, one line each."""
-    for old, new in zip(before.elements, after.elements):
-        if old.on != new.on:
-            yield f"{new.name}: {'on' if new.on else 'off'}"
-        if old.value != new.value:
-            yield f"{new.name}: {new.value}"
-    if before.pressed != after.pressed:
-        yield f"{after.pressed}"
