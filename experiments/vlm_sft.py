@@ -12,6 +12,9 @@ built-in questions, under names of your own; corpus=false: in place of them.
 
     glmv train --config experiments/vlm_sft.py:size=l,sources=chats,corpus=false --workdir runs/sft \
         --config.init_from=runs/pretrain --config.data.sources.chats.path=chats/
+
+Windows drawn from a tree (glmv_jax/data/gui: perceive, ground, step, trajectory, critic) are one more source, with
+weights of their own: --config.data.gui.ground=1 --config.data.gui.trajectory=1 (up to 850 tokens and six pictures).
 """
 
 from glmv_jax.config import parse_arg, presets
