@@ -75,7 +75,7 @@ class Assembler:
         rendered = self._written(record, shown)
         whole = self.builder.finished(rendered, images, record.id)
         if not self.builder.too_long(whole):
-            return [whole]
+            return [whole] if whole.targets else []
         if self.long == "drop":
             return []
         parts = self._parts(rendered, images, record.id)
@@ -89,7 +89,7 @@ class Assembler:
         for number, messages in enumerate(parts):
             id_ = record.id if len(parts) == 1 else f"{record.id}@{number}"
             made += self._conversation(dataclasses.replace(record, id=id_, messages=tuple(messages)), seen)
-        return made
+        return _said_once(made, "cut") if 0 < len(made) < len(parts) else made
 
     def _conversation(self, record: Record, seen: Sequence[list[tuple[float, Image]]]) -> list[Document]:
         ends = [n + 1 for n, message in enumerate(record.messages) if message["role"] == "assistant"]

@@ -100,6 +100,7 @@ def test_weights_of_segments_and_records():
                                              "loss": 0}, weight=2))  # fmt: skip
     context = len(TOKENIZER.encode("ab"))
     assert document.loss_weight.tolist() == [0, 0] + [0.5] * context + [0] * len(TOKENIZER.encode("c")) + [2]
+    assert ASSEMBLER.documents(record("a", weight=0)) == []  # nothing of it would be learnt
     per = Assembler(dataclasses.replace(BUILDER, per="sqrt"))
     (shared,) = per.documents(record("one two three", weight=2))
     assert shared.loss_weight.sum() == pytest.approx(2 * shared.targets**0.5)
@@ -299,7 +300,8 @@ def test_each_turn_may_be_a_last_one():
     plain = schema.parse({"messages": [{k: v for k, v in m.items() if k != "reasoning_content"} for m in turns]}, "c",
                          lambda name: b"")  # fmt: skip
     each = small(len(documents[1].tokens), thinking="each").documents(record)
-    assert [d.id for d in each] == ["c@0", "c@1"]  # of a third without its answer nothing would be learnt
+    # Of a third without its answer nothing would be learnt, and that is counted.
+    assert [(d.id, d.trimmed) for d in each] == [("c@0", "cut"), ("c@1", "")]
     (whole,) = dataclasses.replace(ASSEMBLER, thinking="each").documents(plain)
     np.testing.assert_array_equal(whole.tokens, ASSEMBLER.documents(plain)[0].tokens)
 
