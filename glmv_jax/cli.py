@@ -436,7 +436,8 @@ def _answering_model(folder):
     cfg = checkpoint.load_config(folder)
     model = build.vlm(cfg.model)
     vision = model.vision
-    patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, max_patches=cfg.data.image_patches)
+    sizes = dict(max_patches=cfg.data.image_patches, policy=cfg.data.get("sizing", "naflex"))
+    patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, **sizes)
     tokenizer = open_tokenizer(cfg.data.vocabulary or None)
     return Model(model, weights.load(folder), tokenizer, patcher, chat=cfg.stage != "pretrain")
 

@@ -122,6 +122,16 @@ def test_wrong_configs_are_user_errors(tmp_path):
         build("sft", ",sources=docs+chats", *paths, "data.fit=worst").train_data()
 
 
+def test_pictures_may_keep_their_size(tmp_path):
+    filled, kept = (build("sft", ",sources=docs+chats", *written(tmp_path), f"data.sizing={sizing}")
+                    for sizing in ("naflex", "smart"))  # fmt: skip
+    for builder in (kept.builder, kept.asker):
+        assert builder.patcher.size(32, 48) == (32, 48)
+    assert filled.builder.patcher.size(32, 48) > (32, 48)
+    with pytest.raises(UserError, match="unknown image sizing policy 'large'"):
+        build("sft", "", "data.sizing=large")
+
+
 def test_windows_are_one_more_source():
     """Records about drawn windows beside the generators: their names, their share, their held-out loss."""
     stage = build("sft", "", "data.gui.ground=4", "data.gui.trajectory=4", "data.tokens=700", "data.patches=512",
