@@ -135,8 +135,8 @@ def _label(values: dict[str, Any], swept: list[str]) -> str:
 
 
 def is_main(name: str) -> bool:
-    """The loss, its parts (ce, mtp) and theirs (mtp_after_image); ce/KIND, accuracies, rates and norms are details."""
-    return name == "loss" or name.split("_")[0] in ("ce", "mtp") and not name.endswith("_accuracy")
+    """The loss or reward, its parts (ce, mtp) and theirs (mtp_after_image). Details: ce/KIND, accuracies, norms."""
+    return name in ("loss", "reward/mean") or name.split("_")[0] in ("ce", "mtp") and not name.endswith("_accuracy")
 
 
 def is_rate(name: str) -> bool:

@@ -5,8 +5,10 @@ Not covered: TPU hosts (only how they are recognised), several hosts.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -197,20 +199,20 @@ def test_runs_differ_in_what_was_set_and_are_those_of_the_loop(experiment, tmp_p
     runs = tmp_path / "runs"
     done = call(experiment, runs, "--set", "optim.lr=0.1,0.05", "--seeds", "3", "--jobs", "2", "--config.steps=4")
     assert done.returncode == 0, done.stdout + done.stderr
-    for lr in (0.1, 0.05):
-        cfg = config(save_every=2, steps=4, seed=3)
-        cfg.optim.lr = lr
-        main.run(cfg, tmp_path / f"{lr}")
-        assert losses(runs / f"lr={lr},seed=3") == losses(tmp_path / f"{lr}")
+    cfg = config(save_every=2, steps=4, seed=3)
+    cfg.optim.lr = 0.05
+    main.run(cfg, tmp_path / "alone")
+    assert losses(runs / "lr=0.05,seed=3") == losses(tmp_path / "alone") != losses(runs / "lr=0.1,seed=3")
     results = json.loads((runs / "sweep.json").read_text())["results"]
-    error = json.loads((tmp_path / "0.05" / "results.json").read_text())["metrics"]["error"]["trained"]
+    error = json.loads((tmp_path / "alone" / "results.json").read_text())["metrics"]["error"]["trained"]
     assert results["arms"]["0.05"]["error"] == {
         "n": 1, "mean": error, "sd": None, "low": None, "high": None, "by_seed": {"3": error},
     }  # fmt: skip
     assert list(results["differences"]) == ["0.1 - 0.05"]
 
-    more = call(experiment, runs, "--set", "optim.lr=0.05", "--seeds", "4", "--config.steps=4")  # a further seed
-    assert more.returncode == 0, more.stdout + more.stderr
+    shutil.copytree(runs / "lr=0.05,seed=3", runs / "lr=0.05,seed=4")  # a further seed, as if it had been run
+    more = call(experiment, runs, "--set", "optim.lr=0.05", "--seeds", "4", "--config.steps=4")
+    assert more.returncode == 0 and "1 of 1 runs are already finished" in more.stdout, more.stdout + more.stderr
     arms = json.loads((runs / "sweep.json").read_text())["results"]["arms"]
     assert list(arms["0.05"]["error"]["by_seed"]) == ["3", "4"] and list(arms["0.1"]["error"]["by_seed"]) == ["3"]
     assert call(experiment, runs, "--seeds", "4", "--config.steps=5").returncode == 2  # of another config: refused
@@ -227,10 +229,16 @@ def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_p
         while not all(losses(runs / f"seed={n}") for n in (0, 1)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.1)
+        for n in (0, 1):  # the terminal's signal does not reach them by itself: they would get two, and not save
+            child = int((runs / f"seed={n}" / ".lock").read_text())
+            assert os.getpgid(child) == child != process.pid
         os.killpg(process.pid, signal.SIGINT)
         said, complaint = process.communicate(timeout=600)
     finally:
-        process.kill()
+        if process.poll() is None:  # the test has failed: its runs would train for ever
+            for pid in [process.pid, *(int(lock.read_text()) for lock in runs.glob("seed=*/.lock"))]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
     assert process.returncode == 130 and complaint == ""
     assert "SIGINT: waiting for the runs to save" in said
     assert "stopped; 0 of 3 runs are finished, the same command goes on from here" in said
