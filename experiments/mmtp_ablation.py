@@ -7,19 +7,20 @@
 
 A run is one option and one seed; alone: `glmv train --config experiments/mmtp_ablation.py:size=nano,option=masked`.
 With the same seed the options see the same batches and begin with the same parameters, so the sweep's report compares
-them seed by seed. Without init_from the encoder learns from nothing, and little of it in runs as short as those of
-nano.
+them seed by seed. A `<|end_of_image|>` stands between an image and the text behind it, so no token that is learnt has
+an image as the head's own input: the options differ in what the head's attention finds at images, and in whether the
+encoder learns through it. Without init_from the encoder learns from nothing, and little in runs as short as nano's.
 
 size=nano: the 3.1M-parameter model of vlm_pretrain. A step takes 1.1 s of CPU time, so on two cores that have nothing
            else to do about five minutes a run and an hour and a quarter for all fifteen; up to 3.2 GiB.
-           Measured so far: two seeds of 24 steps each, where no option differs from another by more than .001 in loss.
+           Measured so far: two seeds of 24 steps each; on average no option is .001 of loss from another by then.
 size=0p5b: a language model of 499M parameters: 24 layers of width 1024 (377.6M) and, not tied, the embedding table and
            the output head of GLM's 59,392 pieces (121.6M). The MTP head (17.8M), the encoder (404M) and the merger
            (14.7M) come on top. 64 rows of 2,048 tokens and 4,096 patches a step, one to a chip of a v5p slice of 64,
            sharded over all of them (four rows to a chip do not fit: 196 GB of temporaries by the compiler, while
-           attention is the plain one). The report says no more of its own than "a 0.5B model"; rows, steps, batch and
-           rate here are ours, and data of that scale are not shipped. EXPECTED, by the report: a lower and steadier
-           training loss with image_token than with embeddings; no numbers are given.
+           attention is the plain one; that one does has not been shown). The report says no more of its own than "a
+           0.5B model"; rows, steps, batch and rate here are ours, and data of that scale are not shipped. EXPECTED, by
+           the report: a lower and steadier training loss with image_token than with embeddings; no numbers are given.
 """
 
 from glmv_jax.config import load, parse_arg
