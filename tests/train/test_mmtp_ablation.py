@@ -94,3 +94,5 @@ def test_the_mixture_is_rich_in_images_and_keeps_text_alone():
             with_image += len(set(segments[image].tolist()))
     visual = sum((b["image_row"] >= 0).sum() for b in rows) / sum((b["segments"] > 0).sum() for b in rows)
     assert visual > 0.3 and 0.9 < with_image / documents < 1.0
+    for batch in rows:  # what the head is given last before a learnt token is never an image, at any depth
+        assert not ((batch["image_row"] >= 0)[:, :-1] & (batch["loss_weight"] > 0)[:, 1:]).any()
