@@ -23,6 +23,10 @@ from glmv_jax.typing import Params, UserError
 
 FAMILIES = {
     "glm_ocr": "glmv_jax.interop.glm_ocr",
+    "glm4v": "glmv_jax.interop.glm4v",
+    "glm46v": "glmv_jax.interop.glm46v",
+    "glm4v_moe": "glmv_jax.interop.glm4v_moe",
+    "glm_moe_dsa": "glmv_jax.interop.glm_moe_dsa",
 }
 # What parameters may be stored as, and models compute in.
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
