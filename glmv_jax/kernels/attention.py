@@ -54,28 +54,37 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Sp
 
 
 def cached(
-    q_BTHK: jax.Array, k_BGSK: jax.Array, v_BGSK: jax.Array, query: Span, key: Span, shared: Shared | None = None
+    q_BTHK: jax.Array, k_CSK: jax.Array, v_CSK: jax.Array, query: Span, key: Span, shared: Shared | None = None
 ) -> jax.Array:
-    """`attention` to keys and values as a cache keeps them, heads before slots: a product with the few queries of a
-    step of decoding then reads them where they lie, while those of `attention` would copy the cache first."""
-    k_BSGK, v_BSGK = k_BGSK.swapaxes(1, 2), v_BGSK.swapaxes(1, 2)
-    if shared is None and supported(q_BTHK, k_BSGK):
+    """`attention` to keys and values as a cache keeps them: rows and their heads merged, C = B * G, slots, numbers.
+
+    A product with the few queries of a step of decoding reads them where they lie; those of `attention` would first
+    copy the cache. Merged, because XLA's CPU backend otherwise writes a step's keys twice, each time into a copy of the
+    whole cache: in the form that it is kept in, and in the one that its products take.
+    """
+    B, T, _, K = q_BTHK.shape
+    C, S, _ = k_CSK.shape
+    G = C // B
+    if shared is None and supported(q_BTHK, k_CSK.reshape(B, G, S, K).swapaxes(1, 2)):
+        k_BSGK, v_BSGK = (x.reshape(B, G, S, K).swapaxes(1, 2) for x in (k_CSK, v_CSK))
         return fused(q_BTHK, k_BSGK, v_BSGK, query, key)
-    B, T, H, _ = q_BTHK.shape
-    q_BGMK = _heads_lead(q_BTHK, k_BGSK.shape[1])
+    q_BGMK = _heads_lead(q_BTHK, G)
+    M = q_BGMK.shape[2]
+    own_CMS = jnp.einsum("cmk,csk->cms", q_BGMK.reshape(C, M, K), k_CSK, preferred_element_type=jnp.float32)
     mask_BTS = jnp.where(visible(query, key), 0.0, MASKED)
-    logits = [_cached_logits(q_BGMK, k_BGSK) + jnp.tile(mask_BTS, (1, q_BGMK.shape[2] // T, 1))[:, None]]
+    logits = [own_CMS.reshape(B, G, M, S) + jnp.tile(mask_BTS, (1, M // T, 1))[:, None]]
     if shared is not None:
         # The queries of a run side by side: one product with the keys they share.
         N = shared.valid.shape[0]
-        others = _cached_logits(_together(q_BGMK, N), shared.k) + jnp.where(shared.valid, 0.0, MASKED)[:, None, None]
-        logits.append(_apart(others, B))
+        q_NGMK = _together(q_BGMK, N)
+        others = jnp.einsum("ngmk,ngsk->ngms", q_NGMK, shared.k, preferred_element_type=jnp.float32)
+        logits.append(_apart(others + jnp.where(shared.valid, 0.0, MASKED)[:, None, None], B))
     highest = functools.reduce(jnp.maximum, [x.max(axis=-1, keepdims=True) for x in logits])
     weights = [jnp.exp(x - highest) for x in logits]
-    out_BGMK = _summed(weights[0], v_BGSK)
+    out_BGMK = _summed(weights[0].reshape(C, M, S), v_CSK).reshape(B, G, M, K)
     if shared is not None:
-        out_BGMK += _apart(_summed(_together(weights[1], N), shared.v.astype(v_BGSK.dtype)), B)
-    out_BGMK = (out_BGMK / sum(x.sum(axis=-1, keepdims=True) for x in weights)).astype(v_BGSK.dtype)
+        out_BGMK += _apart(_summed(_together(weights[1], N), shared.v.astype(v_CSK.dtype)), B)
+    out_BGMK = (out_BGMK / sum(x.sum(axis=-1, keepdims=True) for x in weights)).astype(v_CSK.dtype)
     return _heads_last(out_BGMK, T)
 
 
@@ -126,12 +135,8 @@ def _heads_last(out_BGMK: jax.Array, T: int) -> jax.Array:
     return out_BGMK.reshape(B, G, M // T, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, -1, K)
 
 
-def _cached_logits(q_BGMK: jax.Array, k_BGSK: jax.Array) -> jax.Array:
-    return jnp.einsum("bgmk,bgsk->bgms", q_BGMK, k_BGSK, preferred_element_type=jnp.float32)
-
-
-def _summed(weights_BGMS: jax.Array, v_BGSK: jax.Array) -> jax.Array:
-    return jnp.matmul(weights_BGMS.astype(v_BGSK.dtype), v_BGSK, preferred_element_type=jnp.float32)
+def _summed(weights_XMS: jax.Array, v_XSK: jax.Array) -> jax.Array:
+    return jnp.matmul(weights_XMS.astype(v_XSK.dtype), v_XSK, preferred_element_type=jnp.float32)
 
 
 def _together(x_BGMX: jax.Array, N: int) -> jax.Array:

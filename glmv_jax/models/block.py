@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span, attention, cached
+from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
 
-# What one layer keeps while decoding, here k and v [B, G, S, K], which it adds to and returns, and where rows continue
+# What one layer keeps while decoding, here k and v [B * G, S, K], which it adds to and returns, and where rows continue
 # the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with a leading
 # L, or as a tuple of L.
 LayerCache = dict[str, Any]
@@ -192,15 +192,24 @@ def layers_apart(params: dict, name: str = "blocks") -> dict:
 
 def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerCache:
     """Zeros for `depth` layers, `batch` rows and `length` slots."""
-    shape = (depth, batch, cfg.g, length, cfg.k)
+    shape = (depth, batch * cfg.g, length, cfg.k)
     return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype)}
 
 
-def write(cache_BGSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
+def write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """The cache with T new keys or values a row in the row's next slots, or in the same ones of all rows (slots_BT is
     [1, T]). Slots are consecutive within a row, so the first counts."""
-    new_BGTK = new_BTGK.swapaxes(1, 2).astype(cache_BGSK.dtype)
+    B, T, G, K = new_BTGK.shape
+    new_CTK = new_BTGK.swapaxes(1, 2).reshape(B * G, T, K).astype(cache_CSK.dtype)
     if len(slots_BT) == 1:
-        return jax.lax.dynamic_update_slice_in_dim(cache_BGSK, new_BGTK, slots_BT[0, 0], axis=2)
-    row = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=1)  # noqa: E731
-    return jax.vmap(row)(cache_BGSK, new_BGTK, slots_BT[:, 0])
+        return jax.lax.dynamic_update_slice_in_dim(cache_CSK, new_CTK, slots_BT[0, 0], axis=1)
+    put = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)  # noqa: E731
+    return jax.vmap(put)(cache_CSK, new_CTK, jnp.repeat(slots_BT[:, 0], G))
+
+
+def as_prompt(cache: LayerCache, valid: jax.Array) -> Shared:
+    """What rows have in common, from the cache of their prompts (with or without a leading L) and which of its slots
+    are filled [..., N, S]."""
+    *lead, N, S = valid.shape
+    apart = lambda x: x.reshape(*lead, N, -1, S, x.shape[-1])  # noqa: E731
+    return Shared(apart(cache["k"]), apart(cache["v"]), valid)

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Shared, Span
+from glmv_jax.kernels.attention import Span
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.block import BlockConfig, empty_cache, layers_apart, stack
+from glmv_jax.models.block import BlockConfig, as_prompt, empty_cache, layers_apart, stack
 from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param
 from glmv_jax.parallel.rules import constrain
 
@@ -61,7 +61,7 @@ class DecoderConfig:
         return tokens * (self.depth * self.block.flops(keys) + 2 * self.width * self.vocab)
 
     def init_cache(self, batch: int, length: int) -> dict:
-        """Zeros for `batch` rows of `length` slots; "layers" has leaves [L, B, ...]."""
+        """Zeros for `batch` rows of `length` slots; "layers" has leaves [L, ...]."""
         return {"layers": empty_cache(self.block, self.depth, batch, length)}
 
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
@@ -144,10 +144,9 @@ def with_prompt(layers: Any, prompt: Any) -> Any:
 
 
 def shared_prompts(layers: dict, length_B: jax.Array) -> Shared:
-    """From the keys and values [L, B, G, S, K] of the prompts, of these lengths, what their continuations read."""
-    L, B, _, slots, _ = layers["k"].shape
-    valid_LBS = jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, B, slots))
-    return Shared(layers["k"], layers["v"], valid_LBS)
+    """From the keys and values of prompts of these lengths, stacked by layer, what their continuations read."""
+    L, _, slots, _ = layers["k"].shape
+    return as_prompt(layers, jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, len(length_B), slots)))
 
 
 def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:

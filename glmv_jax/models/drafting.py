@@ -13,9 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import Shared, Span
+from glmv_jax.kernels.attention import Span
 from glmv_jax.models import decoder, mtp, vlm
-from glmv_jax.models.block import BlockConfig, empty_cache
+from glmv_jax.models.block import BlockConfig, as_prompt, empty_cache
 from glmv_jax.typing import Params, TokenInput, UserError
 
 
@@ -60,7 +60,7 @@ def prompt_cache(
     _, filled = _apply(cfg, params, e_BTD, h_prev(cfg, out), positions, span, span, _empty(cfg, B, T))
     valid_BT = is_key_BT & (jnp.arange(T) < out.cache["length"][:, None] - 1)
     counts = {"slots": jnp.arange(length), "length": jnp.zeros(B * group, jnp.int32)}
-    return _empty(cfg, B * group, length) | {"prompt": Shared(filled["k"], filled["v"], valid_BT)} | counts
+    return _empty(cfg, B * group, length) | {"prompt": as_prompt(filled, valid_BT)} | counts
 
 
 def step(

@@ -92,24 +92,30 @@ def test_cached_decoding_equals_one_parallel_pass():
 
 
 def test_shared_prompts_equal_repeated_ones():
-    """Three continuations of each of two prompts of unlike length: with the prompt's cache in common and copied."""
+    """Three continuations of each of two prompts of unlike length: with the prompt's cache in common and copied, and
+    the first also with layers apart."""
     cfg, rng = config(), np.random.default_rng(4)
     params = random_params(cfg)
     group, lengths = 3, jnp.array([7, 4])
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text_rows(rng, 1, 7), text_rows(rng, 1, 7))
     cache = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
     copied = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
-    copied["layers"] = {name: jnp.repeat(x, group, axis=1) for name, x in copied["layers"].items()}
+    rows_apart = lambda x: x.reshape(len(x), 2, -1, *x.shape[2:])  # noqa: E731
+    repeated = lambda x: jnp.repeat(rows_apart(x), group, axis=1).reshape(len(x), -1, *x.shape[2:])  # noqa: E731
+    copied["layers"] = {name: repeated(x) for name, x in copied["layers"].items()}
     copied["length"] = jnp.repeat(copied["length"], group)
     shared = vlm.share_prompts(cfg, cache, group, 3)
-    assert shared["layers"]["k"].shape[1:4] == (2 * group, cfg.decoder.kv_heads, 3)
+    apart_params, apart_cache = vlm.layers_apart(cfg, params, shared)
+    assert shared["layers"]["k"].shape[1:3] == (2 * group * cfg.decoder.kv_heads, 3)
     for step in range(3):
         tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
         at = jnp.repeat(lengths, group)[:, None] + step
         said = TokenInput(tokens, jnp.repeat(at[..., None], 3, axis=2), jnp.ones_like(at), -jnp.ones_like(at))
         one, other = (vlm.apply(cfg, params, None, said, cache) for cache in (shared, copied))
         np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-5)
-        shared, copied = one.cache, other.cache
+        apart = vlm.apply(cfg, apart_params, None, said, apart_cache)
+        np.testing.assert_allclose(one.hidden, apart.hidden, atol=1e-5)
+        shared, copied, apart_cache = one.cache, other.cache, apart.cache
 
 
 def test_scan_equals_unrolled():
