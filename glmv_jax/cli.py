@@ -504,6 +504,7 @@ _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, o
 
   glmv doctor                                          what this machine has and lacks
   glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft
+  glmv import-hf GLM-OCR/ checkpoints/glm-ocr          a public checkpoint, to train on or to answer
   glmv report --run runs/quickstart                    the table and report.html
   glmv COMMAND --help                                  each command, with examples
 """
