@@ -6,6 +6,7 @@ GLM-5's decoder in its place, 743 B at `l`, and at nano one of the same kind.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -86,6 +87,16 @@ def glm5v(size: str) -> ConfigDict:
     mtp = dict(depth=3, option="image_token", h_prev="post_norm")
     decoder = {"kind": "glm5", **_pick(GLM5, size)}
     return ConfigDict({"vision": _pick(VISION, size), "decoder": decoder, "mtp": mtp})
+
+
+def public(checkpoint: str) -> ConfigDict:
+    """Stages 3 to 5 with the model of a folder that `glmv import-hf` wrote."""
+    return ConfigDict({"checkpoint": checkpoint, "remat": "full"})
+
+
+def public_vocabulary(checkpoint: str) -> str:
+    """The tokenizer in such a folder."""
+    return os.path.join(checkpoint, "hf", "tokenizer.json")
 
 
 def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> ConfigDict:

@@ -6,7 +6,7 @@
     results.json                   so that it counts as a finished run: `init_from` may name it
 
 A folder is written under another name beside it and renamed when it is whole. What is given back is an imported folder,
-or a run that began from one (by `init_from`, over any number of stages).
+or a run that began from one (by `init_from` or as the base of adapters, over any number of stages).
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from glmv_jax.interop import families, folder, hub
 from glmv_jax.interop.arrays import StoredArrays, write_arrays
-from glmv_jax.interop.table import check_shapes
+from glmv_jax.interop.table import check_shapes, flatten
 from glmv_jax.models.api import abstract_params
-from glmv_jax.train import checkpoint
+from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.disk import disk_errors, seal, write_json
 from glmv_jax.typing import Params, UserError
 
@@ -81,7 +82,7 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     _check_target(target)
     origin = _origin(source)
     about, hf, cfg = _model(origin)
-    arrays = StoredArrays(checkpoint.newest(source) / "params")
+    arrays = _arrays(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     tensors = families.tensors_of(hf, cfg, arrays, about["repeated"])
     with _whole(target) as part:
@@ -106,8 +107,7 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
     if dtype is not None:
         families.np_dtype(dtype)
         cfg = families.model_config(hf, has_mtp=about["mtp"], dtype=dtype)
-    params = checkpoint.newest(source) / "params"
-    arrays = StoredArrays(params)
+    arrays = _arrays(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = shardings or jax.tree.map(lambda _: first, abstract_params(cfg))
@@ -118,7 +118,36 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)
 
     like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), where)
-    return Loaded(cfg, checkpoint.load_item(params, like=like))
+    if _changed(source):
+        place = lambda x, to: jax.device_put(np.asarray(x).astype(to.dtype), to.sharding)  # noqa: E731
+        return Loaded(cfg, jax.tree.map(place, weights.load(source), like))
+    return Loaded(cfg, checkpoint.load_item(checkpoint.newest(source) / "params", like=like))
+
+
+def model_config(source: str | Path, remat: str = "none") -> Any:
+    """The config of the model in a folder of ours, or in a run that began from one; remat: of encoder and decoder."""
+    _, _, cfg = _model(_origin(Path(source).expanduser()))
+    decoder = dataclasses.replace(cfg.decoder, remat=remat)
+    mtp = cfg.mtp and dataclasses.replace(cfg.mtp, decoder=decoder)
+    vision = cfg.vision and dataclasses.replace(cfg.vision, remat=remat)
+    return dataclasses.replace(cfg, vision=vision, decoder=decoder, mtp=mtp)
+
+
+def _changed(source: Path) -> bool:
+    """Whether the weights that a run stands for are others than the parameters it saved: adapters, or an average."""
+    if not (source / "config.json").is_file():
+        return False
+    cfg = checkpoint.load_config(source)
+    return bool(cfg.get("lora", {}).get("rank", 0)) or cfg.get("evaluate", "params") == "ema"
+
+
+def _arrays(source: Path) -> Mapping[str, Any]:
+    """The arrays of a folder of ours by slash path: read when asked for, or, where they have to be made, all at once,
+    in the dtypes that they were imported in."""
+    if not _changed(source):
+        return StoredArrays(checkpoint.newest(source) / "params")
+    imported = StoredArrays(checkpoint.newest(_origin(source)) / "params")
+    return {path: np.asarray(x).astype(imported[path].dtype) for path, x in flatten(weights.load(source)).items()}
 
 
 def files(source: str | Path) -> Path:
@@ -140,7 +169,8 @@ def _origin(source: Path) -> Path:
     at = source
     while not (at / MODEL).is_file():
         seen.append(at.absolute())
-        before = checkpoint.load_config(at).get("init_from", "") if (at / "config.json").is_file() else ""
+        cfg = checkpoint.load_config(at) if (at / "config.json").is_file() else {}
+        before = cfg.get("init_from", "") or cfg.get("lora", {}).get("base", "")
         if not before or Path(before).absolute() in seen:
             raise UserError(f"{source} is no imported checkpoint and did not begin from one ({at} has no {MODEL}); "
                             "give the folder that glmv import-hf wrote, or a run whose init_from leads to it")

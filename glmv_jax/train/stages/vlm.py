@@ -26,6 +26,7 @@ from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import build, cogvit, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
+from glmv_jax.train import exchange
 from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.mim import reading
@@ -36,6 +37,18 @@ def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
     """A vlm batch as the model takes it."""
     vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
     return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
+
+
+def _model(cfg: ConfigDict) -> vlm.VLMConfig:
+    """Of the sizes in the config, or of the public checkpoint that it names, which has to be one that sees."""
+    if "checkpoint" not in cfg:
+        return build.vlm(cfg)
+    if not cfg.checkpoint:
+        raise UserError("model.checkpoint is not given; name the folder that glmv import-hf wrote")
+    model = exchange.model_config(cfg.checkpoint, cfg.remat)
+    if model.vision is None:
+        raise UserError(f"{cfg.checkpoint} reads text alone; stages 3 to 5 train models that see")
+    return model
 
 
 class Predicted(NamedTuple):
@@ -66,7 +79,7 @@ class VLMStage(Stage):
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
-        self.model = build.vlm(cfg.model)
+        self.model = _model(cfg.model)
         self.tokenizer = open_tokenizer(cfg.data.vocabulary or None)
         v, d = self.model.vision, cfg.data
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
@@ -104,11 +117,14 @@ class VLMStage(Stage):
         metrics = {
             "ce": losses_H[0],
             "accuracy": divide(p.hits(0, p.targets.tokens_BJ), p.weight_H[0]),
-            "mtp": losses_H[1:].mean(),
-            "mtp_accuracy": divide(p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
-            "mtp_agreement": divide(p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
             "cut": p.targets.cut,
         }
+        if self.heads > 1:
+            metrics |= {
+                "mtp": losses_H[1:].mean(),
+                "mtp_accuracy": divide(p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
+                "mtp_agreement": divide(p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
+            }
         sums_N = self._by_source(batch, p.targets, p.nll_HBJ[0], p.weight_HBJ[0])[0]
         for name, total, weight in zip(self.names, sums_N, whole["source_N"]):
             metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
@@ -125,8 +141,8 @@ class VLMStage(Stage):
 
     @property
     def heads(self) -> int:
-        """The main one and the drafts."""
-        return 1 + self.model.mtp.depth
+        """The main one and the drafts, which public checkpoints may lack."""
+        return 1 + (self.model.mtp.depth if self.model.mtp else 0)
 
     def _targets(self, tokens: TokenInput) -> Targets:
         """The tokens to be learnt; an image placeholder never is, whatever its weight."""
@@ -142,12 +158,12 @@ class VLMStage(Stage):
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
         targets = self._targets(tokens)
-        drafts, said = vlm.mtp_hidden(self.model, params, out, tokens)
+        drafts, said = vlm.mtp_hidden(self.model, params, out, tokens) if self.heads > 1 else ([], [])
         hidden = [out.hidden, *drafts]
         chosen = [predictors(targets, h_BTD, tokens.segments, ahead) for ahead, h_BTD in enumerate(hidden, start=1)]
         hidden, weight = zip(*chosen)
         weight_HBJ = jnp.stack(weight)
-        share_H = jnp.full(self.heads, self.cfg.loss.mtp / (self.heads - 1)).at[0].set(1.0)
+        share_H = jnp.full(self.heads, self.cfg.loss.mtp / max(self.heads - 1, 1)).at[0].set(1.0)
         scaled_HBJ = divide(weight_HBJ * share_H[:, None, None], weight_H[:, None, None])
         # All heads in one row: the gradient of the head they share is then one sum.
         one = head_loss(
@@ -155,7 +171,7 @@ class VLMStage(Stage):
             jnp.concatenate(list(scaled_HBJ), axis=1), chunk=self.cfg.loss.get("chunk", CHUNK),
         )  # fmt: skip
         nll_HBJ, said_HBJ = (jnp.stack(jnp.split(x, self.heads, axis=1)) for x in (one.nll_BT, one.said_BT))
-        aux = experts.by_path(out.aux, said, self.model.mtp.weights == "shared")
+        aux = experts.by_path(out.aux, said, self.heads == 1 or self.model.mtp.weights == "shared")
         return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, aux)
 
     def _auxiliary(self, said: experts.Said) -> dict[str, jax.Array]:
@@ -248,8 +264,10 @@ class VLMStage(Stage):
             v = self.model.vision
             batch = batch | {"patches": cogvit.normalised(batch["patches"], v.channels, v.temporal_patch) * seen}
             p = self._predict(params, batch, self.whole(batch)["weight_H"])
-            return {
-                "loss": ((p.weight_HBJ[0] * p.nll_HBJ[0]).sum(), p.weight_H[0]),
+            loss = {"loss": ((p.weight_HBJ[0] * p.nll_HBJ[0]).sum(), p.weight_H[0])}
+            if self.heads == 1:
+                return loss
+            return loss | {
                 "mtp_accuracy": (p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
                 "mtp_agreement": (p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
             }
