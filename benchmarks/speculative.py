@@ -10,7 +10,8 @@ first words (a model after sft gets questions in the chat template): text alone,
 Prints one JSON line. Greedy and at temperature 1, on text and on images: the rate at which each draft is kept, and the
 tokens a pass yields (accept length). Then, at each batch size: tokens/s plain and with K drafts, in turns, each the
 quickest of its rounds; the costs that were measured apart (a pass over K + 1 tokens and a token of the head, over a
-plain step); the speed-up that rates and costs give; and the rate of every draft at which drafting starts to pay.
+plain step); the speed-up that rates and costs give; and the rate of every draft at which drafting starts to pay
+(null: at these costs not even sure drafts would).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
 import tempfile
 import time
@@ -119,7 +121,7 @@ def acceptances(subject: Subject, drafts: int, new: int) -> dict[str, Any]:
             counts: Counts = jax.device_get(sampler(subject.params, prompts, jax.random.key(1)).counts)
             rates = acceptance.rates(counts)
             found[f"{kind}, temperature {temperature:g}"] = {
-                "rates": [significant(rate, 3) for rate in rates],
+                "rates": [finite(rate) for rate in rates],
                 "accept length": significant(acceptance.accept_length(rates), 4), "passes": int(counts.passes.sum()),
             }  # fmt: skip
             log(kind, temperature, found[f"{kind}, temperature {temperature:g}"])
@@ -229,12 +231,20 @@ def main() -> None:
     emit(record(subject, args), args.out)
 
 
+def finite(value: float) -> float | None:
+    """For JSON: None for a rate of a draft that was never reached, and for a break-even that there is not."""
+    return significant(value, 3) if math.isfinite(value) else None
+
+
 def record(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from glmv_jax.inference import acceptance
 
     found = acceptances(subject, max(args.drafts), args.new)
+    greedy = {
+        kind: [rate or 0.0 for rate in found[f"{kind}, temperature 0"]["rates"]] for kind in subject.prompts
+    }  # fmt: skip
     rows = []
     for batch in args.batch:
         seconds = costs(subject, batch, [1, *(K + 1 for K in args.drafts)], args.rounds)
@@ -246,13 +256,11 @@ def record(subject: Subject, args: argparse.Namespace) -> dict[str, Any]:
         }
         row["verify"] = {K: significant(seconds[K + 1] / plain, 3) for K in args.drafts}
         row["break-even rate"] = {
-            K: significant(acceptance.break_even(K, seconds[K + 1] / plain, draft), 3) for K in args.drafts
-        }
+            K: finite(acceptance.break_even(K, seconds[K + 1] / plain, draft)) for K in args.drafts
+        }  # fmt: skip
         row["speed-up of these rates and costs, greedy"] = {
             kind: {
-                K: significant(acceptance.speedup(
-                    found[f"{kind}, temperature 0"]["rates"][:K], seconds[K + 1] / plain, draft), 3)
-                for K in args.drafts
+                K: finite(acceptance.speedup(greedy[kind][:K], seconds[K + 1] / plain, draft)) for K in args.drafts
             }
             for kind in subject.prompts
         }  # fmt: skip
