@@ -221,7 +221,9 @@ def generate(args: argparse.Namespace) -> int:
     if (args.run is None) == (args.checkpoint is None):
         raise UserError("give either --run or --checkpoint; see glmv generate --help")
     images = [file for files in args.image or () for file in files]
-    settings = dict(max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed)
+    settings = dict(
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, drafts=args.speculative
+    )
     if args.checkpoint is not None:
         return _generate_from_checkpoint(args, images, settings)
     if args.prompt is None:
@@ -552,6 +554,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
     sub.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="stop after this many (default 64)")
     sub.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 (default): the likeliest token")
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, when the temperature is not 0")
+    sub.add_argument("--speculative", type=int, default=0, metavar="K", help="tokens the MTP head drafts a pass (0)")
     sub.add_argument("--dtype", metavar="NAME", help="of a checkpoint: bfloat16 or float32 (default: as stored)")
     sub.add_argument("--json", action="store_true", help="of a checkpoint: token ids and log-probabilities as JSON")
 

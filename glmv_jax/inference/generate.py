@@ -17,7 +17,8 @@ from glmv_jax.data.naflex import Patcher, load_image
 from glmv_jax.data.packing import collate
 from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
-from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
+from glmv_jax.inference.speculative import SpeculativeSampler
 from glmv_jax.inference.text import answer_text
 from glmv_jax.models import vlm
 from glmv_jax.typing import Params, UserError
@@ -68,24 +69,27 @@ def question(image: str | pathlib.Path | Image.Image | None, prompt: str) -> Sam
 
 
 def generate(
-    model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0
+    model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0
 ) -> str:
-    """The model's answer to a `question`, without box tokens.
+    """The model's answer to a `question`, without box tokens. drafts: see `sampler_for`.
 
     Raises UserError for a prompt that is too long, an image that is too elongated, and settings out of range.
     """
-    check_settings(max_new_tokens, temperature)
+    check_settings(max_new_tokens, temperature, drafts)
     document = _document(model, asked)
     tokens = -(-len(document.tokens) // BUCKET) * BUCKET
     patches = model.patcher.max_patches  # one shape for all images, and for none
     rows = collate([document], tokens, patches, model.patcher.channels, [asked.source])
     sampling = Sampling.chat(model.tokenizer, max_new_tokens, temperature=temperature)
-    out = jax.device_get(sampler_for(model.cfg, sampling)(model.params, Prompts.of(rows), jax.random.key(seed)))
+    sample = sampler_for(model.cfg, sampling, drafts)
+    out = jax.device_get(sample(model.params, Prompts.of(rows), jax.random.key(seed)))
     return parse_answer(answer_text(model.tokenizer, out.tokens[0, : out.lengths[0]], sampling.stop))
 
 
-def check_settings(max_new_tokens: int, temperature: float) -> None:
+def check_settings(max_new_tokens: int, temperature: float, drafts: int) -> None:
     """UserError for settings of an answer that are out of range."""
+    if drafts < 0:
+        raise UserError(f"speculative={drafts}: a number of drafts; 0 for none")
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens={max_new_tokens} asks for no answer; use at least 1")
     if not 0 <= temperature < float("inf"):
@@ -93,12 +97,16 @@ def check_settings(max_new_tokens: int, temperature: float) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def sampler_for(cfg: vlm.VLMConfig, sampling: Sampling) -> Sampler:
-    """How one answer is drawn, from a run or a public checkpoint: the one place that chooses.
+def sampler_for(cfg: vlm.VLMConfig, sampling: Sampling, drafts: int = 0) -> Callable[..., Generated]:
+    """How one answer is drawn, from a run or a public checkpoint: the one place that chooses. drafts: how many the MTP
+    head makes a pass; 0 for none.
 
-    Kept between questions, so that the second one does not compile again.
+    Kept between questions, so that the second one does not compile again. UserError for drafts of a model without head.
     """
-    return Sampler(cfg, sampling)
+    if not drafts:
+        return Sampler(cfg, sampling)
+    speculative = SpeculativeSampler(cfg, sampling, drafts)
+    return lambda *given: speculative(*given).answers
 
 
 def _document(model: Model, asked: Sample) -> Document:

@@ -42,14 +42,14 @@ def check_length(processor: Processor, prompt: Document, max_new_tokens: int) ->
 
 def reply(
     cfg: vlm.VLMConfig, params: Params, processor: Processor, prompt: Document, *,
-    max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0,
+    max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0,
 ) -> Reply:  # fmt: skip
     """What the model says next. Nothing is suppressed: greedy ids are those of transformers' `generate`.
 
     Raises UserError for a prompt and an answer that exceed the model's positions, images that a model of text alone is
     given, and settings out of range.
     """
-    check_settings(max_new_tokens, temperature)
+    check_settings(max_new_tokens, temperature, drafts)
     check_length(processor, prompt, max_new_tokens)
     tokens = -(-len(prompt.tokens) // BUCKET) * BUCKET
     patches = -(-prompt.patches // PATCH_BUCKET) * PATCH_BUCKET
@@ -58,7 +58,7 @@ def reply(
     if not prompt.images:
         rows = rows._replace(vision=None)
     sampling = Sampling(max_new_tokens, temperature=temperature, stop=processor.stops)
-    out: Any = jax.device_get(sampler_for(cfg, sampling)(params, rows, jax.random.key(seed)))
+    out: Any = jax.device_get(sampler_for(cfg, sampling, drafts)(params, rows, jax.random.key(seed)))
     n = int(out.lengths[0])
     logprobs = np.asarray(out.logprobs[0, :n], np.float64)
     return Reply(out.tokens[0, :n].tolist(), logprobs.tolist(), bool(out.finished[0]))

@@ -274,3 +274,17 @@ def test_an_image_processor_that_the_tower_cannot_follow(hf, tmp_path):
     (tmp_path / "preprocessor_config.json").write_text('{"image')
     with pytest.raises(UserError, match="cannot be read"):
         _ = Processor(tmp_path).patcher
+
+
+def test_drafts_change_no_greedy_answer(tmp_path, capsys):
+    """With the MTP layer of the checkpoint; transformers drops it, so a folder that it wrote has none to draft with."""
+    hf_glm_ocr.write(tmp_path / "mtp", mtp=True)
+    hf_glm_ocr.write(tmp_path / "none")
+    argv = ["--token-ids", "5,17,23,9", "--max-new-tokens", "9"]
+    plain = answer(capsys, tmp_path / "mtp", *argv)
+    drafted = answer(capsys, tmp_path / "mtp", *argv, "--speculative", "2")
+    assert drafted["token_ids"] == plain["token_ids"] and len(plain["token_ids"]) == 9
+    np.testing.assert_allclose(drafted["logprobs"], plain["logprobs"], atol=1e-4)
+    for given, word in ((("--speculative", "-1"), "number of drafts"), (("--speculative", "2"), "no MTP head")):
+        assert cli.main(["generate", "--checkpoint", str(tmp_path / "none"), *argv, *given]) == 2
+        assert word in capsys.readouterr().err
