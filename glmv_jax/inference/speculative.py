@@ -96,8 +96,9 @@ def speculate(
     logits_NV = repeat(vlm.logits(cfg, params, last(out.hidden, prompts))[:, 0])
     h_N1D = repeat(last(drafting.h_prev(cfg, out), prompts))
     params, cache = vlm.layers_apart(cfg, params, cache)
-    apart = lambda tree: ({k: tree.pop(k) for k in ("prompt", "slots")}, tree.pop("length"))[0]  # noqa: E731
-    fixed, head_fixed = apart(cache), apart(head)
+    # What is only read need not travel through the loop; lengths count from where the prompts' own entries end.
+    apart = lambda tree: {name: tree.pop(name) for name in ("prompt", "slots") if name in tree}  # noqa: E731
+    fixed, head_fixed, begin, head_begin = apart(cache), apart(head), cache.pop("length"), head.pop("length")
 
     class State(NamedTuple):
         t: jax.Array  # passes so far
@@ -118,7 +119,7 @@ def speculate(
 
     def propose(s: State, keys_NK) -> tuple[jax.Array, jax.Array | None]:
         """K drafts [N, K], and what each was drawn with [N, K, V] (greedy ones: None)."""
-        draft, own = s.draft, s.head | head_fixed | {"length": s.out.lengths}
+        draft, own = s.draft, s.head | head_fixed | {"length": head_begin + s.out.lengths}
         tokens, drawn_with = [], []
         for k in range(K):
             logits_NV = vlm.logits(cfg, params, draft.hidden)[:, 0]
@@ -141,7 +142,7 @@ def speculate(
         read_NJ = jnp.concatenate([s.token[:, None], drafts_NK], axis=1)
         ones_NJ = jnp.ones_like(read_NJ)
         tokens = TokenInput(read_NJ, at(n_N - 1, K + 1), ones_NJ, -ones_NJ)
-        out = vlm.apply(cfg, params, None, tokens, s.cache | fixed | {"length": jnp.maximum(n_N - 1, 0)})
+        out = vlm.apply(cfg, params, None, tokens, s.cache | fixed | {"length": begin + jnp.maximum(n_N - 1, 0)})
         logits_NJV = vlm.logits(cfg, params, out.hidden)
         said_NJ, kept_N = judge(logits_NJV, drafts_NK, q_NKV, keys_NJ[:, K:], sampling)
 
@@ -168,7 +169,7 @@ def speculate(
         )
 
         # ---- the head reads what was said beside the backbone's hidden states, over its entries of the drafts
-        own = s.head | head_fixed | {"length": n_N}
+        own = s.head | head_fixed | {"length": head_begin + n_N}
         entries, own = drafting.step(cfg, params, drafting.h_prev(cfg, out), said_NJ, at(n_N, K + 1), own)
         draft = jax.tree.map(lambda x: jnp.take_along_axis(x, newest_N1[..., None], axis=1), entries)
         keep = lambda new, old: {name: new[name] for name in old}  # noqa: E731
@@ -185,7 +186,7 @@ def speculate(
         (token_N[:, None] == jnp.array(sampling.stop, jnp.int32)).any(-1) & there_N,
     )
     none_N = jnp.zeros(N, jnp.int32)
-    own = head | head_fixed | {"length": none_N}
+    own = head | head_fixed | {"length": head_begin + none_N}
     draft, own = drafting.step(cfg, params, h_N1D, token_N[:, None], at(none_N, 1), own)
     counts = Counts(none_N, jnp.zeros((N, K), jnp.int32), jnp.zeros((N, K), jnp.int32))
     state = State(jnp.int32(1), token_N, draft, cache, {name: own[name] for name in head}, begun, counts)

@@ -75,6 +75,7 @@ def latent_attention(
     """
     B, T = heads.q.shape[:2]
     S = latents.c.shape[1]
+    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query))  # one row may stand for all
     sparse = index is not None and 0 < top_k < S
     if T == 1 and not with_loss and S > 2 * top_k and (sparse or (selection and selection.at is not None)):
         return _one_query(heads, latents, query, key, index, selection, top_k)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import decoder, mtp, vlm
-from glmv_jax.models.block import BlockConfig, as_prompt, empty_cache
+from glmv_jax.models.block import BlockConfig
 from glmv_jax.typing import Params, TokenInput, UserError
 
 
@@ -32,9 +32,9 @@ def check(cfg: vlm.VLMConfig) -> None:
         raise UserError("this model has no MTP head to draft with; sample from it without drafts")
     if cfg.mtp.weights != "shared" and cfg.mtp.depth > 1:
         raise UserError("the MTP head has weights of its own for each depth; only a shared one drafts token by token")
-    kind = type(cfg.mtp.decoder.block)
-    if not issubclass(kind, BlockConfig):
-        raise UserError(f"the MTP head's block is a {kind.__name__}, which keeps no cache; sample without drafts")
+    if cfg.mtp.option == "masked" and not isinstance(cfg.mtp.decoder.block, BlockConfig):
+        raise UserError("mtp.option=masked leaves gaps in the head's cache, which latent attention does not skip; "
+                        "sample without drafts")
 
 
 def h_prev(cfg: vlm.VLMConfig, out: vlm.VLMOutput) -> jax.Array:
@@ -59,8 +59,8 @@ def prompt_cache(
     positions = jnp.roll(tokens.positions, -1, axis=1)
     _, filled = _apply(cfg, params, e_BTD, h_prev(cfg, out), positions, span, span, _empty(cfg, B, T))
     valid_BT = is_key_BT & (jnp.arange(T) < out.cache["length"][:, None] - 1)
-    counts = {"slots": jnp.arange(length), "length": jnp.zeros(B * group, jnp.int32)}
-    return _empty(cfg, B * group, length) | {"prompt": as_prompt(filled, valid_BT)} | counts
+    own, slots, taken = cfg.mtp.decoder.block.continued(filled, valid_BT, group, length)
+    return own | {"slots": jnp.arange(slots), "length": taken}
 
 
 def step(
@@ -83,4 +83,4 @@ def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, quer
 
 
 def _empty(cfg: vlm.VLMConfig, batch: int, length: int) -> dict:
-    return jax.tree.map(lambda x: x[0], empty_cache(cfg.mtp.decoder.block, 1, batch, length))
+    return jax.tree.map(lambda x: x[0], cfg.mtp.decoder.block.empty_cache(1, batch, length))

@@ -112,12 +112,7 @@ class GLM5Config:
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """From the cache of B prompts that of `group` continuations of each with `length` more slots, its slots, and
         how many are filled. Prompts are copied: a slot is 704 numbers, where eight heads of 128 would keep 2,048."""
-
-        def copy(x_LBS):
-            rest = [(0, 0)] * (x_LBS.ndim - 3)
-            return jnp.pad(jnp.repeat(x_LBS, group, axis=1), [(0, 0), (0, 0), (0, length), *rest])
-
-        layers = jax.tree.map(copy, cache["layers"])
+        layers = jax.tree.map(lambda x: _copied(x, 1, group, length), cache["layers"])
         return {"layers": layers}, jax.tree.leaves(layers)[0].shape[2], jnp.repeat(length_B, group)
 
     def module(self) -> nn.Module:
@@ -162,6 +157,13 @@ class Unit:
         cache["layer0"]["index"] = jnp.zeros((depth, batch, length, c.index_dim), c.dtype)
         return cache
 
+    def continued(
+        self, filled: LayerCache, valid_BS: jax.Array, group: int, length: int
+    ) -> tuple[LayerCache, int, jax.Array]:
+        """As `block.BlockConfig.continued`, with copies; slots that count are the first ones of a row."""
+        own = jax.tree.map(lambda x: _copied(x, 0, group, length), filled)
+        return own, valid_BS.shape[1] + length, jnp.repeat(valid_BS.sum(-1, dtype=jnp.int32), group)
+
     def flops(self, keys: float) -> float:
         """Of one token through the forward pass of these layers when `keys` keys are visible."""
         c = self.cfg
@@ -173,6 +175,11 @@ class Unit:
         indexer += 2 * keys * c.index_heads * (c.index_dim + 1)
         mlps = sum(c.moe.flops() if kind == "moe" else 6 * c.width * c.mlp for kind in self.mlps)
         return len(self.mlps) * attention + indexer + mlps
+
+
+def _copied(x: jax.Array, rows: int, group: int, length: int) -> jax.Array:
+    """`group` copies of each row (axis `rows`, slots behind it), with `length` more slots."""
+    return jnp.pad(jnp.repeat(x, group, axis=rows), [(0, length if axis == rows + 1 else 0) for axis in range(x.ndim)])
 
 
 class Layers(nn.Module):

@@ -45,8 +45,7 @@ class LatentAttention(nn.Module):
             q_w_k = Indexer(c, name="indexer")(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(q_BTQ), rope)
             indexer, new["index"] = q_w_k[:2], q_w_k[2]
         if cache is not None:
-            write = jax.vmap(lambda old, x, start: jax.lax.dynamic_update_slice_in_dim(old, x, start, axis=0))
-            new = {name: write(cache[name], x.astype(c.dtype), query.slots[:, 0]) for name, x in new.items()}
+            new = {name: _write(cache[name], x.astype(c.dtype), query.slots) for name, x in new.items()}
         sparse = c.attention == "sparse" and new["c"].shape[1] > c.top_k
         learns = c.index_loss and self.indexed
         looked = latent_attention(
@@ -60,6 +59,14 @@ class LatentAttention(nn.Module):
             aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
         out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
         return out_BTD, None if cache is None else new, looked.selection, aux
+
+
+def _write(cache_BSX: jax.Array, new_BTX: jax.Array, slots_BT: jax.Array) -> jax.Array:
+    """As `block.write`: in each row's next slots, or in the same ones of all rows (slots_BT is [1, T])."""
+    if len(slots_BT) == 1:
+        return jax.lax.dynamic_update_slice_in_dim(cache_BSX, new_BTX, slots_BT[0, 0], axis=1)
+    put = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)  # noqa: E731
+    return jax.vmap(put)(cache_BSX, new_BTX, slots_BT[:, 0])
 
 
 class Indexer(nn.Module):
