@@ -196,7 +196,7 @@ def test_mtp_layer_goes_both_ways():
     back = table_lib.to_params(glm_moe_dsa.table(cfg), tensors)
     jax.tree.map(np.testing.assert_array_equal, back, params)
     tokens = rows([[T], [11, 9]])
-    hidden = jax.jit(lambda p: vlm.mtp_hidden(cfg, p, vlm.apply(cfg, p, None, tokens), tokens))(params)
+    hidden, _ = jax.jit(lambda p: vlm.mtp_hidden(cfg, p, vlm.apply(cfg, p, None, tokens), tokens))(params)
     assert [h.shape for h in hidden] == [(2, T, 32)] and np.isfinite(hidden[0]).all()
 
 

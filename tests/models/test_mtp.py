@@ -255,7 +255,7 @@ def test_what_the_block_says_at_each_depth_comes_back():
     span = models.mtp.Span(tokens.segments, slots)
     e = jnp.roll(params["decoder"]["embed"]["embedding"][tokens.tokens], -1, axis=1)
     rope = talking.rope(jnp.roll(tokens.positions, -1, axis=1))
-    pre, post, _ = layer.apply({"params": params["mtp"]}, e, out.prenorm, rope, span, span)
+    pre, post, _, _ = layer.apply({"params": params["mtp"]}, e, out.prenorm, rope, span, span)
     np.testing.assert_allclose(said[0]["size"], jnp.mean(jnp.square(pre)), rtol=1e-5)
     np.testing.assert_allclose(hidden[0], post, atol=1e-5)
     np.testing.assert_allclose(plain[0], hidden[0], atol=1e-5)

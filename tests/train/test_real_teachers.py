@@ -127,13 +127,17 @@ def test_held_out_crops_are_the_same_whether_kept_or_read_again(world, monkeypat
 
 
 def test_from_the_cache_losses_are_those_of_live_teachers(world, live, cache):
-    """No path to any teacher is given; only the rounding of stored features differs."""
+    """No path to any teacher is given; only the rounding of stored features differs: millionths in the first step, whose
+    parameters are the same, and more and more as the parameters part (Muon makes much of small gradients)."""
     stage = main.stage_class("mim")(experiment(world, f"data.teacher_cache={cache}", live=False))
     assert not jax.tree.leaves(stage.constants())
     results = main.run(stage.cfg, world / "cached")
+    first = True
     for mine, other in zip(rows(world / "cached"), rows(live[1]), strict=True):
-        for name in ("loss", "semantic/cos", "texture/smooth_l1", "grad_norm"):
-            assert mine[name] == pytest.approx(other[name], rel=5e-3, abs=1e-3), (mine["step"], name)
+        for name in ("loss", "semantic/cos", "texture/smooth_l1", *(["grad_norm"] if first else [])):
+            near = dict(rel=1e-4) if first else dict(rel=5e-3, abs=1e-3)
+            assert mine[name] == pytest.approx(other[name], **near), (mine["step"], name)
+        first = False
     for name, row in live[0]["metrics"].items():
         if name != "knn":
             got = results["metrics"][name]
