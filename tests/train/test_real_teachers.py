@@ -127,8 +127,8 @@ def test_held_out_crops_are_the_same_whether_kept_or_read_again(world, monkeypat
 
 
 def test_from_the_cache_losses_are_those_of_live_teachers(world, live, cache):
-    """No path to any teacher is given; only the rounding of stored features differs: millionths in the first step, whose
-    parameters are the same, and more and more as the parameters part (Muon makes much of small gradients)."""
+    """No path to any teacher is given; only the rounding of stored features differs: millionths in the first step,
+    whose parameters are the same, and then more and more (Muon makes much of small gradients)."""
     stage = main.stage_class("mim")(experiment(world, f"data.teacher_cache={cache}", live=False))
     assert not jax.tree.leaves(stage.constants())
     results = main.run(stage.cfg, world / "cached")
