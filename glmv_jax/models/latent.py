@@ -47,7 +47,7 @@ class LatentAttention(nn.Module):
         if cache is not None:
             new = {name: _write(cache[name], x.astype(c.dtype), query.slots) for name, x in new.items()}
         sparse = c.attention == "sparse" and new["c"].shape[1] > c.top_k
-        learns = c.index_loss and self.indexed
+        learns = c.index_loss and self.indexed and cache is None
         looked = latent_attention(
             Heads(q_BTHN, rope_lib.rotate_pairs(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
             Index(*indexer, new["index"]) if indexer and (sparse or learns) else None,

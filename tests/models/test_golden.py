@@ -22,6 +22,7 @@ BUILDERS = {
     "vision": (presets.vision, build.vision),
     "two_tower": (presets.two_tower, build.two_tower),
     "vlm": (presets.vlm, build.vlm),
+    "glm5v": (presets.glm5v, build.vlm),
 }
 
 
