@@ -31,13 +31,16 @@ def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
     return jax.default_backend() == "tpu" and x_MK.shape[0] % _MEGABLOX_ROWS == 0 and w_GKN.shape[2] % 128 == 0
 
 
-def megablox(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    """The fast path on TPUs."""
+def megablox(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool = False) -> jax.Array:
+    """The fast path on TPUs. interpret: run by the interpreter, for tests elsewhere."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
     tiling = (_MEGABLOX_ROWS, min(512, x_MK.shape[1]), min(512, w_GKN.shape[2]))
-    y_MN = ops.gmm(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling)
-    return jnp.where(jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum(), y_MN, 0)
+    # Rows after the last group are written neither forward nor backward: what lies there must not come out.
+    real_M1 = jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum()
+    x_MK = jnp.where(real_M1, x_MK, 0)
+    y_MN = ops.gmm(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling, interpret=interpret)
+    return jnp.where(real_M1, y_MN, 0)
 
 
 def plain(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
