@@ -3,12 +3,13 @@ sections, norms on both sides of each branch. Sources: transformers `glm_ocr/mod
 `glm4v/modeling_glm4v.py` (Glm4vTextModel).
 
 `embed`, `apply` and `logits` serve every decoder: a config has vocab, width, depth, tied, dtype, `block` (of the MTP
-head), rope(), module(), flops(), init_cache() and share_prompts().
+head), rope(), module(), flops(), init_cache(), share_prompts() and layers_apart().
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,7 @@ class DecoderConfig:
 
     def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
         """Parameters and cache for decoding without a loop over layers, see `block.layers_apart`."""
-        split = lambda tree: tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(self.depth))  # noqa: E731
-        return layers_apart(params), {name: split(tree) for name, tree in cache.items()}
+        return layers_apart(params), {part: _apart(tree, self.depth) for part, tree in cache.items()}
 
     def module(self) -> nn.Module:
         return Decoder(self)
@@ -132,6 +132,18 @@ class Runs(Decoder):
             remat = self.cfg.remat
             x_BTD, kept[name], aux[name] = stack(block, times, remat, x_BTD, rope, query, key, own, name=name)
         return x_BTD, None if cache is None else cache | {"layers": kept}, aux
+
+
+def runs_apart(stacks: Sequence[tuple[Any, int]], params: dict, cache: dict) -> tuple[dict, dict]:
+    """As `DecoderConfig.layers_apart`, of a decoder of `Runs`."""
+    times = {f"blocks{i}": n for i, (_, n) in enumerate(stacks)}
+    for name in times:
+        params = layers_apart(params, name)
+    return params, {part: {name: _apart(runs[name], n) for name, n in times.items()} for part, runs in cache.items()}
+
+
+def _apart(tree: Any, depth: int) -> tuple:
+    return tuple(jax.tree.map(lambda x, i=i: x[i], tree) for i in range(depth))
 
 
 def with_prompt(layers: Any, prompt: Any) -> Any:

@@ -15,7 +15,7 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import Block, BlockConfig, empty_cache
-from glmv_jax.models.decoder import Runs, shared_prompts
+from glmv_jax.models.decoder import Runs, runs_apart, shared_prompts
 from glmv_jax.models.moe import MoE, MoEConfig
 
 
@@ -98,6 +98,10 @@ class GLM4MoEConfig:
         """As `decoder.DecoderConfig.share_prompts`: prompts are not copied."""
         prompt = {name: shared_prompts(layers, length_B) for name, layers in cache["layers"].items()}
         return self.init_cache(len(length_B) * group, length) | {"prompt": prompt}, length, jnp.zeros(1, jnp.int32)
+
+    def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
+        """See `decoder.runs_apart`."""
+        return runs_apart(self.stacks, params, cache)
 
     def module(self) -> nn.Module:
         return Runs(self)

@@ -18,7 +18,7 @@ from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import LayerCache
-from glmv_jax.models.decoder import Runs
+from glmv_jax.models.decoder import Runs, runs_apart
 from glmv_jax.models.latent import LatentAttention
 from glmv_jax.models.layers import RMSNorm, SwiGLU
 from glmv_jax.models.moe import MoE, MoEConfig
@@ -114,6 +114,10 @@ class GLM5Config:
         how many are filled. Prompts are copied: a slot is 704 numbers, where eight heads of 128 would keep 2,048."""
         layers = jax.tree.map(lambda x: _copied(x, 1, group, length), cache["layers"])
         return {"layers": layers}, jax.tree.leaves(layers)[0].shape[2], jnp.repeat(length_B, group)
+
+    def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
+        """See `decoder.runs_apart`."""
+        return runs_apart(self.stacks, params, cache)
 
     def module(self) -> nn.Module:
         return Runs(self)

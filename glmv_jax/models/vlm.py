@@ -149,8 +149,8 @@ def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
 
 def layers_apart(cfg: VLMConfig, params: Params, cache: dict) -> tuple[Params, dict]:
     """The same parameters and cache, laid out for decoding on this device: on a CPU, where that is faster, without a
-    loop over layers. The decoder may have no such layout; then, and elsewhere, they are returned as they are."""
-    if jax.default_backend() != "cpu" or not hasattr(cfg.decoder, "layers_apart"):
+    loop over layers; elsewhere as they are."""
+    if jax.default_backend() != "cpu":
         return params, cache
     counts = {name: cache[name] for name in ("slots", "length")}
     own = {name: x for name, x in cache.items() if name not in counts}
