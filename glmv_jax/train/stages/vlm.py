@@ -163,7 +163,8 @@ class VLMStage(Stage):
         chosen = [predictors(targets, h_BTD, tokens.segments, ahead) for ahead, h_BTD in enumerate(hidden, start=1)]
         hidden, weight = zip(*chosen)
         weight_HBJ = jnp.stack(weight)
-        share_H = jnp.full(self.heads, self.cfg.loss.mtp / max(self.heads - 1, 1)).at[0].set(1.0)
+        # Stage 5 has no loss of drafts; it only measures them.
+        share_H = jnp.full(self.heads, self.cfg.loss.get("mtp", 0.0) / max(self.heads - 1, 1)).at[0].set(1.0)
         scaled_HBJ = divide(weight_HBJ * share_H[:, None, None], weight_H[:, None, None])
         # All heads in one row: the gradient of the head they share is then one sum.
         one = head_loss(
