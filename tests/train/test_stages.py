@@ -159,9 +159,11 @@ def test_no_learnt_token_is_cut(name):
         assert ((next(data)["loss_weight"] > 0).sum(1) <= stage.cfg.data.targets).all()
 
 
-def test_heldout_numbers_are_those_of_logits_at_every_token():
-    """The stage computes logits at learnt tokens only; here they are computed everywhere, and weighted."""
-    stage = main.stage_class("pretrain")(config.override(build("pretrain").cfg, ["eval.documents=2"]))
+@pytest.mark.parametrize("name", ["pretrain", "rl"])
+def test_heldout_numbers_are_those_of_logits_at_every_token(name):
+    """The stage computes logits at learnt tokens only; here they are computed everywhere, and weighted. Stage 5 has no
+    loss of drafts, but measures them."""
+    stage = main.stage_class(name)(config.override(build(name).cfg, ["eval.documents=2"]))
     params = stage.init_params(jax.random.key(0))
     # A random model is never right about 4,096 tokens; one that knows the eight commonest only is now and then.
     learnt = np.concatenate([batch["tokens"][batch["loss_weight"] > 0] for batch in stage._heldout])
