@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "train": _COMPUTE | {"inference", "losses", "optim", "data", "agents", "interop", "rl", "eval"},
     "doctor": _BASE | {"data"},
 }
+MAY_IMPORT["cli_options"] = set()
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"cli"}
 
 # library -> the only parts that may import it ([] is nowhere)
