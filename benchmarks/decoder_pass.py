@@ -1,8 +1,9 @@
 """How fast are a forward pass and its gradient of the language models against transformers' own?
 
 Text through the decoder to logits, float32, the same weights (written by transformers' save_pretrained, read through
-our tables) and tokens; the loss is the cross entropy of the next token over all logits. Prints one JSON line: seconds
-of the forward pass and of loss and gradient for us and each peer, and ours / peer (below 1: ours is faster).
+our tables) and tokens. The loss is the cross entropy of the next token, ours as in training (losses/chunked.py), theirs
+over all logits. Prints one JSON line: seconds of the forward pass and of loss and gradient for us and each peer, and
+ours / peer (below 1: ours is faster).
 
     python benchmarks/decoder_pass.py [--model glm_moe_dsa_small] [--peers hf hf-grouped] [--out FILE]
 
@@ -16,6 +17,7 @@ to rounding, the two sides choose different ones.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -123,7 +125,7 @@ class Ours(Side):
 
         from glmv_jax.interop import folder, glm_moe_dsa, glm_ocr
         from glmv_jax.interop.table import to_params
-        from glmv_jax.losses.cross_entropy import cross_entropy
+        from glmv_jax.losses.chunked import head_loss
         from glmv_jax.models import vlm
         from glmv_jax.typing import TokenInput
 
@@ -131,7 +133,8 @@ class Ours(Side):
         where = Path(spec["folder"]) / "model"
         family = glm_ocr if spec["model"].startswith("glm_ocr") else glm_moe_dsa
         whole = family.config(folder.read_config(where))
-        cfg = vlm.VLMConfig(None, None, whole.decoder)
+        decoder = dataclasses.replace(whole.decoder, unroll=spec["unroll"] or whole.decoder.depth)
+        cfg = vlm.VLMConfig(None, None, decoder)
         entries = [entry for entry in family.table(whole) if entry.ours[0].startswith("decoder/")]
         tensors = {name: x for name, x in folder.Tensors(where).items() if "visual" not in name}
         self.params = jax.device_put(to_params(entries, tensors))
@@ -139,11 +142,16 @@ class Ours(Side):
         positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None, :, None], (*ids.shape, 3))
         rows = TokenInput(ids, positions, jnp.ones_like(ids), -jnp.ones_like(ids))
 
+        weight = jnp.full(ids[:, 1:].shape, 1 / ids[:, 1:].size)
+
+        def hidden(params):
+            return vlm.apply(cfg, params, None, rows).hidden
+
         def logits(params):
-            return vlm.logits(cfg, params, vlm.apply(cfg, params, None, rows).hidden)
+            return vlm.logits(cfg, params, hidden(params))
 
         def loss(params):
-            return cross_entropy(logits(params)[:, :-1], ids[:, 1:], jnp.ones(ids[:, 1:].shape)).loss
+            return head_loss(hidden(params)[:, :-1], vlm.head(cfg, params), ids[:, 1:], weight).total
 
         self._forward, self._gradient = jax.jit(logits), jax.jit(jax.value_and_grad(loss))
 
@@ -158,7 +166,7 @@ class Ours(Side):
 
 def contest(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))[: args.threads]
-    base = dict(model=args.model, folder=folder, threads=args.threads, cores=cores)
+    base = dict(model=args.model, folder=folder, threads=args.threads, cores=cores, unroll=args.unroll)
     env = {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "JAX_PLATFORMS": "cpu"}
     peers = [Contender(__file__, base | {"name": args.peers[0]}, env)]
     peers[0].ask("turn", PATIENCE, what="forward", times=1)  # has written the weights by now
@@ -200,13 +208,14 @@ def contest(args: argparse.Namespace, folder: str) -> dict[str, Any]:
     ours.close()
     shape = dict(zip(("batch", "length"), SHAPES[args.model]))
     return {"benchmark": "decoder_pass", "model": args.model, **shape, "dtype": "float32", "threads": args.threads,
-            "peers": rows, "failed": failed, **environment()}  # fmt: skip
+            "unroll": args.unroll, "peers": rows, "failed": failed, **environment()}  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TEXT, default="glm_moe_dsa_small")
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=["hf"])
+    parser.add_argument("--unroll", type=int, default=0, help="ours: layers a turn of the loop over them, 0: all")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--times", type=int, default=2, help="runs of a turn")
     parser.add_argument("--seconds", type=float, default=240.0, help="of turns; each side has at least one")

@@ -30,7 +30,6 @@ import numpy as np
 from contest import emit, environment, in_turns, log, significant
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
-WORDS = {"text": 12, "image": 3}  # tokens of a document that a prompt shows, those after the image
 
 
 def train(folder: str, steps: int) -> None:
@@ -45,12 +44,12 @@ def train(folder: str, steps: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A trained model and its prompts by kind, as `Prompts` of one row each."""
+    """A trained model and its `Prompts` by kind, text and image."""
 
     cfg: Any
     params: Any
     tokenizer: Any
-    prompts: dict[str, list]
+    prompts: dict[str, Any]
 
 
 def load(folder: str, count: int) -> Subject:
@@ -59,9 +58,8 @@ def load(folder: str, count: int) -> Subject:
     from glmv_jax.data import heldout, texts
     from glmv_jax.data.building import DocumentBuilder
     from glmv_jax.data.naflex import Patcher
-    from glmv_jax.data.packing import collate
     from glmv_jax.data.tokenizer import Tokenizer
-    from glmv_jax.inference import Prompts
+    from glmv_jax.eval import drafts
     from glmv_jax.models import build
     from glmv_jax.train import checkpoint
 
@@ -71,54 +69,37 @@ def load(folder: str, count: int) -> Subject:
     tokenizer = Tokenizer(d.vocabulary or None)
     patcher = Patcher(patch=model.vision.patch, temporal=model.vision.temporal_patch, max_patches=d.image_patches)
     builder = DocumentBuilder(tokenizer, patcher, d.tokens, d.patches)
-
-    def cut(document: Any, kind: str) -> Any:
-        """The document up to its first learnt words."""
-        end = int(np.argmax(document.loss_weight > 0)) + WORDS[kind]
-        end = min(end, len(document.tokens) - 1)
-        fields = ("tokens", "loss_weight", "image_of_token")
-        return dataclasses.replace(document, **{name: getattr(document, name)[:end] for name in fields})
-
     asked = heldout.heldout_questions(list(cfg.eval.kinds), -(-count // len(cfg.eval.kinds)))
     asked = [sample for kind in zip(*asked.values()) for sample in kind][:count]
     read = texts.Texts("heldout", 1)
-    documents = {"text": [cut(builder.pretrain(read[i]), "text") for i in range(count)]}
-    if cfg.stage == "pretrain":
-        documents["image"] = [cut(builder.pretrain(sample), "image") for sample in asked]
-    else:
-        documents["image"] = [builder.prompt(sample) for sample in asked]
-    longest = max(len(document.tokens) for kind in documents.values() for document in kind)
-    rows = {
-        kind: [
-            Prompts.of(collate([x], longest, d.image_patches, patcher.channels, [x.source])) for x in documents[kind]
-        ]
-        for kind in documents
-    }
-    return Subject(model, jax.device_put(checkpoint.load_params(folder)), tokenizer, rows)
+    form = "pretrain" if cfg.stage == "pretrain" else "chat"
+    prompts = drafts.continued([read[i] for i in range(count)], asked, builder, form)
+    return Subject(model, jax.device_put(checkpoint.load_params(folder)), tokenizer, prompts)
 
 
-def batches(rows: list, batch: int) -> list:
+def batches(prompts: Any, batch: int) -> list:
     """Prompts of `batch` rows each."""
     import jax
 
-    join = lambda *xs: np.concatenate(xs)  # noqa: E731
-    return [jax.device_put(jax.tree.map(join, *rows[i : i + batch])) for i in range(0, len(rows) - batch + 1, batch)]
+    rows = len(prompts.length)
+    return [
+        jax.device_put(jax.tree.map(lambda x: x[i : i + batch], prompts))  # noqa: B023
+        for i in range(0, rows - batch + 1, batch)
+    ]
 
 
 def acceptances(subject: Subject, drafts: int, new: int) -> dict[str, Any]:
     """Rates and accept length by kind of prompt, greedy and drawn."""
-    import jax
 
+    from glmv_jax.eval import drafts as drafts_eval
     from glmv_jax.inference import Sampling, acceptance
-    from glmv_jax.inference.speculative import Counts, SpeculativeSampler
+    from glmv_jax.inference.speculative import SpeculativeSampler
 
     found: dict[str, Any] = {}
     for temperature in (0.0, 1.0):
         sampling = Sampling.chat(subject.tokenizer, new, temperature=temperature)
         sampler = SpeculativeSampler(subject.cfg, sampling, drafts)
-        for kind, rows in subject.prompts.items():
-            (prompts,) = batches(rows, len(rows))
-            counts: Counts = jax.device_get(sampler(subject.params, prompts, jax.random.key(1)).counts)
+        for kind, counts in drafts_eval.counts(sampler, subject.params, subject.prompts).items():
             rates = acceptance.rates(counts)
             found[f"{kind}, temperature {temperature:g}"] = {
                 "rates": [finite(rate) for rate in rates],

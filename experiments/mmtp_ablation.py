@@ -34,6 +34,7 @@ def get_config(arg=None):
     # Nineteen documents of twenty have an image, and a row has room for all that its text asks for (a third of the
     # tokens of nano are visual). Text alone is a control: without an image the three options are the same function.
     cfg.data.weights.update({"caption": 2.0, "text": 1.0})
+    cfg.eval.drafts = 3  # of the head, looped, when accept lengths are measured
     if arg.size == "nano":
         cfg.data.patches, cfg.log_every = 192, 5
         return cfg

@@ -46,5 +46,5 @@ def get_config(arg=None):
         "schedule": {"warmup": 0.05, "decay": "cosine", "final": 0.2},
         "groups": presets.vlm_groups(vision=0.1 if nano else 0.5),
     }
-    cfg.eval = {"kinds": ("caption", "describe", "table") if arg.corpus else (), "documents": 48}
+    cfg.eval = {"kinds": ("caption", "describe", "table") if arg.corpus else (), "documents": 48, "drafts": 0}
     return cfg

@@ -42,7 +42,7 @@ def get_config(arg=None):
     }
     cfg.eval = {
         "kinds": TASKS if arg.corpus else (), "documents": 32, "questions": 96, "few": 16, "batch": 64,
-        "max_new_tokens": 24, "shown": 4,
+        "max_new_tokens": 24, "shown": 4, "drafts": 0,
     }  # fmt: skip
     if arg.role == "control":
         cfg.data.seed, cfg.steps = 6, 1_000_000

@@ -285,8 +285,7 @@ def head_table(sweep: Sweep) -> list[Table]:
     rows, measured = [], False
     for arm in sweep.arms:
         agree, right = (arm.by_seed(f"heldout mtp_{name}") for name in ("agreement", "accuracy"))
-        lengths = [m.stage.results.get("accept_length") or {} for m in arm.finished]
-        found = [[x[kind] for x in lengths if isinstance(x.get(kind), (int, float))] for kind in ("text", "image")]
+        found = [list(arm.by_seed(f"accept length {kind}").values()) for kind in ("text", "image")]
         measured = measured or any(found)
         if agree or any(found):
             columns = [list(agree.values()), list(right.values()), *found]
@@ -307,18 +306,22 @@ def cost_table(sweep: Sweep) -> Table:
         steps = [seconds for m in done if (seconds := m.step_seconds)]
         tokens = [m.stage.results["tokens"] / s for m in done if (s := m.stage.results.get("train_seconds"))]
         memory = [m.record["peak_rss"] for m in done if m.record.get("peak_rss")]
+        needed = [m.stage.results["step_memory"] for m in done if m.stage.results.get("step_memory")]
         rows.append([
             Cell(arm.label, "head"), Cell(f"{1e3 * plain.fmean(steps):.4g} ms" if steps else "–"),
             Cell(quantity(plain.fmean(tokens) if tokens else None)),
             Cell(f"{max(memory) / 2**30:.2f} GiB" if memory else "–"),
+            Cell(f"{max(needed) / 2**20:,.0f} MiB" if needed else "–"),
             Cell(duration(plain.fmean(m.stage.seconds for m in done)) if done else "–"),
             Cell(quantity(done[0].stage.meta.get("params")) if done else "–"),
         ])  # fmt: skip
     note = (
-        "A step: median over a run, mean over seeds. Memory: the most that a run's process held on the host, of any "
-        "seed (an accelerator's own memory is not in it). A run: everything, evaluations and compilation too."
+        "A step: median over a run, mean over seeds. Host memory: the most that a run's process held, of any seed. "
+        "Step memory: what the compiled step needs of a device, by the compiler. A run: everything, evaluations and "
+        "compilation too."
     )
-    return Table("Time and memory", ["arm", "a step", "tokens/s", "host memory", "a run", "params"], rows, note)
+    header = ["arm", "a step", "tokens/s", "host memory", "step memory", "a run", "params"]
+    return Table("Time and memory", header, rows, note)
 
 
 def _interval(found: Spread, *, signed: bool = False) -> str:

@@ -192,11 +192,31 @@ def select(scores_BTS: jax.Array, visible_BTS: jax.Array, top_k: int) -> jax.Arr
     if top_k >= scores_BTS.shape[-1]:
         return visible_BTS
     scores_BTS = jnp.where(visible_BTS, jax.lax.stop_gradient(scores_BTS), -jnp.inf)
-    last_BT1 = jax.lax.top_k(scores_BTS, top_k)[0][..., -1:]
+    last_BT1 = kth_largest(scores_BTS, top_k)
     above_BTS = scores_BTS > last_BT1
     equal_BTS = scores_BTS == last_BT1
     room_BT1 = top_k - above_BTS.sum(-1, keepdims=True)
     return (above_BTS | (equal_BTS & (jnp.cumsum(equal_BTS, axis=-1) <= room_BT1))) & visible_BTS
+
+
+def kth_largest(x_XS: jax.Array, k: int) -> jax.Array:
+    """[..., 1]: the k-th largest number of each row of float32, exactly; no row may hold a NaN.
+
+    Bit by bit from the highest: a bit is set if at least k numbers are as large as what then has been found. 32 passes
+    that compare and count, where `lax.top_k` sorts whole rows on CPUs and, for a k like these, on TPUs. [4, 512, 512]
+    numbers take 4 ms on two cores, and took 100.
+    """
+    bits_XS = jax.lax.bitcast_convert_type(x_XS, jnp.uint32)
+    top = jnp.uint32(1 << 31)
+    ordered_XS = jnp.where(bits_XS & top, ~bits_XS, bits_XS | top)  # as large as the numbers are
+
+    def bit(i, found_X1):
+        tried_X1 = found_X1 | (top >> i.astype(jnp.uint32))
+        enough_X1 = (ordered_XS >= tried_X1).sum(-1, keepdims=True) >= k
+        return jnp.where(enough_X1, tried_X1, found_X1)
+
+    found_X1 = jax.lax.fori_loop(0, 32, bit, jnp.zeros((*x_XS.shape[:-1], 1), jnp.uint32))
+    return jax.lax.bitcast_convert_type(jnp.where(found_X1 & top, found_X1 ^ top, ~found_X1), jnp.float32)
 
 
 def index_loss(scores_BTS: jax.Array, weights_BHTS: jax.Array, allowed_BTS: jax.Array) -> jax.Array:

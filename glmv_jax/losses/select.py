@@ -54,3 +54,9 @@ def predictors(
     """
     from_BJ1 = jnp.maximum(targets.at_BJ - ahead, 0)[..., None]
     return jnp.take_along_axis(hidden_BTD, from_BJ1, axis=1), weights(targets, segments_BT, ahead)
+
+
+def behind_image(segments_BT: jax.Array, is_image_BT: jax.Array) -> jax.Array:
+    """[B, T] bool: an image stands before the position in its segment (segments are numbered along a row)."""
+    last_image_BT = jax.lax.cummax(jnp.where(is_image_BT, segments_BT, 0), axis=1)
+    return (last_image_BT == segments_BT) & (segments_BT > 0)

@@ -45,6 +45,7 @@ class DecoderConfig:
     tied: bool = False  # the output head is the embedding table
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
 
     @property
     def block(self) -> BlockConfig:
@@ -112,7 +113,7 @@ class Decoder(nn.Module):
         """(x after all layers, cache, aux)."""
         c = self.cfg
         own = None if cache is None else with_prompt(cache["layers"], cache.get("prompt"))
-        x_BTD, own, aux = stack(c.block, c.depth, c.remat, x_BTD, rope, query, key, own)
+        x_BTD, own, aux = stack(c.block, c.depth, c.remat, x_BTD, rope, query, key, own, c.unroll)
         return x_BTD, None if cache is None else cache | {"layers": own}, aux
 
 
@@ -129,8 +130,9 @@ class Runs(Decoder):
             own = None
             if cache is not None:
                 own = with_prompt(cache["layers"][name], cache["prompt"][name] if "prompt" in cache else None)
-            remat = self.cfg.remat
-            x_BTD, kept[name], aux[name] = stack(block, times, remat, x_BTD, rope, query, key, own, name=name)
+            x_BTD, kept[name], aux[name] = stack(
+                block, times, self.cfg.remat, x_BTD, rope, query, key, own, self.cfg.unroll, name=name
+            )
         return x_BTD, None if cache is None else cache | {"layers": kept}, aux
 
 

@@ -52,6 +52,7 @@ class GLM4MoEConfig:
     tied: bool = False
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
 
     @property
     def stacks(self) -> list[tuple[BlockConfig, int]]:

@@ -68,6 +68,7 @@ class GLM5Config:
     tied: bool = False
     dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
 
     def __post_init__(self) -> None:
         if self.index and (len(self.index) != self.depth or set(self.index) - set("FS") or self.index[0] != "F"):

@@ -202,7 +202,7 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
             _write_samples(stage, state, workdir / "samples")
         log.write(step, clock(), "eval", numbers)
         totals.seconds = clock()
-        results = _results(stage, untrained_file, numbers, step, totals)
+        results = _results(stage, untrained_file, numbers, step, totals) | {"step_memory": train_step.memory}
         write_json(results_file, results)
         return results
     except Interrupted:

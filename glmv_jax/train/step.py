@@ -72,6 +72,13 @@ class TrainStep:
         """True when this batch would make the step compile."""
         return _signature(batch) not in self._compiled
 
+    @property
+    def memory(self) -> int:
+        """Bytes of a device that the largest of the compiled steps needs, by the compiler: arguments, results that do
+        not take an argument's place, and all that lies between. 0 where the compiler does not say."""
+        found = [program.memory_analysis() for program in self._compiled.values()]
+        return max((_bytes(m) for m in found if m is not None), default=0)
+
     def compile(self, state: TrainState, constants: Params, batch: Batch) -> None:
         """Compiles the step for batches like this one; RecompileError when that is one shape too many."""
         signature, allowed = _signature(batch), self.stage.shape_buckets
@@ -159,6 +166,11 @@ class TrainStep:
         (grads, extra), (losses, metrics) = jax.lax.scan(piece, (zeros, extra), given)
         metrics = {name: x.max() if name.endswith("_max") else x.sum() for name, x in metrics.items()}
         return (losses.sum(), (metrics, extra)), grads
+
+
+def _bytes(m: Any) -> int:
+    kept = m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+    return kept + m.temp_size_in_bytes
 
 
 def _signature(batch: Batch) -> tuple:

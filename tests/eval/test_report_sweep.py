@@ -37,12 +37,13 @@ def write_run(root, name, arm, seed, *, accept=None, steps=STEPS):
         rows.append({"step": step, "wall": step / 2, "kind": "train", "loss": ce + 0.3 * mtp, "ce": ce, "mtp": mtp,
                      "accuracy": ce / 9, "ce/caption": ce, "steps_per_second": 2.0, "lr": 1e-3})  # fmt: skip
     held_out = dict(zip(HEADS, (2.0 + shift, 0.5, 0.6 - OFFSET[arm] + 0.01 * own.normal())))
+    held_out |= {f"accept length {kind}": length for kind, length in (accept or {}).items()}
     folder = root / name
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = {"metrics": {key: {"untrained": 9.0, "trained": x} for key, x in held_out.items()}, "step": steps,
-               "seconds": 130.0, "train_seconds": 120.0, "tokens": 240_000}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(results | ({"accept_length": accept} if accept else {})))
+               "seconds": 130.0, "train_seconds": 120.0, "tokens": 240_000, "step_memory": 3 << 20}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
     (folder / "meta.json").write_text(json.dumps({"jax": "0.10.2", "params": 3_100_000, "host": {"cores": 2}}))
     return {name: np.array([row[name] for row in rows]) for name in ("loss", "ce", "mtp")} | held_out
 
@@ -131,7 +132,7 @@ def test_terminal_tables_hold_the_numbers(sweep):
     x = of(made, "masked", "heldout mtp_agreement")
     assert re.search(rf"masked +{x.mean():.3f} +{x.std(ddof=1):.3f} +0\.\d+ to 0\.\d+ +4", text)
     assert re.search(r"train mtp +embeddings − masked +\+0\.0\d+ +\+0\.0\d+ to \+0\.0\d+ +4", text)
-    assert re.search(r"embeddings +500 ms +2k +1\.50 GiB +2 min 10 s +3\.1M", text), text
+    assert re.search(r"embeddings +500 ms +2k +1\.50 GiB +3 MiB +2 min 10 s +3\.1M", text), text
     assert "not measured in these runs" in notes(text) and "metrics are in report.html" not in notes(text)
     assert re.search(r"masked +0, 1, 2, 3 +4 finished", text)
 

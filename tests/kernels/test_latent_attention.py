@@ -116,3 +116,15 @@ def test_ties_go_to_the_earlier_key():
     np.testing.assert_array_equal(lib.select(scores, seen, 6), seen)
     few = jnp.array([[[True, True, False, False, False, False]]])
     np.testing.assert_array_equal(lib.select(scores, few, 3), few)
+
+
+@pytest.mark.parametrize("k", [1, 5, 63, 64])
+def test_the_kth_largest_number_is_that_of_a_sort(k):
+    """Ties, zeros of both signs, infinities and numbers of every size."""
+    rng = np.random.default_rng(k)
+    x = rng.normal(size=(7, 3, 64)).astype(np.float32) * 10.0 ** rng.integers(-38, 38, (7, 3, 64)).astype(np.float32)
+    x[0] = np.round(rng.normal(size=(3, 64)))
+    x[1, :, :40], x[2, :, 3], x[3] = -np.inf, np.inf, -np.inf
+    x[4] = rng.choice(np.float32([0.0, -0.0, 1e-45, -1e-45]), (3, 64))
+    found = np.asarray(jax.jit(lib.kth_largest, static_argnums=1)(x, k))
+    np.testing.assert_array_equal(found, np.sort(x, axis=-1)[..., [-k]])

@@ -8,7 +8,7 @@ import numpy as np
 
 from glmv_jax.losses.cross_entropy import cross_entropy, next_targets
 from glmv_jax.losses.mtp import mtp_targets
-from glmv_jax.losses.select import predictors, select, weights
+from glmv_jax.losses.select import behind_image, predictors, select, weights
 
 
 def rows(seed: int = 0):
@@ -69,3 +69,13 @@ def test_what_does_not_fit_is_told():
     targets = select(tokens, segments, weight, 3)
     assert float(targets.cut) == sum(max(0, int((w > 0).sum()) - 3) for w in np.asarray(weight)) > 0
     assert float(select(tokens, segments, weight, 20).cut) == 0
+
+
+def test_positions_behind_an_image_of_their_own_segment():
+    _, segments, image, *_ = rows()
+    found = np.asarray(behind_image(jnp.array(segments), jnp.array(image)))
+    expected = np.zeros_like(image)
+    for b, t in np.ndindex(*image.shape):
+        expected[b, t] = segments[b, t] and image[b, : t + 1][segments[b, : t + 1] == segments[b, t]].any()
+    assert expected.any() and (~expected & (segments > 0)).any()
+    np.testing.assert_array_equal(found, expected)

@@ -5,6 +5,8 @@ Small towers (two layers) and the shipped corpus. Not covered: whether a stage l
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import types
 
 import jax
@@ -170,23 +172,54 @@ def test_heldout_numbers_are_those_of_logits_at_every_token(name):
     common = np.argsort(-np.bincount(learnt, minlength=stage.tokenizer.vocab_size))[:8]
     head = params["decoder"]["head"]
     params["decoder"]["head"] = jnp.zeros_like(head).at[:, common].set(head[:, common])
-    sums = np.zeros((3, 2))
+    sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
     for batch in stage._heldout:
         vision, tokens = inputs(batch)
         out = vlm.apply(stage.model, params, vision, tokens)
         logits = vlm.logits(stage.model, params, out.hidden)
-        targets, weight = next_targets(tokens.tokens, tokens.loss_weight, tokens.segments)
-        loss = cross_entropy(logits, targets, weight)
         drafts = [vlm.logits(stage.model, params, h) for h in vlm.mtp_hidden(stage.model, params, out, tokens)[0]]
-        mtp = mtp_loss(drafts, tokens.tokens, tokens.segments, tokens.loss_weight, tokens.image_row >= 0,
-                       main_logits_BTV=logits)  # fmt: skip
-        for row, value, weight in zip(sums, (loss.loss, mtp.accuracy_K[0], mtp.agreement_K[0]),
-                                      (loss.weight, mtp.weight_K[0], mtp.weight_K[0])):  # fmt: skip
-            row += float(value) * float(weight), float(weight)
-    assert sums[:, 0].all()
+        is_image, behind = tokens.image_row >= 0, _behind_image(batch)
+        for suffix, counts in (("", True), (" in text alone", ~behind), (" behind images", behind)):
+            learnt_BT = tokens.loss_weight * counts
+            targets, weight = next_targets(tokens.tokens, learnt_BT, tokens.segments)
+            loss = cross_entropy(logits, targets, weight)
+            mtp = mtp_loss(drafts, tokens.tokens, tokens.segments, learnt_BT, is_image, main_logits_BTV=logits)
+            found = {"loss": (loss.loss, loss.weight), "mtp": (mtp.loss_K[0], mtp.weight_K[0]),
+                     "mtp_accuracy": (mtp.accuracy_K[0], mtp.weight_K[0]),
+                     "mtp_agreement": (mtp.agreement_K[0], mtp.weight_K[0])}  # fmt: skip
+            for name, (value, weight) in found.items():
+                sums[f"heldout {name}{suffix}"] += float(value) * float(weight), float(weight)
+    assert stage.heads == 2  # so the mean over depths is that of the first
     found = stage.heldout_loss(params)
-    names = ("heldout loss", "heldout mtp_accuracy", "heldout mtp_agreement")
-    np.testing.assert_allclose([found[name] for name in names], sums[:, 0] / sums[:, 1], rtol=1e-5)
+    names = ["heldout mtp_accuracy", "heldout mtp_agreement"]
+    names += [f"heldout {name}{where}" for name in ("loss", "mtp") for where in ("", " behind images")]
+    if "text" in stage.names:
+        names += ["heldout loss in text alone", "heldout mtp in text alone"]
+    assert all(sums[name][0] for name in names) and {*names, "heldout loss without image"} == set(found)
+    np.testing.assert_allclose([found[name] for name in names], [sums[n][0] / sums[n][1] for n in names], rtol=1e-5)
+
+
+def _behind_image(batch):
+    """Token by token: is there an image before it in its segment."""
+    behind = np.zeros(batch["tokens"].shape, bool)
+    for b, t in np.ndindex(*behind.shape):
+        same = batch["segments"][b, :t] == batch["segments"][b, t]
+        behind[b, t] = batch["segments"][b, t] and (same & (batch["image_row"][b, :t] >= 0)).any()
+    return behind
+
+
+def test_accept_lengths_of_a_stage_are_measured_where_it_asks_for_drafts():
+    """A head that always says what the backbone says has every draft kept: K + 1 tokens a pass but at the end."""
+    stage = main.stage_class("pretrain")(config.override(build("pretrain").cfg, ["eval.documents=2", "eval.drafts=2"]))
+    stage.drafting.sampling = dataclasses.replace(stage.drafting.sampling, stop=())  # so that answers are whole
+    params = stage.init_params(jax.random.key(0))
+    found = stage.evaluate(params, {}, full=True)
+    assert {f"accept length {kind}" for kind in ("text", "image")} <= set(found)
+    constant = jax.tree.map(jnp.zeros_like, params["decoder"]["norm"])  # every hidden state 0: the first token wins
+    params["decoder"]["norm"], params["mtp"]["norm"] = constant, jax.tree.map(jnp.zeros_like, params["mtp"]["norm"])
+    lengths = stage.accept_lengths(params)
+    assert all(2.5 < length <= 3 for length in lengths.values()), lengths
+    assert not any("accept" in name for name in stage.evaluate(params, {}, full=False))
 
 
 def test_rl_packs_only_groups_whose_rewards_differ():

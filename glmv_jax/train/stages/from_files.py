@@ -21,8 +21,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import jax
-import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax.data import gui, local, packing
@@ -123,10 +121,8 @@ class FromFiles(VLMStage):
         """As of the generators, and for each source "heldout loss/<name>", with the images and without."""
         result = super().heldout_loss(params) if self.cfg.eval.kinds else {}
         for name, batches in self._heldout_records.items():
-            for seen, suffix in ((1.0, ""), (0.0, " without image")):
-                sums = [jax.device_get(self._measure(params, batch, np.float32(seen))["loss"]) for batch in batches]
-                total, weight = np.sum(sums, axis=0, dtype=np.float64)
-                result[f"heldout loss/{name}{suffix}"] = float(total / max(weight, 1e-6))
+            for seen, suffix in ((True, ""), (False, " without image")):
+                result[f"heldout loss/{name}{suffix}"] = self.measured(params, batches, seen=seen)["loss"]
         return result
 
 

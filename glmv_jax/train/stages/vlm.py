@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import open_tokenizer
+from glmv_jax.eval import drafts
 from glmv_jax.eval import vlm as vlm_eval
-from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.speculative import SpeculativeSampler
 from glmv_jax.losses.chunked import CHUNK, head_loss
 from glmv_jax.losses.cross_entropy import divide, per_source
-from glmv_jax.losses.select import Targets, predictors, select, weights
+from glmv_jax.losses.select import Targets, behind_image, predictors, select, weights
 from glmv_jax.models import build, cogvit, vlm
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
@@ -233,6 +236,8 @@ class VLMStage(Stage):
 
     def evaluate(self, params, extra, *, full: bool):
         metrics = self.heldout_loss(params)
+        if full and self.drafting:
+            metrics |= self.accept_lengths(params)
         if self.form == "chat":
             samples = [s for kind in self.questions.values() for s in (kind if full else kind[: self.cfg.eval.few])]
             metrics |= vlm_eval.evaluate(
@@ -261,30 +266,65 @@ class VLMStage(Stage):
 
     @functools.cached_property
     def _measure(self):
+        """(params, batch, 0: grey images) -> {name: (sums [n], sums of weights [n])}, n the heads it is a mean of."""
+
         def sums(params, batch, seen):
             v = self.model.vision
             batch = batch | {"patches": cogvit.normalised(batch["patches"], v.channels, v.temporal_patch) * seen}
             p = self._predict(params, batch, self.whole(batch)["weight_H"])
-            loss = {"loss": ((p.weight_HBJ[0] * p.nll_HBJ[0]).sum(), p.weight_H[0])}
-            if self.heads == 1:
-                return loss
-            return loss | {
-                "mtp_accuracy": (p.hits(1, p.targets.tokens_BJ), p.weight_H[1]),
-                "mtp_agreement": (p.hits(1, p.said_HBJ[0]), p.weight_H[1]),
-            }
+            tokens = inputs(batch)[1]
+            behind_BT = behind_image(tokens.segments, tokens.image_row >= 0)
+            behind_BJ = jnp.take_along_axis(behind_BT, p.targets.at_BJ, axis=1)
+            found = {}
+            for suffix, counts_BJ in (("", 1.0), (" in text alone", ~behind_BJ), (" behind images", behind_BJ)):
+                weight_HBJ = p.weight_HBJ * counts_BJ
+                total_H, weight_H = (weight_HBJ * p.nll_HBJ).sum((1, 2)), weight_HBJ.sum((1, 2))
+                found |= {f"loss{suffix}": (total_H[:1], weight_H[:1]), f"mtp{suffix}": (total_H[1:], weight_H[1:])}
+            if self.heads > 1:
+                found["mtp_accuracy"] = (p.hits(1, p.targets.tokens_BJ)[None], p.weight_H[1:2])
+                found["mtp_agreement"] = (p.hits(1, p.said_HBJ[0])[None], p.weight_H[1:2])
+            return found
 
         return jax.jit(sums)
 
+    def measured(self, params: Params, batches: Sequence[Batch], *, seen: bool) -> dict[str, float]:
+        """Means over the learnt tokens of packed batches, of what there is: the loss a token of the main head, "mtp",
+        that of the drafts, both again of tokens behind an image and of those without, and how often drafts are right.
+
+        seen: with the images, or with grey ones in their place.
+        """
+        rows = [jax.device_get(self._measure(params, batch, np.float32(seen))) for batch in batches]
+        means = {}
+        for name in rows[0]:
+            total, weight = (np.sum([row[name][i] for row in rows], axis=0, dtype=np.float64) for i in (0, 1))
+            if weight.size and weight.all():
+                means[name] = float((total / weight).mean())
+        return means
+
     def heldout_loss(self, params) -> dict[str, float]:
-        """Loss a token with the image and with a grey one in its place; how often the MTP draft is right."""
-        result = {}
-        for seen, suffix in ((1.0, ""), (0.0, " without image")):
-            rows = [jax.device_get(self._measure(params, batch, np.float32(seen))) for batch in self._heldout]
-            for name in rows[0]:
-                total, weight = (float(sum(r[name][i] for r in rows)) for i in (0, 1))
-                if not suffix or name == "loss":
-                    result[f"heldout {name}{suffix}"] = total / max(weight, 1e-6)
-        return result
+        """What `measured` says of held-out documents, and the loss with a grey image in each one's place."""
+        found = {f"heldout {name}": mean for name, mean in self.measured(params, self._heldout, seen=True).items()}
+        return found | {"heldout loss without image": self.measured(params, self._heldout, seen=False)["loss"]}
+
+    @functools.cached_property
+    def drafting(self) -> SpeculativeSampler | None:
+        """Greedy decoding with cfg.eval.drafts drafts of the MTP head; None for 0, and for stages that do not say."""
+        sampling = Sampling.chat(self.tokenizer, drafts.NEW, temperature=0.0)
+        n = self.cfg.eval.get("drafts", 0)
+        return SpeculativeSampler(self.model, sampling, n) if n else None
+
+    @functools.cached_property
+    def _continued(self) -> dict[str, Prompts]:
+        kinds, n = list(self.cfg.eval.kinds), self.cfg.eval.documents
+        asked = heldout.heldout_questions(kinds, -(-n // len(kinds))) if kinds else {}
+        pictures = [sample for kind in zip(*asked.values()) for sample in kind][:n]
+        read = texts.Texts("heldout", 1)
+        return drafts.continued([read[i] for i in range(n)], pictures, self.builder, self.form)
+
+    def accept_lengths(self, params) -> dict[str, float]:
+        """Tokens a pass of speculative decoding after a text, and after an image."""
+        found = drafts.accept_lengths(drafts.counts(self.drafting, params, self._continued))
+        return {f"accept length {kind}": length for kind, length in found.items()}
 
     def write_samples(self, params, extra, folder):
         if self.form == "chat":
