@@ -127,7 +127,7 @@ def costs(subject: Subject, batch: int, widths: list[int], rounds: int, repeats:
         out = prefill(cfg, params, prompts)
         cache = vlm.share_prompts(cfg, out.cache, 1, 64)
         head = drafting.prompt_cache(cfg, params, out, inputs(prompts), 1, 64)
-        params, cache = vlm.layers_apart(cfg, params, cache)
+        params, cache = vlm.layers_apart(cfg, params, cache, batch * (width or 2))
         T = max(width, 1)
         positions = jnp.broadcast_to((prompts.next_position[:, None] + jnp.arange(T))[..., None], (batch, T, 3))
 

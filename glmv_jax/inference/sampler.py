@@ -128,7 +128,7 @@ def sample(
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
     stop = jnp.array(sampling.stop, jnp.int32)
     cache = vlm.share_prompts(cfg, out.cache, group, Tn)
-    params, cache = vlm.layers_apart(cfg, params, cache)
+    params, cache = vlm.layers_apart(cfg, params, cache, N)
     # What is only read need not travel through the loop.
     fixed = {name: cache.pop(name) for name in ("prompt", "slots") if name in cache}
 

@@ -95,7 +95,7 @@ def speculate(
     cache = vlm.share_prompts(cfg, out.cache, group, slots)
     logits_NV = repeat(vlm.logits(cfg, params, last(out.hidden, prompts))[:, 0])
     h_N1D = repeat(last(drafting.h_prev(cfg, out), prompts))
-    params, cache = vlm.layers_apart(cfg, params, cache)
+    params, cache = vlm.layers_apart(cfg, params, cache, N * (K + 1))
     # What is only read need not travel through the loop; lengths count from where the prompts' own entries end.
     apart = lambda tree: {name: tree.pop(name) for name in ("prompt", "slots") if name in tree}  # noqa: E731
     fixed, head_fixed, begin, head_begin = apart(cache), apart(head), cache.pop("length"), head.pop("length")

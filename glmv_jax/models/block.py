@@ -203,6 +203,22 @@ def layers_apart(params: dict, name: str = "blocks") -> dict:
     return rest | {f"{name}_{i}": tree.unflatten([x[i] for x in leaves]) for i in range(len(leaves[0]))}
 
 
+LARGE = 1 << 21  # numbers of a matrix that no cache holds
+
+
+def by_rows(params: dict) -> dict:
+    """Parameters with the large matrices of `Linear` laid out [O, I], as "kernel_OI"; see `kernels.matmul.by_rows`."""
+    found: dict[str, Any] = {}
+    for name, x in params.items():
+        if isinstance(x, dict):
+            found[name] = by_rows(x)
+        elif name == "kernel" and x.ndim == 2 and x.size >= LARGE:
+            found["kernel_OI"] = x.T
+        else:
+            found[name] = x
+    return found
+
+
 def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerCache:
     """Zeros for `depth` layers, `batch` rows and `length` slots."""
     shape = (depth, batch * cfg.g, length, cfg.k)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels.attention import Shared, Span
+from glmv_jax.kernels.matmul import by_rows
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, as_prompt, empty_cache, layers_apart, stack
 from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param
@@ -180,5 +181,7 @@ def head(cfg: Any, params: dict) -> jax.Array:
 
 def logits(cfg: Any, params: dict, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32 from hidden states after a norm (the final one, or the MTP head's own)."""
+    if "head_VD" in params:  # see `vlm.layers_apart`
+        return by_rows(hidden_BTD, params["head_VD"].astype(cfg.dtype))
     head_DV = head(cfg, params).astype(cfg.dtype)
     return jnp.einsum("btd,dv->btv", hidden_BTD, head_DV, preferred_element_type=jnp.float32)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.matmul import matmul
+from glmv_jax.kernels.matmul import by_rows, matmul
 from glmv_jax.parallel import axes
 
 fan_in = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
@@ -26,7 +26,10 @@ def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], 
 
 
 class Linear(nn.Module):
-    """y = x W (+ b), in `dtype`. `axes` names the two dimensions of W; the bias lives where the second does."""
+    """y = x W (+ b), in `dtype`. `axes` names the two dimensions of W; the bias lives where the second does.
+
+    A program that decodes may give W as "kernel_OI" in its place, see `block.by_rows`.
+    """
 
     features: int
     axes: tuple[str, str]
@@ -36,8 +39,12 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
-        y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
+        if self.has_variable("params", "kernel_OI"):
+            kernel_OI = self.get_variable("params", "kernel_OI")
+            y = by_rows(x.astype(self.dtype), kernel_OI.astype(self.dtype)).astype(self.dtype)
+        else:
+            kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
+            y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
         if self.bias:  # added in float32, so that its gradient, a sum over all rows, is taken there
             name = "norm" if self.axes[1] == "embed" else self.axes[1]
             y = (y.astype(jnp.float32) + param(self, "bias", zeros, (self.features,), (name,))).astype(self.dtype)

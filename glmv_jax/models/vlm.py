@@ -13,7 +13,10 @@ import jax.numpy as jnp
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
+from glmv_jax.models.block import LARGE, by_rows
 from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
+
+MOST_ROWS = 32  # of a product; with more both of its forms take as long
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,12 +150,21 @@ def share_prompts(cfg: VLMConfig, cache: dict, group: int, length: int) -> dict:
     return own | {"slots": jnp.arange(slots), "length": filled}
 
 
-def layers_apart(cfg: VLMConfig, params: Params, cache: dict) -> tuple[Params, dict]:
+def layers_apart(cfg: VLMConfig, params: Params, cache: dict, rows: int) -> tuple[Params, dict]:
     """The same parameters and cache, laid out for decoding on this device: on a CPU, where that is faster, without a
-    loop over layers; elsewhere as they are."""
+    loop over layers and, for steps of a few rows, with large matrices by rows; elsewhere as they are.
+
+    rows: tokens of all rows of a batch that a step reads.
+    """
     if jax.default_backend() != "cpu":
         return params, cache
     counts = {name: cache[name] for name in ("slots", "length")}
     own = {name: x for name, x in cache.items() if name not in counts}
     decoder_params, own = cfg.decoder.layers_apart(params["decoder"], own)
-    return params | {"decoder": decoder_params}, own | counts
+    params = params | {"decoder": decoder_params}
+    if 1 < rows <= MOST_ROWS:
+        head_VD = decoder.head(cfg.decoder, decoder_params).T
+        params |= {name: by_rows(params[name]) for name in ("decoder", "mtp") if name in params}
+        if head_VD.size >= LARGE:
+            params["decoder"]["head_VD"] = head_VD
+    return params, own | counts

@@ -91,9 +91,12 @@ def test_cached_decoding_equals_one_parallel_pass():
     np.testing.assert_array_equal(cache["length"], lengths + 3)
 
 
-def test_shared_prompts_equal_repeated_ones():
+@pytest.mark.parametrize("large", [1, block.LARGE])
+def test_shared_prompts_equal_repeated_ones(monkeypatch, large):
     """Three continuations of each of two prompts of unlike length: with the prompt's cache in common and copied, and
-    the first also with layers apart."""
+    the first also with layers apart, their matrices by rows or as they are."""
+    monkeypatch.setattr(block, "LARGE", large)
+    monkeypatch.setattr(vlm, "LARGE", large)
     cfg, rng = config(), np.random.default_rng(4)
     params = random_params(cfg)
     group, lengths = 3, jnp.array([7, 4])
@@ -105,7 +108,11 @@ def test_shared_prompts_equal_repeated_ones():
     copied["layers"] = {name: repeated(x) for name, x in copied["layers"].items()}
     copied["length"] = jnp.repeat(copied["length"], group)
     shared = vlm.share_prompts(cfg, cache, group, 3)
-    apart_params, apart_cache = vlm.layers_apart(cfg, params, shared)
+    apart_params, apart_cache = vlm.layers_apart(cfg, params, shared, 2 * group)
+    assert ("head_VD" in apart_params["decoder"]) == (large == 1)
+    assert ("kernel_OI" in apart_params["decoder"]["blocks_0"]["attention"]["q"]) == (large == 1)
+    one_row, _ = vlm.layers_apart(cfg, params, shared, 1)
+    assert "head_VD" not in one_row["decoder"] and "kernel" in one_row["decoder"]["blocks_0"]["attention"]["q"]
     assert shared["layers"]["k"].shape[1:3] == (2 * group * cfg.decoder.kv_heads, 3)
     for step in range(3):
         tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
@@ -115,6 +122,8 @@ def test_shared_prompts_equal_repeated_ones():
         np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-5)
         apart = vlm.apply(cfg, apart_params, None, said, apart_cache)
         np.testing.assert_allclose(one.hidden, apart.hidden, atol=1e-5)
+        logits = [vlm.logits(cfg, p, out.hidden) for p, out in ((params, one), (apart_params, apart))]
+        np.testing.assert_allclose(*logits, atol=1e-5)
         shared, copied, apart_cache = one.cache, other.cache, apart.cache
 
 
