@@ -14,17 +14,15 @@ from flax import linen as nn
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import rope as rope_lib
-from glmv_jax.models.block import Block, BlockConfig, empty_cache
-from glmv_jax.models.decoder import Runs, runs_apart, shared_prompts
+from glmv_jax.models.block import Block, BlockConfig
+from glmv_jax.models.decoder import shared_prompts
+from glmv_jax.models.expert_decoder import ExpertDecoderConfig
 from glmv_jax.models.moe import MoE, MoEConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class GLM4MoEConfig:
-    """Defaults are the text model of GLM-4.5V (106 B) without an MTP layer.
-
-    dense: how many layers at the start have a plain MLP, `mlp` wide. expert_mlp to route_scale: see `moe.MoEConfig`.
-    """
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GLM4MoEConfig(ExpertDecoderConfig):
+    """Defaults are the text model of GLM-4.5V (106 B) without an MTP layer."""
 
     vocab: int = 151552
     depth: int = 46
@@ -36,23 +34,9 @@ class GLM4MoEConfig:
     dense: int = 1
     expert_mlp: int = 1408
     experts: int = 128
-    chosen: int = 8
-    shared: int = 1
-    groups: int = 1
-    chosen_groups: int = 1
-    normalise: bool = True
-    route_scale: float = 1.0
-    dense_experts: bool = False
-    rope_theta: float = 1e4
-    rope_split: tuple[int, int, int] = (8, 12, 12)
     rotary_fraction: float = 0.5
     qkv_bias: bool = True
     qk_norm: bool = False
-    norm_eps: float = 1e-5
-    tied: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
 
     @property
     def stacks(self) -> list[tuple[BlockConfig, int]]:
@@ -73,43 +57,15 @@ class GLM4MoEConfig:
             norm_eps=self.norm_eps, rotate=rope_lib.rotate_half, dtype=self.dtype,
         )  # fmt: skip
 
-    @property
-    def moe(self) -> MoEConfig:
-        return MoEConfig(
-            self.width, self.expert_mlp, self.experts, self.chosen, self.shared, self.groups, self.chosen_groups,
-            self.normalise, self.route_scale, self.dense_experts, self.dtype,
-        )  # fmt: skip
-
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
         rotary_dim = int(self.head_dim * self.rotary_fraction)
         return rope_lib.sections(
             positions_BT3, rotary_dim, self.rope_theta, tuple(self.rope_split), rope_lib.rotate_half)  # fmt: skip
 
-    def flops(self, tokens: float, keys: float) -> float:
-        """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
-        layers = sum(block.flops(keys) * times for block, times in self.stacks)
-        return tokens * (layers + 2 * self.width * self.vocab)
-
-    def init_cache(self, batch: int, length: int) -> dict:
-        """Zeros for `batch` rows of `length` slots; "layers" has a part a run, with leaves [L, B, S, ...]."""
-        runs = enumerate(self.stacks)
-        return {"layers": {f"blocks{i}": empty_cache(block, times, batch, length) for i, (block, times) in runs}}
-
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """As `decoder.DecoderConfig.share_prompts`: prompts are not copied."""
         prompt = {name: shared_prompts(layers, length_B) for name, layers in cache["layers"].items()}
         return self.init_cache(len(length_B) * group, length) | {"prompt": prompt}, length, jnp.zeros(1, jnp.int32)
-
-    def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
-        """See `decoder.runs_apart`."""
-        return runs_apart(self.stacks, params, cache)
-
-    def module(self) -> nn.Module:
-        return Runs(self)
-
-    def example(self) -> tuple:
-        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
-        return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,20 +18,20 @@ from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import LayerCache
-from glmv_jax.models.decoder import Runs, runs_apart
+from glmv_jax.models.expert_decoder import ExpertDecoderConfig
 from glmv_jax.models.latent import LatentAttention
 from glmv_jax.models.layers import RMSNorm, SwiGLU
-from glmv_jax.models.moe import MoE, MoEConfig
+from glmv_jax.models.moe import MoE
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
 
 
-@dataclasses.dataclass(frozen=True)
-class GLM5Config:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GLM5Config(ExpertDecoderConfig):
     """Defaults are the released GLM-5 (743 B) without its MTP layer.
 
-    dense: how many layers at the start have a plain MLP. index: a letter a layer, "F" for a layer with its own indexer
-    and "S" for one that sees what the last F saw; "" stands for F everywhere.
+    index: a letter a layer, "F" for a layer with its own indexer and "S" for one that sees what the last F saw; ""
+    stands for F everywhere.
     attention: "sparse" (top_k keys a query), or "dense" (all visible keys; the warm-up of an indexer).
     index_loss: whether the indexer's loss is computed, over the keys seen; nothing else teaches it.
     """
@@ -55,20 +55,8 @@ class GLM5Config:
     dense: int = 3
     expert_mlp: int = 2048
     experts: int = 256
-    chosen: int = 8
-    shared: int = 1
-    groups: int = 1
-    chosen_groups: int = 1
-    normalise: bool = True
     route_scale: float = 2.5
-    dense_experts: bool = False
     rope_theta: float = 1e6
-    rope_split: tuple[int, int, int] = (8, 12, 12)
-    norm_eps: float = 1e-5
-    tied: bool = False
-    dtype: str = "float32"
-    remat: str = "none"
-    unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
 
     def __post_init__(self) -> None:
         if self.index and (len(self.index) != self.depth or set(self.index) - set("FS") or self.index[0] != "F"):
@@ -91,41 +79,14 @@ class GLM5Config:
         """One layer with its own indexer and experts: the MTP head's."""
         return Unit(self, ("moe",))
 
-    @property
-    def moe(self) -> MoEConfig:
-        return MoEConfig(
-            self.width, self.expert_mlp, self.experts, self.chosen, self.shared, self.groups, self.chosen_groups,
-            self.normalise, self.route_scale, self.dense_experts, self.dtype,
-        )  # fmt: skip
-
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
         return rope_lib.sections(positions_BT3, self.rope_dim, self.rope_theta, tuple(self.rope_split))
-
-    def flops(self, tokens: float, keys: float) -> float:
-        """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
-        layers = sum(unit.flops(keys) * times for unit, times in self.stacks)
-        return tokens * (layers + 2 * self.width * self.vocab)
-
-    def init_cache(self, batch: int, length: int) -> dict:
-        """Zeros for `batch` rows of `length` slots: latents, rotated keys, and the keys of the indexers."""
-        return {"layers": {f"blocks{i}": u.empty_cache(n, batch, length) for i, (u, n) in enumerate(self.stacks)}}
 
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """From the cache of B prompts that of `group` continuations of each with `length` more slots, its slots, and
         how many are filled. Prompts are copied: a slot is 704 numbers, where eight heads of 128 would keep 2,048."""
         layers = jax.tree.map(lambda x: _copied(x, 1, group, length), cache["layers"])
         return {"layers": layers}, jax.tree.leaves(layers)[0].shape[2], jnp.repeat(length_B, group)
-
-    def layers_apart(self, params: dict, cache: dict) -> tuple[dict, dict]:
-        """See `decoder.runs_apart`."""
-        return runs_apart(self.stacks, params, cache)
-
-    def module(self) -> nn.Module:
-        return Runs(self)
-
-    def example(self) -> tuple:
-        span = Span(jnp.ones((1, 2), jnp.int32), jnp.arange(2)[None])
-        return jnp.zeros((1, 2, self.width)), jnp.zeros((1, 2, 3), jnp.int32), span, span, None
 
 
 @dataclasses.dataclass(frozen=True)
