@@ -24,9 +24,9 @@ import jax
 import numpy as np
 
 from glmv_jax.interop import arrays, families, folder
-from glmv_jax.interop.table import flatten
 from glmv_jax.models import api
 from glmv_jax.train import checkpoint, exchange
+from glmv_jax.trees import flatten
 
 # The contents of config.json. GLM-OCR's numbers are those of the released config; "small" is no released model.
 TEXT = dict(num_hidden_layers=16, hidden_size=1536, intermediate_size=4608, num_attention_heads=16,

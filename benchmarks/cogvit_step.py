@@ -102,17 +102,17 @@ def write_weights(size: str, file: str) -> float:
     """Random parameters under transformers' names; returns the tower's forward FLOPs of an image."""
     from safetensors.numpy import save_file
 
-    from glmv_jax.interop.table import flatten, to_tensors
+    from glmv_jax.interop.table import to_tensors
     from glmv_jax.models import CogViTConfig, abstract_params
+    from glmv_jax.trees import flatten, nest
 
     cfg, rng = CogViTConfig(**SIZES[size]), np.random.default_rng(1)
     params: dict[str, Any] = {}
     for path, like in flatten(abstract_params(cfg)).items():
         x = rng.standard_normal(like.shape, np.float32)
-        *folders, leaf = f"vision/{path}".split("/")
-        place = functools.reduce(lambda at, name: at.setdefault(name, {}), folders, params)
-        place[leaf] = x * like.shape[-2] ** -0.5 if leaf == "kernel" else 0.1 * x + (leaf == "scale")
-    save_file(to_tensors(entries(cfg), params), file)
+        leaf = path.rpartition("/")[2]
+        params[f"vision/{path}"] = x * like.shape[-2] ** -0.5 if leaf == "kernel" else 0.1 * x + (leaf == "scale")
+    save_file(to_tensors(entries(cfg), nest(params)), file)
     return cfg.flops(SIDE**2)
 
 

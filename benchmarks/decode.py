@@ -57,18 +57,19 @@ def write_weights(spec: Spec, file: str) -> dict[str, float]:
     """Random parameters under transformers' names; returns how many there are, and how many a step reads."""
     from safetensors.numpy import save_file
 
-    from glmv_jax.interop.table import flatten, to_tensors
+    from glmv_jax.interop.table import to_tensors
     from glmv_jax.models import abstract_params
+    from glmv_jax.trees import flatten, nest
 
     cfg, rng = model(spec), np.random.default_rng(1)
     params: dict[str, Any] = {}
     shapes = flatten(abstract_params(cfg.decoder))
     for path, like in shapes.items():
-        *folders, leaf = f"decoder/{path}".split("/")
-        place = functools.reduce(lambda at, name: at.setdefault(name, {}), folders, params)
+        leaf = path.rpartition("/")[2]
         x = rng.standard_normal(like.shape, np.float32)
-        place[leaf] = 1 + 0.1 * x if leaf == "scale" else x * like.shape[-2] ** -0.5 if leaf != "embedding" else x
-    save_file(to_tensors(entries(cfg), params), file)
+        x = 1 + 0.1 * x if leaf == "scale" else x * like.shape[-2] ** -0.5 if leaf != "embedding" else x
+        params[f"decoder/{path}"] = x
+    save_file(to_tensors(entries(cfg), nest(params)), file)
     total = sum(like.size for like in shapes.values())
     return {"parameters": total, "read": total - cfg.decoder.vocab * cfg.decoder.width}
 

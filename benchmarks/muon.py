@@ -43,6 +43,7 @@ from glmv_jax import config, models, optim  # noqa: E402
 from glmv_jax.models import build, cogvit  # noqa: E402
 from glmv_jax.parallel import rules as rules_lib  # noqa: E402
 from glmv_jax.parallel.mesh import make_mesh  # noqa: E402
+from glmv_jax.trees import flatten, slash_path  # noqa: E402
 from glmv_jax.typing import VisionInput  # noqa: E402
 
 PATCHES = 256
@@ -66,7 +67,7 @@ def from_optax(params, told: bool) -> optax.GradientTransformation:
     """optax.contrib.muon, told which leaves are (stacks of) matrices, or left to its rule: all leaves of two axes."""
     axes = lambda leaf: optax.contrib.MuonDimensionNumbers(leaf.ndim - 2, leaf.ndim - 1)  # noqa: E731
     which = {slash: axes(leaf) if MATRIX.fullmatch(slash) else None
-             for slash, leaf in zip(optim.slash_paths(params), jax.tree.leaves(params))}  # fmt: skip
+             for slash, leaf in flatten(params).items()}  # fmt: skip
     numbers = jax.tree.unflatten(jax.tree.structure(params), list(which.values())) if told else None
     return optax.contrib.muon(1e-3, weight_decay=0.05, consistent_rms=0.2, adam_weight_decay=0.05,
                               muon_weight_dimension_numbers=numbers)  # fmt: skip
@@ -99,10 +100,10 @@ def laid(shapes, shardings):
 
 def state_shardings(tx, params, shardings, everywhere):
     """A moment lives where its parameter does, counters everywhere."""
-    places = dict(zip(optim.slash_paths(params), jax.tree.leaves(shardings)))
+    places = flatten(shardings)
 
     def find(path, leaf):
-        slash = optim.slash_path(path)
+        slash = slash_path(path)
         return next((at for known, at in places.items() if slash.endswith("/" + known) and leaf.ndim), everywhere)
 
     return jax.tree_util.tree_map_with_path(find, jax.eval_shape(tx.init, params))

@@ -21,7 +21,7 @@ REPO = pathlib.Path(__file__).resolve().parent.parent
 PACKAGE = REPO / "glmv_jax"
 
 _BASE = {"typing", "config", "presets"}
-_COMPUTE = _BASE | {"parallel", "kernels", "models"}
+_COMPUTE = _BASE | {"trees", "parallel", "kernels", "models"}
 
 # part of glmv_jax -> the other parts it may import
 MAY_IMPORT: dict[str, set[str]] = {
@@ -29,12 +29,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "typing": set(),
     "config": {"typing", "presets"},
     "presets": {"typing"},  # sizes by name
-    "parallel": _BASE,
+    "trees": {"typing"},  # of arrays, by slash paths
+    "parallel": _BASE | {"trees"},
     "kernels": _BASE | {"parallel"},
     "models": _BASE | {"parallel", "kernels"},
     "inference": _COMPUTE | {"data"},  # a prompt is text and pictures: `generate` builds it as training did
     "losses": _BASE | {"parallel"},
-    "optim": _BASE | {"parallel"},
+    "optim": _BASE | {"trees", "parallel"},
     "data": _BASE,
     "agents": _BASE,
     "interop": _COMPUTE,

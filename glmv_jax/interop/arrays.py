@@ -20,7 +20,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from glmv_jax.interop.table import Leaf, nest
+from glmv_jax.interop.table import Leaf
+from glmv_jax.trees import nest
 from glmv_jax.typing import UserError
 
 BLOCK_BYTES = 1 << 26  # of a file at most: what is held while writing, and read at once

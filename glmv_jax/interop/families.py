@@ -17,8 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from glmv_jax.interop.folder import Tensors, read_config
-from glmv_jax.interop.table import Entry, Leaf, Saved, check_shapes, leaves, nest, saved
+from glmv_jax.interop.table import Entry, Leaf, Saved, check_shapes, leaves, saved
 from glmv_jax.models.api import abstract_params
+from glmv_jax.trees import flatten, nest
 from glmv_jax.typing import Params, UserError
 
 FAMILIES = {
@@ -131,7 +132,8 @@ def load(checkpoint: Checkpoint, shardings: Params | None = None, dtype: str | N
     shardings: a tree of jax.sharding.Sharding like the parameters; default: the first device.
     dtype: of the parameters; default: as stored.
     """
-    places = _flat_shardings(shardings, checkpoint.arrays)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = dict.fromkeys(checkpoint.arrays, first) if shardings is None else flatten(shardings)
     as_dtype = None if dtype is None else np_dtype(dtype)
     placed = {}
     for path, leaf in checkpoint.arrays.items():
@@ -140,13 +142,6 @@ def load(checkpoint: Checkpoint, shardings: Params | None = None, dtype: str | N
         placed[path] = jax.make_array_from_callback(leaf.shape, places[path], read, dtype=kept)
         placed[path].block_until_ready()  # so that the host's copy is gone before the next is made
     return nest(placed)
-
-
-def _flat_shardings(shardings: Params | None, arrays: Mapping[str, Any]) -> dict[str, Any]:
-    if shardings is None:
-        return dict.fromkeys(arrays, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
-    named = jax.tree_util.tree_leaves_with_path(shardings)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in named}
 
 
 def tensors_of(hf: Mapping[str, Any], cfg: Any, arrays: Mapping[str, Any], repeated: Sequence[str] = ()) -> list[Saved]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from glmv_jax.trees import flatten, nest
 from glmv_jax.typing import Params, UserError
 
 Arrays = tuple[np.ndarray, ...]
@@ -254,24 +255,3 @@ def _made(entry: Entry, ours: Sequence[Any], place: tuple[int, ...]) -> np.ndarr
 def to_tensors(table: Sequence[Entry], params: Params) -> dict[str, np.ndarray]:
     """Their tensors from our nested dict, all in memory; UserError when a parameter of ours is in no entry."""
     return {one.name: one.read() for one in saved(table, flatten(params))}
-
-
-def flatten(params: Params, prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": x}} -> {"a/b": x}."""
-    flat: dict[str, Any] = {}
-    for key, value in params.items():
-        path = f"{prefix}{key}"
-        flat.update(flatten(value, path + "/") if isinstance(value, dict) else {path: value})
-    return flat
-
-
-def nest(flat: Mapping[str, Any]) -> Params:
-    """{"a/b": x} -> {"a": {"b": x}}."""
-    tree: Params = {}
-    for path, value in flat.items():
-        *folders, leaf = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[leaf] = value
-    return tree

@@ -6,7 +6,7 @@ questions the loop has about it, and `averaged` finds the running average of the
 """
 
 from glmv_jax.optim.ema import averaged
-from glmv_jax.optim.groups import build, learning_rates, plan, slash_path, slash_paths, trainable
+from glmv_jax.optim.groups import build, learning_rates, plan, trainable
 from glmv_jax.optim.muon import muon, orthogonalise, scale_by_muon
 from glmv_jax.optim.schedules import schedule
 
@@ -19,7 +19,5 @@ __all__ = [
     "plan",
     "scale_by_muon",
     "schedule",
-    "slash_path",
-    "slash_paths",
     "trainable",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.optim.groups import slash_path, slash_paths
+from glmv_jax.trees import flatten, replaced
 from glmv_jax.typing import Params
 
 BIAS = "router_bias"
@@ -18,15 +18,11 @@ def rebalanced(params: Params, loads: Mapping[str, jax.Array], rate: float) -> P
 
     loads: {slash path of a bias [..., E]: tokens an expert, of the whole step}. Raises ValueError for another path.
     """
-    unknown = set(loads) - set(slash_paths(params))
+    here = flatten(params)
+    unknown = set(loads) - set(here)
     if unknown:
         raise ValueError(f"a load of experts was reported for {sorted(unknown)[0]}, which is no parameter")
-
-    def moved(path, x):
-        load = loads.get(slash_path(path))
-        return x if load is None else x + rate * step(load)
-
-    return jax.tree_util.tree_map_with_path(moved, params)
+    return replaced(params, {path: here[path] + rate * step(load) for path, load in loads.items()})
 
 
 def step(load_E: jax.Array) -> jax.Array:

@@ -28,6 +28,7 @@ from glmv_jax.config import nearest
 from glmv_jax.optim.ema import average_params
 from glmv_jax.optim.muon import muon
 from glmv_jax.optim.schedules import schedule
+from glmv_jax.trees import flatten, slash_path
 from glmv_jax.typing import Params, UserError
 
 _TOP_KEYS = ("lr", "schedule", "clip", "groups", "freeze", "ema")
@@ -39,16 +40,6 @@ _KIND_KEYS = {
 }
 # A scan stacks the [D] scale of a norm to [L, D], so the number of dimensions alone does not tell a vector.
 _VECTOR_NAME = re.compile(r"(.*_)?(scale|bias|gain)")
-
-
-def slash_path(path: tuple) -> str:
-    """A jax key path as "decoder/blocks/q"."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def slash_paths(tree: Any) -> list[str]:
-    """The slash path of every leaf, in the order of `jax.tree.leaves`."""
-    return [slash_path(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def plan(cfg: Any) -> dict[str, Any]:
@@ -89,10 +80,10 @@ def build(
     groups = _groups(cfg)
     labels = _labels(cfg, groups, params)
     members: dict[str, list[tuple[str, Any]]] = {str(i): [] for i in range(len(groups))}
-    for (path, leaf), label in zip(jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(labels), strict=True):
-        members[label].append((slash_path(path), leaf))
+    for (path, leaf), label in zip(flatten(params).items(), jax.tree.leaves(labels), strict=True):
+        members[label].append((path, leaf))
 
-    where = None if shardings is None else dict(zip(slash_paths(shardings), jax.tree.leaves(shardings), strict=True))
+    where = None if shardings is None else flatten(shardings)
     transforms = {
         label: _transform(cfg, *groups[int(label)], members[label], total_steps, where)
         for label in members
@@ -145,7 +136,7 @@ def _groups(cfg: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def _labels(cfg: Any, groups: list[tuple[str, dict[str, Any]]], params: Params) -> Params:
     """The index, as a string, of the group each leaf belongs to."""
-    paths = slash_paths(params)
+    paths = list(flatten(params))
     match = lambda path, start=0: next(  # noqa: E731
         (str(i) for i, (r, _) in enumerate(groups) if i >= start and re.fullmatch(r, path)), None
     )

@@ -21,6 +21,7 @@ import optax
 from jax.sharding import NamedSharding
 
 from glmv_jax.optim.spread import split_of, spread
+from glmv_jax.trees import flatten
 
 # Quintic iteration x <- a x + b x^3 + c x^5 on the singular values; pulls [~1e-2, 1] into about [0.7, 1.2] in 5 steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -101,11 +102,11 @@ def scale_by_muon(
     """
 
     def init(params):
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        for path, leaf in flatten(params).items():
             if len(leaf.shape) < 2:
-                raise ValueError(f"Muon needs matrices, and {_name(path)} has shape {leaf.shape}; give it to AdamW")
+                raise ValueError(f"Muon needs matrices, and {path} has shape {leaf.shape}; give it to AdamW")
             if leaf.shape[-1] % heads:
-                raise ValueError(f"{_name(path)} {leaf.shape}: its columns do not divide into {heads} heads")
+                raise ValueError(f"{path} {leaf.shape}: its columns do not divide into {heads} heads")
         return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
     def update(grads, state, params=None):
@@ -114,8 +115,8 @@ def scale_by_muon(
         mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
         ahead = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, mean, grads) if nesterov else mean
 
-        paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(ahead))
-        where = [shardings[_name(path)] for path in paths] if shardings else None
+        leaves = jax.tree.leaves(ahead)
+        where = [shardings[path] for path in flatten(ahead)] if shardings else None
         done = _all(lambda x: orthogonalise(x, steps, dtype), leaves, heads, dtype, where)
         updates = [_unstack(x, u.shape, heads) * matrix_scale(x.shape, scaling) for x, u in zip(done, leaves)]
         return jax.tree.unflatten(jax.tree.structure(ahead), updates), MuonState(mean)
@@ -146,10 +147,6 @@ def _unstack(x: jax.Array, shape: tuple[int, ...], heads: int) -> jax.Array:
     """The inverse of `_stack`."""
     *_, rows, columns = shape
     return jnp.moveaxis(x.reshape(-1, heads, rows, columns // heads), 1, 2).reshape(shape)
-
-
-def _name(path: tuple) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def muon(

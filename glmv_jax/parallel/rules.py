@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.parallel import axes as axes_lib
 from glmv_jax.parallel.mesh import DATA_AXES
+from glmv_jax.trees import slash_path
 from glmv_jax.typing import Axes, UserError
 
 MeshAxes = str | tuple[str, ...] | None
@@ -64,7 +65,7 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
         for axis in (entry,) if isinstance(entry, str) else entry or ():
             parts *= sharding.mesh.shape[axis]
         if dim % parts:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            name = slash_path(path)
             raise UserError(
                 f"parameter {name} {tuple(leaf.shape)}: dimension {dim} does not divide over {parts} devices "
                 f"({entry}); use another mesh or another rules preset"

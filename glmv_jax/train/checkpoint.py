@@ -21,9 +21,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from glmv_jax.config import ConfigDict, unflat
-from glmv_jax.optim import slash_path
 from glmv_jax.train.disk import SUMS, damage, disk_errors, seal, size_text
 from glmv_jax.train.state import TrainState
+from glmv_jax.trees import flatten, inside, nest, replaced
 from glmv_jax.typing import Params, UserError
 
 
@@ -216,24 +216,28 @@ def load_config(run_dir: str | Path) -> ConfigDict:
 def load_item(path: Path, subtrees: Sequence[str] = (), like: Params | None = None) -> Params:
     """The tree in `<checkpoint>/params`; arguments and errors as for `load_params`."""
     saved = _metadata(path)
-    chosen = _inside(_table(saved), subtrees)
-    for subtree in subtrees:
-        if not _inside(chosen, [subtree]):
-            raise UserError(f"{path} has no subtree {subtree!r}; it has {', '.join(sorted(saved))}")
-    if like is not None:
-        wrong = _mismatch(_inside(_table(like), subtrees), chosen)
-        if wrong:
-            raise UserError(f"{path} does not fit this model: {wrong}; use the size it was trained with")
-    target = saved if like is None else like
-    wanted = _inside(_named(target), subtrees)
-    item = _nest({n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in wanted.items()})
-    args = jax.tree.map(_restore_arg, _nest(wanted))
+    chosen = taken(path, flatten(saved), subtrees, like)
+    wanted = chosen if like is None else inside(flatten(like), subtrees)
+    item = nest({n: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for n, leaf in wanted.items()})
+    args = jax.tree.map(_restore_arg, nest(wanted))
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         got = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True))
-    got = _named(got)
-    if like is None:
-        return _nest(got)
-    return jax.tree_util.tree_map_with_path(lambda p, leaf: got.get(slash_path(p), leaf), like)
+    return got if like is None else replaced(like, flatten(got))
+
+
+def taken(
+    source: str | Path, saved: dict[str, Any], subtrees: Sequence[str], like: Params | None
+) -> dict[str, Any]:
+    """Of the arrays `saved` in `source`, by slash path, those in the subtrees; UserError when a subtree is missing or
+    what `like` has there differs."""
+    chosen = inside(saved, subtrees)
+    for subtree in subtrees:
+        if not inside(chosen, [subtree]):
+            have = sorted({name.partition("/")[0] for name in saved})
+            raise UserError(f"{source} has no subtree {subtree!r}; it has {', '.join(have)}")
+    if like is not None and (wrong := _mismatch(inside(_table(like), subtrees), _table(chosen))):
+        raise UserError(f"{source} does not fit this model: {wrong}; use the size it was trained with")
+    return chosen
 
 
 def _restore_arg(leaf: Any) -> ocp.RestoreArgs:
@@ -250,29 +254,8 @@ def _metadata(item: Path) -> Any:
     return meta.tree
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    return {slash_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
 def _table(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(leaf.shape) for name, leaf in _named(tree).items()}
-
-
-def _inside(named: dict[str, Any], subtrees: Sequence[str]) -> dict[str, Any]:
-    """The entries whose path is one of the subtrees or below it; all when no subtree is named."""
-    roots = tuple(f"{subtree.strip('/')}/" for subtree in subtrees)
-    return {name: leaf for name, leaf in named.items() if not roots or f"{name}/".startswith(roots)}
-
-
-def _nest(named: dict[str, Any]) -> Params:
-    tree: Params = {}
-    for name, leaf in named.items():
-        *parents, last = name.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = leaf
-    return tree
+    return {name: tuple(leaf.shape) for name, leaf in flatten(tree).items()}
 
 
 def _mismatch(want: dict[str, tuple], have: dict[str, tuple]) -> str:

@@ -25,10 +25,11 @@ import numpy as np
 
 from glmv_jax.interop import families, folder, hub
 from glmv_jax.interop.arrays import StoredArrays, write_arrays
-from glmv_jax.interop.table import check_shapes, flatten
+from glmv_jax.interop.table import check_shapes
 from glmv_jax.models.api import abstract_params
 from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.disk import disk_errors, seal, write_json
+from glmv_jax.trees import flatten, put_like, slash_path
 from glmv_jax.typing import Params, UserError
 
 MODEL, FILES = "model.json", "hf"
@@ -113,14 +114,13 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
     where = shardings or jax.tree.map(lambda _: first, abstract_params(cfg))
 
     def wanted(path, leaf, sharding):
-        stored = arrays[jax.tree_util.keystr(path, simple=True, separator="/")].dtype
+        stored = arrays[slash_path(path)].dtype
         as_dtype = stored if dtype is None else families.np_dtype(dtype)
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)
 
     like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), where)
     if _changed(source):
-        place = lambda x, to: jax.device_put(np.asarray(x).astype(to.dtype), to.sharding)  # noqa: E731
-        return Loaded(cfg, jax.tree.map(place, weights.load(source), like))
+        return Loaded(cfg, jax.tree.map(put_like, weights.load(source), like))
     return Loaded(cfg, checkpoint.load_item(checkpoint.newest(source) / "params", like=like))
 
 

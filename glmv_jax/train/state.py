@@ -11,7 +11,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from glmv_jax.optim import averaged, slash_path
+from glmv_jax import trees
+from glmv_jax.optim import averaged
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
@@ -111,18 +112,12 @@ def replaced(params: Params, given: Params) -> Params:
 
     Raises: UserError for a leaf of another shape, or one that is not there.
     """
-    named = {slash_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(given)}
-    here = {slash_path(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    named, here = trees.flatten(given), trees.flatten(params)
     for name, leaf in named.items():
         if name not in here or here[name].shape != leaf.shape:
             have = f"has shape {here[name].shape} here" if name in here else "is not here"
             raise UserError(f"{name} of shape {tuple(leaf.shape)} is given, but {have}; use the weights of this model")
-
-    def leaf(path, x):
-        new = named.get(slash_path(path))
-        return x if new is None else jax.device_put(np.asarray(new, x.dtype), x.sharding)
-
-    return jax.tree_util.tree_map_with_path(leaf, params)
+    return trees.replaced(params, {name: trees.put_like(leaf, here[name]) for name, leaf in named.items()})
 
 
 def _fresh(
@@ -137,19 +132,13 @@ def _like_params(opt_shapes: Any, shapes: Params, shardings: Params, replicated:
 
     A moment is told by its path, which ends in the path of its parameter, and by its shape.
     """
-    known = {
-        slash_path(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(shapes), jax.tree.leaves(shardings), strict=True
-        )
-    }
+    shape_of, place_of = trees.flatten(shapes), trees.flatten(shardings)
 
     def find(path, leaf):
-        parts = slash_path(path).split("/")
-        for start in range(len(parts)):
-            shape, sharding = known.get("/".join(parts[start:]), (None, None))
-            if shape == leaf.shape:
-                return sharding
+        parts = trees.slash_path(path).split("/")
+        for name in ("/".join(parts[start:]) for start in range(len(parts))):
+            if name in shape_of and shape_of[name].shape == leaf.shape:
+                return place_of[name]
         return replicated
 
     return jax.tree_util.tree_map_with_path(find, opt_shapes)

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from glmv_jax.optim import slash_path
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import micro
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.state import Placement, TrainState
+from glmv_jax.trees import flatten
 from glmv_jax.typing import Batch, Params, UserError
 
 RESERVED = ("loss", "grad_norm", "param_norm", "skipped")
@@ -175,8 +175,7 @@ def _bytes(m: Any) -> int:
 
 def _signature(batch: Batch) -> tuple:
     """(path, shape, dtype) of every array of the batch."""
-    leaves = jax.tree_util.tree_leaves_with_path(batch)
-    return tuple((slash_path(path), tuple(x.shape), str(x.dtype)) for path, x in leaves)
+    return tuple((path, tuple(x.shape), str(x.dtype)) for path, x in flatten(batch).items())
 
 
 def _difference(new: tuple, old: tuple) -> str:

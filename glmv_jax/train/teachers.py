@@ -15,8 +15,8 @@ from glmv_jax.interop import dinov3, siglip
 from glmv_jax.models import api, build, cogvit, teachers
 from glmv_jax.models import dinov3 as dinov3_lib
 from glmv_jax.models import siglip as siglip_lib
-from glmv_jax.optim import slash_path
 from glmv_jax.train import checkpoint, weights
+from glmv_jax.trees import flatten
 from glmv_jax.typing import UserError
 
 KINDS = ("siglip", "dinov3", "tower", "hog")
@@ -98,9 +98,9 @@ def facts(name: str, cfg: ConfigDict, weights: str | None) -> dict[str, Any]:
 def digest(params: Any) -> str:
     """A hash of parameters, the same for the same numbers in whatever files they came."""
     result = hashlib.sha256()
-    for path, x in jax.tree_util.tree_leaves_with_path(params):
+    for path, x in flatten(params).items():
         x = np.ascontiguousarray(jax.device_get(x))
-        result.update(f"{slash_path(path)} {x.dtype} {x.shape}".encode())
+        result.update(f"{path} {x.dtype} {x.shape}".encode())
         result.update(x.view(np.uint8) if x.ndim else x.tobytes())
     return result.hexdigest()[:32]
 

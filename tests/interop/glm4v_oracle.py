@@ -20,6 +20,7 @@ from glmv_jax.data.packing import rope_positions
 from glmv_jax.interop import table as table_lib
 from glmv_jax.interop.folder import Tensors
 from glmv_jax.models import vlm
+from glmv_jax.trees import flatten
 from glmv_jax.typing import TokenInput, VisionInput
 
 IMAGE, WORDS, VOCAB, CHANNELS = 100, 99, 128, 96  # 96 = 3 channels * 2 frames * 4 * 4 pixels
@@ -293,7 +294,7 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
         for x in slopes.buffers():  # those of the checkpoint have no gradient
             x.zero_()
     tensors = written(slopes)
-    want = table_lib.flatten(table_lib.to_params(p.family.table(p.cfg), tensors, p.family.duplicates(p.cfg)))
+    want = flatten(table_lib.to_params(p.family.table(p.cfg), tensors, p.family.duplicates(p.cfg)))
 
     vision, tokens = batch([[s] for s in samples])
     padded = np.stack([np.pad(w, ((0, T - len(w)), (0, 0))) for w in weights]).astype(np.float32)
@@ -303,7 +304,7 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
 
     value, grads = jax.jit(jax.value_and_grad(scalar))(jax.tree.map(jnp.asarray, p.params))
     np.testing.assert_allclose(value, loss.item(), rtol=1e-4, atol=1e-3)
-    for name, got in table_lib.flatten(grads).items():
+    for name, got in flatten(grads).items():
         size = np.linalg.norm(want[name])
         assert np.linalg.norm(got - want[name]) <= 1e-4 * size, (name, np.linalg.norm(got - want[name]), size)
         assert size > 0 or name.endswith("attention/k/bias") or "router" in name, name

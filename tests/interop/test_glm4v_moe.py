@@ -23,6 +23,7 @@ from glmv_jax.interop import table as table_lib  # noqa: E402
 from glmv_jax.kernels.attention import Span  # noqa: E402
 from glmv_jax.models import decoder, vlm  # noqa: E402
 from glmv_jax.models.mtp import MTPConfig  # noqa: E402
+from glmv_jax.trees import flatten  # noqa: E402
 from glmv_jax.typing import TokenInput, UserError  # noqa: E402
 from tests.interop import glm4v_oracle as oracle  # noqa: E402
 
@@ -138,8 +139,8 @@ def test_an_mtp_layer_has_a_name_for_everything():
     params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), models.abstract_params(cfg))
     tensors = table_lib.to_tensors(glm4v_moe.table(cfg), params)
     assert "model.language_model.layers.3.mlp.experts.7.down_proj.weight" in tensors
-    again = table_lib.flatten(table_lib.to_params(glm4v_moe.table(cfg), tensors, glm4v_moe.duplicates(cfg)))
-    for name, x in table_lib.flatten(params).items():
+    again = flatten(table_lib.to_params(glm4v_moe.table(cfg), tensors, glm4v_moe.duplicates(cfg)))
+    for name, x in flatten(params).items():
         np.testing.assert_array_equal(again[name], x, err_msg=name)
     assert glm4v_moe.config(p.model.config.to_dict(), has_mtp=True) == cfg
 

@@ -19,8 +19,8 @@ import jax.numpy as jnp  # noqa: E402
 from glmv_jax import models  # noqa: E402
 from glmv_jax.interop import dinov3 as dinov3_lib  # noqa: E402
 from glmv_jax.interop import siglip as siglip_lib  # noqa: E402
-from glmv_jax.interop.table import flatten  # noqa: E402
 from glmv_jax.models import dinov3, siglip  # noqa: E402
+from glmv_jax.trees import flatten  # noqa: E402
 from glmv_jax.typing import UserError, VisionInput  # noqa: E402
 
 SMALL = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)

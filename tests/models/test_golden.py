@@ -12,10 +12,10 @@ import jax
 import pytest
 
 from glmv_jax import models, presets
-from glmv_jax.interop.table import flatten
 from glmv_jax.models import build
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.trees import flatten
 
 GOLDEN = Path(__file__).parent.parent / "golden"
 BUILDERS = {
@@ -33,7 +33,8 @@ def test_parameters(kind, size):
     preset, builder = BUILDERS[kind]
     cfg = builder(preset(size))
     mesh, rules = mesh_lib.make_mesh({"fsdp": 4, "tensor": 2}), rules_lib.preset("fsdp_tensor")
-    shapes, names = flatten(models.abstract_params(cfg)), flatten(models.logical_axes(cfg))
+    shapes = flatten(models.abstract_params(cfg))
+    names = flatten(models.logical_axes(cfg), is_leaf=lambda x: isinstance(x, tuple))
     lines = [f"{p}  {tuple(shapes[p].shape)}  {names[p]}  {tuple(rules.spec(names[p], mesh))}" for p in sorted(shapes)]
     text = "\n".join(lines) + "\n"
     path = GOLDEN / f"params_{kind}_{size}.txt"

@@ -21,11 +21,12 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from glmv_jax import cli  # noqa: E402
 from glmv_jax.interop import families, folder  # noqa: E402
-from glmv_jax.interop.table import Leaf, flatten  # noqa: E402
+from glmv_jax.interop.table import Leaf  # noqa: E402
 from glmv_jax.models import api  # noqa: E402
 from glmv_jax.parallel import rules  # noqa: E402
 from glmv_jax.parallel.mesh import make_mesh  # noqa: E402
 from glmv_jax.train import checkpoint, exchange  # noqa: E402
+from glmv_jax.trees import flatten  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
 from tests.interop import hf_glm_ocr  # noqa: E402
 

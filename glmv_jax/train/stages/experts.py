@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.optim import balance, slash_path
+from glmv_jax.optim import balance
+from glmv_jax.trees import flatten
 from glmv_jax.typing import Params
 
 Said = dict[str, jax.Array]
@@ -30,7 +31,7 @@ def by_path(decoder: Any, drafts: Sequence[Any], shared: bool) -> Said:
 
 
 def _flat(tree: Any, prefix: str) -> Said:
-    return {prefix + slash_path(path): x for path, x in jax.tree_util.tree_leaves_with_path(tree)}
+    return {prefix + path: x for path, x in flatten(tree).items()}
 
 
 def means(said: Said, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -52,8 +53,7 @@ LOADS = "loads"
 
 def no_loads(params: Params) -> Params:
     """Zeros to begin with."""
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    zeros = {slash_path(p): jnp.zeros(x.shape, jnp.float32) for p, x in leaves if slash_path(p).endswith(balance.BIAS)}
+    zeros = {p: jnp.zeros(x.shape, jnp.float32) for p, x in flatten(params).items() if p.endswith(balance.BIAS)}
     return {LOADS: zeros} if zeros else {}
 
 
