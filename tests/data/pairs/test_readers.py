@@ -14,7 +14,7 @@ import resource
 import numpy as np
 import pytest
 
-from glmv_jax.data import cache, pairs
+from glmv_jax.data import cache
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.pairs import Source, example
 from glmv_jax.typing import UserError
@@ -321,7 +321,7 @@ def test_paths_that_are_not_there(tmp_path):
     made.tar(tmp_path / "a.tar", {"a": {"txt": b"t"}})
     made.parquet(tmp_path / "a.parquet", {"text": ["t"]})
     with pytest.raises(UserError, match="holds parquet and tar; set"):
-        pairs.told("web", str(tmp_path))
+        Source.told("web", str(tmp_path))
 
 
 def test_examples_are_read_as_protobuf_reads_them():
