@@ -18,31 +18,16 @@ part of the form, as a model knows them word for word.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.data.chat import Rendered, Writer
+from glmv_jax.data.dialect import COMPACT, last_of_user, said
 from glmv_jax.data.tokenizer import BOX, Tokenizer
 from glmv_jax.typing import UserError
 
 THINKING = ("last", "each", "all", "none")
 Film = Sequence[tuple[float, int]]  # (seconds, visual tokens) of each pair of frames
-
-_TOOLS = (
-    "\n# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>\n"
-)
-_CALLS = (
-    "</tools>\n\n"
-    "For each function call, output the function name and arguments within the following XML format:\n"
-)
-_EXAMPLE = (
-    "<tool_call>{function-name}<arg_key>{arg-key-1}</arg_key><arg_value>{arg-value-1}</arg_value>"
-    "<arg_key>{arg-key-2}</arg_key><arg_value>{arg-value-2}</arg_value>...</tool_call>"
-)
-_TOKENS = ("<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-_SERVERS_OWN = ("defer_loading", "strict")  # fields of a tool that are not shown to a model
 
 
 def render(
@@ -64,35 +49,25 @@ def render(
         number.
     """
     check_rule(thinking)
-    recent = thinking in ("last", "each")
+    if any(part["type"] != "text" for m in messages if m["role"] == "assistant" for part in m["content"]):
+        raise UserError("an assistant message cannot hold an image or a video; move it to a user or tool message")
+    last_user = last_of_user(messages)
+    keeps = {"all": lambda n: True, "none": lambda n: False}.get(thinking, lambda n: n > last_user)
+    weights = [float(message.get("weight", 1.0)) for message in messages]
     writer, waiting = Writer(tokenizer), iter(media)
-    writer.special("[gMASK]", "<sop>")
-    if tools:
-        _write_tools(writer, tokenizer, tools)
-    last_user = max((n for n, message in enumerate(messages) if message["role"] == "user"), default=-1)
-    before, stops, stop_weight = "", "<|endoftext|>", 0.0
-    for n, message in enumerate(messages):
-        role = message["role"]
-        if role == "tool":
-            if before != "tool":
-                writer.special("<|observation|>", weight=stop_weight)
-            writer.special("<tool_response>")
-            _write_parts(writer, tokenizer, message, waiting)
-            writer.special("</tool_response>")
+    for piece in COMPACT.pieces(messages, tools, keeps):
+        weight = weights[piece.by] if piece.by >= 0 else 0.0
+        if piece.kind == "tag":
+            writer.special(piece.text, weight=weight)
+        elif piece.kind == "text":
+            writer.ids(tokenizer.encode(piece.text), weight)
+        elif piece.kind == "answer":
+            writer.ids(tokenizer.encode_with_specials(piece.text, BOX), weight)
         else:
-            # The token that opens the user's turn is what ended the assistant's: it is learnt there.
-            writer.special(f"<|{role}|>", weight=stop_weight if role == "user" else 0.0)
-        stop_weight = 0.0
-        if role == "assistant":
-            stop_weight = float(message.get("weight", 1.0))
-            kept = thinking == "all" or (recent and n > last_user)
-            _write_assistant(writer, tokenizer, message, kept, stop_weight)
-            stops = "<|observation|>" if message.get("tool_calls") else "<|endoftext|>"
-        elif role != "tool":
-            _write_parts(writer, tokenizer, message, waiting)
-        before = role
-    if before == "assistant":
-        writer.special(stops, weight=stop_weight)
+            _write_media(writer, tokenizer, waiting)
+    if messages[-1]["role"] == "assistant":
+        stop = "<|observation|>" if messages[-1].get("tool_calls") else "<|endoftext|>"
+        writer.special(stop, weight=weights[-1])
     if next(waiting, None) is not None:
         raise UserError("there are more images and videos than parts of the messages for them")
     return writer.done()
@@ -131,65 +106,11 @@ def write_film(writer: Writer, tokenizer: Tokenizer, film: Film) -> None:
     writer.special("<|end_of_video|>")
 
 
-def said(message: Mapping[str, Any]) -> tuple[str, str]:
-    """(thinking, the rest) of an assistant's message, stripped; thinking may also stand at the head of its text, before
-    a `</think>`."""
-    text = "".join(part["text"] for part in message["content"])
-    thought = message.get("reasoning_content", "")
-    if "reasoning_content" not in message and "</think>" in text:
-        thought, _, text = text.partition("</think>")
-        thought = thought.rpartition("<think>")[2]
-    return thought.strip(), text.strip()
-
-
-def _write_assistant(writer: Writer, tokenizer: Tokenizer, message: Mapping[str, Any], kept: bool, weight: float
-                     ) -> None:
-    if any(part["type"] != "text" for part in message["content"]):
-        raise UserError("an assistant message cannot hold an image or a video; move it to a user or tool message")
-    thought, text = said(message)
-    if thought and kept:
-        writer.special("<think>")
-        writer.ids(tokenizer.encode(thought), weight)
-        writer.special("</think>", weight=weight)
+def _write_media(writer: Writer, tokenizer: Tokenizer, waiting: Iterator[int | Film]) -> None:
+    given = next(waiting, None)
+    if given is None:
+        raise UserError("there are fewer images and videos than parts of the messages for them")
+    if isinstance(given, int):
+        writer.image(given)
     else:
-        writer.special("</think>")
-    writer.ids(tokenizer.encode_with_specials(text, BOX), weight)
-    for call in message.get("tool_calls", ()):
-        writer.special("<tool_call>", weight=weight)
-        writer.ids(tokenizer.encode(call["name"]), weight)
-        for key, value in call["arguments"].items():
-            written = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            for name, inside in (("arg_key", key), ("arg_value", written)):
-                writer.special(f"<{name}>", weight=weight)
-                writer.ids(tokenizer.encode(inside), weight)
-                writer.special(f"</{name}>", weight=weight)
-        writer.special("</tool_call>", weight=weight)
-
-
-def _write_parts(writer: Writer, tokenizer: Tokenizer, message: Mapping[str, Any], waiting: Iterator[int | Film]
-                 ) -> None:
-    for part in message["content"]:
-        if part["type"] == "text":
-            writer.ids(tokenizer.encode(part["text"]))
-            continue
-        given = next(waiting, None)
-        if given is None:
-            raise UserError("there are fewer images and videos than parts of the messages for them")
-        if isinstance(given, int):
-            writer.image(given)
-        else:
-            write_film(writer, tokenizer, given)
-
-
-def _write_tools(writer: Writer, tokenizer: Tokenizer, tools: Sequence[Mapping[str, Any]]) -> None:
-    lines = (json.dumps(_shown(tool), ensure_ascii=False) + "\n" for tool in tools)
-    writer.special("<|system|>")
-    writer.ids(tokenizer.encode(_TOOLS + "".join(lines) + _CALLS))
-    writer.ids(tokenizer.encode_with_specials(_EXAMPLE, _TOKENS))
-
-
-def _shown(tool: Mapping[str, Any]) -> dict[str, Any]:
-    shown = {key: value for key, value in tool.items() if key not in _SERVERS_OWN}
-    if isinstance(shown.get("function"), Mapping):
-        shown["function"] = {k: v for k, v in shown["function"].items() if k not in _SERVERS_OWN}
-    return shown
+        write_film(writer, tokenizer, given)
