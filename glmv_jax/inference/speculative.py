@@ -9,6 +9,7 @@ rest. The head's entries of kept drafts are then written again, from the backbon
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -77,121 +78,184 @@ class SpeculativeSampler:
 def speculate(
     cfg: vlm.VLMConfig, sampling: Sampling, drafts: int, group: int, params: Params, prompts: Prompts, key: jax.Array
 ) -> Speculated:
-    """The program of `SpeculativeSampler`, unjitted.
+    """The program of `SpeculativeSampler`, unjitted."""
+    passes, state = begin(cfg, sampling, drafts, group, params, prompts, key)
+    state = jax.lax.while_loop(lambda s: passes.going(s).any(), passes.step, state)
+    return Speculated(state.out, state.counts)
+
+
+class State(NamedTuple):
+    """What a pass changes.
+
+    t:      [] passes so far.
+    token:  [N] the last of each answer.
+    draft:  [N, 1, D] what the head made of it.
+    cache, head: entries of the answers, of the backbone and of the MTP head.
 
     Between passes an answer of n tokens has n - 1 entries in the backbone's cache, whose last token is still to be
     read, and n in the head's, the last of which has given `draft`: the hidden state that says the next token.
     """
-    K, Tn = drafts, sampling.max_new_tokens
+
+    t: jax.Array
+    token: jax.Array
+    draft: drafting.Draft
+    cache: dict
+    head: dict
+    out: Generated
+    counts: Counts
+
+
+def begin(
+    cfg: vlm.VLMConfig, sampling: Sampling, drafts: int, group: int, params: Params, prompts: Prompts, key: jax.Array
+) -> tuple[Passes, State]:
+    """The prompts are read, and each answer has its first token, as the plain sampler draws it, and the head's entry
+    for it."""
     repeat = lambda x: jnp.repeat(x, group, axis=0)  # noqa: E731
     out = prefill(cfg, params, prompts)
-    start_N = repeat(prompts.next_position)
-    N = start_N.shape[0]
+    N = len(prompts.length) * group
     keys_N = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(N))
 
     # A row writes at most K slots beyond its last token, in the head's cache one more.
-    slots = Tn + K + 1
+    slots = sampling.max_new_tokens + drafts + 1
     head = drafting.prompt_cache(cfg, params, out, inputs(prompts), group, slots)
     cache = vlm.share_prompts(cfg, out.cache, group, slots)
     logits_NV = repeat(vlm.logits(cfg, params, last(out.hidden, prompts))[:, 0])
     h_N1D = repeat(last(drafting.h_prev(cfg, out), prompts))
-    params, cache = vlm.layers_apart(cfg, params, cache, N * (K + 1))
+    params, cache = vlm.layers_apart(cfg, params, cache, N * (drafts + 1))
     # What is only read need not travel through the loop; lengths count from where the prompts' own entries end.
-    apart = lambda tree: {name: tree.pop(name) for name in ("prompt", "slots") if name in tree}  # noqa: E731
-    fixed, head_fixed, begin, head_begin = apart(cache), apart(head), cache.pop("length"), head.pop("length")
+    fixed = lambda tree: {name: tree.pop(name) for name in ("prompt", "slots", "length") if name in tree}  # noqa: E731
+    passes = Passes(cfg, sampling, drafts, params, keys_N, repeat(prompts.next_position), fixed(cache), fixed(head))
 
-    class State(NamedTuple):
-        t: jax.Array  # passes so far
-        token: jax.Array  # [N] the last of each answer
-        draft: drafting.Draft  # [N, 1, D]
-        cache: dict
-        head: dict
-        out: Generated
-        counts: Counts
+    token_N, logprob_N = choose(logits_NV, jax.vmap(jax.random.fold_in, (0, None))(keys_N, 0), sampling)
+    answers = _first(token_N, logprob_N, repeat(prompts.length) > 0, sampling)
+    none_N = jnp.zeros(N, jnp.int32)
+    draft, own = passes.draft(h_N1D, token_N[:, None], none_N, head)
+    counts = Counts(none_N, jnp.zeros((N, drafts), jnp.int32), jnp.zeros((N, drafts), jnp.int32))
+    return passes, State(jnp.int32(1), token_N, draft, cache, _of(own, head), answers, counts)
 
-    def going(s: State) -> jax.Array:
+
+def _first(token_N: jax.Array, logprob_N: jax.Array, there_N: jax.Array, sampling: Sampling) -> Generated:
+    """Answers of one token, of the rows that are there."""
+    N, Tn = len(token_N), sampling.max_new_tokens
+    return Generated(
+        jnp.full((N, Tn), sampling.pad, jnp.int32).at[:, 0].set(jnp.where(there_N, token_N, sampling.pad)),
+        jnp.zeros((N, Tn)).at[:, 0].set(jnp.where(there_N, logprob_N, 0.0)),
+        there_N.astype(jnp.int32),
+        _is_stop(token_N, sampling) & there_N,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Passes:
+    """What all passes share, and one pass (`step`).
+
+    params: with layers apart.       keys_N: a random key a row.       start_N: position of an answer's first token.
+    cache, head: of both caches, what is only read, and "length", at which an answer's own entries begin.
+    """
+
+    cfg: vlm.VLMConfig
+    sampling: Sampling
+    drafts: int
+    params: Params
+    keys_N: jax.Array
+    start_N: jax.Array
+    cache: dict
+    head: dict
+
+    def going(self, s: State) -> jax.Array:
         """[N] rows whose answer is not over; `lengths` of rows that only fill the batch is 0."""
-        return ~s.out.finished & (s.out.lengths < Tn) & (s.out.lengths > 0)
+        return ~s.out.finished & (s.out.lengths < self.sampling.max_new_tokens) & (s.out.lengths > 0)
 
-    def at(first_N: jax.Array, length: int) -> jax.Array:
-        """Positions [N, length, 3] of answer tokens first, first + 1, ..."""
-        return jnp.broadcast_to(((start_N + first_N)[:, None] + jnp.arange(length))[..., None], (N, length, 3))
+    def step(self, s: State) -> State:
+        """One pass: draft, read the last token and the drafts at once, add what was said to the answers, and let the
+        head read it."""
+        K, n_N = self.drafts, s.out.lengths
+        keys_NJ = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, s.t), K + 2))(self.keys_N)
+        drafts_NK, q_NKV = self.propose(s, keys_NJ)
+        out, logits_NJV = self.read(s, drafts_NK)
+        said_NJ, kept_N = judge(logits_NJV, drafts_NK, q_NKV, keys_NJ[:, K:], self.sampling)
 
-    def propose(s: State, keys_NK) -> tuple[jax.Array, jax.Array | None]:
+        new_NJ = self.new(s, said_NJ, kept_N)
+        answers = self.extended(s.out, said_NJ, logprobs_of(logits_NJV, said_NJ, self.sampling), new_NJ)
+        newest_N1 = jnp.maximum(new_NJ.sum(axis=1) - 1, 0)[:, None]
+        token_N = jnp.where(self.going(s), jnp.take_along_axis(said_NJ, newest_N1, axis=1)[:, 0], s.token)
+        counts = Counts(
+            s.counts.passes + self.going(s),
+            s.counts.reached + new_NJ[:, :K],
+            s.counts.accepted + (new_NJ[:, :K] & (jnp.arange(K) < kept_N[:, None])),
+        )
+
+        # The head reads what was said beside the backbone's hidden states, over its entries of the drafts.
+        entries, own = self.draft(drafting.h_prev(self.cfg, out), said_NJ, n_N, s.head)
+        draft = jax.tree.map(lambda x: jnp.take_along_axis(x, newest_N1[..., None], axis=1), entries)
+        return State(s.t + 1, token_N, draft, _of(out.cache, s.cache), _of(own, s.head), answers, counts)
+
+    def propose(self, s: State, keys_NK: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """K drafts [N, K], and what each was drawn with [N, K, V] (greedy ones: None)."""
-        draft, own = s.draft, s.head | head_fixed | {"length": head_begin + s.out.lengths}
+        draft, own = s.draft, s.head
         tokens, drawn_with = [], []
-        for k in range(K):
-            logits_NV = vlm.logits(cfg, params, draft.hidden)[:, 0]
-            if sampling.temperature == 0:
-                tokens.append(likeliest(logits_NV, sampling))
+        for k in range(self.drafts):
+            logits_NV = vlm.logits(self.cfg, self.params, draft.hidden)[:, 0]
+            if self.sampling.temperature == 0:
+                tokens.append(likeliest(logits_NV, self.sampling))
             else:
-                drawn_with.append(probabilities(logits_NV, sampling))
+                drawn_with.append(probabilities(logits_NV, self.sampling))
                 tokens.append(draw_index(keys_NK[:, k], drawn_with[-1]))
-            if k + 1 < K:
-                positions = at(s.out.lengths + k, 1)
-                draft, own = drafting.step(cfg, params, draft.chain, tokens[-1][:, None], positions, own)
+            if k + 1 < self.drafts:
+                draft, own = self.draft(draft.chain, tokens[-1][:, None], s.out.lengths + k, own)
         return jnp.stack(tokens, 1), jnp.stack(drawn_with, 1) if drawn_with else None
 
-    def step(s: State) -> State:
-        n_N, going_N = s.out.lengths, going(s)
-        keys_NJ = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, s.t), K + 2))(keys_N)
-
-        # ---- draft, and read the last token and the drafts in one pass
-        drafts_NK, q_NKV = propose(s, keys_NJ)
+    def read(self, s: State, drafts_NK: jax.Array) -> tuple[vlm.VLMOutput, jax.Array]:
+        """The backbone reads the last token and the drafts; what it made of them, and its logits [N, J, V]."""
+        before_N = s.out.lengths - 1
         read_NJ = jnp.concatenate([s.token[:, None], drafts_NK], axis=1)
         ones_NJ = jnp.ones_like(read_NJ)
-        tokens = TokenInput(read_NJ, at(n_N - 1, K + 1), ones_NJ, -ones_NJ)
-        out = vlm.apply(cfg, params, None, tokens, s.cache | fixed | {"length": begin + jnp.maximum(n_N - 1, 0)})
-        logits_NJV = vlm.logits(cfg, params, out.hidden)
-        said_NJ, kept_N = judge(logits_NJV, drafts_NK, q_NKV, keys_NJ[:, K:], sampling)
+        tokens = TokenInput(read_NJ, self.at(before_N, read_NJ.shape[1]), ones_NJ, -ones_NJ)
+        length_N = self.cache["length"] + jnp.maximum(before_N, 0)
+        out = vlm.apply(self.cfg, self.params, None, tokens, s.cache | self.cache | {"length": length_N})
+        return out, vlm.logits(self.cfg, self.params, out.hidden)
 
-        # ---- of what was said: up to the first draft that was not kept, the first stop, and the answer's full length
-        J = jnp.arange(K + 1)
-        is_stop_NJ = (said_NJ[..., None] == jnp.array(sampling.stop, jnp.int32)).any(-1)
+    def new(self, s: State, said_NJ: jax.Array, kept_N: jax.Array) -> jax.Array:
+        """[N, J] bool, what of all that was said counts: up to the first draft that was not kept, the first stop, and
+        the answer's full length."""
+        J = jnp.arange(said_NJ.shape[1])
+        is_stop_NJ = _is_stop(said_NJ, self.sampling)
         after_stop_NJ = jnp.cumsum(is_stop_NJ, axis=1) > is_stop_NJ
-        new_NJ = (J <= kept_N[:, None]) & ~after_stop_NJ & (n_N[:, None] + J < Tn) & going_N[:, None]
-        new_N = new_NJ.sum(axis=1)
-        rows_N1, places_NJ = jnp.arange(N)[:, None], jnp.where(new_NJ, n_N[:, None] + J, Tn)
+        fits_NJ = s.out.lengths[:, None] + J < self.sampling.max_new_tokens
+        return (J <= kept_N[:, None]) & ~after_stop_NJ & fits_NJ & self.going(s)[:, None]
+
+    def extended(self, out: Generated, said_NJ: jax.Array, logprob_NJ: jax.Array, new_NJ: jax.Array) -> Generated:
+        """The answers with what is new."""
+        rows_N1 = jnp.arange(len(new_NJ))[:, None]
+        places_NJ = out.lengths[:, None] + jnp.arange(new_NJ.shape[1])
+        places_NJ = jnp.where(new_NJ, places_NJ, self.sampling.max_new_tokens)  # which is out of bounds
         put = lambda old, new: old.at[rows_N1, places_NJ].set(new, mode="drop")  # noqa: E731
-        answers = Generated(
-            put(s.out.tokens, said_NJ),
-            put(s.out.logprobs, logprobs_of(logits_NJV, said_NJ, sampling)),
-            n_N + new_N,
-            s.out.finished | (is_stop_NJ & new_NJ).any(axis=1),
-        )
-        newest_N1 = jnp.maximum(new_N - 1, 0)[:, None]
-        token_N = jnp.where(going_N, jnp.take_along_axis(said_NJ, newest_N1, axis=1)[:, 0], s.token)
-        counts = Counts(
-            s.counts.passes + going_N,
-            s.counts.reached + new_NJ[:, :K],
-            s.counts.accepted + (new_NJ[:, :K] & (J[:K] < kept_N[:, None])),
+        return Generated(
+            put(out.tokens, said_NJ),
+            put(out.logprobs, logprob_NJ),
+            out.lengths + new_NJ.sum(axis=1),
+            out.finished | (_is_stop(said_NJ, self.sampling) & new_NJ).any(axis=1),
         )
 
-        # ---- the head reads what was said beside the backbone's hidden states, over its entries of the drafts
-        own = s.head | head_fixed | {"length": head_begin + n_N}
-        entries, own = drafting.step(cfg, params, drafting.h_prev(cfg, out), said_NJ, at(n_N, K + 1), own)
-        draft = jax.tree.map(lambda x: jnp.take_along_axis(x, newest_N1[..., None], axis=1), entries)
-        keep = lambda new, old: {name: new[name] for name in old}  # noqa: E731
-        return State(s.t + 1, token_N, draft, keep(out.cache, s.cache), keep(own, s.head), answers, counts)
+    def draft(self, h_NJD: jax.Array, tokens_NJ: jax.Array, first_N: jax.Array, own: dict
+              ) -> tuple[drafting.Draft, dict]:
+        """The head's entries first, first + 1, ... of each answer, for these tokens, and its cache with them."""
+        own = own | self.head | {"length": self.head["length"] + first_N}
+        return drafting.step(self.cfg, self.params, h_NJD, tokens_NJ, self.at(first_N, tokens_NJ.shape[1]), own)
 
-    # ---- the first token, as the plain sampler draws it, and the head's entry for it
-    token_N, logprob_N = choose(logits_NV, jax.vmap(jax.random.fold_in, (0, None))(keys_N, 0), sampling)
-    there_N = repeat(prompts.length) > 0
-    blank = jnp.full((N, Tn), sampling.pad, jnp.int32), jnp.zeros((N, Tn))
-    begun = Generated(
-        blank[0].at[:, 0].set(jnp.where(there_N, token_N, sampling.pad)),
-        blank[1].at[:, 0].set(jnp.where(there_N, logprob_N, 0.0)),
-        there_N.astype(jnp.int32),
-        (token_N[:, None] == jnp.array(sampling.stop, jnp.int32)).any(-1) & there_N,
-    )
-    none_N = jnp.zeros(N, jnp.int32)
-    own = head | head_fixed | {"length": head_begin + none_N}
-    draft, own = drafting.step(cfg, params, h_N1D, token_N[:, None], at(none_N, 1), own)
-    counts = Counts(none_N, jnp.zeros((N, K), jnp.int32), jnp.zeros((N, K), jnp.int32))
-    state = State(jnp.int32(1), token_N, draft, cache, {name: own[name] for name in head}, begun, counts)
-    state = jax.lax.while_loop(lambda s: going(s).any(), step, state)
-    return Speculated(state.out, state.counts)
+    def at(self, first_N: jax.Array, length: int) -> jax.Array:
+        """Positions [N, length, 3] of answer tokens first, first + 1, ..."""
+        position_NJ = (self.start_N + first_N)[:, None] + jnp.arange(length)
+        return jnp.broadcast_to(position_NJ[..., None], (*position_NJ.shape, 3))
+
+
+def _is_stop(tokens: jax.Array, sampling: Sampling) -> jax.Array:
+    return (tokens[..., None] == jnp.array(sampling.stop, jnp.int32)).any(-1)
+
+
+def _of(new: dict, old: dict) -> dict:
+    """What the loop carries of a cache."""
+    return {name: new[name] for name in old}
 
 
 def judge(
