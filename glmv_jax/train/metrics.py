@@ -109,6 +109,7 @@ class StepRecorder:
     """The metrics of training steps, written one step late.
 
     Reading a step's numbers waits for it; reading them when the next step has been started leaves no device idle.
+    In a step that was not skipped nan is the mean of nothing, as of a source that is not in the batch: it is left out.
 
     Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts.
     Attributes: meter: rates of the steps that are done. skipped, skipped_in_a_row: updates left out because the
@@ -143,7 +144,8 @@ class StepRecorder:
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
         last = step == self._progress.total
         if step % self._every == 0 or step == 1 or last:
-            self._log.write(step, self._clock(), "train", values | rates)
+            said = {name: x for name, x in values.items() if values["skipped"] or not math.isnan(x)}
+            self._log.write(step, self._clock(), "train", said | rates)
         self._progress.update(step, values, rates, last=last)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 
 import pytest
 
@@ -73,6 +74,19 @@ def test_a_step_is_written_when_the_next_has_started(tmp_path):
     assert steps() == [1, 2, 4, 9]  # the last step always
     assert recorder.skipped == 5
     log.close()
+
+
+def test_a_mean_of_nothing_is_left_out_and_a_step_that_failed_says_so(tmp_path):
+    log = metrics.MetricsLog(tmp_path, 0, final_step=9)
+    recorder = metrics.StepRecorder(log, metrics.Progress("toy", 9, io.StringIO()), lambda: 5.0, 1, 0)
+    for step, loss in ((1, 0.5), (2, math.nan)):
+        values = {"loss": loss, "ce/absent": math.nan, "skipped": float(math.isnan(loss))}
+        recorder.started(step, values, 0.0, {"samples": 1, "tokens": 1}, 1.0)
+    recorder.flush()
+    log.close()
+    one, two = metrics.read_jsonl(tmp_path / "metrics.jsonl")
+    assert "ce/absent" not in one and one["loss"] == 0.5
+    assert two["ce/absent"] is None and two["loss"] is None
 
 
 def test_rates_come_from_a_window(monkeypatch):

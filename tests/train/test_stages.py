@@ -321,7 +321,8 @@ def uneven():
 @needs_8
 @pytest.mark.parametrize("name", ["sft", "rl"])
 def test_pieces_of_a_batch_give_the_gradient_of_the_batch(name, uneven, monkeypatch):
-    """Loss, metrics by source and gradients to 1e-6; for sft with two drafts and an auxiliary loss of the blocks."""
+    """Loss, metrics by source and gradients to 1e-6; for sft with two drafts, an auxiliary loss of the blocks, and a
+    source that is in no row."""
     monkeypatch.setattr(models.block.BlockConfig, "layer", TalkingBlock)
 
     def stage(pieces):
@@ -331,7 +332,11 @@ def test_pieces_of_a_batch_give_the_gradient_of_the_batch(name, uneven, monkeypa
             made.cfg.loss.aux = {"size": 0.01}
         return made
 
+    source = uneven["source"]
+    uneven = uneven | {"source": np.where(source == 0, 1, source)}
     want, metrics = gradient(stage(1), uneven, {"data": 1})
+    absent = f"ce/{stage(1).names[0]}"
+    assert name == "rl" or [key for key in metrics if np.isnan(metrics[key])] == [absent]
     assert metrics["loss"] != 0 and metrics["skipped"] == 0 and ("aux/size" in metrics) == (name == "sft")
     for pieces, sizes in ((4, {"data": 1}), (2, {"data": 4})):
         got, other = gradient(stage(pieces), uneven, sizes)

@@ -130,7 +130,7 @@ class VLMStage(Stage):
             }
         sums_N = self._by_source(batch, p.targets, p.nll_HBJ[0], p.weight_HBJ[0])[0]
         for name, total, weight in zip(self.names, sums_N, whole["source_N"]):
-            metrics[f"ce/{name}"] = total / jnp.maximum(weight, 1e-6)
+            metrics[f"ce/{name}"] = total / weight  # nan where none of its tokens is learnt in this batch
         aux = {name: whole["share"] * mean for name, mean in self._auxiliary(p.said).items()}
         metrics |= {f"aux/{name}": mean for name, mean in aux.items()}
         return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics, p.said
