@@ -100,8 +100,12 @@ def public_vocabulary(checkpoint: str) -> str:
 
 
 def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> ConfigDict:
-    """The `data` of stages 3 to 5: shares of the sources, and the rows they are packed into."""
-    return ConfigDict({"weights": weights, "seed": seed, "vocabulary": "", **_pick(DOCUMENTS, size), **more})
+    """The `data` of stages 3 to 5: shares of the sources, and the rows they are packed into.
+
+    sizing: of pictures, "naflex" (each fills image_patches) or "smart" (its own size where it can, as GLM-OCR).
+    """
+    rest = {"vocabulary": "", "sizing": "naflex"}
+    return ConfigDict({"weights": weights, "seed": seed, **rest, **_pick(DOCUMENTS, size), **more})
 
 
 def files(size: str, names: str) -> ConfigDict:
@@ -113,7 +117,7 @@ def files(size: str, names: str) -> ConfigDict:
     sources = {name: dict(entry) for name in filter(None, names.split("+"))}
     films = dict(film_patches=16, film_frames=8) if size == "nano" else dict(film_patches=1024, film_frames=128)
     gui = dict.fromkeys(("perceive", "ground", "step", "trajectory", "critic"), 0.0)
-    rest = dict(power=0.0, heldout=0.01, thinking="last", sizing="naflex", video=False, fit="best", ahead=16)
+    rest = dict(power=0.0, heldout=0.01, thinking="last", video=False, fit="best", ahead=16)
     return ConfigDict({"sources": sources, "gui": gui, **rest, **films})
 
 

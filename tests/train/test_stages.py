@@ -269,6 +269,20 @@ def test_the_policy_starts_at_ratio_one():
     np.testing.assert_allclose(metrics["ratio_max"], 1.0, atol=1e-3)
 
 
+def test_pictures_of_prompts_may_keep_their_size():
+    """A picture of a question is smaller than the budget: "naflex" fills it, "smart" leaves the picture as it is."""
+    patches = {}
+    for sizing in ("naflex", "smart"):
+        stage = build("rl", f"data.sizing={sizing}", "data.image_patches=256", "data.prompt_tokens=128")
+        assert stage.builder.patcher == stage.asker.patcher
+        data = stage.train_data()
+        patches[sizing] = (next(data)["frame"] > 0).sum(axis=1)
+        data.close()
+    assert (4 * patches["smart"] < patches["naflex"]).all() and patches["naflex"].min() >= 200
+    with pytest.raises(UserError, match="unknown image sizing policy 'large'"):
+        build("rl", "data.sizing=large")
+
+
 def test_rl_counts_what_a_frozen_encoder_spares():
     """One forward pass instead of a forward and a backward of twice the cost; the draft head is never run."""
     frozen = main.stage_class("rl")(config.load("experiments/rl_grpo.py:size=nano"))

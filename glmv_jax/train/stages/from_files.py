@@ -8,7 +8,6 @@
     power           sources are read as weight * records^power: 0 by weight alone
     heldout         share of the sources' records that is kept for evaluation; 0: none, and nothing is said of them
     thinking        which thinking of a conversation is kept: last, each, all, none, see `data.conversation`
-    sizing          of pictures: naflex (each fills image_patches) or smart (its own size where it can, as GLM-OCR)
     video           rows hold films: every patch has as many frames as the tower's, so pixels take that much more memory
     film_patches, film_frames   of a pair of frames, and of a film, at most
     fit, ahead      how rows are filled, see `data.packing`
@@ -24,7 +23,7 @@ import functools
 from ml_collections import ConfigDict
 
 from glmv_jax.data import gui, local, packing
-from glmv_jax.data.building import Document, DocumentBuilder
+from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline
 from glmv_jax.data.local.assembling import Assembler
@@ -51,11 +50,9 @@ class FromFiles(VLMStage):
         self.windows("train")  # as is a kind that does not exist
         self.names = [*self.names, *map(_gui, self.gui), *self.files]
         frames = self.model.vision.temporal_patch if d.get("video", False) else 1
-        self.builder, self.asker = (self._sized(builder, n) for builder, n in ((self.builder, frames), (self.asker, 1)))
-
-    def _sized(self, builder: DocumentBuilder, frames: int) -> DocumentBuilder:
-        patcher = dataclasses.replace(builder.patcher, policy=self.cfg.data.get("sizing", "naflex"), frames=frames)
-        return dataclasses.replace(builder, patcher=patcher)
+        self.builder = dataclasses.replace(
+            self.builder, patcher=dataclasses.replace(self.builder.patcher, frames=frames)
+        )
 
     @functools.cached_property
     def assembler(self) -> Assembler:

@@ -85,7 +85,8 @@ class VLMStage(Stage):
         self.model = _model(cfg.model)
         self.tokenizer = open_tokenizer(cfg.data.vocabulary or None)
         v, d = self.model.vision, cfg.data
-        patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches)
+        policy = d.get("sizing", "naflex")
+        patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches, policy=policy)
         self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per)
         self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
         self.names = list(d.weights)
