@@ -60,7 +60,7 @@ def write(root: Path, hf: dict, dtype: str) -> dict[str, int]:
     """A checkpoint folder of random numbers; bytes of its largest tensor, of its largest group, and of all."""
     root.mkdir()
     (root / "config.json").write_text(json.dumps(hf), encoding="utf-8")
-    cfg = families.model_config(hf, has_mtp=True, dtype=dtype)
+    cfg = families.model_config(hf, mtp_layers=1, dtype=dtype)
     rng, kept = np.random.default_rng(0), families.np_dtype(dtype)
     shapes = flatten(api.abstract_params(cfg))
     tensors = families.tensors_of(hf, cfg, {path: Random(x.shape, kept, rng) for path, x in shapes.items()})

@@ -1,6 +1,6 @@
 """Public checkpoints by their model_type: which config, which table of tensors, which tensors repeat others.
 
-A family is a module with `config(hf, *, has_mtp, dtype)`, `table(cfg)` and `duplicates(cfg)`; one more is a line here.
+A family is a module with `config(hf, *, mtp_layers, dtype)`, `table(cfg)`, `duplicates(cfg)`; one more is a line here.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
+from glmv_jax.interop import mtp
 from glmv_jax.interop.folder import Tensors, read_config
 from glmv_jax.interop.table import Entry, Leaf, Saved, check_shapes, leaves, saved
 from glmv_jax.models.api import abstract_params
@@ -49,11 +50,11 @@ def np_dtype(name: str) -> np.dtype:
     return DTYPES[name]
 
 
-def model_config(hf: Mapping[str, Any], *, has_mtp: bool, dtype: str) -> Any:
+def model_config(hf: Mapping[str, Any], *, mtp_layers: int, dtype: str) -> Any:
     """The model config of a config.json. UserError for a key that it lacks, and as the family's `config`."""
     module = family(hf.get("model_type"))
     try:
-        return module.config(hf, has_mtp=has_mtp, dtype=dtype)
+        return module.config(hf, mtp_layers=mtp_layers, dtype=dtype)
     except KeyError as error:
         raise UserError(f"config.json has no {error}; is it of another version of {hf['model_type']}?") from None
     except ValueError as error:
@@ -75,8 +76,8 @@ class Checkpoint:
     repeated: tuple[str, ...]
 
     @property
-    def has_mtp(self) -> bool:
-        return self.cfg.mtp is not None
+    def mtp_layers(self) -> int:
+        return mtp.count(self.cfg.mtp)
 
 
 def open_checkpoint(folder: str | Path, dtype: str | None = None) -> Checkpoint:
@@ -90,7 +91,8 @@ def open_checkpoint(folder: str | Path, dtype: str | None = None) -> Checkpoint:
     hf = read_config(folder)
     family(hf.get("model_type"))
     tensors = Tensors(folder)
-    cfg = model_config(hf, has_mtp=has_mtp(hf, tensors), dtype="float32")
+    mtp_layers = mtp.layers_in(hf, tensors)
+    cfg = model_config(hf, mtp_layers=mtp_layers, dtype="float32")
     repeats = {name: of for name, of in origins(hf, cfg).items() if name in tensors}
     arrays = leaves(family(hf["model_type"]).table(cfg), tensors, repeats)
     check_shapes(arrays, abstract_params(cfg))
@@ -98,14 +100,8 @@ def open_checkpoint(folder: str | Path, dtype: str | None = None) -> Checkpoint:
         if of in tensors and not _equal(tensors[name], tensors[of]):
             raise UserError(f"{tensors.file_of(name)}: tensor {name} differs from {of}, but here one serves as both; "
                             "take a checkpoint that shares them")
-    cfg = model_config(hf, has_mtp=cfg.mtp is not None, dtype=dtype or stored_dtype(arrays))
+    cfg = model_config(hf, mtp_layers=mtp_layers, dtype=dtype or stored_dtype(arrays))
     return Checkpoint(folder, hf, cfg, arrays, tuple(repeats))
-
-
-def has_mtp(hf: Mapping[str, Any], names: Any) -> bool:
-    """Whether there are tensors of a layer behind the last one."""
-    behind = f".layers.{hf.get('text_config', hf).get('num_hidden_layers')}."
-    return any(behind in name for name in names)
 
 
 def origins(hf: Mapping[str, Any], cfg: Any) -> dict[str, str]:

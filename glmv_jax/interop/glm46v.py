@@ -16,9 +16,9 @@ from glmv_jax.typing import UserError
 __all__ = ["config", "duplicates", "table"]
 
 
-def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float32") -> VLMConfig:
+def config(hf: Mapping[str, Any], *, mtp_layers: int = 0, dtype: str = "float32") -> VLMConfig:
     """VLMConfig from the contents of config.json. UserError as `glm4v.config`, and for a part of another family."""
     for part, kind in zip(glm4v.parts(hf, "glm46v"), ("glm4v_vision", "glm4v_text")):
         if part.get("model_type", kind) != kind:
             raise UserError(f"config.json: a part of model_type {part['model_type']!r} is not {kind}")
-    return glm4v.config(hf, model_type="glm46v", has_mtp=has_mtp, dtype=dtype)
+    return glm4v.config(hf, model_type="glm46v", mtp_layers=mtp_layers, dtype=dtype)

@@ -4,7 +4,7 @@ The decoder is GLM-OCR's with biases on q, k, v. The tower is models/glm4v_vit.p
 gives out, while the merger's own MLP has the tower's `intermediate_size`. A video is one frame id for every two of its
 frames: `get_video_features` gives each temporal patch to the tower as an image of its own, and its time stands as text
 behind it. Names: transformers `glm4v/modeling_glm4v.py`. No released model of the family has an MTP layer; one that is
-trained here is written, and read with `has_mtp`, under GLM-OCR's names.
+trained here is written and read under GLM-OCR's names.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from glmv_jax.interop import glm_ocr
+from glmv_jax.interop import glm_ocr, mtp
 from glmv_jax.interop.glm_ocr import duplicates
 from glmv_jax.interop.table import Entry, fused, matrix, same
 from glmv_jax.models.cogvit import MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.glm4v_vit import Glm4vViTConfig
-from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
@@ -26,12 +25,12 @@ __all__ = ["config", "duplicates", "parts", "table", "tied", "vision", "vision_t
 
 
 def config(
-    hf: Mapping[str, Any], *, model_type: str = "glm4v", has_mtp: bool = False, dtype: str = "float32"
+    hf: Mapping[str, Any], *, model_type: str = "glm4v", mtp_layers: int = 0, dtype: str = "float32"
 ) -> VLMConfig:
     """VLMConfig from the contents of config.json. UserError for another model_type or an unsupported rotary type."""
     v, t = parts(hf, model_type)
     decoder = DecoderConfig(**glm_ocr.text(t), mlp=t["intermediate_size"], qkv_bias=True, tied=tied(hf), dtype=dtype)
-    return VLMConfig(*vision(v, dtype), decoder, MTPConfig(decoder) if has_mtp else None)
+    return VLMConfig(*vision(v, dtype), decoder, mtp.config(decoder, mtp_layers))
 
 
 def table(cfg: VLMConfig) -> list[Entry]:

@@ -11,26 +11,25 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from glmv_jax.interop import glm4v, glm_ocr
+from glmv_jax.interop import glm4v, glm_ocr, mtp
 from glmv_jax.interop.glm4v import duplicates
 from glmv_jax.interop.table import Entry, matrix, same
 from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.glm4_moe import GLM4MoEConfig, MoEBlockConfig
-from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
 __all__ = ["config", "duplicates", "table"]
 
 
-def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float32") -> VLMConfig:
+def config(hf: Mapping[str, Any], *, mtp_layers: int = 0, dtype: str = "float32") -> VLMConfig:
     """VLMConfig from the contents of config.json. UserError for another model_type, an unsupported rotary type, or a
     QK-norm, which no released model of the family has."""
     v, t = glm4v.parts(hf, "glm4v_moe")
     if t.get("use_qk_norm"):
         raise UserError("config.json: use_qk_norm is true, but transformers' glm4v_moe has no QK-norm; set it to false")
     decoder = text(t, tied=glm4v.tied(hf), dtype=dtype)
-    return VLMConfig(*glm4v.vision(v, dtype), decoder, MTPConfig(decoder) if has_mtp else None)
+    return VLMConfig(*glm4v.vision(v, dtype), decoder, mtp.config(decoder, mtp_layers))
 
 
 def text(t: Mapping[str, Any], *, tied: bool, dtype: str = "float32") -> GLM4MoEConfig:
@@ -49,7 +48,7 @@ def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
     d = cfg.decoder
     entries = [*glm4v.vision_table(cfg.vision), *glm_ocr.merger(), *decoder(d)]
-    return entries + (glm_ocr.mtp(d.depth, functools.partial(_block, d.block)) if cfg.mtp else [])
+    return entries + mtp.table(cfg.mtp, d.depth, glm_ocr.LAYERS, functools.partial(_block, d.block))
 
 
 def decoder(cfg: GLM4MoEConfig) -> list[Entry]:
@@ -57,7 +56,7 @@ def decoder(cfg: GLM4MoEConfig) -> list[Entry]:
     entries, first = [], 0
     for i, (block, times) in enumerate(cfg.stacks):
         layers = range(first, first + times)
-        entries += _block(block, "model.language_model.layers.{i}.", f"decoder/blocks{i}/", layers)
+        entries += _block(block, glm_ocr.LAYERS + "{i}.", f"decoder/blocks{i}/", layers)
         first += times
     return entries + glm_ocr.words(cfg)
 

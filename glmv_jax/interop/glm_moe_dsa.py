@@ -1,7 +1,7 @@
-"""GLM-5 (transformers `glm_moe_dsa`): its config and its table of tensors, MTP layer included.
+"""GLM-5 (transformers `glm_moe_dsa`): its config and its table of tensors, MTP layers included.
 
 Names and shapes: transformers `glm_moe_dsa/modeling_glm_moe_dsa.py`, written as released checkpoints are, an expert a
-tensor. transformers drops the MTP layer (one after the last), so a checkpoint written by it has none.
+tensor. Those of MTP layers: `mtp`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from glmv_jax.interop import mtp
 from glmv_jax.interop.table import Entry, Transform, matrix, norm, same
 from glmv_jax.models.glm5 import GLM5Config
-from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
+LAYERS = "model.layers."  # before a layer's number
 
-def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float32") -> VLMConfig:
+
+def config(hf: Mapping[str, Any], *, mtp_layers: int = 0, dtype: str = "float32") -> VLMConfig:
     """VLMConfig without a vision side, from the contents of config.json. UserError for what this model cannot do."""
     if hf.get("model_type") != "glm_moe_dsa":
         raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not glm_moe_dsa")
@@ -44,7 +46,7 @@ def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float3
         rope_theta=rope["rope_theta"], rope_split=(third, *_halves(rope_dim // 2 - third)),
         norm_eps=hf["rms_norm_eps"], tied=bool(hf.get("tie_word_embeddings", False)), dtype=dtype,
     )  # fmt: skip
-    return VLMConfig(None, None, decoder, MTPConfig(decoder) if has_mtp else None)
+    return VLMConfig(None, None, decoder, mtp.config(decoder, mtp_layers))
 
 
 def _halves(n: int) -> tuple[int, int]:
@@ -65,14 +67,14 @@ def _index(hf: Mapping[str, Any], depth: int) -> str:
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*_decoder(cfg.decoder), *(_mtp(cfg.decoder) if cfg.mtp else ())]
+    d = cfg.decoder
+    block = lambda hf, ours, numbers: _layer(d, hf, f"{ours}layer0/", "moe", True, numbers)  # noqa: E731
+    return _decoder(d) + mtp.table(cfg.mtp, d.depth, LAYERS, block)
 
 
 def duplicates(cfg: VLMConfig) -> list[str]:
-    """Tensors of the MTP layer, and of a tied head, that repeat others; they may be present and are not read."""
-    layer = f"model.layers.{cfg.decoder.depth}."
-    names = [layer + "embed_tokens.weight", layer + "shared_head.head.weight"]
-    return names + (["lm_head.weight"] if cfg.decoder.tied else [])
+    """See `mtp.duplicates`."""
+    return mtp.duplicates(cfg, LAYERS)
 
 
 def _decoder(cfg: GLM5Config) -> list[Entry]:
@@ -86,7 +88,7 @@ def _decoder(cfg: GLM5Config) -> list[Entry]:
         size = len(unit.mlps)
         for j, mlp in enumerate(unit.mlps):
             numbers = range(first + j, first + size * times, size)
-            entries += _layer(cfg, "model.layers.{i}.", f"decoder/blocks{s}/layer{j}/", mlp, j == 0, numbers)
+            entries += _layer(cfg, LAYERS + "{i}.", f"decoder/blocks{s}/layer{j}/", mlp, j == 0, numbers)
         first += size * times
     return entries
 
@@ -138,13 +140,3 @@ def _keys_and_values(cfg: GLM5Config) -> Transform:
         return np.concatenate([keys, values], axis=1).reshape(H * (N + V), -1)
 
     return Transform(load, save)
-
-
-def _mtp(cfg: GLM5Config) -> list[Entry]:
-    hf = f"model.layers.{cfg.depth}."
-    return _layer(cfg, hf, "mtp/block/layer0/", "moe", True, None) + [
-        Entry(hf + "enorm.weight", ("mtp/enorm/scale",), same),
-        Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
-        Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),
-        Entry(hf + "shared_head.norm.weight", ("mtp/norm/scale",), same),
-    ]

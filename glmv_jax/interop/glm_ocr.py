@@ -1,25 +1,26 @@
-"""GLM-OCR (transformers `glm_ocr`): its config and its table of tensors, MTP layer included.
+"""GLM-OCR (transformers `glm_ocr`): its config and its table of tensors, MTP layers included.
 
-Names and shapes: transformers `glm_ocr/modeling_glm_ocr.py`; the MTP layer (one after the last) as vLLM and SGLang read
-it. transformers drops that layer, so a checkpoint written by it has none: `has_mtp` says which.
+Names and shapes: transformers `glm_ocr/modeling_glm_ocr.py`; those of MTP layers: `mtp`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from glmv_jax.interop import mtp
 from glmv_jax.interop.table import Entry, convolution, fused, linear, matrix, same
 from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
-from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
+LAYERS = "model.language_model.layers."  # before a layer's number
 
-def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float32") -> VLMConfig:
+
+def config(hf: Mapping[str, Any], *, mtp_layers: int = 0, dtype: str = "float32") -> VLMConfig:
     """VLMConfig from the contents of config.json. UserError for another model_type or an unsupported rotary type."""
     if hf.get("model_type") != "glm_ocr":
         raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not glm_ocr")
@@ -28,7 +29,7 @@ def config(hf: Mapping[str, Any], *, has_mtp: bool = False, dtype: str = "float3
     merger = MergerConfig(vision.width, v["out_hidden_size"], v["out_hidden_size"] * v["in_channels"], dtype=dtype)
     tied = bool(hf.get("tie_word_embeddings", False))
     decoder = DecoderConfig(**text(t), mlp=t["intermediate_size"], tied=tied, dtype=dtype)
-    return VLMConfig(vision, merger, decoder, MTPConfig(decoder) if has_mtp else None)
+    return VLMConfig(vision, merger, decoder, mtp.config(decoder, mtp_layers))
 
 
 def trunk(v: Mapping[str, Any]) -> dict[str, Any]:
@@ -72,10 +73,8 @@ def table(cfg: VLMConfig) -> list[Entry]:
 
 
 def duplicates(cfg: VLMConfig) -> list[str]:
-    """Tensors of the MTP layer, and of a tied head, that repeat others; they may be present and are not read."""
-    layer = f"model.language_model.layers.{cfg.decoder.depth}."
-    names = [layer + "embed_tokens.weight", layer + "shared_head.head.weight"]
-    return names + (["lm_head.weight"] if cfg.decoder.tied else [])
+    """See `mtp.duplicates`."""
+    return mtp.duplicates(cfg, LAYERS)
 
 
 def _vision(cfg: CogViTConfig) -> list[Entry]:
@@ -144,8 +143,8 @@ def decoder(cfg: VLMConfig) -> list[Entry]:
     """The dense decoder with its table and head, and the MTP layer where there is one."""
     d = cfg.decoder
     one = functools.partial(block, d.block)
-    entries = one("model.language_model.layers.{i}.", "decoder/blocks/", d.depth) + words(d)
-    return entries + (mtp(d.depth, one) if cfg.mtp else [])
+    entries = one(LAYERS + "{i}.", "decoder/blocks/", d.depth) + words(d)
+    return entries + mtp.table(cfg.mtp, d.depth, LAYERS, one)
 
 
 def words(cfg: Any) -> list[Entry]:
@@ -156,14 +155,3 @@ def words(cfg: Any) -> list[Entry]:
         Entry(hf + "norm.weight", ("decoder/norm/scale",), same),
     ]
     return entries + ([] if cfg.tied else [Entry("lm_head.weight", ("decoder/head",), matrix)])
-
-
-def mtp(depth: int, block: Callable[[str, str], list[Entry]]) -> list[Entry]:
-    """The MTP layer, one after the last; block: (their prefix, ours) -> the entries of the block in it."""
-    hf = f"model.language_model.layers.{depth}."
-    return block(hf, "mtp/block/") + [
-        Entry(hf + "enorm.weight", ("mtp/enorm/scale",), same),
-        Entry(hf + "hnorm.weight", ("mtp/hnorm/scale",), same),
-        Entry(hf + "eh_proj.weight", ("mtp/eh_proj/kernel",), matrix),
-        Entry(hf + "shared_head.norm.weight", ("mtp/norm/scale",), same),
-    ]

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from glmv_jax.interop import families, folder, hub
+from glmv_jax.interop import families, folder, hub, mtp
 from glmv_jax.interop.arrays import StoredArrays, write_arrays
 from glmv_jax.interop.table import check_shapes
 from glmv_jax.models.api import abstract_params
@@ -62,7 +62,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
         write_arrays(step / "params", found.arrays, kept)
         seal(step, leave_out=("_CHECKPOINT_METADATA",))
         about = {
-            "family": found.hf["model_type"], "source": str(source), "mtp": found.has_mtp,
+            "family": found.hf["model_type"], "source": str(source), "mtp": found.mtp_layers,
             "dtype": found.cfg.decoder.dtype, "repeated": list(found.repeated),
             "config": dataclasses.asdict(found.cfg),
         }  # fmt: skip
@@ -88,7 +88,7 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     tensors = families.tensors_of(hf, cfg, arrays, about["repeated"])
     with _whole(target) as part:
         _copy_files(origin / FILES, part)
-        _say_dtype(part / "config.json", dtype or families.stored_dtype(arrays))
+        _say(part / "config.json", dtype or families.stored_dtype(arrays), about["mtp"])
         folder.write_tensors(part, tensors, kept)
     return f"{target}: {hf['model_type']}, {sum(_size(t) for t in tensors):,} numbers in {len(tensors)} tensors"
 
@@ -107,7 +107,7 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
     about, hf, cfg = _model(origin)
     if dtype is not None:
         families.np_dtype(dtype)
-        cfg = families.model_config(hf, has_mtp=about["mtp"], dtype=dtype)
+        cfg = families.model_config(hf, mtp_layers=about["mtp"], dtype=dtype)
     arrays = _arrays(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -183,11 +183,12 @@ def _model(origin: Path) -> tuple[dict[str, Any], dict[str, Any], Any]:
     path = origin / MODEL
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
-        mtp, dtype, _ = about["mtp"], about["dtype"], about["repeated"]
+        about["mtp"] = int(about["mtp"])  # it was true or false
+        dtype, _ = about["dtype"], about["repeated"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} cannot be read ({type(error).__name__}: {error}); import it again") from None
     hf = folder.read_config(origin / FILES)
-    return about, hf, families.model_config(hf, has_mtp=mtp, dtype=dtype)
+    return about, hf, families.model_config(hf, mtp_layers=about["mtp"], dtype=dtype)
 
 
 def _size(array: Any) -> int:
@@ -227,11 +228,13 @@ def _copy_files(source: Path, target: Path) -> None:
             shutil.copyfile(path, target / path.name)
 
 
-def _say_dtype(path: Path, dtype: str) -> None:
-    """Writes what the weights are now into config.json, where it says what they were."""
+def _say(path: Path, dtype: str, mtp_layers: int) -> None:
+    """Writes what the weights are now into config.json, where it says what they were, and MTP layers if several."""
     config = json.loads(path.read_text(encoding="utf-8"))
     for section in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in ("dtype", "torch_dtype"):
             if key in section:
                 section[key] = dtype
+    if mtp_layers > 1:
+        mtp.text_part(config)[mtp.COUNT] = mtp_layers
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -278,7 +278,7 @@ def test_an_image_processor_that_the_tower_cannot_follow(hf, tmp_path):
 
 def test_drafts_change_no_greedy_answer(tmp_path, capsys):
     """With the MTP layer of the checkpoint; transformers drops it, so a folder that it wrote has none to draft with."""
-    hf_glm_ocr.write(tmp_path / "mtp", mtp=True)
+    hf_glm_ocr.write(tmp_path / "mtp", mtp=1)
     hf_glm_ocr.write(tmp_path / "none")
     argv = ["--token-ids", "5,17,23,9", "--max-new-tokens", "9"]
     plain = answer(capsys, tmp_path / "mtp", *argv)

@@ -19,23 +19,25 @@ def model(seed: int = 0, **text) -> transformers.GlmOcrForConditionalGeneration:
     return made
 
 
-def write(folder, *, dtype=None, shard: str = "5GB", mtp: bool = False, repeated: bool = False):
-    """Saves a tiny model and returns it. mtp: with layer 2, behind the last; repeated: and its copies of the table and
-    of the head."""
+def write(folder, *, dtype=None, shard: str = "5GB", mtp: int = 0, repeated: bool = False):
+    """Saves a tiny model and returns it. mtp: with so many layers behind the last; repeated: and their copies of
+    the table and of the head."""
     made = model() if dtype is None else model().to(dtype)
     made.save_pretrained(folder, max_shard_size=shard)
     if mtp:
         tensors = load_file(folder / "model.safetensors")
-        save_file(tensors | mtp_layer(tensors, repeated), folder / "model.safetensors", {"format": "pt"})
+        for number in range(2, 2 + mtp):
+            tensors |= mtp_layer(tensors, number, repeated)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return made
 
 
-def mtp_layer(tensors: dict, repeated: bool = False) -> dict:
-    """Tensors of the layer behind the last, other numbers than any other's."""
-    prefix, rng = "model.language_model.layers.2.", np.random.default_rng(5)
+def mtp_layer(tensors: dict, number: int, repeated: bool = False) -> dict:
+    """Tensors of a layer behind the last, of other values than any other's."""
+    prefix, rng = f"model.language_model.layers.{number}.", np.random.default_rng(3 + number)
     draw = lambda *shape: torch.tensor(rng.normal(size=shape), dtype=tensors["lm_head.weight"].dtype)  # noqa: E731
     layer = {
-        name.replace(".layers.0.", ".layers.2."): draw(*t.shape) for name, t in tensors.items()
+        name.replace(".layers.0.", f".layers.{number}."): draw(*t.shape) for name, t in tensors.items()
         if "language_model.layers.0." in name
     }  # fmt: skip
     layer |= {prefix + f"{name}.weight": draw(32) for name in ("enorm", "hnorm", "shared_head.norm")}

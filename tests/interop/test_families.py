@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from glmv_jax import cli  # noqa: E402
-from glmv_jax.interop import families  # noqa: E402
+from glmv_jax import cli, models  # noqa: E402
+from glmv_jax.interop import families, mtp  # noqa: E402
+from glmv_jax.interop import table as table_lib  # noqa: E402
+from glmv_jax.typing import UserError  # noqa: E402
 from tests.interop import hf_glm_ocr, test_glm4v, test_glm4v_moe, test_glm_moe_dsa  # noqa: E402
 
 EOS = 7
@@ -56,3 +59,37 @@ def test_in_answered_and_out_again(name, tmp_path, capsys):
         np.testing.assert_allclose(got["logprobs"], logprobs, atol=2e-4)
     before, after = model.state_dict(), again.state_dict()
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("family", ["glm_ocr", "glm4v_moe", "glm_moe_dsa"])
+def test_a_depth_may_have_an_mtp_layer_of_its_own(family):
+    """The k-th layer behind the last is the k-th in our stack, named as a single one is; both ways without a loss."""
+    hf, module, K = MODELS[family]().config.to_dict(), families.family(family), 3
+    cfg, alone = module.config(hf, mtp_layers=K), module.config(hf, mtp_layers=1)
+    assert (cfg.mtp.depth, cfg.mtp.weights, alone.mtp.weights) == (K, "per_depth", "shared")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(np.float32), models.abstract_params(cfg))
+    tensors = table_lib.to_tensors(module.table(cfg), params)
+    N = cfg.decoder.depth
+    of_layer = lambda found, n: {  # noqa: E731
+        name.partition(f".layers.{n}.")[2]: x for name, x in found.items() if f"language_model.layers.{n}." in name
+        or name.startswith(f"model.layers.{n}.")
+    }  # fmt: skip
+    for k in range(K):
+        one = params | {"mtp": jax.tree.map(lambda x, k=k: x[k], params["mtp"])}
+        want = of_layer(table_lib.to_tensors(module.table(alone), one), N)
+        got = of_layer(tensors, N + k)
+        assert "eh_proj.weight" in got and got.keys() == want.keys()
+        assert all(np.array_equal(got[name], want[name]) for name in want)
+    jax.tree.map(np.testing.assert_array_equal, table_lib.to_params(module.table(cfg), tensors), params)
+    copies = [name for name in module.duplicates(cfg) if name.endswith("embed_tokens.weight")]
+    assert [name.split(".")[-3] for name in copies] == [str(N + k) for k in range(K)]
+
+    def said(count):
+        text = mtp.text_part(hf) | {"num_nextn_predict_layers": count}
+        return hf | {"text_config": text} if "text_config" in hf else text
+
+    assert mtp.layers_in(said(K), tensors) == mtp.layers_in(said(0), tensors) == K
+    with pytest.raises(UserError, match="num_nextn_predict_layers is 2, but there are 3 layers behind layer"):
+        mtp.layers_in(said(2), tensors)
+    assert mtp.layers_in(said(K), {name: x for name, x in tensors.items() if f".layers.{N}." not in name}) == 0

@@ -142,7 +142,7 @@ def test_an_mtp_layer_has_a_name_for_everything():
     again = flatten(table_lib.to_params(glm4v_moe.table(cfg), tensors, glm4v_moe.duplicates(cfg)))
     for name, x in flatten(params).items():
         np.testing.assert_array_equal(again[name], x, err_msg=name)
-    assert glm4v_moe.config(p.model.config.to_dict(), has_mtp=True) == cfg
+    assert glm4v_moe.config(p.model.config.to_dict(), mtp_layers=1) == cfg
 
 
 def test_size_of_the_released_model():

@@ -189,7 +189,7 @@ def test_way_back(both):
 
 
 def test_mtp_layer_goes_both_ways():
-    cfg = glm_moe_dsa.config(hf_model("full").config.to_dict(), has_mtp=True)
+    cfg = glm_moe_dsa.config(hf_model("full").config.to_dict(), mtp_layers=1)
     params = models.init_params(cfg, jax.random.key(0))
     tensors = table_lib.to_tensors(glm_moe_dsa.table(cfg), params)
     assert "model.layers.3.eh_proj.weight" in tensors and "model.layers.3.mlp.experts.3.up_proj.weight" in tensors

@@ -137,7 +137,7 @@ def test_mtp_layer_travels_both_ways():
     prefix = "model.language_model.layers.2."
     layer |= {prefix + n: rng.normal(size=32) for n in ("enorm.weight", "hnorm.weight", "shared_head.norm.weight")}
     layer[prefix + "eh_proj.weight"] = rng.normal(size=(32, 64))
-    cfg = glm_ocr.config(model.config.to_dict(), has_mtp=True)
+    cfg = glm_ocr.config(model.config.to_dict(), mtp_layers=1)
     params = table_lib.to_params(glm_ocr.table(cfg), tensors | layer, glm_ocr.duplicates(cfg))
     np.testing.assert_array_equal(params["mtp"]["eh_proj"]["kernel"], layer[prefix + "eh_proj.weight"].T)
     assert table_lib.to_tensors(glm_ocr.table(cfg), params).keys() == (tensors | layer).keys()

@@ -45,8 +45,8 @@ def same_tensors(a, b) -> bool:
 
 @pytest.mark.parametrize(
     ("dtype", "shard", "mtp", "repeated"),
-    [(None, "5GB", False, False), (None, "40KB", False, False), (None, "5GB", True, True),
-     (torch.bfloat16, "5GB", True, False)],
+    [(None, "5GB", 0, False), (None, "40KB", 0, False), (None, "5GB", 1, True),
+     (torch.bfloat16, "5GB", 1, False), (None, "5GB", 3, True)],
 )  # fmt: skip
 def test_out_again_is_what_came_in(tmp_path, capsys, dtype, shard, mtp, repeated):
     hf_glm_ocr.write(tmp_path / "in", dtype=dtype, shard=shard, mtp=mtp, repeated=repeated)
@@ -64,7 +64,9 @@ def test_out_again_is_what_came_in(tmp_path, capsys, dtype, shard, mtp, repeated
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in", "ours", "out"], "nothing is left behind"
 
     about = json.loads((tmp_path / "ours" / "model.json").read_text())
-    assert about["family"] == "glm_ocr" and about["mtp"] is mtp and about["config"]["decoder"]["width"] == 32
+    assert about["family"] == "glm_ocr" and about["mtp"] == mtp and about["config"]["decoder"]["width"] == 32
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]
+    assert mtp < 2 or written["num_nextn_predict_layers"] == mtp
     # Not only the same bytes: transformers takes it, MTP layer or not, and computes the same.
     ids = torch.tensor(np.random.default_rng(0).integers(1, 99, (2, 9)))
     logits = []
@@ -76,7 +78,7 @@ def test_out_again_is_what_came_in(tmp_path, capsys, dtype, shard, mtp, repeated
 
 
 def test_in_again_is_what_went_out(tmp_path):
-    hf_glm_ocr.write(tmp_path / "in", mtp=True)
+    hf_glm_ocr.write(tmp_path / "in", mtp=1)
     exchange.import_hf(tmp_path / "in", tmp_path / "ours")
     exchange.export_hf(tmp_path / "ours", tmp_path / "out")
     exchange.import_hf(tmp_path / "out", tmp_path / "again")
@@ -121,7 +123,7 @@ def test_shards_of_any_size_are_read_by_safetensors(tmp_path):
 
 
 def test_every_device_is_given_its_part_alone(tmp_path, monkeypatch):
-    hf_glm_ocr.write(tmp_path / "in", mtp=True)
+    hf_glm_ocr.write(tmp_path / "in", mtp=1)
     exchange.import_hf(tmp_path / "in", tmp_path / "ours")
     found = families.open_checkpoint(tmp_path / "in")
     whole = {path: leaf.read() for path, leaf in found.arrays.items()}
@@ -327,7 +329,7 @@ def test_damage_on_disk_is_noticed(tmp_path, source):
 
 
 def test_repeated_tensors_must_repeat(tmp_path, capsys):
-    hf_glm_ocr.write(tmp_path / "in", mtp=True, repeated=True)
+    hf_glm_ocr.write(tmp_path / "in", mtp=1, repeated=True)
     name = "model.language_model.layers.2.embed_tokens.weight"
     rewrite(tmp_path / "in" / "model.safetensors", lambda t: t[name].add_(1))
     refused(tmp_path, capsys, "in/model.safetensors", name, "differs from model.language_model.embed_tokens.weight")
