@@ -33,6 +33,8 @@ class Transform:
 
 same = Transform(lambda t: (t,), lambda a: a[0])
 matrix = Transform(lambda t: (t.T,), lambda a: a[0].T)  # torch Linear [O, I] <-> kernel [I, O]
+scalar = Transform(lambda t: (np.asarray(t).reshape(()),), lambda a: np.asarray(a[0]).reshape(1))  # [1] <-> []
+vector = Transform(lambda t: (np.asarray(t).reshape(-1),), lambda a: np.asarray(a[0])[None, None])  # [1, 1, D] <-> [D]
 
 
 def fused(parts: int, inner: Transform = matrix) -> Transform:
