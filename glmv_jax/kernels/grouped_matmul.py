@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glmv_jax.parallel import rules
+
 _MEGABLOX_ROWS = 128  # rows must divide by its tile
 
 
@@ -28,7 +30,7 @@ def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax
 
 def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
     """Whether Megablox takes these: on a TPU, rows and widths in whole tiles."""
-    return jax.default_backend() == "tpu" and x_MK.shape[0] % _MEGABLOX_ROWS == 0 and w_GKN.shape[2] % 128 == 0
+    return rules.device().platform == "tpu" and x_MK.shape[0] % _MEGABLOX_ROWS == 0 and w_GKN.shape[2] % 128 == 0
 
 
 def megablox(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool = False) -> jax.Array:

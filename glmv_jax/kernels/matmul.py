@@ -12,10 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.parallel import rules
+
 
 def supported() -> bool:
-    """Whether the flattened form is the faster one here."""
-    return jax.default_backend() == "cpu"
+    """Whether the flattened form is the faster one there."""
+    return rules.device().platform == "cpu"
 
 
 def flattened(x: jax.Array, w_IO: jax.Array) -> jax.Array:

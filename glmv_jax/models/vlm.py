@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
+from glmv_jax.parallel import rules
 from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
 
 MOST_ROWS = 32  # of a product; with more both of its forms take as long
@@ -156,7 +157,7 @@ def layers_apart(cfg: VLMConfig, params: Params, cache: dict, rows: int) -> tupl
 
     rows: tokens of all rows of a batch that a step reads.
     """
-    if jax.default_backend() != "cpu":
+    if rules.device().platform != "cpu":
         return params, cache
     counts = {name: cache[name] for name in ("slots", "length")}
     own = {name: x for name, x in cache.items() if name not in counts}

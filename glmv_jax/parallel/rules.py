@@ -124,6 +124,12 @@ def active_mesh() -> Mesh | None:
     return None if active is None else active[0]
 
 
+def device() -> jax.Device:
+    """One that the program being traced will run on: those of the mesh in force may not be here."""
+    mesh = active_mesh()
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its dimensions pinned to where `names` live; `x` itself when no mesh is in force."""
     active = _ACTIVE.get()

@@ -217,14 +217,15 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
                 leaving.callback(close)
 
 
-def prepare(stage: Stage) -> tuple[state_lib.Placement, Any, Any]:
+def prepare(stage: Stage, mesh: Any = None) -> tuple[state_lib.Placement, Any, Any]:
     """Mesh, shardings, optimiser and the mask of trained parameters, from the config alone; nothing is allocated.
 
-    This is the one place that decides where a run lives. Raises UserError for a mesh, a rules preset or an optimiser
+    This is the one place that decides where a run lives. mesh: in place of the config's on the devices here,
+    a `jax.sharding.Mesh` of others or an AbstractMesh. Raises UserError for a mesh, a rules preset or an optimiser
     config that does not fit.
     """
     cfg = stage.cfg
-    mesh, rules = stage.place()
+    mesh, rules = stage.place(mesh)
     shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
     shardings = rules.shardings(mesh, stage.logical_axes(), shapes)
     plan = optim.plan(cfg)

@@ -110,8 +110,8 @@ class Adapted(Stage):
         """As of the whole model being trained: the gradient of a target matrix is computed here too."""
         return self.stage.flops(batch)
 
-    def place(self):
-        return self.stage.place()
+    def place(self, mesh=None):
+        return self.stage.place(mesh)
 
     # --- what is reported ---------------------------------------------------------------------------------------------
     def after_update(self, params, extra):

@@ -87,18 +87,23 @@ class TrainStep:
                 f"stage {self.stage.name}: a batch has a new shape and all shape_buckets={allowed} are compiled: "
                 f"{_difference(signature, list(self._compiled)[-1])}; pad the batches or raise shape_buckets"
             )
-        with rules_lib.use(self.placement.mesh, self.placement.rules):
-            self._compiled[signature] = self._jitted.lower(state, constants, batch).compile()
+        self._compiled[signature] = self.lower(state, constants, batch).compile()
         if self.traces != len(self._compiled):
             raise RecompileError(f"the step was traced {self.traces} times for {len(self._compiled)} batch shapes")
+
+    def lower(self, state: TrainState, constants: Params, batch: Batch) -> jax.stages.Lowered:
+        """The step for batches like this one, not compiled yet."""
+        with rules_lib.use(self.placement.mesh, self.placement.rules):
+            return self._jitted.lower(state, constants, batch)
 
     def _step(self, state: TrainState, constants: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         self.traces += 1  # runs when traced, not when executed
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         (loss, (metrics, extra)), grads = self._gradient(state.params, constants, state.extra, batch, key)
-        updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-        params, extra, more = self.stage.after_update(optax.apply_updates(state.params, updates), extra)
+        with jax.named_scope("update"):
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
+            params, extra, more = self.stage.after_update(optax.apply_updates(state.params, updates), extra)
         metrics |= more
         taken = sorted(set(metrics) & set(RESERVED))
         if taken:

@@ -157,9 +157,10 @@ class Stage(abc.ABC):
 
     # --- where it lives -----------------------------------------------------------------------------------------------
 
-    def place(self) -> tuple[Mesh, rules_lib.Rules]:
-        """The mesh and the rules of the config. UserError when they do not fit the devices that are here."""
-        mesh = mesh_lib.make_mesh(dict(self.cfg.get("mesh", {"data": -1})))
+    def place(self, mesh: Any = None) -> tuple[Mesh, rules_lib.Rules]:
+        """The mesh (or the one given) and the rules of the config. UserError when they do not fit the devices here."""
+        if mesh is None:
+            mesh = mesh_lib.make_mesh(dict(self.cfg.get("mesh", {"data": -1})))
         return mesh, rules_lib.preset(self.cfg.get("rules", "data"))
 
     def as_towers(self, *, patches: int = 0, batch: int = 256) -> Towers:

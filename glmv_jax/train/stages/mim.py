@@ -206,6 +206,17 @@ class MIM(Stage):
     def train_data(self):
         return self.batches("train", reading(self.cfg), self.own_rows)
 
+    def batch_shapes(self):
+        if self.cache is not None:  # its features are known when they are read
+            return
+        B, size, v = self.own_rows, self.cfg.data.size, self.model.vision
+        P, shape = (size // v.patch) ** 2, jax.ShapeDtypeStruct
+        yield {
+            "patches": shape((B, P, v.channels * v.patch**2), np.uint8), "yx": shape((B, P, 2), np.int32),
+            "frame": shape((B, P), np.int32), "mask": shape((B, P), np.bool_), "source": shape((B,), np.int32),
+            "image": shape((B, size, size, v.channels), np.uint8),
+        }  # fmt: skip
+
     def counts(self, batch):
         return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}
 

@@ -56,6 +56,14 @@ class RL(VLMStage):
             faults=self.cfg.faults or None,
         )  # fmt: skip
 
+    def batch_shapes(self):
+        d = self.cfg.data
+        prompts = {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
+        for rows in self.rows:
+            sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
+            empty, _ = to_batch((), prompts, np.zeros(0), **sizes)
+            yield {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty.items()}
+
     def next_batch(self, data, state):
         """One update's rows; a new set of rollouts when the last set's minibatches are used up.
 

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import models
-from glmv_jax.data import heldout, pipeline, texts
+from glmv_jax.data import heldout, packing, pipeline, texts
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.questions import Questions
@@ -202,6 +202,11 @@ class VLMStage(Stage):
             self.sources("train", self.data_seed), dict(self.cfg.data.weights), self.builder, form=self.form,
             batch=self.own_rows, reading=reading(self.cfg),
         )  # fmt: skip
+
+    def batch_shapes(self):
+        b = self.builder
+        row = packing.Row(b.max_tokens, b.max_patches, b.patcher.channels).arrays
+        yield {name: jax.ShapeDtypeStruct((self.own_rows, *x.shape), x.dtype) for name, x in row.items()}
 
     @property
     def data_seed(self) -> int:
