@@ -378,6 +378,22 @@ def report(args: argparse.Namespace) -> int:
     return 0
 
 
+def compile_for(args: argparse.Namespace) -> int:
+    """Compiles a run for TPUs that are not there, and says whether it fits and what it costs.
+
+    Runs on any x86 Linux with libtpu (the extra tpu). The numbers are the compiler's estimates; nothing is measured.
+
+      glmv compile --config experiments/cogvit_siglip.py:size=l --topology v5p:8x8x8 --json siglip.json
+      glmv compile --config experiments/vlm_pretrain.py:size=l --topology v5e:16x16 --xla async --html page.html
+      glmv compile --compare before.json after.json
+
+    Exit code 1 when the program does not fit the memory of a device.
+    """
+    from glmv_jax.aot import main as aot
+
+    return aot.run(args)
+
+
 def doctor(args: argparse.Namespace) -> int:
     """Says what this machine has (devices, memory, extras) and how to install what is missing.
 
@@ -497,6 +513,7 @@ _COMMANDS = {
     "eval": evaluate,
     "train-vocabulary": train_vocabulary,
     "report": report,
+    "compile": compile_for,
     "doctor": doctor,
     "show-config": show_config,
     "show-batch": show_batch,

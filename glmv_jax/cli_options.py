@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 
+from glmv_jax.aot import main as aot
+
 
 def add(subs: Mapping[str, argparse.ArgumentParser]) -> None:
     """Gives each subcommand's parser its options."""
@@ -43,6 +45,7 @@ def add(subs: Mapping[str, argparse.ArgumentParser]) -> None:
     _sweep_options(subs["sweep"])
     _vocabulary_options(subs["train-vocabulary"])
     _eval_options(subs["eval"])
+    aot.options(subs["compile"])
     subs["report"].add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
 
 

@@ -1,0 +1,147 @@
+"""What a compiled program does that nobody meant: each hazard was seen in programs of this size, and costs dearly.
+
+Every finding is one line that says what, how much, and what to do about it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+
+from glmv_jax.aot.costs import Schedule, Transfer, flops_of
+from glmv_jax.aot.hlo import Array, Op
+from glmv_jax.aot.scopes import part
+
+_SLICES = ("dynamic-slice", "slice")
+_SCORES = 32 << 20  # bytes from which a matrix of attention scores is worth a word
+_PAYLOAD = 1 << 20  # bytes from which a transfer is
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the text of a program does not say. sharded: dims of a parameter -> the mesh axes it is split over, also
+    without its axis of stacked layers. patch_widths: numbers of a patch, as read and as normalised."""
+
+    sharded: Mapping[tuple[int, ...], tuple[str, ...]]
+    patch_widths: frozenset[int]
+
+
+def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
+    """One line a hazard, the dearest of a kind first."""
+    checks = (whole_gradients, gathers_as_sums, sums_of_which_a_part_is_used, patches_moved)
+    lines = [line for check in checks for line in check(moved, known)]
+    lines += [line for check in (dense_weight_gradients, scores_in_memory) for line in check(found)]
+    if found.unknown:
+        names = ", ".join(sorted({"/".join(part(name)[0].split("/")) for name in found.unknown}))
+        lines.append(
+            f"{len(found.unknown)} loops run as often as the data say and are counted once ({names}); "
+            "FLOPs and time are too low by what they do"
+        )
+    return lines
+
+
+# --- transfers --------------------------------------------------------------------------------------------------------
+
+
+def whole_gradients(moved: list[Transfer], known: Known) -> Iterator[str]:
+    """All-reduces of a whole parameter's shape over an axis that the parameter is split over."""
+    for t in _large(moved, "all-reduce"):
+        for array in _operands(t):
+            split = known.sharded.get(array.dims, ())
+            if split and set(split) & set(t.axes):
+                yield (
+                    f"all-reduce of {array} {_where(t)}: its parameter is split there, so a reduce-scatter was meant, "
+                    "half of that; give the gradient the parameter's sharding"
+                )
+                break
+
+
+def gathers_as_sums(moved: list[Transfer], known: Known) -> Iterator[str]:
+    """All-reduces of zeros with one device's part written into them: an all-gather at twice its price."""
+    for t in _large(moved, "all-reduce"):
+        if any(_is_part_of_zeros(t, source) for source in t.step.computation.inputs(t.step.op)):
+            yield (
+                f"all-reduce of one part among zeros {_where(t)}: an all-gather was meant, half of that; "
+                "try --xla xla_tpu_prefer_async_allgather_to_allreduce=true"
+            )
+
+
+def _is_part_of_zeros(t: Transfer, source: Op) -> bool:
+    computation = t.step.computation
+    if source.opcode == "dynamic-update-slice":
+        first = computation.inputs(source)[0]
+        return first.opcode in ("broadcast", "constant")
+    return False
+
+
+def sums_of_which_a_part_is_used(moved: list[Transfer], known: Known) -> Iterator[str]:
+    """All-reduces whose only users take a device's slice of the result."""
+    for t in _large(moved, "all-reduce"):
+        users = t.step.computation.users.get(t.step.op.name, [])
+        if users and all(user.opcode in _SLICES for user in users):
+            yield (
+                f"all-reduce of which each device keeps a slice {_where(t)}: a reduce-scatter was meant, half of that"
+            )
+
+
+def patches_moved(moved: list[Transfer], known: Known) -> Iterator[str]:
+    """Transfers of pixels: rows of a batch are dealt out by the loader, none has to move."""
+    for t in moved:
+        sums = t.kind in ("all-reduce", "reduce-scatter")  # of floats: a gradient of that width
+        wide = [a for a in _operands(t) if len(a.dims) > 1 and a.dims[-1] in known.patch_widths]
+        patches = [a for a in wide if a.dtype == "u8" or not sums]
+        if patches and t.sent >= _PAYLOAD:
+            yield f"{t.kind} of patches {patches[0]} {_where(t)}: pixels are dealt out by the loader and should stay"
+
+
+def _large(moved: list[Transfer], kind: str) -> list[Transfer]:
+    return sorted((t for t in moved if t.kind == kind and t.operand >= _PAYLOAD), key=lambda t: -t.total)
+
+
+def _operands(t: Transfer) -> list[Array]:
+    return [array for source in t.step.computation.inputs(t.step.op) for array in source.arrays]
+
+
+def _where(t: Transfer) -> str:
+    """Over which axes, how much, from where in the model."""
+    name = " ".join(part(t.step.op.scope)).strip()
+    return f"over {'+'.join(t.axes)}, {_gb(t.total)} sent in {t.step.times} runs ({name})"
+
+
+# --- products ---------------------------------------------------------------------------------------------------------
+
+
+def dense_weight_gradients(found: Schedule) -> Iterator[str]:
+    """Backward passes of grouped products that multiply every row with every group's matrix."""
+    forward: dict[str, float] = {}
+    backward: dict[str, float] = {}
+    for step in found.steps:
+        scope = step.op.scope
+        if "ragged_dot" in scope or "/experts" in scope:
+            name, way = part(scope)
+            table = {"forward": forward, "backward": backward}.get(way)
+            if table is not None:
+                table[name] = table.get(name, 0) + step.times * flops_of(found.module, step)
+    for name, count in backward.items():
+        if forward.get(name) and count > 3 * forward[name]:
+            yield (
+                f"{name}: the backward pass takes {count / forward[name]:.1f} x the FLOPs of the forward pass, 2 are "
+                "needed: the weight gradient is dense over the groups; take a grouped kernel (megablox)"
+            )
+
+
+def scores_in_memory(found: Schedule) -> Iterator[str]:
+    """Exponentials inside of attention, which are softmax weights, of matrices too large to stay on the chip."""
+    sums: dict[str, tuple[float, Array]] = {}
+    for step in found.steps:
+        for op in [step.op, *(inner for _, inner in found.module.fused(step.op))]:
+            if op.opcode == "exponential" and "attention" in op.scope.lower() and op.bytes >= _SCORES:
+                name, _ = part(op.scope)
+                sums[name] = sums.get(name, (0.0,))[0] + step.times * op.bytes, op.arrays[0]
+    for name, (total, array) in sums.items():
+        yield (f"{name}: attention weights {array} pass through memory, {_gb(total)} a call; a fused kernel (splash "
+               "attention) keeps them on the chip")  # fmt: skip
+
+
+def _gb(count: float) -> str:
+    return f"{count / 1e9:.2f} GB"

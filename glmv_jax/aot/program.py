@@ -1,0 +1,160 @@
+"""The real programs of a run, lowered for devices that are described: shapes only, nothing is allocated or read.
+
+step       one training step of any stage, as `train.loop` compiles it
+prefill    one pass over a batch of prompts with their pictures, which fills the cache     (stages 3 to 5)
+generate   that, and the loop that draws `max_new_tokens` tokens                           (stages 3 to 5)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from glmv_jax.aot.topology import Topology
+from glmv_jax.data import packing
+from glmv_jax.inference import sampler
+from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.train import loop, lora, main, teachers
+from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.vlm import VLMStage
+from glmv_jax.train.state import Placement
+from glmv_jax.train.step import make_train_step
+from glmv_jax.typing import Batch, Params, UserError
+
+PROGRAMS = ("step", "prefill", "generate")
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """lower: makes it. params: jax.ShapeDtypeStruct with shardings, the state's. batch: shapes of the whole batch.
+
+    flops: what the model needs for one call on all devices, recomputation not counted.
+    """
+
+    name: str
+    stage: str
+    lower: Callable[[], jax.stages.Lowered]
+    mesh: Mesh
+    rules: str
+    params: Params
+    batch: Batch
+    flops: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """executable: None when the compiler refused, `error` says why."""
+
+    program: Program
+    executable: Any
+    error: str
+    lower_seconds: float
+    compile_seconds: float
+
+
+def of(cfg: Any, topology: Topology, name: str = "step") -> Program:
+    """A program of this config on this topology. UserError when the config does not fit its devices."""
+    if name not in PROGRAMS:
+        raise UserError(f"--program {name}: choose one of {', '.join(PROGRAMS)}")
+    stage = _stage(cfg)
+    placement, optimizer, trainable = loop.prepare(stage, _mesh(cfg, topology))
+    made = functools.partial(Program, name, stage.name, mesh=placement.mesh, rules=cfg.get("rules", "data"),
+                             params=placement.abstract.params)  # fmt: skip
+    if name != "step":
+        return _inference(stage, placement, made, generates=name == "generate")
+    batch = placement.batch_shapes(_largest_batch(stage))
+    put = lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s)  # noqa: E731
+    constants = jax.tree.map(put, stage.constants(), placement.constants)
+    step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
+    lower = functools.partial(step.lower, placement.abstract, constants, batch)
+    return made(lower, batch=batch, flops=stage.flops(batch))
+
+
+def _stage(cfg: Any) -> Stage:
+    """The stage; public teachers of stage 1 whose path is not given have shapes for weights."""
+    cls = main.stage_class(cfg.stage)
+    if cfg.stage == "mim":
+        known = lambda name, entry, *rest: (teachers.make if entry.path else teachers.abstract)(name, entry, *rest)  # noqa: E731
+        return cls(cfg, make=known)
+    return lora.adapted(cls(cfg))
+
+
+def _mesh(cfg: Any, topology: Topology) -> Mesh:
+    """The config's on the topology's devices; several slices are copies of each other unless it says else."""
+    sizes = dict(cfg.get("mesh", {"data": -1}))
+    outer = dict(sizes.get("dcn", {}))
+    if topology.slices > 1 and all(n == 1 for n in outer.values()):
+        sizes["dcn"] = outer | {"data": topology.slices}
+    return mesh_lib.make_mesh(sizes, topology.devices)
+
+
+def _largest_batch(stage: Stage) -> Batch:
+    """Of the shapes of batches the largest, which needs most memory."""
+    shapes = list(stage.batch_shapes())
+    if not shapes:
+        raise UserError(f"stage {stage.name} does not know the shapes of its batches before it has read one; "
+                        "compile it without data.teacher_cache")
+    return max(shapes, key=lambda batch: sum(math.prod(x.shape) for x in batch.values()))
+
+
+def _inference(stage: Stage, placement: Placement, made: Callable[..., Program], generates: bool) -> Program:
+    if not isinstance(stage, VLMStage):
+        raise UserError(f"stage {stage.name} does not answer prompts; prefill and generate are of stages 3 to 5")
+    cfg, asker = stage.cfg, stage.asker
+    rows = cfg.get("rollout", {}).get("prompts") or cfg.eval.get("batch", cfg.batch)
+    row = packing.Row(asker.max_tokens, asker.max_patches, asker.patcher.channels).arrays
+    shape = lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), x.dtype)  # noqa: E731
+    scalar = np.zeros((), np.int32)
+    row |= {"length": scalar, "next_position": scalar}
+    batch = placement.batch_shapes({name: shape(x) for name, x in row.items()})
+    prompts, params = sampler.Prompts.of(batch), placement.abstract.params
+    T, P = batch["tokens"].shape[1], batch["frame"].shape[1]
+    model = dataclasses.replace(stage.model, mtp=None)
+    flops = model.flops(rows * T, T / 2, rows, P)
+    if generates:
+        drawing, group = _drawing(stage)
+        flops += model.flops(rows * group * drawing.max_new_tokens, T, 0, 0)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
+        run = functools.partial(sampler.sample, stage.model, drawing, group)
+        args = (params, prompts, key)
+    else:
+        run, args = functools.partial(sampler.prefill, stage.model), (params, prompts)
+
+    def lower() -> jax.stages.Lowered:
+        with rules_lib.use(placement.mesh, placement.rules):
+            return jax.jit(run).lower(*args)
+
+    return made(lower, batch=batch, flops=flops)
+
+
+def _drawing(stage: VLMStage) -> tuple[sampler.Sampling, int]:
+    """How the stage samples, and how many answers to a prompt."""
+    own = getattr(stage, "sampler", None)  # stage 5's
+    if own is not None:
+        return own.sampling, own.group
+    length = stage.cfg.eval.get("max_new_tokens", 64)
+    return sampler.Sampling.chat(stage.tokenizer, length), 1
+
+
+def compiled(program: Program, options: Mapping[str, str] | None = None) -> Compiled:
+    """Compiles it. options: XLA's, by name. A program that does not fit its devices' memory is a result, no error."""
+    began = time.monotonic()
+    lowered = program.lower()
+    between = time.monotonic()
+    try:
+        executable, error = lowered.compile(compiler_options=dict(options or {})), ""
+    except jax.errors.JaxRuntimeError as refused:
+        if "RESOURCE_EXHAUSTED" not in str(refused):
+            raise
+        executable, error = None, str(refused)
+    return Compiled(program, executable, error, between - began, time.monotonic() - between)
