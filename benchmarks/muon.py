@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import math
 import os
 import platform
 import re
@@ -27,10 +26,11 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 
+from glmv_jax.aot import topology as topology_lib
+
 MODE = next((a for a in sys.argv[1:] if a in ("compiled", "emulated", "run")), "")
-if MODE == "compiled":  # before jax: describe TPUs that are not there
-    os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if MODE == "compiled":  # before jax
+    topology_lib.described_only()
 if MODE == "emulated":
     os.environ.update(JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
 
@@ -40,6 +40,7 @@ import optax  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
 from glmv_jax import config, models, optim  # noqa: E402
+from glmv_jax.aot import costs, hlo  # noqa: E402
 from glmv_jax.models import build, cogvit  # noqa: E402
 from glmv_jax.parallel import rules as rules_lib  # noqa: E402
 from glmv_jax.parallel.mesh import make_mesh  # noqa: E402
@@ -47,8 +48,6 @@ from glmv_jax.trees import flatten, slash_path  # noqa: E402
 from glmv_jax.typing import VisionInput  # noqa: E402
 
 PATCHES = 256
-# Peak bfloat16 TFLOP/s and clock in GHz of a chip.
-CHIPS = {"v5e": (197, 1.5), "v5p": (459, 1.75)}
 STEP = "ours, bfloat16"  # run: the optimiser of the whole step that is timed; the others' shares follow from it
 MATRIX = re.compile(r"vision/blocks/.*/kernel")
 
@@ -140,28 +139,17 @@ def seconds_of_update(tx, params, shardings, everywhere, repeats: int) -> float:
 
 # --- reading compiled programs ----------------------------------------------------------------------------------------
 
-SIZES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "f32": 4, "s32": 4, "u32": 4}
-COLLECTIVE = re.compile(r" = (.*?) (all-to-all|all-gather|all-reduce|reduce-scatter|collective-permute)(-start)?\(")
 
-
-def collectives(hlo: str) -> dict[str, dict[str, float]]:
+def collectives(found: costs.Schedule) -> dict[str, dict[str, float]]:
     """kind -> how many, and MB of their results on a device; sums of scalars are left out."""
-    found: dict[str, dict[str, float]] = {}
-    for line in hlo.splitlines():
-        match = COLLECTIVE.search(line)
-        arrays = re.findall(r"(\w+)\[([\d,]+)\]", match[1]) if match else []
-        size = sum(SIZES.get(kind, 4) * math.prod(map(int, dims.split(","))) for kind, dims in arrays)
-        if size:
-            entry = found.setdefault(match[2], {"count": 0, "MB": 0.0})
-            entry["count"] += 1
-            entry["MB"] += size / (2 if match[3] else 1) / 1e6  # a start's result repeats its operand
-    return {kind: {"count": int(e["count"]), "MB": round(e["MB"], 1)} for kind, e in found.items()}
-
-
-def estimated_cycles(hlo: str) -> int:
-    """The compiler's estimates for what stands in the entry computation (the update has no loops)."""
-    entry = hlo[hlo.index("\nENTRY ") :]
-    return sum(c for c in map(int, re.findall(r'"estimated_cycles":"(\d+)"', entry)) if c < 2**62)
+    rows: dict[str, dict[str, float]] = {}
+    for t in costs.transfers(found, {}):
+        grows = {"all-gather": t.members, "reduce-scatter": 1 / t.members}.get(t.kind, 1)
+        if t.operand > 4:
+            entry = rows.setdefault(t.kind, {"count": 0, "MB": 0.0})
+            entry["count"] += t.step.times
+            entry["MB"] += t.step.times * t.operand * grows / 1e6
+    return {kind: {"count": e["count"], "MB": round(e["MB"], 1)} for kind, e in rows.items()}
 
 
 # --- the three modes --------------------------------------------------------------------------------------------------
@@ -172,12 +160,10 @@ def cogvit_l():
 
 
 def compiled(args) -> list[dict]:
-    from jax.experimental import topologies
-
     model, rows = cogvit_l(), []
     for topology in args.topologies:
-        devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-        peak, clock = CHIPS[topology.split(":")[0]]
+        described = topology_lib.parse(topology)
+        devices, chip = described.devices, described.chip
         params, shardings, everywhere = placed(model, make_mesh({"fsdp": -1}, devices), "fsdp")
         for name, tx in variants(params, shardings).items():
             if args.variants and name not in args.variants:
@@ -185,15 +171,15 @@ def compiled(args) -> list[dict]:
             began, where = time.monotonic(), state_shardings(tx, params, shardings, everywhere)
             shapes, state = laid(params, shardings), laid(jax.eval_shape(tx.init, params), where)
             program = update_step(tx, shardings, where).lower(shapes, state, shapes).compile()
-            text, flops = program.as_text(), program.cost_analysis()["flops"]
-            estimate = estimated_cycles(text) / clock / 1e9
+            found, flops = costs.schedule(hlo.parse(program.as_text())), program.cost_analysis()["flops"]
+            estimate = sum(step.times * (costs.cycles(step.op) or 0) for step in found.steps) / chip.clock
             # Of the model's FLOPs alone, at half of peak.
-            steps = {b: 3 * b * model.flops(PATCHES) / len(devices) / (0.5 * peak * 1e12) for b in args.batches}
+            steps = {b: 3 * b * model.flops(PATCHES) / len(devices) / (0.5 * chip.flops) for b in args.batches}
             rows.append({
                 "topology": topology, "variant": name, "TFLOP a device": round(flops / 1e12, 3),
                 "estimated ms": round(estimate * 1e3, 2),
                 "share of a step": {batch: round(estimate / (estimate + step), 5) for batch, step in steps.items()},
-                "collectives": collectives(text),
+                "collectives": collectives(found),
                 "temporary MB": round(program.memory_analysis().temp_size_in_bytes / 1e6, 1),
                 "compile s": round(time.monotonic() - began, 1),
             })  # fmt: skip

@@ -14,21 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import re
 import sys
 import time
 from importlib.metadata import version
 
-# Before jax: describe TPUs that are not there.
-os.environ.update(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+from glmv_jax.aot import topology as topology_lib
+
+topology_lib.described_only()  # before jax
 
 import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
-from jax.experimental import topologies  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
+from glmv_jax.aot import costs, hlo  # noqa: E402
 from glmv_jax.losses.negatives import IMPLEMENTATIONS  # noqa: E402
 from glmv_jax.losses.sigmoid import sigmoid_loss  # noqa: E402
 from glmv_jax.parallel.mesh import make_mesh  # noqa: E402
@@ -37,35 +35,19 @@ TOPOLOGIES = {
     "v5e": {8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"},
     "v5p": {8: "2x2x2", 16: "4x2x2", 64: "4x4x4", 256: "8x8x4"},
 }
-KINDS = "all-gather|all-reduce|collective-permute|reduce-scatter"
-TRANSFER = re.compile(rf"%(\S+) = \S*\[\d.*? (?:{KINDS})(?:-start)?\(")  # of arrays: the sums of scalars don't count
-START = re.compile(rf" (?:{KINDS})-start\(")
-PRODUCT = re.compile(r" (while|fusion|convolution|dot|custom-call)\(")
 
 
-def overlaps(hlo: str) -> dict[str, int]:
-    """Of a scheduled program: transfers, those that are asynchronous, those with work before they are waited for."""
-    found = {"transfers": 0, "asynchronous": 0, "with work between": 0}
-    waiting: dict[str, bool] = {}
-    for line in hlo.splitlines():
-        if line.startswith(("%", "ENTRY", "}")):
-            waiting = {}
-        elif transfer := TRANSFER.search(line):
-            found["transfers"] += 1
-            if START.search(line):
-                waiting[transfer[1]] = False
-        elif " = " in line and "-done(" in line:
-            names = [name for name in waiting if f"%{name})" in line or f"%{name}," in line]
-            for name in names:
-                found["asynchronous"] += 1
-                found["with work between"] += waiting.pop(name)
-        elif PRODUCT.search(line):
-            waiting = dict.fromkeys(waiting, True)
-    return found
+def overlaps(text: str) -> dict[str, int]:
+    """Of a scheduled program: transfers of arrays, those that are asynchronous, those with work before they are waited
+    for; in a loop once."""
+    moved = costs.transfers(costs.schedule(hlo.parse(text)), {})
+    moved = [t for t in moved if t.operand > 4]  # the sums of scalars don't count
+    return {"transfers": len(moved), "asynchronous": sum(t.asynchronous for t in moved),
+            "with work between": sum(t.hidden for t in moved)}  # fmt: skip
 
 
 def row(topology: str, batch: int, chips: int, impl: str, width: int, chunk: int) -> dict:
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    devices = topology_lib.parse(topology).devices
     mesh = make_mesh({"data": chips}, devices)
     rows, everywhere = NamedSharding(mesh, PartitionSpec("data")), NamedSharding(mesh, PartitionSpec())
     scalar = jax.ShapeDtypeStruct((), jnp.float32, sharding=everywhere)
