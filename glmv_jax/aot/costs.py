@@ -249,4 +249,3 @@ def _work_follows(step: Step) -> bool:
         if op.opcode in WORK:
             return True
     return False
-

@@ -9,10 +9,9 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 
 from glmv_jax.aot.costs import Schedule, Transfer, flops_of
-from glmv_jax.aot.hlo import Array, Op
+from glmv_jax.aot.hlo import Array, Computation, Op
 from glmv_jax.aot.scopes import part
 
-_SLICES = ("dynamic-slice", "slice")
 _SCORES = 32 << 20  # bytes from which a matrix of attention scores is worth a word
 _PAYLOAD = 1 << 20  # bytes from which a transfer is
 
@@ -28,11 +27,9 @@ class Known:
 
 def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
     """One line a hazard, the dearest of a kind first."""
-    checks = (whole_gradients, gathers_as_sums, sums_of_which_a_part_is_used, patches_moved)
-    lines = [line for check in checks for line in check(moved, known)]
-    lines += [line for check in (dense_weight_gradients, scores_in_memory) for line in check(found)]
+    lines = [line for check in CHECKS for line in check(found, moved, known)]
     if found.unknown:
-        names = ", ".join(sorted({"/".join(part(name)[0].split("/")) for name in found.unknown}))
+        names = ", ".join(sorted({part(name)[0] for name in found.unknown}))
         lines.append(
             f"{len(found.unknown)} loops run as often as the data say and are counted once ({names}); "
             "FLOPs and time are too low by what they do"
@@ -43,12 +40,12 @@ def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
 # --- transfers --------------------------------------------------------------------------------------------------------
 
 
-def whole_gradients(moved: list[Transfer], known: Known) -> Iterator[str]:
+def whole_gradients(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """All-reduces of a whole parameter's shape over an axis that the parameter is split over."""
     for t in _large(moved, "all-reduce"):
         for array in _operands(t):
             split = known.sharded.get(array.dims, ())
-            if split and set(split) & set(t.axes):
+            if set(split) & set(t.axes):
                 yield (
                     f"all-reduce of {array} {_where(t)}: its parameter is split there, so a reduce-scatter was meant, "
                     "half of that; give the gradient the parameter's sharding"
@@ -56,35 +53,46 @@ def whole_gradients(moved: list[Transfer], known: Known) -> Iterator[str]:
                 break
 
 
-def gathers_as_sums(moved: list[Transfer], known: Known) -> Iterator[str]:
+def gathers_as_sums(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """All-reduces of zeros with one device's part written into them: an all-gather at twice its price."""
     for t in _large(moved, "all-reduce"):
-        if any(_is_part_of_zeros(t, source) for source in t.step.computation.inputs(t.step.op)):
+        if any(_is_part_of_zeros(found, t, source) for source in t.step.computation.inputs(t.step.op)):
             yield (
                 f"all-reduce of one part among zeros {_where(t)}: an all-gather was meant, half of that; "
                 "try --xla xla_tpu_prefer_async_allgather_to_allreduce=true"
             )
 
 
-def _is_part_of_zeros(t: Transfer, source: Op) -> bool:
-    computation = t.step.computation
-    if source.opcode == "dynamic-update-slice":
-        first = computation.inputs(source)[0]
-        return first.opcode in ("broadcast", "constant")
-    return False
+def _is_part_of_zeros(found: Schedule, t: Transfer, source: Op) -> bool:
+    where = t.step.computation
+    if source.opcode == "fusion":
+        where = found.module[source.called["calls"]]
+        source = where.root
+    if source.opcode != "dynamic-update-slice":
+        return False
+    return where.inputs(source)[0].opcode in ("broadcast", "constant")
 
 
-def sums_of_which_a_part_is_used(moved: list[Transfer], known: Known) -> Iterator[str]:
+def sums_of_which_a_part_is_used(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """All-reduces whose only users take a device's slice of the result."""
     for t in _large(moved, "all-reduce"):
-        users = t.step.computation.users.get(t.step.op.name, [])
-        if users and all(user.opcode in _SLICES for user in users):
+        users = _users(t.step.computation, t.step.op)
+        if users and all(user.opcode in ("dynamic-slice", "slice") for user in users):
             yield (
                 f"all-reduce of which each device keeps a slice {_where(t)}: a reduce-scatter was meant, half of that"
             )
 
 
-def patches_moved(moved: list[Transfer], known: Known) -> Iterator[str]:
+def _users(computation: Computation, op: Op) -> list[Op]:
+    """What works with a result, also when it is passed on."""
+    found = []
+    for user in computation.users.get(op.name, ()):
+        passes = user.opcode in ("get-tuple-element", "bitcast") or user.opcode.endswith("-done")
+        found += _users(computation, user) if passes else [user]
+    return found
+
+
+def patches_moved(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """Transfers of pixels: rows of a batch are dealt out by the loader, none has to move."""
     for t in moved:
         sums = t.kind in ("all-reduce", "reduce-scatter")  # of floats: a gradient of that width
@@ -111,7 +119,7 @@ def _where(t: Transfer) -> str:
 # --- products ---------------------------------------------------------------------------------------------------------
 
 
-def dense_weight_gradients(found: Schedule) -> Iterator[str]:
+def dense_weight_gradients(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """Backward passes of grouped products that multiply every row with every group's matrix."""
     forward: dict[str, float] = {}
     backward: dict[str, float] = {}
@@ -130,7 +138,7 @@ def dense_weight_gradients(found: Schedule) -> Iterator[str]:
             )
 
 
-def scores_in_memory(found: Schedule) -> Iterator[str]:
+def scores_in_memory(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """Exponentials inside of attention, which are softmax weights, of matrices too large to stay on the chip."""
     sums: dict[str, tuple[float, Array]] = {}
     for step in found.steps:
@@ -145,3 +153,7 @@ def scores_in_memory(found: Schedule) -> Iterator[str]:
 
 def _gb(count: float) -> str:
     return f"{count / 1e9:.2f} GB"
+
+
+CHECKS = (whole_gradients, gathers_as_sums, sums_of_which_a_part_is_used, patches_moved, dense_weight_gradients,
+          scores_in_memory)  # fmt: skip

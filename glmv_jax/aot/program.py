@@ -101,8 +101,10 @@ def _largest_batch(stage: Stage) -> Batch:
     """Of the shapes of batches the largest, which needs most memory."""
     shapes = list(stage.batch_shapes())
     if not shapes:
-        raise UserError(f"stage {stage.name} does not know the shapes of its batches before it has read one; "
-                        "compile it without data.teacher_cache")
+        raise UserError(
+            f"stage {stage.name} does not know the shapes of its batches before it has read one; "
+            "compile it without data.teacher_cache"
+        )
     return max(shapes, key=lambda batch: sum(math.prod(x.shape) for x in batch.values()))
 
 

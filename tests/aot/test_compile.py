@@ -131,7 +131,8 @@ def test_a_gather_in_a_loop_counts_as_often_as_it_runs(described):
 def test_what_the_host_keeps(described):
     slice_, mesh = described
     on_host = jax.ShapeDtypeStruct(
-        (6, 512, 512), jnp.float32, sharding=NamedSharding(mesh, P(), memory_kind="pinned_host"))
+        (6, 512, 512), jnp.float32, sharding=NamedSharding(mesh, P(), memory_kind="pinned_host")
+    )
     fn = lambda x, w_L: jax.lax.scan(lambda c, w: (c @ jax.device_put(w, jax.memory.Space.Device), None), x, w_L)[0]  # noqa: E731
     executable = compiled(fn, array(mesh, (128, 512), dtype=jnp.float32), on_host)
     told = report.memory(executable.memory_analysis(), slice_)

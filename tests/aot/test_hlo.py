@@ -10,7 +10,8 @@ from glmv_jax.aot import costs, hazards, hlo, report, topology
 
 # Two loops, one inside the other (3 and 5 turns), whose conditions hold other constants too; a Pallas kernel whose
 # metadata ends on a line that begins with a brace; an estimate that is none; cycles inside of a fusion.
-NESTED = pathlib.Path(__file__).with_name("nested.hlo").read_text(encoding="utf-8")
+HERE = pathlib.Path(__file__).parent
+NESTED, EARLY = ((HERE / name).read_text(encoding="utf-8") for name in ("nested.hlo", "early.hlo"))
 
 
 def test_loops_kernels_and_threads():
@@ -62,3 +63,20 @@ def test_half_a_program_is_refused(cut):
 def test_a_line_that_is_no_operation_is_refused():
     with pytest.raises(ValueError, match="not an operation"):
         hlo.parse(NESTED.replace("  %two.2 = s32", "  two s32"))
+
+
+def test_gathers_that_fusions_carry_on():
+    """Two gathers, of which one channel tells nothing: that of the first is behind work, the second's is waited for at
+    once. A sum in an all-reduce-scatter is a reduce-scatter, and what goes to another slice counts as sent."""
+    found = costs.schedule(hlo.parse(EARLY))
+    moved = costs.transfers(found, {"data": 2, "fsdp": 4}, slice_of=(0,) * 8)
+    own = 128 * 512 * 4
+    assert [(t.kind, t.axes, t.sent, t.asynchronous, t.hidden, t.slices) for t in moved] == [
+        ("all-gather", ("fsdp",), 3 * own, True, True, False),
+        ("all-gather", ("fsdp",), 3 * own, True, False, False),
+        ("reduce-scatter", ("fsdp",), 3 * own, False, False, False),
+        ("all-reduce", (), own, True, False, True),
+    ]
+    told = report.of_text(EARLY, topology.parse("v5e:2x4"))
+    shares = told["async_wire_fraction"], told["hidden_wire_fraction"]
+    assert shares == (pytest.approx(7 / 10), pytest.approx(3 / 10))
