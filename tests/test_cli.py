@@ -65,7 +65,7 @@ finally:
     assert best < 0.3
 
 
-@pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf",
+@pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf", "compile",
                                      "generate", "eval", "report", "doctor", "show-config"])  # fmt: skip
 def test_every_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as done:

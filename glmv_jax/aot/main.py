@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from glmv_jax.aot import topology as topology_lib
 from glmv_jax.typing import UserError
 
-# Flags by name. async: collectives that are started early and waited for late; without it libtpu 0.0.42 does so only
-# for permutes. A flag set is a choice to be measured, see `--compare`.
+# Flags by name. async: collectives are started early and waited for late, where libtpu 0.0.42 by itself makes most work
+# wait. A flag set is a choice to be compared with none, see `--compare`.
 _ASYNC = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
           "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
           "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all")  # fmt: skip
@@ -36,6 +35,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Exit code 1 when the program does not fit."""
     from glmv_jax.aot import show
+    from glmv_jax.aot import topology as topology_lib
 
     if args.compare:
         print(show.compare(*map(_read, args.compare)))

@@ -20,6 +20,7 @@ from glmv_jax.kernels import grouped_matmul, matmul
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.train import main
+from glmv_jax.typing import UserError
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'glmv_jax[tpu]'"
@@ -157,6 +158,22 @@ def test_kernels_are_those_of_the_devices_that_are_described():
     assert matmul.supported() and not grouped_matmul.supported(x, w)
     with rules_lib.use(mesh, rules_lib.preset("data")):
         assert not matmul.supported() and grouped_matmul.supported(x, w)
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["prefill", "generate"])
+def test_programs_that_answer(name):
+    """Lowered, not compiled, which takes long. Stages 1 and 2 have none."""
+    slice_ = topology.parse("v5e:2x2")
+    cfg = config.load("experiments/rl_grpo.py:size=nano")
+    made = program.of(cfg, slice_, name)
+    assert made.batch["tokens"].shape == (cfg.rollout.prompts, cfg.data.prompt_tokens)
+    text = made.lower().as_text()
+    assert f"{cfg.rollout.prompts}x{cfg.data.prompt_tokens}" in text and 'mesh @mesh = <["data"=4]>' in text
+    answers = f"{cfg.rollout.prompts * cfg.rollout.group}x{cfg.rollout.max_new_tokens}xi32"
+    assert (answers in text) == (name == "generate")
+    with pytest.raises(UserError, match="stages 3 to 5"):
+        program.of(config.load("experiments/cogvit_siglip.py:size=nano"), slice_, name)
 
 
 KEYS = ("fits", "peak_hbm_bytes", "hbm_limit_bytes", "host_bytes", "flops", "estimated_compute_seconds",
