@@ -193,7 +193,7 @@ def transfers(found: Schedule, mesh: Mapping[str, int], slice_of: Sequence[int] 
         elif op.opcode == "send" and op.attribute(_BETWEEN_SLICES):
             size = step.computation.inputs(op)[0].bytes
             kind = op.attribute(_BETWEEN_SLICES).lower().replace("_", "-")
-            result.append(Transfer(step, kind, size, size, 2, (), True, True, _work_follows(step)))
+            result.append(Transfer(step, kind, size, size, len(set(slice_of)), (), True, True, _work_follows(step)))
         else:
             for inner, held in _begun(found.module, op):
                 kind = held.opcode.removesuffix("-start")

@@ -17,7 +17,7 @@ def part(scope: str) -> tuple[str, str]:
     if not scope:
         return "no name", ""
     names, way = [], ""
-    *path, _ = scope.split("/")  # the last is the operation
+    *path, _ = scope.partition(";")[0].split("/")  # the last is the operation; of several merged ones the first
     for name in path:
         if name.startswith("transpose("):
             way = "backward"
