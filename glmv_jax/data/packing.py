@@ -2,9 +2,12 @@
 
 The rows of a batch are filled together, each document going to a row with room for its tokens and its patches: the
 first one, or with fit="best" the one that is left with least room. A document that fits nowhere is held back, and when
-more than `ahead` are, the batch is done and they begin the next one. The iterator's state is the parent's state before
-the first of them (and which of the later ones have been packed), so a checkpoint holds no arrays, and resuming reads a
-few documents again.
+more than `ahead` are, the batch is done and they begin the next one. With fit="balanced" documents are held until
+`ahead` more have been read than the rows can hold, and then placed all at once, so that the rows are even in tokens
+and in patches (`balancing.fill`). The iterator's state is the parent's state before the first of those held (and which
+of the later ones have been packed), so a checkpoint holds no arrays, and resuming reads a few documents again.
+
+A row's patches may be cut into slices for the ranks of a context group (`partition`); text stays whole.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from glmv_jax.data import balancing, partition
 from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.typing import UserError
 
-FITS = ("first", "best")
+FITS = ("first", "best", "balanced")
 TRIMMED = ("split", "cut")  # what may have been done to a document that was longer than a row
 
 
@@ -44,66 +48,84 @@ def rope_positions(image_of_token: np.ndarray, grids: Sequence[tuple[int, int]])
     return positions_T3, position + rest
 
 
+class Loads(NamedTuple):
+    """What a document takes of a row, or a row has."""
+
+    tokens: int
+    patches: int
+    targets: int
+
+
+def loads(document: Document) -> Loads:
+    """What a document takes of a row."""
+    return Loads(len(document.tokens), document.patches, document.targets)
+
+
 class Row:
-    """A row under construction, or `collate`'s row of a single document. Arrays are those of the vlm batch contract.
+    """A row under construction, or `collate`'s row of a single document.
 
     targets: how many tokens of the row may be learnt (loss weight > 0), None for all.
     """
 
     def __init__(self, tokens: int, patches: int, channels: int, targets: int | None = None):
-        self.limit = tokens if targets is None else targets
-        self.arrays: dict[str, np.ndarray] = {
+        self.limits = Loads(tokens, patches, tokens if targets is None else targets)
+        self.channels = channels
+        self.text: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),  # <pad> is 0
             "positions": np.zeros((tokens, 3), np.int32),
             "segments": np.zeros(tokens, np.int32),
             "image_row": np.full(tokens, -1, np.int32),
             "loss_weight": np.zeros(tokens, np.float32),
             "source": np.full(tokens, -1, np.int32),
-            "patches": np.zeros((patches, channels), np.uint8),
-            "yx": np.zeros((patches, 2), np.int32),
-            "frame": np.zeros(patches, np.int32),
         }
-        self.documents = self.tokens = self.patches = self.merged = self.images = self.targets = 0
+        self.images: list[tuple[np.ndarray, np.ndarray]] = []
+        self.documents = self.tokens = self.patches = self.merged = self.targets = 0
         self.next_position = 0
         self.trimmed: list[str] = []  # of each document that was, how
 
     def fits(self, document: Document) -> bool:
         """Whether the document's tokens, patches and targets all have room."""
-        return (self.tokens + len(document.tokens) <= len(self.arrays["tokens"])
-                and self.patches + document.patches <= len(self.arrays["frame"])
-                and self.targets + document.targets <= self.limit)
+        filled, more = (self.tokens, self.patches, self.targets), loads(document)
+        return all(have + load <= limit for have, load, limit in zip(filled, more, self.limits))
 
     def room(self) -> float:
         """What is left of it: the shares of its tokens and of its patches, added."""
-        return 2 - self.tokens / len(self.arrays["tokens"]) - self.patches / len(self.arrays["frame"])
+        return 2 - self.tokens / self.limits.tokens - self.patches / self.limits.patches
 
     def add(self, document: Document, source: int) -> None:
         """Appends a document that fits."""
-        a, here = self.arrays, slice(self.tokens, self.tokens + len(document.tokens))
+        text, here = self.text, slice(self.tokens, self.tokens + len(document.tokens))
         self.documents += 1
         self.targets += document.targets
         self.trimmed += [document.trimmed] if document.trimmed else []
-        a["tokens"][here] = document.tokens
-        a["segments"][here] = self.documents
-        a["loss_weight"][here] = document.loss_weight
-        a["source"][here] = source
+        text["tokens"][here] = document.tokens
+        text["segments"][here] = self.documents
+        text["loss_weight"][here] = document.loss_weight
+        text["source"][here] = source
         grids = []
         for number, (patches, yx) in enumerate(document.images):
             its_tokens = np.flatnonzero(document.image_of_token == number)
             merge = round((len(patches) / len(its_tokens)) ** 0.5)
             grids.append(tuple((yx.max(0) + 1) // merge))
-            a["image_row"][self.tokens + its_tokens] = self.merged + np.arange(len(its_tokens))
-            self._add_image(patches, yx)
+            text["image_row"][self.tokens + its_tokens] = self.merged + np.arange(len(its_tokens))
+            self.images.append((patches, yx))
+            self.patches += len(patches)
             self.merged += len(its_tokens)
-        a["positions"][here], self.next_position = rope_positions(document.image_of_token, grids)
+        text["positions"][here], self.next_position = rope_positions(document.image_of_token, grids)
         self.tokens = here.stop
 
-    def _add_image(self, patches: np.ndarray, yx: np.ndarray) -> None:
-        there = slice(self.patches, self.patches + len(patches))
-        self.images += 1
-        self.arrays["patches"][there], self.arrays["yx"][there] = patches, yx
-        self.arrays["frame"][there] = self.images
-        self.patches = there.stop
+    def arrays(self, slices: partition.Slices = partition.WHOLE) -> dict[str, np.ndarray]:
+        """Those of the vlm batch contract. The patches are those of this process' slices, `image_row` counts in all."""
+        cut = partition.cut([len(patches) for patches, _ in self.images], slices.ranks, self.limits.patches)
+        places = cut.size * len(slices.made)
+        numbers = (np.full(len(patches), number, np.int32) for number, (patches, _) in enumerate(self.images, start=1))
+        made = {
+            "patches": ((patches for patches, _ in self.images), np.zeros((places, self.channels), np.uint8)),
+            "yx": ((yx for _, yx in self.images), np.zeros((places, 2), np.int32)),
+            "frame": (numbers, np.zeros(places, np.int32)),
+        }
+        vision = {name: cut.take(pieces, out, slices.made) for name, (pieces, out) in made.items()}
+        return self.text | {"image_row": cut.rows(self.text["image_row"])} | vision
 
 
 def pack(documents: Sequence[Document], tokens: int, patches: int, channels: int, names: Sequence[str]
@@ -117,7 +139,7 @@ def pack(documents: Sequence[Document], tokens: int, patches: int, channels: int
         if not row.fits(document):
             raise UserError(f"{document.id}: no room in a row of {tokens} tokens and {patches} patches; enlarge it")
         row.add(document, names.index(document.source))
-    return row.arrays
+    return row.arrays()
 
 
 def collate(documents: Sequence[Document], tokens: int, patches: int, channels: int, names: Sequence[str]
@@ -134,7 +156,7 @@ def collate(documents: Sequence[Document], tokens: int, patches: int, channels: 
                             f"a row of {tokens} and {patches}; enlarge it")
         row.add(document, names.index(document.source))
         rows.append(row)
-    batch = stack([row.arrays for row in rows])
+    batch = stack([row.arrays() for row in rows])
     batch["length"] = np.array([row.tokens for row in rows], np.int32)
     batch["next_position"] = np.array([row.next_position for row in rows], np.int32)
     return batch
@@ -154,26 +176,30 @@ class PackIterDataset(grain.IterDataset):
     """Documents -> batches of `rows` packed rows. The last batches of a finite parent may have empty rows.
 
     A document that is too long even for an empty row is a fault: logged, counted, dropped.
-    fit: "first" or "best".   ahead: documents that are held back at most before a batch is done.
+    fit: one of FITS.   ahead: documents that are held back at most before a batch is done; with fit="balanced", that
+    are held beyond those that the batch has room for.
     trimmed: batches also say for each of TRIMMED how many documents of a row it happened to, int32 [rows].
+    slices: how rows are cut for a context group, and which slices this process makes.
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
                  names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0,
-                 trimmed: bool = False):
+                 trimmed: bool = False, slices: partition.Slices = partition.WHOLE):
         super().__init__(parent)
         if fit not in FITS:
             raise UserError(f"data.fit={fit!r} is not known; use one of {', '.join(FITS)}")
+        partition.cut([], slices.ranks, patches)  # slices that are none are said now
         self.shape = (tokens, patches, channels, targets)
         self.rows, self.names, self.log, self.fit, self.ahead = rows, list(names), log, fit, ahead
         self.trimmed = TRIMMED if trimmed else ()
+        self.slices = slices
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackIterator(self._parent.__iter__(), self)
 
 
 class _Held(NamedTuple):
-    """A document that found no room: its number, and the parent's state before it."""
+    """A document that waits: its number, and the parent's state before it."""
 
     number: int
     state: dict[str, Any]
@@ -186,10 +212,23 @@ class _PackIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._dataset = dataset
         self._held: list[_Held] = []
+        limits = Row(*dataset.shape).limits
+        self._window = balancing.Window(limits, dataset.rows, dataset.ahead, even=2)  # tokens and patches
         self._number = 0  # of the next document of the parent
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = [Row(*self._dataset.shape) for _ in range(self._dataset.rows)]
+        if self._dataset.fit == "balanced":
+            self._place_together(rows)
+        else:
+            self._place_in_turn(rows)
+        if not any(row.documents for row in rows):
+            raise StopIteration
+        trimmed = {how: np.array([row.trimmed.count(how) for row in rows], np.int32) for how in self._dataset.trimmed}
+        return stack([row.arrays(self._dataset.slices) for row in rows]) | trimmed
+
+    def _place_in_turn(self, rows: Sequence[Row]) -> None:
+        """Each document as it comes."""
         self._held = [held for held in self._held if not self._placed(held.document, rows)]
         while len(self._held) <= self._dataset.ahead:
             read = self._read()
@@ -197,10 +236,19 @@ class _PackIterator(grain.DatasetIterator):
                 break
             if not self._placed(read.document, rows):
                 self._held.append(read)
-        if not any(row.documents for row in rows):
-            raise StopIteration
-        trimmed = {how: np.array([row.trimmed.count(how) for row in rows], np.int32) for how in self._dataset.trimmed}
-        return stack([row.arrays for row in rows]) | trimmed
+
+    def _place_together(self, rows: Sequence[Row]) -> None:
+        """As many documents as have room, out of those and some more."""
+        while not self._window.full() and (read := self._read()):
+            if self._window.add(loads(read.document)):
+                self._held.append(read)
+            else:
+                self._too_long(read.document)
+        row_N = self._window.place()
+        for row, held in zip(row_N, self._held):
+            if row >= 0:
+                rows[row].add(held.document, self._dataset.names.index(held.document.source))
+        self._held = [held for row, held in zip(row_N, self._held) if row < 0]
 
     def _read(self) -> _Held | None:
         """The parent's next document; None at its end."""
@@ -221,22 +269,27 @@ class _PackIterator(grain.DatasetIterator):
         if row is not None:
             row.add(document, self._dataset.names.index(document.source))
         elif any(row.documents == 0 for row in rows):
-            self._dataset.log.add(document.source, document.id, "longer than a row")
+            self._too_long(document)
         else:
             return False
         return True
+
+    def _too_long(self, document: Document) -> None:
+        self._dataset.log.add(document.source, document.id, "longer than a row")
 
     def get_state(self) -> dict[str, Any]:
         if not self._held:
             return self._parent.get_state()
         first = self._held[0].number
         held = [held.number - first for held in self._held]
-        if self._number - first == 1:  # nothing was read after it
+        if self._number - first == 1 and not self._window.late:  # nothing was read after it
             return self._held[0].state
-        return {"before": self._held[0].state, "read": self._number - first, "held": held}
+        late = {"late": self._window.late} if self._window.late else {}
+        return {"before": self._held[0].state, "read": self._number - first, "held": held} | late
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._held = []
+        self._window.restore([])
         if "held" not in state:
             self._parent.set_state(state)
             return
@@ -244,3 +297,4 @@ class _PackIterator(grain.DatasetIterator):
         self._number = 0
         read = [self._read() for _ in range(state["read"])]
         self._held = [read[number] for number in state["held"]]
+        self._window.restore([loads(held.document) for held in self._held], state.get("late", 0))

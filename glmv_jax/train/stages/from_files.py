@@ -11,6 +11,7 @@
     video           rows hold films: every patch has as many frames as the tower's, so pixels take that much more memory
     film_patches, film_frames   of a pair of frames, and of a film, at most
     fit, ahead      how rows are filled, see `data.packing`
+    slices          into how many slices a row's patches are cut, for a mesh's context axis, see `data.partition`
 
 Without sources batches are those of `VLMStage`, to the last bit.
 """
@@ -27,6 +28,7 @@ from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline
 from glmv_jax.data.local.assembling import Assembler
+from glmv_jax.data.partition import Slices
 from glmv_jax.data.stream import Stream
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.train.stages.vlm import VLMStage
@@ -75,7 +77,7 @@ class FromFiles(VLMStage):
         return pipeline.batches(
             self.files, self.sources("train", self.data_seed), weights, self.assembler, form=self.form,
             batch=self.own_rows, records=self.windows("train"), power=d.power, heldout=d.heldout,
-            packing=pipeline.Packing(d.fit, d.ahead), reading=reading(self.cfg),
+            packing=pipeline.Packing(d.fit, d.ahead, Slices(d.get("slices", 1))), reading=reading(self.cfg),
         )  # fmt: skip
 
     def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:
