@@ -94,9 +94,27 @@ def test_64_ranks_are_even_in_tokens_and_in_patches(seed):
     filled = balancing.totals(row_N, loads, 64)
     assert (filled <= limits).all() and (balancing.imbalance(filled) <= 1.05).all()
     assert (filled.mean(0) > 0.95 * limits).all()
+    placed = balancing.totals(balancing.place(loads[:800], np.full(2, np.inf), 64), loads[:800], 64)
+    assert (balancing.imbalance(placed) <= 1.05).all()  # and nearly so before anything is exchanged
     late = np.flatnonzero(row_N[:balancing.due(loads, limits, 64)] < 0)
     again = balancing.fill(loads[row_N < 0], limits, 64, late=len(late))
     assert (again[:len(late)] >= 0).all()
+
+
+def test_a_document_that_was_due_goes_before_larger_ones():
+    """Two rows of 10 and documents of 6: one of 5 is the smallest and would be left over for ever."""
+    window = balancing.Window(np.array([10]), rows=2, ahead=0)
+    waiting, batches = [], []
+    for number, size in enumerate([5, *[6] * 20]):
+        assert window.add((size,))
+        waiting.append(number)
+        while window.full():
+            row_N = window.place()
+            batches.append([n for n, row in zip(waiting, row_N) if row >= 0])
+            waiting = [n for n, row in zip(waiting, row_N) if row < 0]
+    assert 0 not in batches[0] and 0 in batches[1]
+    assert sorted(sum(batches, waiting)) == list(range(21))
+    assert not window.add((11,))
 
 
 @pytest.mark.parametrize("seed", range(4))
