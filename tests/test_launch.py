@@ -1,0 +1,203 @@
+"""The launch files for pods: what a dry run prints, the real thing against a gcloud of our own, fields of the YAML.
+
+Not covered: Google's side. That these commands and fields are the right ones is read in its documents, not tried.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from glmv_jax import config
+
+REPO = pathlib.Path(__file__).resolve().parent.parent
+SCRIPT = "launch/tpu_vm.sh"
+ENV = {"GLMV_ZONE": "us-east5-a", "GLMV_BUCKET": "my-bucket"}
+
+
+def tpu_vm(*args: str, **env: str) -> subprocess.CompletedProcess:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("GLMV_")}
+    return subprocess.run(
+        ["bash", SCRIPT, *args], cwd=REPO, capture_output=True, text=True, env={**kept, **ENV, **env}, check=False,
+        timeout=60,
+    )  # fmt: skip
+
+
+def test_it_passes_shellcheck():
+    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}")
+    done = subprocess.run([shellcheck, "-x", SCRIPT], cwd=REPO, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+TPUS = "gcloud compute tpus"
+CREATE = "--accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5"
+DRY = {
+    "create vlm v5p-128":
+        [f"{TPUS} queued-resources create vlm --node-id=vlm {CREATE} --spot --zone=us-east5-a"],
+    "create vlm v5p-128 2":
+        [f"{TPUS} queued-resources create vlm --node-count=2 --node-prefix=vlm {CREATE} --spot --zone=us-east5-a"],
+    "wait vlm":
+        ["# every 30 s until it says ACTIVE; FAILED or SUSPENDED ends it",
+         f"{TPUS} queued-resources describe vlm '--format=value(state.state)' --zone=us-east5-a"],
+    "stop vlm v5p-128 2":
+        [f"{TPUS} tpu-vm ssh vlm-{n} --zone=us-east5-a --worker=all '--command=kill -TERM \"$(cat train.pid)\"'"
+         for n in (0, 1)],
+    "log vlm v5p-128 2":
+        [f"{TPUS} tpu-vm ssh vlm-0 --zone=us-east5-a --worker=0 '--command=tail -n 40 -F train.log'"],
+    "delete vlm":
+        [f"{TPUS} queued-resources delete vlm --force --quiet --zone=us-east5-a"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("words", DRY)
+def test_a_dry_run_prints_the_commands(words):
+    done = tpu_vm("--dry-run", *words.split())
+    assert done.returncode == 0 and done.stdout.splitlines() == DRY[words], done.stdout + done.stderr
+
+
+def test_tiers_and_versions():
+    made = lambda kind, **env: tpu_vm("--dry-run", "create", "a", kind, **env).stdout  # noqa: E731
+    assert "--reserved" in made("v6e-16", GLMV_TIER="reserved") and "v2-alpha-tpuv6e" in made("v6e-16")
+    assert "--spot" not in made("v6e-16", GLMV_TIER="on-demand")
+    assert "--runtime-version=other --spot" in made("v9-8", GLMV_RUNTIME="other")
+
+
+@pytest.mark.parametrize("args, message", [
+    (["fly", "vlm"], "no command 'fly'"),
+    (["--fast"], "unknown option --fast"),
+    (["create", "Vlm", "v5p-8"], "small letters, digits and -, not 'Vlm'"),
+    (["create", "vlm"], "the accelerator type is like v5p-128, not ''"),
+    (["create", "vlm", "v5p-8", "two"], "a whole number, not 'two'"),
+    (["create", "vlm", "tpu7x-8"], "use launch/gke_jobset.yaml"),
+    (["create", "vlm", "v9-8"], "no software version known for v9-8"),
+    (["create", "vlm", "v5p-8", "GLMV_TIER=free"], "use spot, on-demand or reserved"),
+    (["delete", "vlm", "GLMV_ZONE="], "export GLMV_ZONE="),
+    (["install", "vlm", "v5p-8", "GLMV_BUCKET="], "export GLMV_BUCKET="),
+    (["run", "vlm", "v5p-8", "1", "r"], "run needs RUN and EXPERIMENT"),
+])  # fmt: skip
+def test_wrong_calls_say_what_to_do(args, message):
+    env = dict(a.split("=", 1) for a in args if a.startswith("GLMV_"))
+    words = [a for a in args if not a.startswith("GLMV_")]
+    done = tpu_vm(*(words if words[0] == "--fast" else ["--dry-run", *words]), **env)
+    assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+# --- against a gcloud that runs what it is told on this machine -------------------------------------------------------
+
+GCLOUD = """#!/usr/bin/env bash
+echo "$*" >> "$FAKE/calls"
+for word in "$@"; do
+  case "$word" in
+    describe) [[ -e "$FAKE/asked" ]] && echo ACTIVE || { touch "$FAKE/asked"; echo PROVISIONING; } ;;
+    --command=*) cd "$FAKE/home" && exec bash -c "${word#--command=}" ;;
+  esac
+done
+"""
+PYTHON = """#!/usr/bin/env bash
+trap 'echo done > ../stopped; exit' TERM
+printf '%s\\n' "$@" > ../args
+echo step 1
+/bin/sleep 60 &
+wait
+"""
+
+
+@pytest.fixture
+def fake(tmp_path):
+    """A folder with bin/gcloud, and a machine in home."""
+    for path, text in (("bin/gcloud", GCLOUD), ("bin/sleep", "#!/bin/sh\nexec /bin/sleep 0.1\n"),
+                       ("home/glmv_jax/.venv/bin/python", PYTHON)):  # fmt: skip
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+        file.chmod(0o755)
+    return tmp_path
+
+
+def called(fake, *args: str) -> subprocess.CompletedProcess:
+    return tpu_vm(*args, FAKE=str(fake), PATH=f"{fake / 'bin'}:{os.environ['PATH']}")
+
+
+def appears(path: pathlib.Path) -> str:
+    for _ in range(100):
+        if path.exists() and path.read_text():
+            return path.read_text()
+        time.sleep(0.05)
+    raise AssertionError(f"{path} does not appear")
+
+
+def test_a_run_is_started_with_its_very_words_and_stopped(fake):
+    done = called(fake, "run", "vlm", "v5p-8", "1", "pre train", "e.py:size=l", "--config.a=it's $HOME", "--config.b=")
+    assert done.returncode == 0, done.stderr
+    args = appears(fake / "home" / "args")
+    code, *rest = args.splitlines()[1:]
+    assert rest == ["train", "--config", "e.py:size=l", "--workdir", "../runs/pre train", "--config.a=it's $HOME",
+                    "--config.b="]  # fmt: skip
+    compile(code, "code", "exec")
+    assert appears(fake / "home" / "train.log") == "step 1\n"
+    pid = int(appears(fake / "home" / "train.pid"))
+    try:
+        assert called(fake, "stop", "vlm", "v5p-8").returncode == 0
+        assert appears(fake / "home" / "stopped") == "done\n"
+    finally:
+        if not (fake / "home" / "stopped").exists():
+            os.kill(pid, signal.SIGKILL)
+
+
+def test_waiting_ends_when_the_machines_are_there(fake):
+    done = called(fake, "wait", "vlm")
+    assert done.returncode == 0 and done.stdout == "vlm: PROVISIONING\n"
+    assert len((fake / "calls").read_text().splitlines()) == 2
+
+
+def test_a_command_that_fails_on_one_node_fails(fake):
+    done = called(fake, "stop", "vlm", "v5p-8", "2")  # no train.pid
+    assert done.returncode == 2 and "failed on a machine of vlm" in done.stderr
+
+
+def test_resume_does_everything_in_order():
+    done = tpu_vm("--dry-run", "resume", "vlm", "v5p-8", "1", "pretrain", "e.py")
+    commands = [line for line in done.stdout.splitlines() if line.startswith(("gcloud", "git"))]
+    verbs = ("delete", "create", "describe", "archive", "scp", "ssh", "ssh")
+    assert [next(v for v in line.split() if v in verbs) for line in commands] == list(verbs)
+    assert "--workdir ../runs/pretrain" in commands[-1] and "gcsfuse --implicit-dirs" in done.stdout
+
+
+# --- Kubernetes -------------------------------------------------------------------------------------------------------
+
+
+def test_the_jobset_hangs_together():
+    jobset = yaml.safe_load((REPO / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8"))
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    (slice_,) = jobset["spec"]["replicatedJobs"]
+    job = slice_["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    assert slice_["replicas"] == 2 and job["completionMode"] == "Indexed" and job["backoffLimit"] == 0
+    topology = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"]
+    chips = math.prod(map(int, topology.split("x")))
+    assert job["parallelism"] == job["completions"] == chips // container["resources"]["limits"]["google.com/tpu"]
+    assert pod["restartPolicy"] == "Never" and pod["terminationGracePeriodSeconds"] >= 60
+    (volume,) = pod["volumes"]
+    assert volume["csi"]["driver"] == "gcsfuse.csi.storage.gke.io"
+    assert container["volumeMounts"] == [{"name": volume["name"], "mountPath": "/bucket"}]
+    assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    env = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert config.load(str(REPO / env["EXPERIMENT"])).stage == "pretrain"
+    (text,) = container["args"]
+    assert container["command"] == ["bash", "-euc"] and "exec python -c" in text and '"/bucket/runs/$RUN"' in text
+    checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
+    assert checked.returncode == 0, checked.stderr
+    compile(text.split("exec python -c '")[1].split("'")[0], "code", "exec")
