@@ -5,7 +5,8 @@ counts. A device lays its rows out by destination and gets what it is sent by so
 dispatch with the table transposed, and so is the gradient.
 
 Two implementations with one result. "ragged" sends each piece as long as it is (`jax.lax.ragged_all_to_all`, which XLA
-has for TPUs and GPUs); "padded" sends all pieces at the length of the longest one allowed, which runs anywhere.
+has for TPUs and GPUs); "padded" sends all pieces at the length of the longest one allowed, which runs anywhere. A
+step that is compiled for TPUs with `ASYNC` can compute while patches travel.
 """
 
 from __future__ import annotations
@@ -24,6 +25,10 @@ from jax.sharding import PartitionSpec as P
 from glmv_jax.typing import UserError
 
 IMPLS = ("ragged", "padded")
+
+# A compiler option for TPUs: without it a program waits for each ragged transfer. With it, of the three of a small step
+# (patches, features, their gradient) all are asynchronous on v5e, and one on v5p (libtpu 0.0.42).
+ASYNC = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 
 def dispatch(
