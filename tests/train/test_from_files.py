@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from glmv_jax import config
+from glmv_jax.data import packing
 from glmv_jax.train import main
 from glmv_jax.typing import UserError
 from tests.data.local import examples
@@ -62,6 +63,29 @@ def written(tmp_path) -> list[str]:
     paths = [f"data.sources.{kind}.path={tmp_path / kind}.jsonl" for kind in ("docs", "chats")]
     return [*paths, "data.heldout=0.3", "data.tokens=512", "data.patches=256", "data.targets=256", "data.fit=best",
             "eval.documents=4", f"faults={tmp_path / 'faults.jsonl'}"]  # fmt: skip
+
+
+def test_balanced_rows_in_slices_have_the_same_loss(tmp_path):
+    """`data.fit=balanced` in a stage; and its rows cut for four ranks of a context group are the same to the model."""
+    more = ("data.sources.docs.weight=20", "data.fit=balanced", "data.ahead=4")
+    found = {}
+    for slices in (1, 4):
+        stage = build("sft", ",sources=docs+chats", *written(tmp_path), *more, f"data.slices={slices}")
+        data = stage.train_data()
+        next(data)
+        state = data.get_state()
+        batch = next(data)
+        data.set_state(state)
+        np.testing.assert_equal(next(data), batch)
+        data.close()
+        found[slices] = {name: x for name, x in batch.items() if name not in packing.TRIMMED}
+    np.testing.assert_array_equal(found[1]["tokens"], found[4]["tokens"])
+    assert (found[1]["frame"] != found[4]["frame"]).any() and found[1]["frame"].max() > 1
+    params, loss = switched_on(stage.init_params(jax.random.key(0))), jax.jit(stage.loss)
+    losses = [float(loss(params, {}, {}, batch, jax.random.key(0))[0]) for batch in found.values()]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    with pytest.raises(UserError, match="256 patches does not come in 3 slices .* try data.patches=264"):
+        build("sft", ",sources=docs+chats", *written(tmp_path), "data.slices=3").train_data()
 
 
 def test_stage_3_learns_from_files_and_generators_in_one_mixture(tmp_path):
