@@ -32,7 +32,7 @@ def get_config(arg=None):
     cfg = presets.run("mim", steps, batch)
     cfg.model = presets.vision(arg.size)
     if not nano:
-        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1), "fsdp"
         # Of a layer only its input is kept, 13 MB an image over all layers. "dots" keeps the products too, 180 MB, and
         # computes less; with it, unroll=24 spares a GPU the copies of a loop (225 -> 189 ms a step of 128, H100).
         cfg.model.vision.remat = "full"

@@ -63,7 +63,7 @@ def get_config(arg=None):
     cfg.model = presets.two_tower(arg.size)
     cfg.model.text.kind = "siglip" if arg.text == "locked" else arg.text
     if not nano:
-        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1), "fsdp"
         # Of a layer the products are kept and the rest is computed anew, which costs less than writing it down.
         cfg.model.vision.remat = cfg.model.text.remat = "dots"
     if arg.role == "teacher":

@@ -29,7 +29,7 @@ def get_config(arg=None):
     cfg.model = presets.vlm(arg.size)
     cfg.model.mtp.option = arg.mmtp
     if not nano:
-        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1), "fsdp"
 
     weights = {
         "caption": 1.0, "describe": 2.0, "table": 0.5, "text": 0.4, "name": 2.5, "attribute": 1.5, "count": 1.2,

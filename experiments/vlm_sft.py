@@ -29,7 +29,7 @@ def get_config(arg=None):
     cfg = presets.run("sft", steps, batch)
     cfg.model = presets.vlm(arg.size)
     if not nano:
-        cfg.mesh, cfg.rules = {"fsdp": -1}, "fsdp"
+        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1), "fsdp"
 
     weights = {task: 1.0 for task in TASKS} if arg.corpus else {}
     cfg.data = presets.documents(arg.size, weights, seed=4, **presets.files(arg.size, arg.sources))

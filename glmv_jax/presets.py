@@ -137,6 +137,13 @@ def vlm_groups(vision: float) -> tuple[tuple[str, dict[str, Any]], ...]:
     )
 
 
+def mesh(**sizes: int) -> ConfigDict:
+    """Every axis that a mesh may have (`parallel.mesh`), one device long unless given, for the command line to set; dcn
+    for those that may go across slices."""
+    axes = dict.fromkeys(("stage", "data", "fsdp", "expert", "context", "tensor"), 1)
+    return ConfigDict({**axes, **sizes, "dcn": dict.fromkeys(("stage", "data", "fsdp"), 1)})
+
+
 def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
     """What every experiment has: the keys that `train.loop` reads, at their defaults. Sections are added to it."""
     cfg = ConfigDict(
@@ -144,7 +151,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             stage=stage, seed=0, steps=steps, batch=batch,
             init_from="",  # run directory of a finished run to start from
             init_subtrees=(),  # only these parts of it, e.g. ("vision",)
-            mesh={"data": -1}, rules="data",
+            mesh=mesh(data=-1), rules="data",
             accumulate=1,  # pieces that a batch is differentiated in, one after the other
             freeze=(),  # regular expressions of parameters that stay as they are
             ema=0.0,  # decay of a running average of the parameters, such as 0.999; 0: none

@@ -5,18 +5,25 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import dataclasses
-from collections.abc import Iterator, Mapping
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.parallel import axes as axes_lib
-from glmv_jax.parallel.mesh import DATA_AXES
+from glmv_jax.parallel.mesh import DATA_AXES, MESH_AXES
 from glmv_jax.trees import slash_path
 from glmv_jax.typing import Axes, UserError
 
 MeshAxes = str | tuple[str, ...] | None
+
+
+def entry_axes(entry: MeshAxes) -> tuple[str, ...]:
+    """The mesh axes that one dimension is split over, by a rule or an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +48,7 @@ class Rules:
         taken: dict[str, str] = {}
         for name in names:
             rule = self.table.get(name) if name else None
-            wanted = (rule,) if isinstance(rule, str) else tuple(rule or ())
-            present = tuple(a for a in wanted if a in mesh.shape)
+            present = tuple(a for a in entry_axes(rule) if a in mesh.shape)
             for axis in present:
                 if axis in taken:
                     raise ValueError(f"axes {taken[axis]!r} and {name!r} of {names} both land on mesh axis {axis!r}")
@@ -61,9 +67,7 @@ class Rules:
 
 def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
     for dim, entry in zip(leaf.shape, sharding.spec):
-        parts = 1
-        for axis in (entry,) if isinstance(entry, str) else entry or ():
-            parts *= sharding.mesh.shape[axis]
+        parts = math.prod(sharding.mesh.shape[axis] for axis in entry_axes(entry))
         if dim % parts:
             name = slash_path(path)
             raise UserError(
@@ -72,30 +76,40 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
             )
 
 
-PRESETS: dict[str, Rules] = {
-    # Parameters replicated, batch split: the laptop, and towers that fit.
-    "data": Rules({"batch": DATA_AXES}),
-    # Parameters and optimiser state split over `fsdp` along the residual width (never the minor dim of a stack).
-    "fsdp": Rules({"batch": DATA_AXES, "embed": "fsdp", "merge": "fsdp", "projection": None}),
-    # As fsdp, and heads, MLP and vocabulary split over `tensor`.
-    "fsdp_tensor": Rules(
-        {
-            "batch": DATA_AXES,
-            "embed": "fsdp",
-            "merge": "fsdp",
-            "heads": "tensor",
-            "kv_heads": "tensor",
-            "mlp": "tensor",
-            "vocab": "tensor",
-        }
-    ),
+# What lives on each mesh axis that splits parameters; a preset is a choice of these. A dimension that two of them split
+# is split by the one that stands first here, and its parts by the next.
+_SPLITS: dict[str, dict[str, str]] = {
+    "tensor": dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "expert_mlp"), "tensor"),
+    # Parameters and optimiser state along the residual width; an expert's last matrix along its other side, as XLA sums
+    # gradients whole where the part that a device keeps is one of the last dimension.
+    "fsdp": dict.fromkeys(("embed", "merge", "from_latent", "expert_embed", "expert_mlp"), "fsdp"),
+    # Experts; and all that is no expert as over fsdp, for every device has rows of its own.
+    "expert": dict.fromkeys(("expert", "embed", "merge", "from_latent"), "expert"),
+}
+_PARTS = [axis for axis in MESH_AXES if axis in _SPLITS]
+
+
+def _choice(parts: Sequence[str]) -> Rules:
+    table: dict[str, MeshAxes] = {"batch": DATA_AXES}
+    for axis in (axis for axis in _SPLITS if axis in parts):
+        for name in _SPLITS[axis]:
+            table[name] = (*table.get(name, ()), axis)
+    return Rules(table)
+
+
+# "data": parameters replicated, the batch split: the laptop, and towers that fit. The others are called by what they
+# split, "fsdp", "fsdp_tensor", "fsdp_expert_tensor": every choice there is. An axis that a mesh lacks does nothing.
+PRESETS: dict[str, Rules] = {"data": _choice(())} | {
+    "_".join(parts): _choice(parts) for n in range(len(_PARTS)) for parts in itertools.combinations(_PARTS, n + 1)
 }
 
 
 def preset(name: str) -> Rules:
     """A preset by name; UserError naming the known ones."""
     if name not in PRESETS:
-        raise UserError(f"rules preset {name!r} is not known; choose one of {', '.join(PRESETS)}")
+        parts = ", ".join(_PARTS)
+        raise UserError(f"rules preset {name!r} is not known; choose data, or join of {parts} what the mesh has, in "
+                        f"this order, as in {'_'.join(_PARTS)}")  # fmt: skip
     return PRESETS[name]
 
 
@@ -118,10 +132,14 @@ def use(mesh: Mesh, rules: Rules) -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
+def active() -> tuple[Mesh, Rules] | None:
+    """The mesh and the rules of the step that is being traced; None outside of one."""
+    return _ACTIVE.get()
+
+
 def active_mesh() -> Mesh | None:
-    """The mesh of the step that is being traced; None outside of one."""
-    active = _ACTIVE.get()
-    return None if active is None else active[0]
+    """The mesh alone."""
+    return None if active() is None else active()[0]
 
 
 def device() -> jax.Device:
@@ -132,9 +150,8 @@ def device() -> jax.Device:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its dimensions pinned to where `names` live; `x` itself when no mesh is in force."""
-    active = _ACTIVE.get()
-    if active is None:
+    if active() is None:
         axes_lib.check(names)
         return x
-    mesh, rules = active
+    mesh, rules = active()
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(names, mesh)))

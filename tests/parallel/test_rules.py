@@ -39,6 +39,21 @@ def test_colliding_names_raise():
 
 
 @needs_8
+def test_presets_are_every_choice_of_what_splits_parameters():
+    names = {"data", "fsdp", "expert", "tensor", "fsdp_expert", "fsdp_tensor", "expert_tensor", "fsdp_expert_tensor"}
+    assert names <= set(rules_lib.PRESETS)
+    mesh = mesh_lib.make_mesh({"fsdp": 2, "expert": 2, "tensor": 2})
+    rules = rules_lib.preset("fsdp_expert_tensor")
+    assert rules.spec(("layers", "expert", "expert_embed", "mlp"), mesh) == P(None, "expert", "fsdp", "tensor")
+    assert rules.spec(("expert", "expert_mlp", None), mesh) == P("expert", ("tensor", "fsdp"), None)
+    assert rules.spec(("embed", "heads"), mesh) == P(("fsdp", "expert"), "tensor")
+    assert rules.spec(("batch", "length"), mesh) == P(("fsdp", "expert"), None)
+    assert rules_lib.preset("fsdp_tensor").spec(("expert", "expert_embed", "mlp"), mesh) == P(None, "fsdp", "tensor")
+    with pytest.raises(UserError, match="'tensor_fsdp' is not known; choose data, or join .* as in .*_tensor"):
+        rules_lib.preset("tensor_fsdp")
+
+
+@needs_8
 def test_mesh_and_batch_sizes_that_do_not_fit_are_named():
     with pytest.raises(UserError, match="needs 6 devices but 8"):
         mesh_lib.make_mesh({"data": 6})
