@@ -18,14 +18,15 @@ from glmv_jax.parallel import rules
 _MEGABLOX_ROWS = 128  # rows must divide by its tile
 
 
-def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0) -> jax.Array:
     """[M, N]: row r of group g times w[g], in x's dtype; rows after the last group are zero.
 
     sizes_G: int32, how many rows each group has, in order; they sum to at most M.
+    expected: how much that is on average, which tiles are made for; 0: M.
     """
     if supported(x_MK, w_GKN):
         return megablox(x_MK, w_GKN, sizes_G)
-    return tiled(x_MK, w_GKN, sizes_G)
+    return tiled(x_MK, w_GKN, sizes_G, tile_rows(expected or x_MK.shape[0], len(sizes_G)))
 
 
 def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
@@ -59,21 +60,21 @@ def tile_rows(rows: int, groups: int) -> int:
     return int(np.clip(2 ** np.floor(np.log2(max(rows / groups / 5, 1))), 8, 512))
 
 
-@jax.custom_vjp
-def tiled(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
-    """The path for CPUs and GPUs."""
-    return _product(x_MK, w_GKN, sizes_G, transposed=False)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def tiled(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int) -> jax.Array:
+    """The path for CPUs and GPUs, in tiles of so many rows."""
+    return _product(x_MK, w_GKN, sizes_G, rows, transposed=False)
 
 
-def _forward(x_MK, w_GKN, sizes_G):
-    return tiled(x_MK, w_GKN, sizes_G), (x_MK, w_GKN, sizes_G)
+def _forward(x_MK, w_GKN, sizes_G, rows):
+    return tiled(x_MK, w_GKN, sizes_G, rows), (x_MK, w_GKN, sizes_G)
 
 
-def _backward(saved, g_MN):
+def _backward(rows, saved, g_MN):
     x_MK, w_GKN, sizes_G = saved
     g_MN = g_MN.astype(x_MK.dtype)
-    dw_GKN = _outer_products(x_MK, g_MN, sizes_G, w_GKN.dtype)
-    return _product(g_MN, w_GKN, sizes_G, transposed=True), dw_GKN, None
+    dw_GKN = _outer_products(x_MK, g_MN, sizes_G, rows, w_GKN.dtype)
+    return _product(g_MN, w_GKN, sizes_G, rows, transposed=True), dw_GKN, None
 
 
 tiled.defvjp(_forward, _backward)
@@ -94,10 +95,9 @@ def _tile(t: jax.Array, first_G: jax.Array, sizes_G: jax.Array, rows: int) -> tu
     return group, start + inside, jnp.minimum(sizes_G[group] - inside, rows)
 
 
-@functools.partial(jax.jit, static_argnames="transposed", inline=True)
-def _product(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, transposed: bool) -> jax.Array:
-    M, G = x_MK.shape[0], w_GKN.shape[0]
-    rows = tile_rows(M, G)
+@functools.partial(jax.jit, static_argnames=("rows", "transposed"), inline=True)
+def _product(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int, transposed: bool) -> jax.Array:
+    M = x_MK.shape[0]
     x_MK = jnp.pad(x_MK, ((0, rows), (0, 0)))  # the last tile of a group may reach beyond the rows there are
     count, first_G = _tiles(sizes_G, rows)
 
@@ -114,11 +114,10 @@ def _product(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, transposed: 
     return jnp.where(jnp.arange(M)[:, None] < sizes_G.sum(), y_MN, 0)
 
 
-@functools.partial(jax.jit, static_argnames="dtype", inline=True)
-def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, dtype) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("rows", "dtype"), inline=True)
+def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, rows: int, dtype) -> jax.Array:
     """[G, K, N]: x^T g over the rows of each group, summed in float32."""
-    M, G = x_MK.shape[0], sizes_G.shape[0]
-    rows = tile_rows(M, G)
+    G = sizes_G.shape[0]
     x_MK, g_MN = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x_MK, g_MN))
     count, first_G = _tiles(sizes_G, rows)
 

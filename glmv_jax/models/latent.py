@@ -32,13 +32,13 @@ class LatentAttention(nn.Module):
             return Linear(n, axes, False, c.dtype, name=name)(x)
 
         q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
-        q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("latent", "heads"), q_BTQ)
+        q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("from_latent", "heads"), q_BTQ)
         q_BTHN, r_BTHR = jnp.split(q_BTM.reshape(B, T, c.heads, -1), [c.nope_dim], axis=-1)
         kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
         c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
         new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
-        uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("latent", "heads"))
-        uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("latent", "heads"))
+        uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("from_latent", "heads"))
+        uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("from_latent", "heads"))
         up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
         indexer = None
         if self.indexed:
@@ -78,7 +78,7 @@ class Indexer(nn.Module):
     def __call__(self, x_BTD, q_BTQ, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
         c = self.cfg
         B, T, _ = x_BTD.shape
-        q = Linear(c.index_heads * c.index_dim, ("latent", "index"), False, c.dtype, name="q")(q_BTQ)
+        q = Linear(c.index_heads * c.index_dim, ("from_latent", "index"), False, c.dtype, name="q")(q_BTQ)
         k_BTK = Linear(c.index_dim, ("embed", None), False, c.dtype, name="k")(x_BTD)
         k_BTK = LayerNorm(_LATENT_EPS, name="k_norm")(k_BTK)
         w_BTJ = Linear(c.index_heads, ("embed", "index"), False, "float32", name="weights")(x_BTD)

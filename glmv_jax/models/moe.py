@@ -12,14 +12,14 @@ Source: transformers `glm_moe_dsa/modeling_glm_moe_dsa.py` (GlmMoeDsaMoE), the s
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.grouped_matmul import grouped_matmul, plain
+from glmv_jax.kernels.matmul import matmul
+from glmv_jax.models import experts as experts_lib
 from glmv_jax.models.layers import SwiGLU, fan_in, param, zeros
 
 
@@ -49,28 +49,28 @@ class MoEConfig:
 
 
 class Routing(NamedTuple):
-    """expert: int32 [N, k] chosen; weight: [N, k] float32; score: [N, E] float32, the sigmoids."""
+    """expert: int32 [B, T, k] chosen; weight: [B, T, k] float32; score: [B, T, E] float32, the sigmoids."""
 
     expert: jax.Array
     weight: jax.Array
     score: jax.Array
 
 
-def route(cfg: MoEConfig, logits_NE: jax.Array, bias_E: jax.Array) -> Routing:
+def route(cfg: MoEConfig, logits_BTE: jax.Array, bias_E: jax.Array) -> Routing:
     """Chooses experts by score + bias, ties to the lower number, and weighs them by score alone."""
-    score_NE = jax.nn.sigmoid(logits_NE)
-    choice_NE = jax.lax.stop_gradient(score_NE + bias_E)
+    score_BTE = jax.nn.sigmoid(logits_BTE)
+    choice_BTE = jax.lax.stop_gradient(score_BTE + bias_E)
     if cfg.groups > 1:
-        by_group = choice_NE.reshape(-1, cfg.groups, cfg.experts // cfg.groups)
-        best_NG = jax.lax.top_k(by_group, 2)[0].sum(-1)
-        group_NA = jax.lax.top_k(best_NG, cfg.chosen_groups)[1]
-        allowed_NG = (group_NA[:, :, None] == jnp.arange(cfg.groups)).any(1)
-        choice_NE = jnp.where(allowed_NG[:, :, None], by_group, -jnp.inf).reshape(choice_NE.shape)
-    expert_NA = jax.lax.top_k(choice_NE, cfg.chosen)[1]
-    weight_NA = jnp.take_along_axis(score_NE, expert_NA, axis=1)
+        by_group = choice_BTE.reshape(*choice_BTE.shape[:2], cfg.groups, cfg.experts // cfg.groups)
+        best_BTG = jax.lax.top_k(by_group, 2)[0].sum(-1)
+        group_BTA = jax.lax.top_k(best_BTG, cfg.chosen_groups)[1]
+        allowed_BTG = (group_BTA[..., None] == jnp.arange(cfg.groups)).any(-2)
+        choice_BTE = jnp.where(allowed_BTG[..., None], by_group, -jnp.inf).reshape(choice_BTE.shape)
+    expert_BTA = jax.lax.top_k(choice_BTE, cfg.chosen)[1]
+    weight_BTA = jnp.take_along_axis(score_BTE, expert_BTA, axis=-1)
     if cfg.normalise:
-        weight_NA = weight_NA / (weight_NA.sum(-1, keepdims=True) + 1e-20)
-    return Routing(expert_NA, weight_NA * cfg.scale, score_NE)
+        weight_BTA = weight_BTA / (weight_BTA.sum(-1, keepdims=True) + 1e-20)
+    return Routing(expert_BTA, weight_BTA * cfg.scale, score_BTE)
 
 
 class MoE(nn.Module):
@@ -84,75 +84,26 @@ class MoE(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, valid_BT: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         c = self.cfg
-        B, T, D = x_BTD.shape
-        valid_BT = jnp.broadcast_to(valid_BT, (B, T))  # one row may stand for all
+        D = x_BTD.shape[-1]
+        valid_BT = jnp.broadcast_to(valid_BT, x_BTD.shape[:2])  # one row may stand for all
         router_DE = param(self, "router", fan_in, (D, c.experts), ("embed", "router"))
         bias_E = param(self, "router_bias", zeros, (c.experts,), ("router",))
-        gate, up = (param(self, n, fan_in_expert, (c.experts, D, c.hidden), ("expert", "embed", "mlp")) for n in _IN)
-        down = param(self, "down", fan_in_expert, (c.experts, c.hidden, D), ("expert", "mlp", "embed"))
+        where = experts_lib.AXES
+        gate, up = (param(self, n, fan_in_expert, (c.experts, D, c.hidden), where.gate) for n in ("gate", "up"))
+        down = param(self, "down", fan_in_expert, (c.experts, c.hidden, D), where.down)
 
         with jax.named_scope("router"):
-            logits_NE = x_BTD.reshape(B * T, D).astype(jnp.float32) @ router_DE
-            routing = route(c, logits_NE, bias_E)
-        x_ND = x_BTD.reshape(B * T, D).astype(c.dtype)
+            routing = route(c, matmul(x_BTD.astype(jnp.float32), router_DE), bias_E)
         with jax.named_scope("experts"):
-            out_ND, load_E = experts(c, routing, x_ND, valid_BT.reshape(-1), gate, up, down)
-        out_BTD = out_ND.reshape(B, T, D)
+            chosen = experts_lib.Chosen(routing.expert, routing.weight, valid_BT)
+            matrices = experts_lib.Experts(gate, up, down)
+            out_BTD, load_E = experts_lib.apply(x_BTD.astype(c.dtype), chosen, matrices, c.dense)
         if c.shared:
             out_BTD = out_BTD + SwiGLU(c.shared * c.hidden, D, dtype=c.dtype, name="shared")(x_BTD)
         return out_BTD.astype(x_BTD.dtype), {"load": load_E, "balance": balance(c, routing, valid_BT)}
 
 
-_IN = ("gate", "up")
 fan_in_expert = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=0)
-
-
-def experts(
-    cfg: MoEConfig, routing: Routing, x_ND: jax.Array, valid_N: jax.Array, gate_EDF, up_EDF, down_EFD
-) -> tuple[jax.Array, jax.Array]:
-    """(weighted sum of the chosen experts [N, D], tokens an expert [E] float32).
-
-    Rows (a token and one of its experts) are sorted by expert; those of invalid tokens come last and belong to none.
-    """
-    N, A = routing.expert.shape
-    expert_R = jnp.where(valid_N[:, None], routing.expert, cfg.experts).reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True)
-    back_R = jnp.argsort(order_R)
-    sizes_E = jnp.bincount(expert_R, length=cfg.experts + 1)[:-1].astype(jnp.int32)
-    product = plain if cfg.dense else grouped_matmul
-    x_RD = _spread(x_ND, order_R, back_R, A)
-    hidden_RF = jax.nn.silu(product(x_RD, gate_EDF, sizes_E)) * product(x_RD, up_EDF, sizes_E)
-    y_NAD = _permute(product(hidden_RF, down_EFD, sizes_E), back_R, order_R).reshape(N, A, -1)
-    out_ND = jnp.einsum("nad,na->nd", y_NAD, routing.weight.astype(y_NAD.dtype))
-    return out_ND, jax.lax.stop_gradient(sizes_E.astype(jnp.float32))
-
-
-# Both are gathers with gathers as their gradients: XLA's own gradient of a gather is a scatter, one row at a time.
-
-
-@jax.custom_vjp
-def _permute(x_RD: jax.Array, order_R: jax.Array, back_R: jax.Array) -> jax.Array:
-    """x[order]; `back` is the inverse permutation."""
-    return jnp.take(x_RD, order_R, axis=0)
-
-
-_permute.defvjp(
-    lambda x, order, back: (_permute(x, order, back), back),
-    lambda back, g: (jnp.take(g, back, axis=0), None, None),
-)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_ND: jax.Array, order_R: jax.Array, back_R: jax.Array, copies: int) -> jax.Array:
-    """Row r is token order[r] // copies."""
-    return jnp.take(x_ND, order_R // copies, axis=0)
-
-
-def _collect(copies: int, back_R: jax.Array, g_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    return jnp.take(g_RD, back_R, axis=0).reshape(-1, copies, g_RD.shape[-1]).sum(1), None, None
-
-
-_spread.defvjp(lambda x, order, back, copies: (_spread(x, order, back, copies), back), _collect)
 
 
 def balance(cfg: MoEConfig, routing: Routing, valid_BT: jax.Array) -> jax.Array:
@@ -160,11 +111,10 @@ def balance(cfg: MoEConfig, routing: Routing, valid_BT: jax.Array) -> jax.Array:
 
     1 when all experts are alike. Multiply by the small alpha of DeepSeek-V3 (1e-4). Rows without a token count 0.
     """
-    B, T = valid_BT.shape
     weight_BT = valid_BT.astype(jnp.float32)
     tokens_B1 = jnp.maximum(weight_BT.sum(1, keepdims=True), 1)
-    chosen_BTE = (routing.expert[:, :, None] == jnp.arange(cfg.experts)).any(1).reshape(B, T, -1)
+    chosen_BTE = (routing.expert[..., None] == jnp.arange(cfg.experts)).any(-2)
     share_BE = jnp.einsum("bte,bt->be", chosen_BTE.astype(jnp.float32), weight_BT) / tokens_B1
-    score_NE = routing.score / (routing.score.sum(-1, keepdims=True) + 1e-20)
-    mean_BE = jnp.einsum("bte,bt->be", score_NE.reshape(B, T, -1), weight_BT) / tokens_B1
+    score_BTE = routing.score / (routing.score.sum(-1, keepdims=True) + 1e-20)
+    mean_BE = jnp.einsum("bte,bt->be", score_BTE, weight_BT) / tokens_B1
     return (share_BE * mean_BE).sum(-1).mean() * cfg.experts / cfg.chosen

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -33,7 +35,7 @@ def by_loop(x, w, g, sizes):
 def test_equals_a_loop_over_rows(form, sizes):
     x, w, g = inputs(sizes)
     f32 = [jnp.array(a, jnp.float32) for a in (x, w, g)]
-    product = getattr(lib, form)
+    product = lib.plain if form == "plain" else functools.partial(lib.tiled, rows=8)
     y, pull = jax.vjp(lambda x, w: product(x, w, jnp.array(sizes, jnp.int32)), *f32[:2])
     for got, want in zip((y, *pull(f32[2])), by_loop(x, w, g, sizes)):
         np.testing.assert_allclose(got, want, atol=1e-5)
@@ -53,7 +55,7 @@ def test_half_precision_sums_weight_gradients_in_float32():
     sizes = [300, 0, 212]
     x, w, g = inputs(sizes, M=512)
     half = [jnp.array(a, jnp.bfloat16) for a in (x, w, g)]
-    y, pull = jax.vjp(lambda x, w: lib.tiled(x, w, jnp.array(sizes, jnp.int32)), half[0], jnp.array(w, jnp.float32))
+    y, pull = jax.vjp(lambda x, w: lib.tiled(x, w, jnp.array(sizes, jnp.int32), 32), half[0], jnp.array(w, jnp.float32))
     dx, dw = pull(half[2])
     assert y.dtype == dx.dtype == jnp.bfloat16 and dw.dtype == jnp.float32
     _, _, want = by_loop(*(np.asarray(a, np.float64) for a in half), sizes)
@@ -75,7 +77,7 @@ def test_one_loop_a_product():
     sizes = jnp.array(SIZES[0], jnp.int32)
 
     def both(x, w, g):
-        y, pull = jax.vjp(lambda x, w: lib.tiled(x, w, sizes), x, w)
+        y, pull = jax.vjp(lambda x, w: lib.grouped_matmul(x, w, sizes), x, w)
         return y, pull(g)
 
     text = jax.jit(both).lower(x, w, g).as_text()

@@ -88,7 +88,7 @@ def test_gradients_equal_those_of_dense_experts():
 
 def test_even_scores_have_balance_one():
     routing = moe.Routing(
-        jnp.arange(24).reshape(8, 3) % 12, jnp.ones((8, 3)), jnp.full((8, 12), 0.5)
+        jnp.arange(24).reshape(1, 8, 3) % 12, jnp.ones((1, 8, 3)), jnp.full((1, 8, 12), 0.5)
     )  # each expert chosen twice
     np.testing.assert_allclose(moe.balance(CFG, routing, jnp.ones((1, 8), bool)), 1, rtol=1e-6)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,10 +36,11 @@ def build(*overrides: str):
     return main.stage_class(cfg.stage)(cfg)
 
 
-def step(stage, batch):
+def step(stage, batch, sizes=None, rules="data", rate=1e-3):
     """(parameters before and after a step of plain gradient descent, its extra state, its metrics)."""
-    mesh, optimizer = mesh_lib.make_mesh({"data": 1}, jax.devices()[:1]), optax.sgd(1e-3)
-    placement = state_lib.place(stage, optimizer, mesh, rules_lib.preset("data"))
+    sizes = sizes or {"data": 1}
+    mesh, optimizer = mesh_lib.make_mesh(sizes, jax.devices()[: math.prod(sizes.values())]), optax.sgd(rate)
+    placement = state_lib.place(stage, optimizer, mesh, rules_lib.preset(rules))
     state = state_lib.init_state(stage, optimizer, placement, 0)
     before = jax.device_get(state.params)
     state, metrics = make_train_step(stage, optimizer, placement)(state, {}, placement.batch(batch))
@@ -89,3 +92,22 @@ def test_only_its_own_loss_teaches_an_indexer(batch):
     rest = lambda tree: [x for p, x in jax.tree_util.tree_leaves_with_path(tree) if "indexer" not in str(p)]  # noqa: E731
     for a, b in zip(rest(grads[0.0]), rest(grads[1.0])):
         np.testing.assert_array_equal(jnp.asarray(a), jnp.asarray(b))
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
+@pytest.mark.parametrize("rules, sizes", [("fsdp_expert", {"fsdp": 2, "expert": 2}),
+                                          ("fsdp_expert_tensor", {"expert": 4, "tensor": 2})])  # fmt: skip
+def test_a_step_over_a_mesh_is_that_of_one_device(rules, sizes, batch):
+    """The whole of stage 3: loss, gradients, loads and where the biases move."""
+    _, want, _, alone = step(build(), batch, rate=1.0)
+    before, after, extra, metrics = step(build(), batch, sizes, rules, rate=1.0)
+    np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["expert_imbalance"], alone["expert_imbalance"], rtol=1e-6)
+    assert not any(np.any(x) for x in jax.tree.leaves(extra))
+    for (path, old), got, other in zip(
+        jax.tree_util.tree_leaves_with_path(before), jax.tree.leaves(after), jax.tree.leaves(want)
+    ):
+        if "router_bias" in str(path):
+            np.testing.assert_array_equal(got, other)
+        moved, expected = got - old, other - old  # the gradient, at a rate of 1
+        assert np.abs(moved - expected).max() <= 1e-4 * np.abs(expected).max() + 1e-7, path

@@ -1,0 +1,90 @@
+"""Rows to other devices along a mesh axis, as many to each as there are: an all-to-all of slices of any size.
+
+On TPUs `ragged_all_to_all` sends the rows and nothing else. Elsewhere (XLA's CPU backend has no such thing) the rows
+for each device are laid into a block as long as the longest can be, which an ordinary all-to-all sends. Both are
+called inside shard_map.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from glmv_jax.parallel import rules
+
+
+class Slices(NamedTuple):
+    """What this device sends to each of S others and gets of them: int32 [G], G / S slices a device, in their order.
+
+    start, size: of a slice among the sender's rows; put: where its first row goes among the receiver's. got: the sizes
+    of the slices that come, by sender. Slices of no rows may start and be put anywhere.
+    """
+
+    start: jax.Array
+    size: jax.Array
+    put: jax.Array
+    got: jax.Array
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def exchange(x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int) -> jax.Array:
+    """[rows, D]: what the devices along `axis` put here; rows that nobody put are zero.
+
+    Args:
+      x_RD: this device's rows. Its gradient is what `back` brings home.
+      there, back: the way, and the way back of the same rows.
+      rows: of the result.
+      most: rows that one device sends another at most.
+    """
+    return ragged(x_RD, there, axis, rows) if supported() else padded(x_RD, there, axis, rows, most)
+
+
+def _forward(x_RD, there, back, axis, rows, most):
+    return exchange(x_RD, there, back, axis, rows, most), (there, back, x_RD.shape[0])
+
+
+def _backward(axis, rows, most, saved, g_RD):
+    there, back, own = saved
+    return exchange(g_RD, back, there, axis, own, most), None, None
+
+
+exchange.defvjp(_forward, _backward)
+
+
+def supported() -> bool:
+    """Whether the ragged form is there: on TPUs from v4 on."""
+    device = rules.device()
+    return device.platform == "tpu" and not device.device_kind.startswith(("TPU v2", "TPU v3"))
+
+
+def ragged(x_RD: jax.Array, there: Slices, axis: str, rows: int) -> jax.Array:
+    """The fast path."""
+    nothing = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
+    return jax.lax.ragged_all_to_all(x_RD, nothing, *there, axis_name=axis)
+
+
+def padded(x_RD: jax.Array, there: Slices, axis: str, rows: int, most: int) -> jax.Array:
+    """The twin."""
+    S, D = jax.lax.axis_size(axis), x_RD.shape[1]
+    send = lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)  # noqa: E731
+    apart = lambda x: x.reshape(S, -1)  # noqa: E731
+    from_SM = _rows_of(apart(there.start), apart(there.size), most, len(x_RD))
+    come_SMD = send(jnp.take(x_RD, from_SM, axis=0, mode="fill", fill_value=0))
+    to_SM = _rows_of(apart(send(there.put)), apart(there.got), most, rows)
+    # Numbers of rows are scattered, and the rows themselves gathered by them: XLA scatters one after the other.
+    which = jnp.full(rows, S * most).at[to_SM.reshape(-1)].set(jnp.arange(S * most), mode="drop")
+    return jnp.take(come_SMD.reshape(S * most, D), which, axis=0, mode="fill", fill_value=0)
+
+
+def _rows_of(start_SK: jax.Array, size_SK: jax.Array, most: int, none: int) -> jax.Array:
+    """[S, most]: the rows of K slices one after the other, then `none`."""
+    ends_SK = jnp.cumsum(size_SK, axis=1)
+    at_M = jnp.arange(most)
+    slice_SM = jax.vmap(lambda ends: jnp.searchsorted(ends, at_M, side="right"))(ends_SK)
+    inside_SM = jnp.minimum(slice_SM, size_SK.shape[1] - 1)
+    pick = lambda x_SK: jnp.take_along_axis(x_SK, inside_SM, axis=1)  # noqa: E731
+    rows_SM = pick(start_SK) + at_M - pick(ends_SK - size_SK)
+    return jnp.where(slice_SM < size_SK.shape[1], rows_SM, none)

@@ -1,0 +1,241 @@
+"""The experts of a mixture at their tokens: on one device, or over a mesh with the tokens sent to them and back.
+
+Outside the experts the mesh axis `expert` is one more axis of data: every device has rows of its own. Here each also
+has E / S of the experts, S being the axis' size. It sorts its tokens' copies (a row is a token and one of its experts)
+by expert, sends each to the device that has it, multiplies what it gets and sends the results home. Nothing else
+crosses: an expert's matrices are gathered over `fsdp` in the dtype of the products, their gradient is scattered back,
+and `tensor` splits their hidden width, whose halves of the result are summed once a token.
+
+No row is lost, and memory does not follow the worst case. All tokens may choose experts of one device, which would then
+get S times its share or, as a token's experts differ, min(k, E / S) rows a token. So the rows that a device is owed are
+numbered, by expert and then by sender, and it takes a window of them at a time, `WINDOW` times the mean. With balanced
+experts the first window holds them all; else there are as many more as the fullest device needs, each computed anew in
+the backward pass. Rows arrive sorted by expert, ready for the grouped products.
+
+This is all by hand, in shard_map, also where only the batch is split: what the partitioner makes of a sort and of loops
+over tiles is every token on every device.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+
+from glmv_jax.kernels.exchange import Slices, exchange
+from glmv_jax.kernels.grouped_matmul import grouped_matmul, plain
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.parallel.rules import entry_axes
+
+WINDOW = 1.5  # rows a device takes at a time, over its share
+
+
+class Experts(NamedTuple):
+    """Matrices: gate, up [E, D, F], down [E, F, D]."""
+
+    gate: Any
+    up: Any
+    down: Any
+
+
+# Of `down` the hidden width is split, where that of `gate` and `up` is and then as their other side is.
+AXES = Experts(*[("expert", "expert_embed", "mlp")] * 2, ("expert", "expert_mlp", None))
+
+
+class Chosen(NamedTuple):
+    """expert: int32 [..., k] of each token; weight: [..., k] float32; valid: [...] bool, which tokens there are."""
+
+    expert: jax.Array
+    weight: jax.Array
+    valid: jax.Array
+
+
+class Split(NamedTuple):
+    """How the tokens of a device meet experts of others. axis, devices: the mesh axis that experts live on and its
+    size; window: rows of a device at a time; most: that one sends another in it; windows: that there are at most; mesh:
+    all its axes."""
+
+    axis: str
+    devices: int
+    window: int
+    most: int
+    windows: int
+    mesh: tuple[str, ...]
+
+
+def apply(x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = False) -> tuple[jax.Array, jax.Array]:
+    """(weighted sum of each token's experts [B, T, D] in x's dtype, tokens an expert [E] float32 of the whole batch).
+
+    dense: every token times every matrix, for tests. Raises ValueError when the rules in force split `expert_mlp`
+    another way than the head of this file says.
+    """
+    if rules_lib.active() is None or rules_lib.active_mesh().size == 1:
+        return _own(x_BTD, chosen, experts, None, dense)
+    mesh, rules = rules_lib.active()
+    free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    rows = rules.spec(("batch", "length"), mesh)
+    at = Experts(*(rules.spec(names, mesh) for names in AXES))
+    parts, shared = entry_axes(at.gate[2]), entry_axes(at.down[1])
+    if shared[: len(parts)] != parts:
+        raise ValueError(f"rules split mlp over {parts} and expert_mlp over {shared}; the second begins as the first")
+    owners = entry_axes(at.gate[0])
+    if len(owners) > 1:
+        raise ValueError(f"rules split experts over {owners}; tokens are sent along one axis")
+
+    axis = owners[0] if owners and mesh.shape[owners[0]] > 1 else None
+
+    def local(x, chosen, experts):
+        split = _split(axis, mesh.shape[axis], chosen, experts, free) if axis else None
+        gate, up = (_gathered(w, entry_axes(at.gate[1]), x.dtype) for w in experts[:2])
+        down = _gathered(experts.down, shared[len(parts) :], x.dtype)
+        out, load = _own(x, chosen, Experts(gate, up, down), split, dense)
+        out = jax.lax.psum(out, parts) if parts else out
+        spread = tuple(axis for entry in rows for axis in entry_axes(entry))
+        return out, jax.lax.psum(load, spread) if spread else load
+
+    mapped = jax.shard_map(
+        local, mesh=mesh if free == set(mesh.axis_names) else None, in_specs=(rows, Chosen(rows, rows, rows), at),
+        out_specs=(rows, P()), axis_names=free, check_vma=False,
+    )  # fmt: skip
+    return mapped(x_BTD, chosen, experts)
+
+
+def _gathered(w: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:
+    """The second dimension whole. The gradient is summed and scattered in one go."""
+    return jax.lax.all_gather(w.astype(dtype), axes, axis=1, tiled=True) if axes else w
+
+
+def _split(axis: str, devices: int, chosen: Chosen, experts: Experts, mesh: set[str]) -> Split:
+    """For the tokens and the experts of one device."""
+    tokens, k = chosen.valid.size, chosen.expert.shape[-1]
+    at_most = tokens * min(k, len(experts.gate))  # a token's experts are different ones
+    window = min(_whole_tiles(WINDOW * tokens * k), _whole_tiles(devices * at_most))
+    return Split(axis, devices, window, min(at_most, window), -(-devices * at_most // window), tuple(sorted(mesh)))
+
+
+def _whole_tiles(rows: float) -> int:
+    return int(-(-rows // 128)) * 128  # kernels on TPUs take no less
+
+
+def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, dense: bool) -> tuple[jax.Array, jax.Array]:
+    """Of this device's tokens. Rows of invalid ones come last and belong to none."""
+    D, k = x_BTD.shape[-1], chosen.expert.shape[-1]
+    E = len(experts.gate) * (split.devices if split else 1)
+    expert_R = jnp.where(chosen.valid[..., None], chosen.expert, E).reshape(-1)
+    order_R = jnp.argsort(expert_R, stable=True)
+    back_R = jnp.argsort(order_R)
+    sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
+    x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
+    if split is None:
+        y_RD = _mlp(dense, 0, x_RD, experts, sizes_E)
+    else:
+        sizes_SE = jax.lax.all_gather(sizes_E, split.axis)
+        y_RD = _sent(split, dense, x_RD, experts, sizes_SE)
+    y_NAD = _permute(y_RD, back_R, order_R).reshape(-1, k, D)
+    out_ND = jnp.einsum("nad,na->nd", y_NAD, chosen.weight.reshape(-1, k).astype(y_NAD.dtype))
+    return out_ND.reshape(x_BTD.shape), jax.lax.stop_gradient(sizes_E.astype(jnp.float32))
+
+
+def _mlp(dense: bool, expected: int, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array) -> jax.Array:
+    product = plain if dense else functools.partial(grouped_matmul, expected=expected)
+    hidden_RF = jax.nn.silu(product(x_RD, experts.gate, sizes_E)) * product(x_RD, experts.up, sizes_E)
+    return product(hidden_RF, experts.down, sizes_E)
+
+
+# --- rows sent and brought back, a window at a time -------------------------------------------------------------------
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _sent(split: Split, dense: bool, x_RD: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
+    """[R, D]: what the experts make of rows that are sorted by expert; sizes_SE: of each device, rows an expert."""
+    return _forward(split, dense, x_RD, experts, sizes_SE)[0]
+
+
+def _forward(split, dense, x_RD, experts, sizes_SE):
+    def more(n, y_RD):
+        return y_RD + _window(split, dense, n, sizes_SE, x_RD, experts)
+
+    first = functools.partial(_window, split, dense, 0, sizes_SE)
+    y_RD, pull = jax.vjp(first, x_RD, experts)
+    return _over_windows(split, sizes_SE, more, y_RD), (pull, x_RD, experts, sizes_SE)
+
+
+def _backward(split, dense, saved, g_RD):
+    pull, x_RD, experts, sizes_SE = saved
+
+    def more(n, grads):
+        _, pull = jax.vjp(functools.partial(_window, split, dense, n, sizes_SE), x_RD, experts)
+        return jax.tree.map(jnp.add, grads, pull(g_RD))
+
+    return *_over_windows(split, sizes_SE, more, pull(g_RD)), None
+
+
+_sent.defvjp(_forward, _backward)
+
+
+def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> Any:
+    """`value` after `more(n, value)` for every window behind the first that any device has rows for."""
+    if split.windows == 1:
+        return value
+    owed = sizes_SE.reshape(split.devices, split.devices, -1).sum((0, 2)).max()
+    # The same number everywhere: devices that do not exchange rows with each other may yet go through a loop together.
+    windows = jax.lax.pmax(-(-owed // split.window), split.mesh)
+    return jax.lax.fori_loop(1, windows, more, value)
+
+
+def _window(split: Split, dense: bool, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:
+    """[R, D]: as `_sent`, for the rows that are in window n of their experts' device; the others are zero."""
+    there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
+    R = len(x_RD)
+    x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most)
+    y_CD = _mlp(dense, R, x_CD, experts, mine_E)
+    return exchange(y_CD, back, there, split.axis, R, split.most)
+
+
+def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices, Slices, jax.Array]:
+    """How the rows of window n go from device `me` to their experts' devices, and back; and how many of them each of
+    its own experts has."""
+    size_ES = sizes_SE.T
+    begin_ES = jnp.cumsum(size_ES, axis=0) - size_ES  # among the sender's rows
+    by_device = size_ES.reshape(devices, -1)
+    owed_ES = (jnp.cumsum(by_device, axis=1) - by_device).reshape(size_ES.shape)  # among those its device is owed
+    clip = lambda x: jnp.clip(x - n * window, 0, window)  # noqa: E731
+    put_ES, end_ES = clip(owed_ES), clip(owed_ES + size_ES)
+    now_ES = end_ES - put_ES
+    start_ES = begin_ES + jnp.clip(n * window - owed_ES, 0, size_ES)
+    mine = lambda x_ES: x_ES.reshape(devices, -1, devices)[me]  # noqa: E731  its experts, by sender
+    received = lambda x_ES: mine(x_ES).T.reshape(-1)  # noqa: E731
+    there = Slices(start_ES[:, me], now_ES[:, me], put_ES[:, me], received(now_ES))
+    back = Slices(received(put_ES), received(now_ES), received(start_ES), now_ES[:, me])
+    return there, back, mine(now_ES).sum(1)
+
+
+# --- gathers with gathers as their gradients: XLA's own gradient of a gather is a scatter, one row at a time ----------
+
+
+@jax.custom_vjp
+def _permute(x_RD: jax.Array, order_R: jax.Array, back_R: jax.Array) -> jax.Array:
+    """x[order]; `back` is the inverse permutation."""
+    return jnp.take(x_RD, order_R, axis=0)
+
+
+_permute.defvjp(
+    lambda x, order, back: (_permute(x, order, back), back),
+    lambda back, g: (jnp.take(g, back, axis=0), None, None),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _spread(x_ND: jax.Array, order_R: jax.Array, back_R: jax.Array, copies: int) -> jax.Array:
+    """Row r is token order[r] // copies."""
+    return jnp.take(x_ND, order_R // copies, axis=0)
+
+
+def _collect(copies: int, back_R: jax.Array, g_RD: jax.Array) -> tuple[jax.Array, None, None]:
+    return jnp.take(g_RD, back_R, axis=0).reshape(-1, copies, g_RD.shape[-1]).sum(1), None, None
+
+
+_spread.defvjp(lambda x, order, back, copies: (_spread(x, order, back, copies), back), _collect)
