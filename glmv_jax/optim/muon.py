@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from glmv_jax.optim.spread import split_of, spread
 from glmv_jax.trees import flatten
@@ -118,23 +119,26 @@ def scale_by_muon(
         leaves = jax.tree.leaves(ahead)
         where = [shardings[path] for path in flatten(ahead)] if shardings else None
         done = _all(lambda x: orthogonalise(x, steps, dtype), leaves, heads, dtype, where)
-        updates = [_unstack(x, u.shape, heads) * matrix_scale(x.shape, scaling) for x, u in zip(done, leaves)]
+        updates = [x * matrix_scale((x.shape[-2], x.shape[-1] // heads), scaling) for x in done]
         return jax.tree.unflatten(jax.tree.structure(ahead), updates), MuonState(mean)
 
     return optax.GradientTransformation(init, update)
 
 
 def _all(fn, leaves, heads: int, dtype: Any, shardings: list[NamedSharding] | None) -> list[jax.Array]:
-    """fn of every leaf as a stack [S, I, O] of matrices, on all devices alike or shared out among them."""
-    stacks = [_stack(leaf, heads) for leaf in leaves]
+    """fn of every leaf [..., I, O], head by head, on all devices alike or shared out among them."""
     if shardings is None or shardings[0].mesh.size == 1:
-        return [fn(x) for x in stacks]
-    splits = [split_of(sharding, leaf.ndim) for sharding, leaf in zip(shardings, leaves)]
-    if heads > 1:  # what splits the columns would split the stack of heads, and a stack is whole
-        splits = [split._replace(columns=()) for split in splits]
+        return [_unstack(fn(_stack(leaf, heads)), leaf.shape, heads) for leaf in leaves]
+    mesh = shardings[0].mesh
     # Where the products are in bfloat16, the matrices travel so too.
-    done = spread(lambda x: fn(x).astype(dtype), [x.astype(dtype) for x in stacks], splits, shardings[0].mesh)
-    return [x.astype(jnp.float32) for x in done]
+    few, small = lambda x: fn(x).astype(dtype), [leaf.astype(dtype) for leaf in leaves]
+    if heads == 1:
+        return [x.astype(jnp.float32) for x in spread(few, small, [s.spec for s in shardings], mesh)]
+    # What splits the columns would split the stack of heads, and a stack is whole.
+    splits = [split_of(s.spec, leaf.ndim, mesh) for s, leaf in zip(shardings, leaves)]
+    specs = [P(split.stack or None, split.rows or None) for split in splits]
+    done = spread(few, [_stack(x, heads) for x in small], specs, mesh)
+    return [_unstack(x.astype(jnp.float32), leaf.shape, heads) for x, leaf in zip(done, leaves)]
 
 
 def _stack(x: jax.Array, heads: int) -> jax.Array:

@@ -4,7 +4,7 @@ Newton-Schulz multiplies a matrix with itself fifteen times. Replicated, every d
 are split over devices each product communicates. So matrices of one shape are put into one stack, whatever layer or
 tower they come from, and that stack changes hands: from split by rows or columns, as parameters live, to split by
 matrix, and back. That is two all-to-alls a stack. Where parameters are replicated a device takes its part of the stack,
-and the results are gathered.
+and the results are gathered; what splits a stack itself, as experts are, keeps doing so.
 """
 
 from __future__ import annotations
@@ -15,58 +15,62 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+
+from glmv_jax.parallel.rules import entry_axes
 
 Axes = tuple[str, ...]
 
 
 class Split(NamedTuple):
-    """The mesh axes that the rows and the columns of a matrix are split over."""
+    """The mesh axes that the rows and the columns of a matrix are split over, and the stack it is of."""
 
     rows: Axes = ()
     columns: Axes = ()
+    stack: Axes = ()
 
 
-def split_of(sharding: NamedSharding, ndim: int) -> Split:
-    """Of the last two dimensions of an array; axes of one device are left out."""
-    entries = (*sharding.spec, *[None] * (ndim - len(sharding.spec)))[-2:]
-    axes = [(e,) if isinstance(e, str) else tuple(e or ()) for e in entries]
-    return Split(*(tuple(a for a in names if sharding.mesh.shape[a] > 1) for names in axes))
+def split_of(spec: P, ndim: int, mesh: Mesh) -> Split:
+    """Of an array [..., I, O]; axes of one device are left out."""
+    entries = (*spec, *[None] * (ndim - len(spec)))
+    axes = [tuple(a for a in entry_axes(entry) if mesh.shape[a] > 1) for entry in entries]
+    return Split(axes[-2], axes[-1], tuple(a for names in axes[:-2] for a in names))
 
 
 def spread(
-    fn: Callable[[jax.Array], jax.Array], stacks: Sequence[jax.Array], splits: Sequence[Split], mesh: Mesh
+    fn: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], specs: Sequence[P], mesh: Mesh
 ) -> list[jax.Array]:
-    """[fn(x) for x in stacks], each matrix on one device.
+    """[fn(x) for x in arrays], each matrix on one device.
 
     Args:
       fn: [S, I, O] -> [S, I, O], matrix by matrix. It commutes with a transposition and with any reordering of rows and
         of columns, and leaves zeros zero (the orthogonal factor does).
-      stacks: arrays [S, I, O].
-      splits: where their rows and columns live; S is whole on every device that has a part.
+      arrays: [..., I, O], stacks of matrices.
+      specs: where they live.
 
     Returns: arrays of the same shapes, split as before.
     """
-    kinds, flips = zip(*(_kind(x.shape[1:], split) for x, split in zip(stacks, splits)))
+    splits = [split_of(spec, x.ndim, mesh) for x, spec in zip(arrays, specs)]
+    kinds, flips = zip(*(_kind(x.shape[-2:], split) for x, split in zip(arrays, splits)))
 
     def local(*pieces: jax.Array) -> list[jax.Array]:
         done = list(pieces)
         for kind in dict.fromkeys(kinds):
             members = [i for i, k in enumerate(kinds) if k == kind]
-            ours = [pieces[i].mT if flips[i] else pieces[i] for i in members]
+            ours = [pieces[i].reshape(-1, *pieces[i].shape[-2:]) for i in members]
+            ours = [x.mT if flips[i] else x for i, x in zip(members, ours)]
             found = _by_matrix(fn, jnp.concatenate(ours), kind[1], mesh)
             for i, x in zip(members, jnp.split(found, _ends(ours))):
-                done[i] = x.mT if flips[i] else x
+                done[i] = (x.mT if flips[i] else x).reshape(pieces[i].shape)
         return done
 
-    specs = [P(None, split.rows or None, split.columns or None) for split in splits]
-    return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=specs, check_vma=False)(*stacks)
+    return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=list(specs), check_vma=False)(*arrays)
 
 
 def _by_matrix(fn: Callable, x_Sio: jax.Array, split: Split, mesh: Mesh) -> jax.Array:
     """Inside shard_map: this device's piece of a stack -> the same piece of fn(stack)."""
-    axes = [a for a in mesh.axis_names if mesh.shape[a] > 1]
+    axes = [a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in split.stack]
     S = x_Sio.shape[0]
     x = jnp.pad(x_Sio, ((0, -S % math.prod(mesh.shape[a] for a in axes)), (0, 0), (0, 0)))
     # XLA's CPU backend (jax 0.10) would send the stack's parts as they were before they were stacked, transposed ones
@@ -97,7 +101,7 @@ def _kind(shape: tuple[int, ...], split: Split) -> tuple[tuple[tuple[int, int], 
     rows, columns = shape
     flip = rows > columns or (rows == columns and len(split.rows) < len(split.columns))
     if flip:
-        rows, columns, split = columns, rows, Split(split.columns, split.rows)
+        rows, columns, split = columns, rows, Split(split.columns, split.rows, split.stack)
     return ((rows, columns), split), flip
 
 

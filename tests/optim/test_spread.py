@@ -15,6 +15,7 @@ import pytest
 from glmv_jax import config, models, optim
 from glmv_jax.models import build
 from glmv_jax.models.cogvit import CogViTConfig
+from glmv_jax.models.experts import AXES as EXPERT_AXES
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
 
@@ -117,3 +118,28 @@ def test_cogvit_l_is_two_stacks_and_four_all_to_alls_whatever_else_its_optimiser
     assert arrays == ["all-to-all"] * 4
     matrices = 4 * 15 * 2 * 24 * 1024**3 + 3 * 5 * 2 * 24 * (2 * 4 + 1) * 1024**3
     assert program.cost_analysis()["flops"] < 1.02 * matrices / 8
+
+
+EXPERTS = {"gate": (DEPTH, 4, 16, 48), "down": (DEPTH, 4, 48, 16), "q": (DEPTH, 16, 16)}
+
+
+@pytest.mark.parametrize("rules, sizes", [
+    ("expert", {"expert": 4}), ("fsdp_expert", {"fsdp": 2, "expert": 4}), ("expert", {"data": 2, "expert": 2}),
+    ("fsdp_expert_tensor", {"fsdp": 2, "expert": 2, "tensor": 2}),
+])  # fmt: skip
+def test_what_splits_a_stack_of_experts_keeps_doing_so(rules, sizes):
+    """Equal to one device, and no expert's matrix is gathered: a device turns those of its own experts."""
+    rng = np.random.default_rng(1)
+    grads = {name: rng.normal(size=shape).astype(np.float32) for name, shape in EXPERTS.items()}
+    axes = {"gate": ("layers", *EXPERT_AXES.gate), "down": ("layers", *EXPERT_AXES.down), "q": AXES["q"]}
+    mesh = make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
+    shardings = rules_lib.preset(rules).shardings(mesh, axes, grads)
+    alone, many = optim.scale_by_muon(), optim.scale_by_muon(shardings=shardings)
+    want = alone.update(grads, alone.init(grads))[0]
+    step = jax.jit(lambda g: many.update(g, many.init(g))[0], out_shardings=shardings)
+    program = step.lower(jax.device_put(grads, shardings)).compile()
+    got = jax.device_get(program(jax.device_put(grads, shardings)))
+    for name in EXPERTS:
+        np.testing.assert_allclose(got[name], want[name], atol=1e-5, err_msg=name)
+    if "data" not in sizes:  # replicas share the work out, and gather what comes of it
+        assert not re.search(r" all-gather(-start)?\(", program.as_text())
