@@ -420,6 +420,30 @@ def show_config(args: argparse.Namespace) -> int:
     return 0
 
 
+def shapes(args: argparse.Namespace) -> int:
+    """Prints where every parameter and its optimiser state would live, and what that takes on a device.
+
+    Nothing is allocated, and the devices need not be here: a laptop tells about a pod.
+
+      glmv shapes --config experiments/glm5v_pretrain.py:size=l --devices 512 --biggest
+      glmv shapes --config experiments/vlm_sft.py:size=l --config.mesh.fsdp=16 --config.mesh.tensor=4 \\
+          --config.rules=fsdp_tensor --json shapes.json
+
+    Exit code 2 for a layout that keeps a large array whole on devices which could share it: the line names the array,
+    the axis, and rules that split it. --limit-mb says what is large, --allow-replicated what may be so.
+    """
+    from rich.console import Console
+
+    from glmv_jax.train import shapes as lib
+
+    settings = dict(biggest=args.biggest, limit=round(args.limit_mb * 2**20), allowed=args.allow_replicated or ())
+    report = lib.run(_config(args), args.devices, console=Console(stderr=args.json == "-"), **settings)
+    _write_json(args.json, report)
+    if report["refusal"]:
+        raise UserError(report["refusal"])
+    return 0
+
+
 def show_batch(args: argparse.Namespace) -> int:
     """Shows what a batch of stages 3 to 5 really holds: text coloured by loss weight, pictures, what rows have left.
 
@@ -517,6 +541,7 @@ _COMMANDS = {
     "doctor": doctor,
     "show-config": show_config,
     "show-batch": show_batch,
+    "shapes": shapes,
 }
 
 _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, one recipe.

@@ -10,7 +10,7 @@ from glmv_jax.aot import main as aot
 
 def add(subs: Mapping[str, argparse.ArgumentParser]) -> None:
     """Gives each subcommand's parser its options."""
-    for name in ("train", "sweep", "cache-teachers", "show-config", "show-batch"):
+    for name in ("train", "sweep", "cache-teachers", "show-config", "show-batch", "shapes"):
         subs[name].add_argument("--config", required=True, metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
         subs[name].epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
     subs["train"].add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
@@ -42,6 +42,14 @@ def add(subs: Mapping[str, argparse.ArgumentParser]) -> None:
 
     subs["show-batch"].add_argument("--step", type=int, default=1, metavar="N", help="of which step (default 1)")
     subs["show-batch"].add_argument("--html", metavar="FILE", help="write a page instead of printing")
+
+    sub = subs["shapes"]
+    sub.add_argument("--devices", type=int, default=0, metavar="N", help="of the mesh (default: as its sizes multiply)")
+    sub.add_argument("--biggest", action="store_true", help="largest first (default: by path)")
+    sub.add_argument("--limit-mb", type=float, default=64.0, metavar="MB", help="on a device: larger is large (64)")
+    sub.add_argument("--allow-replicated", action="append", metavar="REGEX", help="what may be whole; repeatable")
+    sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all of it as JSON: to a file, or printed")
+
     _sweep_options(subs["sweep"])
     _vocabulary_options(subs["train-vocabulary"])
     _eval_options(subs["eval"])

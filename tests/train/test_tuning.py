@@ -187,7 +187,7 @@ def test_adapters_of_a_vision_language_model(tmp_path):
         stage = lora.adapted(stage)
         assert isinstance(stage, lora.Adapted)
         mesh = mesh_lib.make_mesh(sizes, jax.devices()[: int(np.prod(list(sizes.values())))])
-        stage.place = lambda: (mesh, rules_lib.preset(rules))
+        stage.place = lambda _: (mesh, rules_lib.preset(rules))
         placement, optimizer, trainable = loop.prepare(stage)
         state = state_lib.init_state(stage, optimizer, placement, 0)
         constants = jax.device_put(stage.constants(), placement.constants)
