@@ -106,7 +106,10 @@ def run(
     mesh = mesh_lib.abstract_mesh(dict(cfg.get("mesh", {"data": -1})), devices)
     table = rows(_stage(cfg), mesh)
     rules = cfg.get("rules", "data")
-    _print(table, mesh, rules, biggest, console or Console())
+    console = console or Console()
+    if not console.is_terminal:  # a file is as wide as it has to be
+        console.width = max(console.width, 200)
+    _print(table, mesh, rules, biggest, console)
     report = {
         "mesh": dict(mesh.shape), "devices": mesh.size, "rules": rules, "totals": totals(table),
         "arrays": [dataclasses.asdict(row) for row in table],
