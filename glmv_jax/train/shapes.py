@@ -19,13 +19,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from glmv_jax.optim import slash_path
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
 from glmv_jax.train import loop, lora, main, teachers
 from glmv_jax.train.disk import size_text
 from glmv_jax.train.stages.base import Stage
+from glmv_jax.trees import slash_path
 from glmv_jax.typing import UserError
 
 # The axes that are there to split parameters; over `data`, `context` and `stage` they are whole on purpose.
