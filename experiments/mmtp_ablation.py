@@ -12,8 +12,11 @@ an image as the head's own input: the options differ in what the head's attentio
 encoder learns through it. Without init_from the encoder learns from nothing, and little in runs as short as nano's.
 
 size=nano: the 3.1M-parameter model of vlm_pretrain. A step takes 1.1 s of CPU time, so on two cores that have nothing
-           else to do about five minutes a run and an hour and a quarter for all fifteen; up to 3.2 GiB.
-           Measured so far: two seeds of 24 steps each; on average no option is .001 of loss from another by then.
+           else to do about five minutes a run and an hour and a quarter for all fifteen; up to 3.6 GiB.
+           Measured with --config.steps=240 and five seeds (benchmarks/README.md): no option is steadier. The head's
+           held-out loss behind images is lowest with embeddings, by .007 of 1.08 nats (95 %: .004 to .010), which is
+           not what the report says; its drafts go further with image_token, 2.26 tokens a pass to 2.20 (95 %: .01 to
+           .11 more). The main loss is the same to .005.
 size=0p5b: a language model of 499M parameters: 24 layers of width 1024 (377.6M) and, not tied, the embedding table and
            the output head of GLM's 59,392 pieces (121.6M). The MTP head (17.8M), the encoder (404M) and the merger
            (14.7M) come on top. 64 rows of 2,048 tokens and 4,096 patches a step, one to a chip of a v5p slice of 64,
