@@ -5,9 +5,11 @@ Not covered: Google's side. That these commands and fields are the right ones is
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -201,3 +203,30 @@ def test_the_jobset_hangs_together():
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
     compile(text.split("exec python -c '")[1].split("'")[0], "code", "exec")
+
+
+def test_the_ray_cluster_has_a_group_and_a_resource_for_each_role():
+    text = (REPO / "launch" / "ray_cluster.yaml").read_text(encoding="utf-8")
+    cluster = yaml.safe_load(text)
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
+    assert list(groups) == ["trainer", "rollout", "reward", "judge"]
+    head = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    for name, group in groups.items():
+        # KubeRay puts the value on a shell's command line as it is: JSON in quotes of its own.
+        assert json.loads(json.loads(group["rayStartParams"]["resources"])) == {name: 1}
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["image"] == head["image"] and cluster["spec"]["rayVersion"] in head["image"]
+        chips = container["resources"]["limits"].get("google.com/tpu")
+        topology = pod.get("nodeSelector", {}).get("cloud.google.com/gke-tpu-topology", "0")
+        assert math.prod(map(int, topology.split("x"))) == (chips or 0) * group["numOfHosts"]
+        mounts = {mount["name"] for mount in container.get("volumeMounts", ())}
+        assert mounts == {volume["name"] for volume in pod.get("volumes", ())}
+        if mounts:
+            assert group["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
+    asked = re.search(r"--entrypoint-resources '(.*?)'", text)[1]
+    assert json.loads(asked) == {"trainer": 1} and groups["trainer"]["replicas"] == 1
+    experiment, workdir = re.search(r"--config (\S+) --workdir (\S+)'", text).groups()
+    assert config.load(str(REPO / experiment)).stage == "rl" and workdir.startswith("/runs/")
