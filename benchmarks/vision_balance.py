@@ -6,6 +6,8 @@ A trace of documents with log-normal lengths: all have text, three in five have 
 of 8,192 tokens (an experiment's size=l). Sides:
 
     balanced            ours, `data.fit=balanced`: by tokens and patches, out of a window (data/balancing.py)
+    balanced, 8 hosts apart   the same by eight hosts for eight ranks each, none of which knows what the others have; a
+                        row has room for the patches that come with its tokens and no more, so that full rows are alike
     balanced by FLOPs   the same, but even in FLOPs of encoder and decoder, attention included (of the first model)
     best fit            `data.fit=best`, with the same limits and as many documents held back: by both, but not even
     first fit, tokens   a document goes to the first row with room for its tokens; patches are not looked at
@@ -33,8 +35,9 @@ from glmv_jax import presets
 from glmv_jax.data import balancing
 from glmv_jax.models import build
 
-RANKS, TOKENS = 64, 8192
-SIDES = ("balanced", "balanced by FLOPs", "best fit", "first fit, tokens", "order")
+RANKS, HOSTS, TOKENS = 64, 8, 8192
+ROOM = 1.05
+SIDES = ("balanced", "balanced, 8 hosts apart", "balanced by FLOPs", "best fit", "first fit, tokens", "order")
 MODELS = {"CogViT with GLM-OCR's decoder": presets.vlm, "CogViT with GLM-5's decoder": presets.glm5v}
 
 
@@ -51,15 +54,21 @@ def trace(count: int, seed: int) -> np.ndarray:
 Batch = list[list[int]]
 
 
-def balanced(loads: np.ndarray, limits: np.ndarray, ahead: int, even: int = 2) -> Iterator[Batch]:
-    window, waiting = balancing.Window(limits, RANKS, ahead, even), []
+def balanced(loads: np.ndarray, limits: np.ndarray, ahead: int, rows: int = RANKS) -> Iterator[Batch]:
+    window, waiting = balancing.Window(limits, rows, ahead, even=2), []
     for n, load in enumerate(loads.tolist()):
         window.add(tuple(load))
         waiting.append(n)
         if window.full():
             row_N = window.place()
-            yield [[n for n, row in zip(waiting, row_N) if row == r] for r in range(RANKS)]
+            yield [[n for n, row in zip(waiting, row_N) if row == r] for r in range(rows)]
             waiting = [n for n, row in zip(waiting, row_N) if row < 0]
+
+
+def apart(loads: np.ndarray, limits: np.ndarray, ahead: int) -> Iterator[Batch]:
+    own = [balanced(loads[h::HOSTS], limits, ahead, RANKS // HOSTS) for h in range(HOSTS)]
+    for batches in zip(*own):
+        yield [[HOSTS * n + h for n in row] for h, batch in enumerate(batches) for row in batch]
 
 
 def fitted(loads: np.ndarray, limits: np.ndarray, ahead: int, best: bool) -> Iterator[Batch]:
@@ -108,6 +117,7 @@ def measure(side: str, loads: np.ndarray, limits: np.ndarray, ahead: int, costs:
     with_costs = np.concatenate([next(iter(costs.values())), loads], 1)
     run = {
         "balanced": lambda: balanced(loads, limits, ahead),
+        "balanced, 8 hosts apart": lambda: apart(loads, np.array([TOKENS, limits[1] / ROOM]), ahead),
         "balanced by FLOPs": lambda: balanced(with_costs, np.array([np.inf, np.inf, *limits]), ahead),
         "best fit": lambda: fitted(loads, limits, ahead, best=True),
         "first fit, tokens": lambda: fitted(loads, np.array([TOKENS, np.inf]), ahead, best=False),
@@ -117,7 +127,8 @@ def measure(side: str, loads: np.ndarray, limits: np.ndarray, ahead: int, costs:
     batches = list(run())
     seconds = time.process_time() - began
     placed = [n for batch in batches for row in batch for n in row]
-    assert len(set(placed)) == len(placed) >= len(loads) - 2 * RANKS * each - ahead, "a document was lost or doubled"
+    assert len(set(placed)) == len(placed), "a document was doubled"
+    assert len(placed) >= len(loads) - 4 * RANKS * each - HOSTS * ahead, "documents were lost"
     row_of = lambda values: np.array([[values[row].sum(0) for row in batch] for batch in batches])  # noqa: E731
     filled_SRD = row_of(loads)
     over_SD = filled_SRD.max(1) / filled_SRD.mean(1)
@@ -156,8 +167,8 @@ def main() -> None:
     found: dict[str, list[dict]] = {side: [] for side in SIDES}
     for seed in args.seeds:
         loads = trace(args.documents, seed)
-        # Room for the patches that come with a full row of tokens, and a twentieth more.
-        limits = np.array([TOKENS, int(1.05 * TOKENS * loads[:, 1].sum() / loads[:, 0].sum()) // 4 * 4])
+        # Room for the patches that come with a full row of tokens, and some more.
+        limits = np.array([TOKENS, int(ROOM * TOKENS * loads[:, 1].sum() / loads[:, 0].sum()) // 4 * 4])
         costs = {name: flops(cfg, loads) for name, cfg in models.items()}
         for side in SIDES:
             found[side].append(measure(side, loads, limits, args.ahead, costs))

@@ -2,10 +2,15 @@
 
 The rows of a batch are filled together, each document going to a row with room for its tokens and its patches: the
 first one, or with fit="best" the one that is left with least room. A document that fits nowhere is held back, and when
-more than `ahead` are, the batch is done and they begin the next one. With fit="balanced" documents are held until
-`ahead` more have been read than the rows can hold, and then placed all at once, so that the rows are even in tokens
-and in patches (`balancing.fill`). The iterator's state is the parent's state before the first of those held (and which
-of the later ones have been packed), so a checkpoint holds no arrays, and resuming reads a few documents again.
+more than `ahead` are, the batch is done and they begin the next one.
+
+With fit="balanced" documents are held until `ahead` more have been read than the rows can hold, and then placed all at
+once, so that the rows are even in tokens and in patches (`balancing.fill`). Hosts, which pack apart, are even to one
+another where full rows are alike: when a row holds the patches that come with its tokens and no more
+(benchmarks/vision_balance.py).
+
+The iterator's state is the parent's state before the first of the documents held (and which of the later ones have been
+packed), so a checkpoint holds no arrays, and resuming reads a few documents again.
 
 A row's patches may be cut into slices for the ranks of a context group (`partition`); text stays whole.
 """
