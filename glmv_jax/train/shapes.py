@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
@@ -25,7 +24,7 @@ from glmv_jax.parallel.rules import entry_axes
 from glmv_jax.train import loop, lora, main, teachers
 from glmv_jax.train.disk import size_text
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.trees import slash_path
+from glmv_jax.trees import flatten
 from glmv_jax.typing import UserError
 
 # The axes that are there to split parameters; over `data`, `context` and `stage` they are whole on purpose.
@@ -54,16 +53,16 @@ def rows(stage: Stage, mesh: AbstractMesh) -> list[Row]:
     placement, _, _ = loop.prepare(stage, mesh)
     state = placement.abstract
     axes = _named(stage.logical_axes())
-    shapes = {path: tuple(x.shape) for path, x in _leaves(state.params)}
-    found = [_row("parameter", path, x, x.sharding, axes[path]) for path, x in _leaves(state.params)]
-    for path, x in _leaves(state.opt_state):
+    shapes = {path: tuple(x.shape) for path, x in flatten(state.params).items()}
+    found = [_row("parameter", path, x, x.sharding, axes[path]) for path, x in flatten(state.params).items()]
+    for path, x in flatten(state.opt_state).items():
         of = _owner(path, tuple(x.shape), shapes)
         found.append(_row("optimiser", path, x, x.sharding, axes.get(of), of))
-    found += [_row("carried", path, x, x.sharding) for path, x in (("step", state.step), *_leaves(state.extra))]
+    found += [_row("carried", path, x, x.sharding) for path, x in (("step", state.step), *flatten(state.extra).items())]
     own = stage.constant_axes()
     names = {} if own is None else _named(own)
-    where = dict(_leaves(placement.constants))
-    found += [_row("constant", path, x, where[path], names.get(path)) for path, x in _leaves(stage.constants())]
+    where = flatten(placement.constants)
+    found += [_row("constant", path, x, where[path], names.get(path)) for path, x in flatten(stage.constants()).items()]
     return found
 
 
@@ -134,13 +133,8 @@ def _stage(cfg: ConfigDict) -> Stage:
     return lora.adapted(main.stage_class(cfg.stage)(cfg, **more))
 
 
-def _leaves(tree: Any) -> list[tuple[str, Any]]:
-    return [(slash_path(path), x) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
-
-
 def _named(axes: Any) -> dict[str, tuple[str | None, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(axes, is_leaf=lambda x: isinstance(x, tuple))
-    return {slash_path(path): names for path, names in leaves}
+    return flatten(axes, is_leaf=lambda x: isinstance(x, tuple))
 
 
 def _owner(path: str, shape: tuple[int, ...], shapes: dict[str, tuple[int, ...]]) -> str:
