@@ -113,7 +113,7 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
         raise UserError(f"stage {stage.name} does not answer prompts; prefill and generate are of stages 3 to 5")
     cfg, asker = stage.cfg, stage.asker
     rows = cfg.get("rollout", {}).get("prompts") or cfg.eval.get("batch", cfg.batch)
-    row = packing.Row(asker.max_tokens, asker.max_patches, asker.patcher.channels).arrays
+    row = packing.Row(asker.max_tokens, asker.max_patches, asker.patcher.channels).arrays()
     shape = lambda x: jax.ShapeDtypeStruct((rows, *np.shape(x)), x.dtype)  # noqa: E731
     scalar = np.zeros((), np.int32)
     row |= {"length": scalar, "next_position": scalar}

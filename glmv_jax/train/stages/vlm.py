@@ -205,7 +205,7 @@ class VLMStage(Stage):
 
     def batch_shapes(self):
         b = self.builder
-        row = packing.Row(b.max_tokens, b.max_patches, b.patcher.channels).arrays
+        row = packing.Row(b.max_tokens, b.max_patches, b.patcher.channels).arrays()
         yield {name: jax.ShapeDtypeStruct((self.own_rows, *x.shape), x.dtype) for name, x in row.items()}
 
     @property
