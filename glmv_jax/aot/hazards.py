@@ -19,10 +19,12 @@ _PAYLOAD = 1 << 20  # bytes from which a transfer is
 @dataclasses.dataclass(frozen=True)
 class Known:
     """What the text of a program does not say. sharded: dims of a parameter -> the mesh axes it is split over, also
-    without its axis of stacked layers. patch_widths: numbers of a patch, as read and as normalised."""
+    without its axis of stacked layers. positions: patches of a row; patch_widths: numbers of a patch, as read
+    and as normalised."""
 
     sharded: Mapping[tuple[int, ...], tuple[str, ...]]
-    patch_widths: frozenset[int]
+    positions: int = 0
+    patch_widths: frozenset[int] = frozenset()
 
 
 def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
@@ -45,7 +47,7 @@ def whole_gradients(found: Schedule, moved: list[Transfer], known: Known) -> Ite
     for t in _large(moved, "all-reduce"):
         for array in _operands(t):
             split = known.sharded.get(array.dims, ())
-            if set(split) & set(t.axes):
+            if set(split) & set(t.axes) and array.bytes >= _PAYLOAD:
                 yield (
                     f"all-reduce of {array} {_where(t)}: its parameter is split there, so a reduce-scatter was meant, "
                     "half of that; give the gradient the parameter's sharding"
@@ -95,9 +97,9 @@ def _users(computation: Computation, op: Op) -> list[Op]:
 def patches_moved(found: Schedule, moved: list[Transfer], known: Known) -> Iterator[str]:
     """Transfers of pixels: rows of a batch are dealt out by the loader, none has to move."""
     for t in moved:
-        sums = t.kind in ("all-reduce", "reduce-scatter")  # of floats: a gradient of that width
         wide = [a for a in _operands(t) if len(a.dims) > 1 and a.dims[-1] in known.patch_widths]
-        patches = [a for a in wide if a.dtype == "u8" or not sums]
+        # Others of that width are weights of the first matrix, and their gradients.
+        patches = [a for a in wide if a.dtype == "u8" or len(a.dims) > 2 and a.dims[-2] == known.positions]
         if patches and t.sent >= _PAYLOAD:
             yield f"{t.kind} of patches {patches[0]} {_where(t)}: pixels are dealt out by the loader and should stay"
 

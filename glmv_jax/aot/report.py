@@ -91,7 +91,7 @@ def of_text(
     moved = costs.transfers(found, mesh, tuple(slices))
     counted = _count(found, chip)
     compute = sum(counted["estimated_seconds"].values())
-    known = _known(program) if program else hazards.Known({}, frozenset())
+    known = _known(program) if program else hazards.Known({})
     report = counted | {
         "estimated_compute_seconds": compute, **_wire(moved), "loops": found.loops,
         "loops_of_unknown_length": len(found.unknown), "warnings": hazards.warnings(found, moved, known),
@@ -110,9 +110,14 @@ def _known(program: Program) -> hazards.Known:
     for x in jax.tree.leaves(program.params):
         axes = tuple(a for entry in x.sharding.spec if entry for a in ((entry,) if isinstance(entry, str) else entry))
         if axes and len(x.shape) > 1:
-            sharded[x.shape] = sharded[x.shape[1:]] = axes
-    widths = {program.batch["patches"].shape[-1] * n for n in (1, 2)} if "patches" in program.batch else set()
-    return hazards.Known(sharded, frozenset(widths))
+            sharded[x.shape] = axes
+            if len(x.shape) > 2:
+                sharded[x.shape[1:]] = axes
+    patches = program.batch.get("patches")
+    if patches is None:
+        return hazards.Known(sharded)
+    positions, width = patches.shape[1:]
+    return hazards.Known(sharded, positions, frozenset({width, 2 * width}))
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------

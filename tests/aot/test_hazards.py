@@ -9,7 +9,7 @@ from glmv_jax.aot import costs, hazards, hlo
 MESH = {"data": 2, "fsdp": 4}
 OVER_FSDP = "replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add"
 SUM = f"  %r = f32[1024,2048]{{1,0}} all-reduce(%g), channel_id=1, {OVER_FSDP}\n"
-KNOWN = hazards.Known({(1024, 2048): ("fsdp",), (512, 512): ("data",)}, frozenset({588, 1176}))
+KNOWN = hazards.Known({(1024, 2048): ("fsdp",), (512, 512): ("data",)}, 256, frozenset({588, 1176}))
 
 
 def module(body: str, more: str = "") -> str:
@@ -64,6 +64,9 @@ def test_pixels_that_move():
     gather += f"  %r = u8[256,256,588]{{2,1,0}} all-gather(%p), dimensions={{0}}, {OVER_FSDP}\n"
     (line,) = said(gather)
     assert "all-gather of patches u8[64,256,588] over fsdp" in line
+    normalised = gather.replace("u8[", "bf16[").replace(",588]", ",1176]")
+    assert "all-gather of patches bf16[64,256,1176]" in said(normalised)[0]
+    assert said(normalised.replace(",256,", ",1024,")) == []  # a matrix for each layer
     gradient = "  %p = f32[1024,1176]{1,0} custom-call(%x)\n"
     gradient += f"  %r = f32[1024,1176]{{1,0}} all-reduce(%p), {OVER_FSDP}\n"
     assert said(gradient) == []

@@ -50,7 +50,7 @@ def test_a_loop_that_the_data_end():
     dynamic = NESTED.replace("%seven.3 = s32[]{:T(128)} constant(7)", "%seven.3 = s32[]{:T(128)} custom-call(%i.3)")
     found = costs.schedule(hlo.parse(dynamic))
     assert found.loops == [5] and len(found.unknown) == 1
-    (line,) = hazards.warnings(found, [], hazards.Known({}, frozenset()))
+    (line,) = hazards.warnings(found, [], hazards.Known({}))
     assert "as often as the data say" in line
 
 
