@@ -141,11 +141,11 @@ def seconds_of_update(tx, params, shardings, everywhere, repeats: int) -> float:
 
 
 def collectives(found: costs.Schedule) -> dict[str, dict[str, float]]:
-    """kind -> how many, and MB of their results on a device; sums of scalars are left out."""
+    """kind -> how many, and MB of their results on a device; sums of a few scalars are left out."""
     rows: dict[str, dict[str, float]] = {}
     for t in costs.transfers(found, {}):
         grows = {"all-gather": t.members, "reduce-scatter": 1 / t.members}.get(t.kind, 1)
-        if t.operand > 4:
+        if t.operand > 1000:
             entry = rows.setdefault(t.kind, {"count": 0, "MB": 0.0})
             entry["count"] += t.step.times
             entry["MB"] += t.step.times * t.operand * grows / 1e6

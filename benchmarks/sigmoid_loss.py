@@ -41,7 +41,7 @@ def overlaps(text: str) -> dict[str, int]:
     """Of a scheduled program: transfers of arrays, those that are asynchronous, those with work before they are waited
     for; in a loop once."""
     moved = costs.transfers(costs.schedule(hlo.parse(text)), {})
-    moved = [t for t in moved if t.operand > 4]  # the sums of scalars don't count
+    moved = [t for t in moved if t.operand > 1000]  # the sums of a few scalars don't count
     return {"transfers": len(moved), "asynchronous": sum(t.asynchronous for t in moved),
             "with work between": sum(t.hidden for t in moved)}  # fmt: skip
 
