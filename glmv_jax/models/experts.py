@@ -6,14 +6,14 @@ by expert, sends each to the device that has it, multiplies what it gets and sen
 crosses: an expert's matrices are gathered over `fsdp` in the dtype of the products, their gradient is scattered back,
 and `tensor` splits their hidden width, whose halves of the result are summed once a token.
 
-No row is lost, and memory does not follow the worst case. All tokens may choose experts of one device, which would then
-get S times its share or, as a token's experts differ, min(k, E / S) rows a token. So the rows that a device is owed are
-numbered, by expert and then by sender, and it takes a window of them at a time, `WINDOW` times the mean. With balanced
-experts the first window holds them all; else there are as many more as the fullest device needs, each computed anew in
-the backward pass. Rows arrive sorted by expert, ready for the grouped products.
+No row is lost, and memory does not follow the worst case, in which every token wants the experts of one device: min(k,
+E / S) of them, as they differ. The rows that a device is owed are numbered, by expert and then by sender, and it takes
+a window of them at a time, `WINDOW` times the mean. With balanced experts the first window holds them all; else there
+are as many more as the fullest device needs, each computed anew in the backward pass. Rows arrive sorted by expert,
+ready for the grouped products.
 
 This is all by hand, in shard_map, also where only the batch is split: what the partitioner makes of a sort and of loops
-over tiles is every token on every device.
+over tiles is every row on every device, and a sum over devices for every tile.
 """
 
 from __future__ import annotations
