@@ -1,0 +1,128 @@
+"""Bytes between devices, against counts by hand. Programs of TPUs are seen only as lines copied from them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from glmv_jax.parallel import hlo
+from glmv_jax.parallel import mesh as mesh_lib
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
+
+W = 64  # floats a device, 256 bytes
+
+
+def compiled(mesh, local, axes):
+    """The text of `local` on [W] floats a device, those being the rows of an array over `axes`."""
+    mapped = jax.shard_map(local, mesh=mesh, in_specs=P(axes), out_specs=P(axes), check_vma=False)
+    shape = jax.ShapeDtypeStruct((8 * W,), jnp.float32, sharding=NamedSharding(mesh, P(axes)))
+    return jax.jit(mapped).lower(shape).compile().as_text()
+
+
+def turning(x, axis, turns=5):
+    size = jax.lax.axis_size(axis)
+    links = [(i, (i + 1) % size) for i in range(size)]
+    return jax.lax.scan(lambda x, _: (jax.lax.ppermute(jnp.sin(x), axis, links), None), x, None, length=turns)[0]
+
+
+def turning_twice(_, x):
+    return turning(x, "data", 2)
+
+
+@pytest.mark.parametrize(
+    "local, kind, stage, data",
+    [
+        # Each of the 8 devices sends its 256 bytes, five times.
+        (lambda x: turning(x, "stage"), "collective-permute", 5 * 8 * 256, 0),
+        # A loop of two turns in one of three.
+        (lambda x: jax.lax.fori_loop(0, 3, turning_twice, x), "collective-permute", 0, 6 * 8 * 256),
+        # Each gets 256 bytes from the three others of its group.
+        (lambda x: jax.lax.all_gather(x, "stage").sum(0), "all-gather", 8 * 3 * 256, 0),
+        # Over both axes: of the 7 others 6 are on another stage, and 4 on another data shard.
+        (lambda x: jax.lax.all_gather(x, ("stage", "data")).sum(0), "all-gather", 8 * 6 * 256, 8 * 4 * 256),
+        # A quarter of the 256 bytes to each other one, and back.
+        (lambda x: jax.lax.psum(x, "stage"), "all-reduce", 8 * 3 * 64 * 2, 0),
+        (lambda x: jnp.tile(jax.lax.psum_scatter(x, "data", tiled=True), 2), "reduce-scatter", 0, 8 * 128),
+        (lambda x: jax.lax.all_to_all(x.reshape(4, -1), "stage", 0, 0).reshape(-1), "all-to-all", 8 * 3 * 64, 0),
+    ],
+)  # fmt: skip
+def test_bytes_are_those_counted_by_hand(local, kind, stage, data):
+    mesh = mesh_lib.make_mesh({"stage": 4, "data": 2})
+    text = compiled(mesh, local, ("stage", "data"))
+    assert hlo.bytes_across(text, mesh, "stage") == ({kind: stage} if stage else {})
+    assert hlo.bytes_across(text, mesh, "data") == ({kind: data} if data else {})
+
+
+PROGRAM = """HloModule jit_f, num_partitions=8
+
+%body.1 (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %p = (s32[], f32[64]{0:T(128)}) parameter(0)
+  %kernel = f32[64]{0} custom-call(%p), custom_call_target="tpu_custom_call", backend_config={ "metadata": {
+"name": "x"
+}}
+  %start = (f32[64]{0}, f32[64]{0:T(128)S(1)}, u32[]) collective-permute-start(%kernel), channel_id=1, SPELT
+  ROOT %done = f32[64]{0} collective-permute-done(%start)
+}
+
+%condition.1 (p: (s32[], f32[64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(7)
+  ROOT %less = pred[] compare(%p, %limit), direction=LT
+}
+
+ENTRY %main (x: f32[64]) -> f32[64] {
+  %x = f32[64]{0} parameter(0)
+  ROOT %loop = (s32[], f32[64]) while(%x), condition=%condition.1, body=%body.1
+}
+"""
+
+
+def test_loops_without_a_count_turn_as_often_as_their_condition_says():
+    """And what starts and ends apart is one collective; lines of metadata that begin with a brace end nothing."""
+    mesh = mesh_lib.make_mesh({"stage": 4, "data": 2})
+    text = PROGRAM.replace("SPELT", "source_target_pairs={{0,2},{2,4},{4,5}}")
+    (one,) = hlo.collectives(text)
+    assert (one.kind, one.times, one.asynchronous) == ("collective-permute", 7, True)
+    assert hlo.bytes_across(text, mesh, "stage") == {"collective-permute": 7 * 2 * 256}
+    with pytest.raises(ValueError, match="in a loop"):
+        hlo.collectives(text.replace("s32[]{:T(128)} constant(7)", "s32[] parameter(0)"))
+
+
+@pytest.mark.parametrize(
+    "spelt, groups",
+    [
+        ("replica_groups={{0,2,4,6},{1,3,5,7}}", "0246 1357"),
+        ("replica_groups=[2,4]<=[8]", "0123 4567"),
+        ("replica_groups=[2,4]<=[4,2]T(1,0)", "0246 1357"),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", "0246 1357"),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", "01 23 45 67"),
+        ("replica_groups=mesh['a'=8,'b'=1], device_ids=([4,2]T(1,0)) {'a'}", "02461357"),
+        ("replica_groups=mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", "0246 1357"),
+    ],
+)
+def test_groups_in_all_spellings(spelt, groups):
+    text = PROGRAM.replace("collective-permute", "all-gather").replace("SPELT", f"{spelt}, dimensions={{0}}")
+    (one,) = hlo.collectives(text)
+    assert ["".join(map(str, group)) for group in one.groups] == groups.split()
+    assert one.part == 256 / len(one.groups[0])
+
+
+def test_a_spelling_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match="not known"):
+        hlo.collectives(PROGRAM.replace("collective-permute", "all-gather").replace("SPELT", "replica_groups=all"))
+    with pytest.raises(ValueError, match="no program"):
+        hlo.collectives("module {}")
+
+
+def test_devices_are_numbered_as_in_the_mesh():
+    """Not by their own ids: the same program on the same mesh with its devices turned round."""
+    mesh = mesh_lib.make_mesh({"stage": 2, "data": 4})
+    turned = jax.sharding.Mesh(mesh.devices[::-1, ::-1], mesh.axis_names)
+    for one in (mesh, turned):
+        text = compiled(one, lambda x: turning(x, "stage", 1), ("stage", "data"))
+        assert hlo.bytes_across(text, one, "stage") == {"collective-permute": 8 * 256}
+    assert np.prod(mesh.devices.shape) == 8
