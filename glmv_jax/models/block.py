@@ -13,8 +13,10 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
+from glmv_jax.parallel import pipeline
 from glmv_jax.parallel.remat import policy
 from glmv_jax.parallel.rules import constrain
+from glmv_jax.typing import UserError
 
 # What one layer keeps while decoding, here k and v [B * G, S, K], which it adds to and returns, and where rows continue
 # the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with a leading
@@ -159,14 +161,17 @@ class Block(nn.Module):
 
 def stack(
     cfg: Any, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
-    unroll: int = 1, name: str = "blocks",
+    unroll: int = 1, name: str = "blocks", axis: str = "layers",
 ) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
-    """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading "layers" axis under `name`.
+    """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading axis `axis` under `name`.
 
     Call it inside a compact module. cache: `LayerCache` with a leading L, or None; or a tuple of L of them, and then
     blocks follow each other without a loop and their parameters are those of `layers_apart`. unroll: blocks a turn of
-    the scan's loop. Returns the result, the updated cache, and what blocks say about themselves (losses, loads of
-    experts), with a leading L too; blocks of `BlockConfig` say nothing.
+    the scan's loop. axis: "pipeline" for layers that live on the stages of a mesh, if it has some. Returns the result,
+    the updated cache, and what blocks say about themselves (losses, loads of experts), with a leading L too; blocks of
+    `BlockConfig` say nothing.
+
+    Raises: as `parallel.pipeline.plan`.
     """
     block = cfg.layer
     if isinstance(cache, tuple):
@@ -186,10 +191,35 @@ def stack(
         out_axes=0,
         length=depth,
         unroll=unroll,
-        metadata_params={nn.PARTITION_NAME: "layers"},
-    )
-    x_BTD, (cache, aux) = scanned(cfg, name=name)(x_BTD, cache, rope, query, key)
-    return x_BTD, cache, aux
+        metadata_params={nn.PARTITION_NAME: axis},
+    )(cfg, name=name)
+    plan = pipeline.plan(len(x_BTD), depth) if axis == pipeline.LAYERS and not scanned.is_initializing() else None
+    if plan is None:
+        x_BTD, (cache, aux) = scanned(x_BTD, cache, rope, query, key)
+        return x_BTD, cache, aux
+    if cache is not None:
+        raise UserError("rows are not decoded through a pipeline; use a mesh without the axis stage")
+    x_BTD, aux = _staged(plan, cfg, remat, scanned.variables["params"], x_BTD, (rope, query, key), unroll)
+    return x_BTD, None, aux
+
+
+def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: dict, x_BTD, beside: tuple, unroll: int) -> tuple:
+    """As `stack`, each layer on its stage."""
+
+    def layer(params, x, beside):
+        x, (_, aux) = cfg.layer(cfg, parent=None).apply({"params": params}, x, None, *beside)
+        return x, aux
+
+    if remat != "none":
+        layer = jax.checkpoint(layer, policy=policy(remat), prevent_cse=False)
+    return pipeline.run(plan, layer, params, x_BTD, beside, _of_batch, unroll)
+
+
+def _of_batch(aux: dict) -> dict:
+    """From what M microbatches say, [M, ...]: tokens that chose an expert are counted; of means there is the mean (as
+    of the pieces of a batch with cfg.accumulate)."""
+    counted = lambda path: path[-1].key == "load"  # noqa: E731
+    return jax.tree_util.tree_map_with_path(lambda path, x: x.sum(0) if counted(path) else x.mean(0), aux)
 
 
 def layers_apart(params: dict, name: str = "blocks") -> dict:

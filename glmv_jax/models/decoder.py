@@ -114,7 +114,9 @@ class Decoder(nn.Module):
         """(x after all layers, cache, aux)."""
         c = self.cfg
         own = None if cache is None else with_prompt(cache["layers"], cache.get("prompt"))
-        x_BTD, own, aux = stack(c.block, c.depth, c.remat, x_BTD, rope, query, key, own, c.unroll)
+        x_BTD, own, aux = stack(
+            c.block, c.depth, c.remat, x_BTD, rope, query, key, own, c.unroll, axis="pipeline"
+        )
         return x_BTD, None if cache is None else cache | {"layers": own}, aux
 
 
@@ -126,14 +128,16 @@ class Runs(Decoder):
 
     def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
         kept, aux = {}, {}
+        longest = max(times for _, times in self.cfg.stacks)  # the others are not many; they stay outside of a pipeline
         for i, (block, times) in enumerate(self.cfg.stacks):
             name = f"blocks{i}"
             own = None
             if cache is not None:
                 own = with_prompt(cache["layers"][name], cache["prompt"][name] if "prompt" in cache else None)
             x_BTD, kept[name], aux[name] = stack(
-                block, times, self.cfg.remat, x_BTD, rope, query, key, own, self.cfg.unroll, name=name
-            )
+                block, times, self.cfg.remat, x_BTD, rope, query, key, own, self.cfg.unroll, name=name,
+                axis="pipeline" if times == longest else "layers",
+            )  # fmt: skip
         return x_BTD, None if cache is None else cache | {"layers": kept}, aux
 
 

@@ -76,6 +76,8 @@ def apply(x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = Fals
         return _own(x_BTD, chosen, experts, None, dense)
     mesh, rules = rules_lib.active()
     free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
+    if not free:  # on a stage of one device
+        return _own(x_BTD, chosen, experts, None, dense)
     rows = rules.spec(("batch", "length"), mesh)
     at = Experts(*(rules.spec(names, mesh) for names in AXES))
     parts, shared = entry_axes(at.gate[2]), entry_axes(at.down[1])

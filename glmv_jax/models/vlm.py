@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
-from glmv_jax.parallel import rules
+from glmv_jax.parallel import pipeline, rules
 from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
 
 MOST_ROWS = 32  # of a product; with more both of its forms take as long
@@ -87,7 +87,12 @@ def apply(
     to its own; the returned length has grown by T. Segments do not count then. A
     caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
     padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
+
+    In a pipeline whose ends are stages (`parallel.pipeline`) the rows that come out are those of `pipeline.on_last`,
+    and `merged` is what the first stage has.
     """
+    if cache is None:
+        vision, tokens = pipeline.on_first((vision, tokens))
     visual_BMD = None if vision is None else encode_images(cfg, params, vision)
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
     B, T = tokens.tokens.shape
@@ -127,12 +132,14 @@ def mtp_hidden(
     """Normed hidden states [B, T, D] of MTP depths 1..K, and what the block says about itself at each (as `aux` of
     `decoder.DecoderOutput`, without L). `logits` turns a hidden state into predictions of t_{i+k+1}.
 
+    tokens: in a pipeline whose ends are stages `pipeline.on_last(tokens)`.
+
     Raises ValueError for rows with branches: the head reads a row's next tokens, and a prompt has several.
     """
     if tokens.branches is not None:
         raise ValueError("the MTP head takes no rows with branches; pack every answer with its own prompt")
     table_BTD = decoder.embed(params["decoder"], tokens.tokens)
-    inputs = mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0)
+    inputs = mtp.HeadInput(table_BTD, pipeline.to_last(out.merged), tokens.image_row >= 0)
     h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
     return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 AXES: dict[str, str] = {
     # parameters
     "layers": "stacked layers of one tower (added by scan)",
+    "pipeline": "stacked layers of the decoder that a pipeline may share out",
     "embed": "model width where a matrix reads the residual stream",
     "heads": "query heads x head width",
     "kv_heads": "key/value heads x head width",

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 from glmv_jax.typing import UserError
 
 MESH_AXES: dict[str, str] = {
-    "stage": "pipeline stages",
+    "stage": "layers of the decoder; rows of the batch elsewhere",
     "data": "rows of the batch, parameters replicated",
     "fsdp": "rows of the batch, parameters split",
     "expert": "rows of the batch, experts split, and other parameters as over fsdp",
@@ -137,7 +137,7 @@ def _arranged(plan: _Plan, devices: list[jax.Device]) -> np.ndarray:
         return mesh_utils.create_device_mesh(plan.inside, devices, allow_split_physical_axes=True)
 
 
-DATA_AXES = ("data", "fsdp", "expert")
+DATA_AXES = ("data", "fsdp", "expert", "stage")
 
 
 def data_axes(mesh: Mesh | None) -> tuple[str, ...]:

@@ -31,12 +31,23 @@ class Rules:
     """Where each logical axis lives. Names that are not in `table` are replicated on purpose, never by misspelling.
 
     table: logical name -> mesh axis, tuple of mesh axes, or None.
+    microbatches, repeats, ends: of a pipeline, see `parallel.pipeline`; 0 microbatches: up to 4 a stage.
     """
 
     table: Mapping[str, MeshAxes]
+    microbatches: int = 0
+    repeats: int = 1
+    ends: str = "rows"
 
     def __post_init__(self) -> None:
         axes_lib.check(tuple(self.table))
+        if self.ends not in ("rows", "stages"):
+            raise UserError(f"pipeline.ends={self.ends!r} is not known; choose rows or stages")
+
+    def without(self, axis: str) -> Rules:
+        """The same, and nothing lives on this mesh axis (code in which it is manual)."""
+        table = {name: tuple(a for a in entry_axes(rule) if a != axis) for name, rule in self.table.items()}
+        return dataclasses.replace(self, table=table)
 
     def spec(self, names: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry `names`. Mesh axes that `mesh` lacks are left out.
@@ -90,7 +101,7 @@ _PARTS = [axis for axis in MESH_AXES if axis in _SPLITS]
 
 
 def _choice(parts: Sequence[str]) -> Rules:
-    table: dict[str, MeshAxes] = {"batch": DATA_AXES}
+    table: dict[str, MeshAxes] = {"batch": DATA_AXES, "pipeline": "stage"}
     for axis in (axis for axis in _SPLITS if axis in parts):
         for name in _SPLITS[axis]:
             table[name] = (*table.get(name, ()), axis)
@@ -154,4 +165,6 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
         axes_lib.check(names)
         return x
     mesh, rules = active()
+    inside = jax.sharding.get_abstract_mesh()  # in shard_map: the mesh that knows which of its axes are manual
+    mesh = inside if inside.manual_axes else mesh
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(names, mesh)))

@@ -102,13 +102,22 @@ def test_one_update_on_1_and_on_8_devices(name):
     stage = build(name)
     batch = one_batch(stage)
     alone, metrics = update(stage, batch, {"data": 1}, "data")
-    arms = [({"data": 8}, "data")] + ([({"data": 2, "fsdp": 4}, "fsdp")] if name == "sft" else [])
+    more = {"sft": ({"data": 2, "fsdp": 4}, "fsdp"), "pretrain": ({"stage": 2, "data": 2}, "data")}
+    arms = [({"data": 8}, "data"), *([more[name]] if name in more else [])]
     for sizes, rules in arms:
         many, many_metrics = update(stage, batch, sizes, rules)
         for key in metrics:
             np.testing.assert_allclose(many_metrics[key], metrics[key], rtol=1e-4, atol=1e-5, err_msg=key)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), alone, many)
     assert metrics["skipped"] == 0 and metrics["grad_norm"] > 0
+
+
+@needs_8
+def test_a_mesh_with_stages_and_its_schedule_come_from_the_config():
+    stage = build("pretrain", "pipeline.repeats=2", "pipeline.microbatches=4")
+    stage.cfg.mesh = {"stage": 2, "data": 4}
+    mesh, rules = stage.place()
+    assert mesh.shape == {"stage": 2, "data": 4} and (rules.repeats, rules.microbatches, rules.ends) == (2, 4, "rows")
 
 
 @needs_8

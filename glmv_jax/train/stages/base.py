@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -161,7 +162,8 @@ class Stage(abc.ABC):
         """The mesh (or the one given) and the rules of the config. UserError when they do not fit the devices here."""
         if mesh is None:
             mesh = mesh_lib.make_mesh(dict(self.cfg.get("mesh", {"data": -1})))
-        return mesh, rules_lib.preset(self.cfg.get("rules", "data"))
+        rules = rules_lib.preset(self.cfg.get("rules", "data"))
+        return mesh, dataclasses.replace(rules, **self.cfg.get("pipeline", {}))
 
     def as_towers(self, *, patches: int = 0, batch: int = 256) -> Towers:
         """What `eval.datasets` needs of the model. patches: of a picture, 0 for as many as its evaluations have.

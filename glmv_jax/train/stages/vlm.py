@@ -27,6 +27,7 @@ from glmv_jax.losses.chunked import CHUNK, head_loss
 from glmv_jax.losses.cross_entropy import divide, per_source
 from glmv_jax.losses.select import Targets, behind_image, predictors, select, weights
 from glmv_jax.models import build, cogvit, vlm
+from glmv_jax.parallel.pipeline import on_last
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
 from glmv_jax.train import exchange
@@ -137,7 +138,7 @@ class VLMStage(Stage):
         return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics, p.said
 
     def whole(self, batch, pieces=1):
-        tokens = inputs(batch)[1]
+        tokens = on_last(inputs(batch)[1])
         targets = self._targets(tokens)
         weight_HBJ = jnp.stack([weights(targets, tokens.segments, ahead) for ahead in range(1, self.heads + 1)])
         source_N = self._by_source(batch, targets, weight_HBJ[0], weight_HBJ[0])[1]
@@ -154,13 +155,14 @@ class VLMStage(Stage):
         return select(tokens.tokens, tokens.segments, weight_BT, self.builder.max_targets)
 
     def _by_source(self, batch: Batch, targets: Targets, value_BJ, weight_BJ) -> tuple[jax.Array, jax.Array]:
-        source_BJ = jnp.take_along_axis(batch["source"], targets.at_BJ, axis=1)
+        source_BJ = jnp.take_along_axis(on_last(batch["source"]), targets.at_BJ, axis=1)
         return per_source(value_BJ, weight_BJ, source_BJ, len(self.names))
 
     def _predict(self, params: Params, batch: Batch, weight_H: jax.Array) -> Predicted:
         """Of a batch, or of a piece of one whose sums of weights are these."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
+        tokens = on_last(tokens)
         targets = self._targets(tokens)
         drafts, said = vlm.mtp_hidden(self.model, params, out, tokens) if self.heads > 1 else ([], [])
         hidden = [out.hidden, *drafts]
