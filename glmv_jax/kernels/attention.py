@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.parallel import context
+
 # Not -inf: a query with no key at all (padding) must stay finite. Far below any logit in float32 and bfloat16.
 MASKED = -2.0e38
 
@@ -48,7 +50,23 @@ class Shared(NamedTuple):
 
 
 def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v with grouped key/value heads (H = G * R); softmax in float32. Returns [B, T, H, K]."""
+    """softmax(q k^T / sqrt(K)) v with grouped key/value heads (H = G * R); softmax in float32. Returns [B, T, H, K].
+
+    Where rows are split over devices, each gathers the keys and values of the row for its own queries.
+    """
+    if context.parts() == 1 or q_BTHK.shape[1] == 1:
+        return _attention(q_BTHK, k_BSGK, v_BSGK, query, key)
+
+    def own(q, k, v, query, key):
+        k, v, key = jax.tree.map(context.gathered, (k, v, key))
+        return _attention(q, k, v, query, key)
+
+    q, kv = (context.spec("batch", "length", heads, None) for heads in ("heads", "kv_heads"))
+    row = context.spec("batch", "length")
+    return context.per_device(own, (q, kv, kv, row, row), q, kernel=True)(q_BTHK, k_BSGK, v_BSGK, query, key)
+
+
+def _attention(q_BTHK, k_BSGK, v_BSGK, query: Span, key: Span) -> jax.Array:
     path = fused if supported(q_BTHK, k_BSGK) else plain
     return path(q_BTHK, k_BSGK, v_BSGK, query, key)
 

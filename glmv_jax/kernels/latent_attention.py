@@ -9,12 +9,14 @@ section 2.1).
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from glmv_jax.kernels.attention import MASKED, Span, visible
+from glmv_jax.parallel import context
 
 
 class Heads(NamedTuple):
@@ -71,16 +73,41 @@ def latent_attention(
     visible keys of highest index score (ties: the earlier key); with top_k = 0 all, and the index only learns. With
     `selection` those of an earlier layer. with_loss: the indexer's (`index_loss`), over the keys seen.
     Queries go in blocks of `block` when that divides them, which are computed anew for the gradient: the weights of all
-    heads are [B, H, block, S] at a time.
+    heads are [B, H, block, S] at a time. Where rows are split over devices, each gathers the latents of the row, and
+    the indexer's keys, for its own queries.
     """
     B, T = heads.q.shape[:2]
-    S = latents.c.shape[1]
     query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query))  # one row may stand for all
+    run = functools.partial(_by_blocks, top_k=top_k, with_loss=with_loss, block=block)
+    if context.parts() == 1 or T == 1:
+        return run(heads, latents, query, key, index, selection)
+
+    row, weights = context.spec("batch", "length"), context.spec(None, "heads", None)
+    by_head = context.spec("batch", "length", "heads", None)
+
+    def own(heads, latents, query, key, index, selection):
+        latents, key = jax.tree.map(context.gathered, (latents, key))
+        index = None if index is None else index._replace(k=context.gathered(index.k))
+        return run(heads, latents, query, key, index, selection, heads_over=by_head[2])
+
+    where = Heads(by_head, by_head, weights, weights), row, row, row, row, row
+    return context.per_device(own, where, Looked(by_head, row, row), kernel=True)(
+        heads, latents, query, key, index, selection
+    )
+
+
+def _by_blocks(
+    heads, latents, query, key, index, selection, top_k: int, with_loss: bool, block: int, heads_over=None
+) -> Looked:
+    """Of queries [B, T, ...] and keys [B, S, ...]. heads_over: the axes that heads are split over, inside shard_map."""
+    B, T = heads.q.shape[:2]
+    S = latents.c.shape[1]
     sparse = index is not None and 0 < top_k < S
+    look = functools.partial(_look, top_k=top_k if sparse else 0, with_loss=with_loss, heads_over=heads_over)
     if T == 1 and not with_loss and S > 2 * top_k and (sparse or (selection and selection.at is not None)):
         return _one_query(heads, latents, query, key, index, selection, top_k)
     if T <= block or T % block:
-        return _look(heads, latents, query, key, index, selection, top_k if sparse else 0, with_loss)
+        return look(heads, latents, query, key, index, selection)
 
     def blocks(x_BT):
         return None if x_BT is None else jnp.moveaxis(x_BT.reshape(B, T // block, block, *x_BT.shape[2:]), 1, 0)
@@ -90,9 +117,7 @@ def latent_attention(
         q, r, span, indexed, mask = part
         own_index = None if indexed is None else Index(*indexed, index.k)
         own_selection = None if mask is None else Selection(mask)
-        return _look(
-            heads._replace(q=q, r=r), latents, span, key, own_index, own_selection, top_k if sparse else 0, with_loss
-        )
+        return look(heads._replace(q=q, r=r), latents, span, key, own_index, own_selection)
 
     indexed = None if index is None else (blocks(index.q), blocks(index.w))
     mask = None if selection is None else blocks(selection.mask)
@@ -100,7 +125,7 @@ def latent_attention(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts)
 
 
-def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: bool) -> Looked:
+def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: bool, heads_over) -> Looked:
     seen_BTS = allowed_BTS = visible(query, key)
     scores_BTS = None if index is None else index_scores(index)
     if selection is not None:
@@ -112,7 +137,7 @@ def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: b
     out_BTHV, weights_BHTS = form(heads, latents, allowed_BTS)
     if not with_loss or index is None:
         return Looked(out_BTHV, selection, jnp.zeros(seen_BTS.shape[:2], jnp.float32))
-    return Looked(out_BTHV, selection, index_loss(scores_BTS, weights_BHTS, allowed_BTS))
+    return Looked(out_BTHV, selection, index_loss(scores_BTS, weights_BHTS, allowed_BTS, heads_over))
 
 
 def _one_query(heads, latents, query, key, index, selection, top_k: int) -> Looked:
@@ -219,11 +244,12 @@ def kth_largest(x_XS: jax.Array, k: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(found_X1 & top, found_X1 ^ top, ~found_X1), jnp.float32)
 
 
-def index_loss(scores_BTS: jax.Array, weights_BHTS: jax.Array, allowed_BTS: jax.Array) -> jax.Array:
+def index_loss(scores_BTS, weights_BHTS, allowed_BTS, heads_over=None) -> jax.Array:
     """[B, T]: KL(attention, mean over heads, without gradient || softmax of the index scores), over the allowed keys.
 
     DeepSeek-V3.2, equations 3 and 4: over all keys while the indexer warms up, over the selected ones after that.
     """
     target_BTS = jax.lax.stop_gradient(weights_BHTS.mean(axis=1))
+    target_BTS = target_BTS if heads_over is None else jax.lax.pmean(target_BTS, heads_over)
     log_BTS = jax.nn.log_softmax(jnp.where(allowed_BTS, scores_BTS, MASKED), axis=-1)
     return jnp.where(allowed_BTS, jax.scipy.special.xlogy(target_BTS, target_BTS) - target_BTS * log_BTS, 0).sum(-1)

@@ -2,7 +2,7 @@
 
 XLA's CPU backend sends only matrix-by-matrix products to its fast library: a [B, T, I] operand costs 1.6 to 2.4 times
 as much as the same numbers as [B * T, I] (8192 x 128 x 352, jax 0.10). Elsewhere the compiler does this itself, and
-merging dimensions by hand would undo a sharding of T.
+merging dimensions by hand would undo a sharding of T: where rows are split it is left out on a CPU too.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import math
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.parallel import rules
+from glmv_jax.parallel import context, rules
 
 
 def supported() -> bool:
     """Whether the flattened form is the faster one there."""
-    return rules.device().platform == "cpu"
+    return rules.device().platform == "cpu" and context.parts() == 1
 
 
 def flattened(x: jax.Array, w_IO: jax.Array) -> jax.Array:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.parallel import context
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 
@@ -48,7 +49,8 @@ def head_loss(
       chunk: 0 for all tokens at once.
       z_loss: as in `cross_entropy`.
 
-    Within `parallel.rules.use` each device cuts its own rows into chunks, and the head may be split over its columns.
+    Within `parallel.rules.use` each device cuts its own rows, or its parts of rows (`parallel.context`), into chunks,
+    and the head may be split over its columns.
     """
     cut = _Cut.of(hidden_BTD, chunk)
     pieces = cut(hidden_BTD), cut(targets_BT), cut(weight_BT.astype(jnp.float32))
@@ -70,33 +72,37 @@ def head_logprobs(
 
 
 class _Cut(NamedTuple):
-    """Rows [B, T, ...] as [n, S, C, ...]: n chunks of C tokens of each of S shards; the last one is filled up with
-    zeros."""
+    """Rows [B, T, ...] as [n, S, C, ...]: n chunks of C tokens of each of S = rows x parts shards; the last one is
+    filled up with zeros. rows: shards of B; parts: of T."""
 
     B: int
     T: int
-    S: int
+    rows: int
+    parts: int
     n: int
     C: int
 
     @classmethod
     def of(cls, x_BT: jax.Array, chunk: int) -> _Cut:
         B, T = x_BT.shape[:2]
-        shards = mesh_lib.data_shards(rules_lib.active_mesh())
-        S = shards if B % shards == 0 else 1
-        own = B // S * T
+        rows, parts = mesh_lib.data_shards(rules_lib.active_mesh()), context.parts()
+        if B % rows or T % parts:
+            rows = parts = 1
+        own = B // rows * (T // parts)
         n = max(1, -(-own // chunk)) if chunk else 1
-        return cls(B, T, S, n, -(-own // n))
+        return cls(B, T, rows, parts, n, -(-own // n))
 
     def __call__(self, x_BT: jax.Array) -> jax.Array:
-        own = self.B // self.S * self.T
-        x = x_BT.reshape(self.S, own, *x_BT.shape[2:])
-        x = jnp.pad(x, ((0, 0), (0, self.n * self.C - own), *[(0, 0)] * (x.ndim - 2)))
-        return jnp.moveaxis(x.reshape(self.S, self.n, self.C, *x.shape[2:]), 1, 0)
+        B, T, R, N, n, C = self
+        rest = x_BT.shape[2:]
+        x = x_BT.reshape(R, B // R, N, T // N, *rest).swapaxes(1, 2).reshape(R * N, -1, *rest)
+        x = jnp.pad(x, ((0, 0), (0, n * C - x.shape[1]), *[(0, 0)] * len(rest)))
+        return jnp.moveaxis(x.reshape(R * N, n, C, *rest), 1, 0)
 
     def back(self, x_nSC: jax.Array) -> jax.Array:
-        own = self.B // self.S * self.T
-        return jnp.moveaxis(x_nSC, 0, 1).reshape(self.S, self.n * self.C)[:, :own].reshape(self.B, self.T)
+        B, T, R, N, n, C = self
+        x = jnp.moveaxis(x_nSC, 0, 1).reshape(R * N, n * C)[:, : B // R * (T // N)]
+        return x.reshape(R, N, B // R, T // N).swapaxes(1, 2).reshape(B, T)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -219,7 +225,10 @@ class _Head(NamedTuple):
     def no_gradient(self) -> jax.Array:
         if self.S == 1:
             return jnp.zeros(self.head_DV.shape, jnp.float32)
-        return rules_lib.constrain(jnp.zeros((self.S, *self.head_DV.shape), jnp.float32), "batch", None, "vocab")
+        parts = context.parts()
+        zeros = jnp.zeros((self.S // parts, parts, *self.head_DV.shape), jnp.float32)
+        zeros = rules_lib.constrain(zeros, "batch", "length", None, "vocab")
+        return zeros.reshape(self.S, *self.head_DV.shape)
 
     def summed(self, d_head: jax.Array) -> jax.Array:
         return d_head if self.S == 1 else d_head.sum(0)

@@ -29,6 +29,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models.layers import Linear, RMSNorm
+from glmv_jax.parallel import context
 from glmv_jax.typing import UserError
 
 
@@ -140,19 +141,24 @@ def apply(
 ) -> tuple[list[jax.Array], list[dict[str, jax.Array]]]:
     """Normed hidden states [B, T, D] of depths 1..K, ready for the backbone's head, and what the block says at each.
 
-    h_BTD: the backbone's hidden state, as cfg.h_prev says. tokens: TokenInput of the row. Entries within k positions of
+    h_BTD: the backbone's hidden state, as cfg.h_prev says. inputs: of the rows; its table [B, X, D] of
+    `context.overlapping` tokens, K more a chunk. tokens: TokenInput of the rows. Hidden states and `merged` are in the
+    devices' order where rows are split (`parallel.context`), tokens and is_image are not. Entries within k positions of
     the end of a segment embed a token of the next one: they are finite, no valid position attends to them (they come
     later in their own segment), and the loss must leave them out (`losses.mtp`).
     """
     layer = MTPLayer(cfg.decoder.block)
     hidden, said = [], []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
+    query = Span(context.dealt(tokens.segments), context.dealt(slots_BT))
     for k in range(1, cfg.depth + 1):
-        shifted = HeadInput(*(jnp.roll(a, -k, axis=1) for a in inputs))
-        e_BTD, is_key_BT = OPTIONS[cfg.option](shifted)
-        rope = cfg.decoder.rope(jnp.roll(tokens.positions, -k, axis=1))
-        query = Span(tokens.segments, slots_BT)
-        key = Span(jnp.where(is_key_BT, tokens.segments, -1), slots_BT)
+        positions_BT3, is_image_BT = (
+            context.dealt(jnp.roll(x, -k, axis=1)) for x in (tokens.positions, inputs.is_image)
+        )
+        table_BTD, merged_BTD = context.ahead(inputs.table, k, cfg.depth), context.shifted(inputs.merged, k)
+        e_BTD, is_key_BT = OPTIONS[cfg.option](HeadInput(table_BTD, merged_BTD, is_image_BT))
+        rope = cfg.decoder.rope(positions_BT3)
+        key = Span(jnp.where(is_key_BT, query.segments, -1), query.slots)
         weights = {"params": layer_params(cfg, params, k)}
         pre_BTD, post_BTD, _, aux = layer.apply(weights, e_BTD, h_BTD, rope, query, key)
         h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD

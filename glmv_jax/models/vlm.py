@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
-from glmv_jax.parallel import pipeline, rules
+from glmv_jax.parallel import context, pipeline, rules
+from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
 
 MOST_ROWS = 32  # of a product; with more both of its forms take as long
@@ -50,7 +51,8 @@ class VLMConfig:
 
 class VLMOutput(NamedTuple):
     """hidden, prenorm: [B, T, D] after and before the final norm; merged: [B, T, D] what entered the backbone; cache,
-    aux: as in `decoder.DecoderOutput`."""
+    aux: as in `decoder.DecoderOutput`. Where rows are split over devices these are too, in the devices' order (see
+    `parallel.context`; `losses.select` finds positions in it)."""
 
     hidden: jax.Array
     prenorm: jax.Array
@@ -63,15 +65,21 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Ar
     """Visual tokens [B, M, D] of rows of patches. UserError when the model reads text alone."""
     if cfg.vision is None:
         raise UserError("this model reads text alone, but images were given; leave them out or take a vision model")
+    context.check(vision.frame.shape[1], context.parts(), "patches", 4)
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-    return cogvit.merge(cfg.merger, params["merger"], features_BPD)
+    visual_BMD = cogvit.merge(cfg.merger, params["merger"], features_BPD)
+    return constrain(visual_BMD, "batch", "length", "activation")
 
 
 def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: TokenInput) -> jax.Array:
-    """Inputs of the backbone [B, T, D]: table rows, with visual token image_row[b, t] of row b where that is >= 0."""
+    """Inputs of the backbone [B, T, D]: table rows, with visual token image_row[b, t] of row b where that is >= 0.
+
+    Each device takes those of its positions: all visual tokens of its rows are gathered.
+    """
     x_BTD = decoder.embed(params["decoder"], tokens.tokens)
     if visual_BMD is None:
         return x_BTD
+    visual_BMD = constrain(visual_BMD, "batch", None, "activation")
     rows_BT1 = jnp.maximum(tokens.image_row, 0)[..., None]
     picked_BTD = jnp.take_along_axis(visual_BMD, rows_BT1, axis=1).astype(x_BTD.dtype)
     return jnp.where(tokens.image_row[..., None] >= 0, picked_BTD, x_BTD)
@@ -93,11 +101,13 @@ def apply(
     """
     if cache is None:
         vision, tokens = pipeline.on_first((vision, tokens))
+    B, T = tokens.tokens.shape
+    if cache is None:  # rows may be split: from here on in the devices' order, which the slots tell
+        tokens = TokenInput(*map(context.dealt, tokens))
     visual_BMD = None if vision is None else encode_images(cfg, params, vision)
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
-    B, T = tokens.tokens.shape
     if cache is None:
-        slots_BT = jnp.broadcast_to(jnp.arange(T), (B, T))
+        slots_BT = context.dealt(jnp.broadcast_to(jnp.arange(T), (B, T)))
         query = key = Span(tokens.segments, slots_BT, tokens.branches)
         own = None
     else:
@@ -138,8 +148,9 @@ def mtp_hidden(
     """
     if tokens.branches is not None:
         raise ValueError("the MTP head takes no rows with branches; pack every answer with its own prompt")
-    table_BTD = decoder.embed(params["decoder"], tokens.tokens)
-    inputs = mtp.HeadInput(table_BTD, pipeline.to_last(out.merged), tokens.image_row >= 0)
+    table_BXD = decoder.embed(params["decoder"], context.overlapping(tokens.tokens, cfg.mtp.depth))
+    table_BXD = constrain(table_BXD, "batch", "length", "activation")
+    inputs = mtp.HeadInput(table_BXD, pipeline.to_last(out.merged), tokens.image_row >= 0)
     h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
     return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
 

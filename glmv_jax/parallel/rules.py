@@ -89,11 +89,14 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
 
 # What lives on each mesh axis that splits parameters; a preset is a choice of these. A dimension that two of them split
 # is split by the one that stands first here, and its parts by the next.
+_WIDTHS = ("embed", "merge", "from_latent", "expert_embed", "expert_mlp")
 _SPLITS: dict[str, dict[str, str]] = {
     "tensor": dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "expert_mlp"), "tensor"),
     # Parameters and optimiser state along the residual width; an expert's last matrix along its other side, as XLA sums
     # gradients whole where the part that a device keeps is one of the last dimension.
-    "fsdp": dict.fromkeys(("embed", "merge", "from_latent", "expert_embed", "expert_mlp"), "fsdp"),
+    "fsdp": dict.fromkeys(_WIDTHS, "fsdp"),
+    # The positions of a row (`parallel.context`), and parameters as over fsdp.
+    "context": dict.fromkeys(("length", *_WIDTHS), "context"),
     # Experts; and all that is no expert as over fsdp, for every device has rows of its own.
     "expert": dict.fromkeys(("expert", "embed", "merge", "from_latent"), "expert"),
 }

@@ -40,6 +40,7 @@ class Adapted(Stage):
         self.stage, self.lora = stage, stage.cfg.lora
         self.name, self.headline = stage.name, stage.headline
         self.shape_buckets, self.on_policy = stage.shape_buckets, stage.on_policy
+        self.splits_rows = stage.splits_rows
         if not self.lora.base:
             raise UserError("lora.rank is set and lora.base is not; give the run whose parameters are adapted")
         self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))

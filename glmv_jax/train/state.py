@@ -13,10 +13,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax import trees
 from glmv_jax.optim import averaged
+from glmv_jax.parallel import context
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
-from glmv_jax.typing import Batch, Params, UserError
+from glmv_jax.typing import Batch, Params, UserError, VisionInput
 
 
 class TrainState(NamedTuple):
@@ -32,9 +33,17 @@ class TrainState(NamedTuple):
     extra: Params
 
 
+# Arrays of a batch whose second dimension has to divide over the devices that share a row, and in what units.
+_UNITS = {"tokens": ("tokens", 2), "frame": ("patches", 4)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Placement:
-    """Where things live: the state by the stage's logical axes and the rules, batches by rows, the rest everywhere."""
+    """Where things live: the state by the stage's logical axes and the rules, batches by rows, the rest everywhere.
+
+    Where rows are split, their patches come in so; of tokens, which are few bytes, devices get whole rows, as
+    `parallel.context` says.
+    """
 
     mesh: Mesh
     rules: rules_lib.Rules
@@ -45,34 +54,43 @@ class Placement:
 
     def batch(self, batch: Batch) -> Batch:
         """The host's rows as one global array a leaf, split over the data axes; UserError when they do not divide."""
-        rows = rules_lib.batch_sharding(self.mesh)
 
-        def place(x):
-            sharding = rows if np.ndim(x) else self.replicated
+        def place(x, sharding):
             if isinstance(x, jax.Array):
                 return jax.device_put(x, sharding)
             return jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
-        for x in jax.tree.leaves(batch):
-            if np.ndim(x):
-                mesh_lib.check_batch(np.shape(x)[0] * jax.process_count(), self.mesh)
-        return jax.tree.map(place, batch)
+        return jax.tree.map(place, batch, self._of_batch(batch))
 
     def batch_shapes(self, batch: Batch) -> Batch:
         """As `batch`, for jax.ShapeDtypeStruct of this process' rows."""
-        rows, n = rules_lib.batch_sharding(self.mesh), jax.process_count()
 
-        def place(x):
-            shape = (x.shape[0] * n, *x.shape[1:]) if x.shape else ()
-            if shape:
-                mesh_lib.check_batch(shape[0], self.mesh)
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=rows if shape else self.replicated)
+        def place(x, sharding):
+            shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.shape else ()
+            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
-        return jax.tree.map(place, batch)
+        return jax.tree.map(place, batch, self._of_batch(batch))
+
+    def _of_batch(self, batch: Batch) -> Any:
+        """The shardings of a batch of this process' rows."""
+        rows, parts = rules_lib.batch_sharding(self.mesh), context.size(self.mesh, self.rules)
+        patches = NamedSharding(self.mesh, self.rules.spec(("batch", "length"), self.mesh)) if parts > 1 else rows
+
+        def where(path, x):
+            if not np.ndim(x):
+                return self.replicated
+            mesh_lib.check_batch(np.shape(x)[0] * jax.process_count(), self.mesh)
+            name = trees.slash_path(path).rpartition("/")[2]
+            if parts > 1 and name in _UNITS:
+                context.check(np.shape(x)[1], parts, *_UNITS[name])
+            return patches if name in VisionInput._fields else rows
+
+        return jax.tree_util.tree_map_with_path(where, batch)
 
 
 def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: rules_lib.Rules) -> Placement:
     """Shapes and shardings of the state of a run; nothing is allocated."""
+    _check_context(stage, mesh, rules)
     replicated = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: _fresh(stage, optimizer, jax.random.key(0)))
     params = rules.shardings(mesh, stage.logical_axes(), shapes.params)
@@ -86,6 +104,21 @@ def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rul
     axes, constants = stage.constant_axes(), stage.constants()
     where = jax.tree.map(lambda _: replicated, constants) if axes is None else rules.shardings(mesh, axes, constants)
     return Placement(mesh, rules, state, jax.tree.map(put, shapes, state), where, replicated)
+
+
+def _check_context(stage: Stage, mesh: Mesh, rules: rules_lib.Rules) -> None:
+    """UserError when devices of the mesh's context axis would all do the same, or cannot get their rows."""
+    n = mesh.shape.get(context.AXIS, 1)
+    if n == 1:
+        return
+    if context.size(mesh, rules) == 1:
+        raise UserError(f"mesh.context={n}, but these rules split no rows; use rules=fsdp_context")
+    if not stage.splits_rows:
+        raise UserError(f"stage {stage.name} has no rows to split over mesh.context={n}; use data or fsdp")
+    if jax.process_count() > 1:
+        of_a_row = np.moveaxis(mesh.devices, mesh.axis_names.index(context.AXIS), -1).reshape(-1, n)
+        if any(len({device.process_index for device in row}) > 1 for row in of_a_row):
+            raise UserError(f"mesh.context={n} goes over hosts, each of which reads rows of its own; make it smaller")
 
 
 def init_state(

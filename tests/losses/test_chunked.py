@@ -134,10 +134,11 @@ def test_memory_is_that_of_one_chunk():
         ({"data": 2, "fsdp": 4}, "fsdp"),
         ({"fsdp": 2, "tensor": 4}, "fsdp_tensor"),
         ({"tensor": 8}, "fsdp_tensor"),
+        ({"fsdp": 2, "context": 2, "tensor": 2}, "fsdp_context_tensor"),
     ],
 )
-def test_rows_and_the_vocabulary_are_split(sizes, rules):
-    args = case()
+def test_rows_their_positions_and_the_vocabulary_are_split(sizes, rules):
+    args = case(T=10)
     want = jax.value_and_grad(all_at_once, argnums=(0, 1), has_aux=True)(*args)
     mesh, rules = mesh_lib.make_mesh(sizes), rules_lib.preset(rules)
     where = rules.shardings(mesh, {"head": ("embed", "vocab")})["head"]

@@ -45,6 +45,7 @@ class Stage(abc.ABC):
         because a shape that keeps changing compiles for ever without anybody noticing.
       headline: the metric that progress lines show.
       on_policy: batches are made with the parameters of the step before, so the loop waits for it first.
+      splits_rows: the positions of a row may be split over devices (`parallel.context`).
       cfg: the config of the run.
     """
 
@@ -52,6 +53,7 @@ class Stage(abc.ABC):
     shape_buckets: int = 1
     headline: str = "loss"
     on_policy: bool = False
+    splits_rows: bool = False
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg

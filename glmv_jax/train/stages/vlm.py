@@ -80,6 +80,7 @@ class VLMStage(Stage):
     """form: "pretrain" (plain documents, loss on all of a caption or text) or "chat" (loss on the answer)."""
 
     form: str
+    splits_rows = True
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
@@ -169,15 +170,18 @@ class VLMStage(Stage):
         chosen = [predictors(targets, h_BTD, tokens.segments, ahead) for ahead, h_BTD in enumerate(hidden, start=1)]
         hidden, weight = zip(*chosen)
         weight_HBJ = jnp.stack(weight)
+        B, J, D = hidden[0].shape
         # Stage 5 has no loss of drafts; it only measures them.
         share_H = jnp.full(self.heads, self.cfg.loss.get("mtp", 0.0) / max(self.heads - 1, 1)).at[0].set(1.0)
         scaled_HBJ = divide(weight_HBJ * share_H[:, None, None], weight_H[:, None, None])
-        # All heads in one row: the gradient of the head they share is then one sum.
+        # All heads in one row: the gradient of the head they share is then one sum. Those of a target side by side: a
+        # row may be split over devices.
         one = head_loss(
-            jnp.concatenate(hidden, axis=1), vlm.head(self.model, params), jnp.tile(targets.tokens_BJ, (1, self.heads)),
-            jnp.concatenate(list(scaled_HBJ), axis=1), chunk=self.cfg.loss.get("chunk", CHUNK),
+            jnp.stack(hidden, axis=2).reshape(B, -1, D), vlm.head(self.model, params),
+            jnp.repeat(targets.tokens_BJ, self.heads, axis=1), jnp.moveaxis(scaled_HBJ, 0, 2).reshape(B, -1),
+            chunk=self.cfg.loss.get("chunk", CHUNK),
         )  # fmt: skip
-        nll_HBJ, said_HBJ = (jnp.stack(jnp.split(x, self.heads, axis=1)) for x in (one.nll_BT, one.said_BT))
+        nll_HBJ, said_HBJ = (jnp.moveaxis(x.reshape(B, J, -1), 2, 0) for x in (one.nll_BT, one.said_BT))
         aux = experts.by_path(out.aux, said, self.heads == 1 or self.model.mtp.weights == "shared")
         return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, aux)
 
