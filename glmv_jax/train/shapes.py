@@ -27,7 +27,8 @@ from glmv_jax.train.stages.base import Stage
 from glmv_jax.trees import flatten
 from glmv_jax.typing import UserError
 
-# The axes that are there to split parameters; over `data`, `context` and `stage` they are whole on purpose.
+# The axes that are there to split parameters; over `data`, and but for layers over `stage`, they are whole on purpose,
+# and a mesh with `context` needs rules for it anyway.
 SPLITTING = ("fsdp", "expert", "tensor")
 KINDS = ("parameter", "optimiser", "carried", "constant")
 
