@@ -1,5 +1,5 @@
 """Slices of rows to other devices: the padded form against what `ragged_all_to_all` is documented to do, and its
-gradient. Not covered: the ragged form itself, which no CPU runs; that it compiles for TPUs is in tests/models."""
+gradient. Not covered: the ragged form itself, which no CPU runs."""
 
 from __future__ import annotations
 
