@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
 from glmv_jax.aot import groups as groups_lib
 from glmv_jax.aot.flops import flops
 from glmv_jax.aot.hlo import Computation, Module, Op
@@ -48,7 +50,8 @@ class Step:
 class Transfer:
     """A collective. kind: of KINDS, or as the network between slices calls it; sent: bytes a device sends in a run.
 
-    operand: bytes of a device's own part. members: devices of a group. axes: mesh axes along which they differ.
+    operand: bytes of a device's own part. groups: rows of partitions, of a permute from whom to whom; None between
+    slices. members: partitions of a row. axes: mesh axes along which they differ.
     slices: whether a group reaches over slices. hidden: it is asynchronous and other work stands before it is waited
     for.
     """
@@ -62,6 +65,7 @@ class Transfer:
     slices: bool
     asynchronous: bool
     hidden: bool
+    groups: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     @property
     def total(self) -> float:
@@ -226,7 +230,7 @@ def _transfer(found, step: Step, where: Computation, op: Op, kind: str, mesh, sl
     hidden = asynchronous and (step.asynchronous or _work_follows(step))
     axes = groups_lib.axes_between(members, mesh) if mesh else ()
     crosses = len(slice_of) > 0 and groups_lib.crosses(members, slice_of)
-    return Transfer(step, kind, operand, sent(kind, operand, n), n, axes, crosses, asynchronous, hidden)
+    return Transfer(step, kind, operand, sent(kind, operand, n), n, axes, crosses, asynchronous, hidden, members)
 
 
 def sent(kind: str, operand: float, n: int) -> float:

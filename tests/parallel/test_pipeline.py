@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from glmv_jax import models
+from glmv_jax.aot.crossing import bytes_across
 from glmv_jax.models import glm4_moe, vlm
-from glmv_jax.parallel import hlo, pipeline
 from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import pipeline
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import TokenInput, UserError, VisionInput
 from tests.random_params import random_params
@@ -160,7 +161,7 @@ def test_stages_compute_what_one_device_does(cfg, sizes, preset, schedule):
     """Packed documents, in the first three images and two depths of MTP; a permute over `stage`, and a stage's layers
     on its devices."""
     params, program, mesh = assert_same(cfg, sizes, preset, **schedule)
-    assert hlo.bytes_across(program, mesh, "stage")["collective-permute"] > 0
+    assert bytes_across(program, mesh, "stage")["collective-permute"] > 0
     S = sizes["stage"]
     kernel = params["decoder"]["blocks"]["mlp"]["gate"]["kernel"]
     assert all(x.sharding.shard_shape(x.shape)[0] == 8 // S for x in jax.tree.leaves(params["decoder"]["blocks"]))
@@ -230,7 +231,7 @@ def test_the_image_token_adds_nothing_between_first_and_last_stage():
         given = placed(cfg, models.abstract_params(cfg), mesh, rules)
         with rules_lib.use(mesh, rules):
             text = jax.jit(functools.partial(loss, cfg)).lower(*given).compile().as_text()
-        return collections.Counter(hlo.bytes_across(text, mesh, "stage"))
+        return collections.Counter(bytes_across(text, mesh, "stage"))
 
     none, token, embeddings = (crossing(option, "stages") for option in (None, "image_token", "embeddings"))
     assert embeddings - token == {"collective-permute": B * T * D * 4}
