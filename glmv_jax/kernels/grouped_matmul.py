@@ -30,8 +30,9 @@ def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expect
 
 
 def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
-    """Whether Megablox takes these: on a TPU, rows and widths in whole tiles."""
-    return rules.device().platform == "tpu" and x_MK.shape[0] % _MEGABLOX_ROWS == 0 and w_GKN.shape[2] % 128 == 0
+    """Whether Megablox takes these: on a TPU, rows and both widths (the gradient swaps them) in whole tiles."""
+    whole = x_MK.shape[0] % _MEGABLOX_ROWS == 0 and all(width % 128 == 0 for width in w_GKN.shape[1:])
+    return rules.device().platform == "tpu" and whole
 
 
 def megablox(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool = False) -> jax.Array:

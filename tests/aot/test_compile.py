@@ -158,6 +158,7 @@ def test_kernels_are_those_of_the_devices_that_are_described():
     assert matmul.supported() and not grouped_matmul.supported(x, w)
     with rules_lib.use(mesh, rules_lib.preset("data")):
         assert not matmul.supported() and grouped_matmul.supported(x, w)
+        assert not grouped_matmul.supported(x[:, :96], w[:, :96])  # the gradient has it as its last dimension
 
 
 @needs_libtpu
