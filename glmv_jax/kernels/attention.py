@@ -1,4 +1,5 @@
-"""Attention over segments: plain jnp, and on NVIDIA GPUs cuDNN's fused kernel, which writes no logits to memory."""
+"""Attention over segments: plain jnp, and kernels that write no logits to memory: cuDNN's on NVIDIA GPUs, and on TPUs
+`kernels.splash`."""
 
 from __future__ import annotations
 
@@ -8,10 +9,25 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.kernels import splash
 from glmv_jax.parallel import context
 
 # Not -inf: a query with no key at all (padding) must stay finite. Far below any logit in float32 and bfloat16.
 MASKED = -2.0e38
+
+
+@jax.tree_util.register_static
+class InOrder:
+    """A mark that is known while a program is traced: no array, so that loops and maps carry it as it is."""
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, InOrder)
+
+    def __hash__(self) -> int:
+        return hash(InOrder)
+
+
+IN_ORDER = InOrder()
 
 
 class Span(NamedTuple):
@@ -20,11 +36,14 @@ class Span(NamedTuple):
     segments: [B, T] int; slots: [B, T] int order inside the row, or None for attention in both directions.
     branches: [B, T] int or None: within a segment, branch 0 is a trunk that all see and every other number a branch
         that only itself sees (several continuations of one prompt).
+    in_order: IN_ORDER promises that queries and keys are the same positions, each of which sees at least itself; and
+        that they are all of the row, in its order (where rows are split `context.order`): slots, if any, are 0, 1, ...
     """
 
     segments: jax.Array
     slots: jax.Array | None = None
     branches: jax.Array | None = None
+    in_order: InOrder | None = None
 
 
 def visible(query: Span, key: Span) -> jax.Array:
@@ -54,6 +73,8 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Sp
 
     Where rows are split over devices, each gathers the keys and values of the row for its own queries.
     """
+    if splash.supported(q_BTHK, k_BSGK, query, key):
+        return splash.splash(q_BTHK, k_BSGK, v_BSGK, query, key)
     if context.parts() == 1 or q_BTHK.shape[1] == 1:
         return _attention(q_BTHK, k_BSGK, v_BSGK, query, key)
 

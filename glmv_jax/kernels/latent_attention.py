@@ -77,7 +77,7 @@ def latent_attention(
     the indexer's keys, for its own queries.
     """
     B, T = heads.q.shape[:2]
-    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query))  # one row may stand for all
+    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[:3]))  # one row may stand for all
     run = functools.partial(_by_blocks, top_k=top_k, with_loss=with_loss, block=block)
     if context.parts() == 1 or T == 1:
         return run(heads, latents, query, key, index, selection)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, stack
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
@@ -79,7 +79,7 @@ class CogViT(nn.Module):
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
         x_BPD = constrain(self.placed(x_BPD, vision), "batch", "length", "activation")
         rope = rope_lib.axial(vision.yx, c.block.k, c.rope_theta)
-        span = Span(vision.frame)
+        span = Span(vision.frame, in_order=IN_ORDER)
         x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
 

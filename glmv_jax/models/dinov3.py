@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import stack
 from glmv_jax.models.cogvit import example_rows
@@ -87,7 +87,8 @@ class DINOv3(nn.Module):
         # An angle of zero rotates nothing: the tokens before the patches have no position.
         centre_BT2 = jnp.pad(centre_BP2, ((0, 0), (first, 0), (0, 0)))
         rope = rope_lib.axial(2.0 * math.pi * centre_BT2, c.block.k, c.rope_theta)
-        span = Span(jnp.pad((vision.frame > 0).astype(jnp.int32), ((0, 0), (first, 0)), constant_values=1))
+        segments_BT = jnp.pad((vision.frame > 0).astype(jnp.int32), ((0, 0), (first, 0)), constant_values=1)
+        span = Span(segments_BT, in_order=IN_ORDER)
         x_BTD, *_ = stack(c.block, c.depth, c.remat, x_BTD, rope, span, span)
         x_BTD = LayerNorm(c.norm_eps, name="norm")(x_BTD)
         return x_BTD[:, first:], x_BTD[:, 0]

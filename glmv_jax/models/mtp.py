@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models.layers import Linear, RMSNorm
 from glmv_jax.parallel import context
 from glmv_jax.typing import UserError
@@ -150,7 +150,9 @@ def apply(
     layer = MTPLayer(cfg.decoder.block)
     hidden, said = [], []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
-    query = Span(context.dealt(tokens.segments), context.dealt(slots_BT))
+    # With "masked" an image sees nothing, not even itself, where a row begins with it.
+    mark = None if cfg.option == "masked" else IN_ORDER
+    query = Span(context.dealt(tokens.segments), context.dealt(slots_BT), in_order=mark)
     for k in range(1, cfg.depth + 1):
         positions_BT3, is_image_BT = (
             context.dealt(jnp.roll(x, -k, axis=1)) for x in (tokens.positions, inputs.is_image)
@@ -158,7 +160,7 @@ def apply(
         table_BTD, merged_BTD = context.ahead(inputs.table, k, cfg.depth), context.shifted(inputs.merged, k)
         e_BTD, is_key_BT = OPTIONS[cfg.option](HeadInput(table_BTD, merged_BTD, is_image_BT))
         rope = cfg.decoder.rope(positions_BT3)
-        key = Span(jnp.where(is_key_BT, query.segments, -1), query.slots)
+        key = query._replace(segments=jnp.where(is_key_BT, query.segments, -1))
         weights = {"params": layer_params(cfg, params, k)}
         pre_BTD, post_BTD, _, aux = layer.apply(weights, e_BTD, h_BTD, rope, query, key)
         h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD

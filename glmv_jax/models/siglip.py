@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models.block import probed, stack
 from glmv_jax.models.cogvit import example_rows
 from glmv_jax.models.layers import Embedding, LayerNorm, Linear
@@ -81,7 +81,7 @@ class SiglipVision(nn.Module):
         x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(vision.patches)
         table_ND = Embedding(c.table**2, c.width, "position", name="position")()
         x_BPD = x_BPD + resized_table(table_ND, vision.yx, grid(vision.yx, vision.frame)).astype(x_BPD.dtype)
-        span = Span((vision.frame > 0).astype(jnp.int32))
+        span = Span((vision.frame > 0).astype(jnp.int32), in_order=IN_ORDER)
         x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, None, span, span)
         x_BPD = LayerNorm(c.norm_eps, name="norm")(x_BPD)
         return x_BPD, AttentionPool(c, name="head")(x_BPD, span) if c.head else None

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
 from glmv_jax.parallel import context, pipeline, rules
@@ -108,7 +108,7 @@ def apply(
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
     if cache is None:
         slots_BT = context.dealt(jnp.broadcast_to(jnp.arange(T), (B, T)))
-        query = key = Span(tokens.segments, slots_BT, tokens.branches)
+        query = key = Span(tokens.segments, slots_BT, tokens.branches, IN_ORDER)
         own = None
     else:
         query, key = cached_spans(cache, T)

@@ -1,0 +1,87 @@
+"""The TPU's attention kernels, in the interpreter, against their plain twin. What a chip does with them is not covered;
+that they compile for one is tests/aot's."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from glmv_jax.kernels import attention as lib
+from glmv_jax.kernels import splash
+from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.parallel import context
+from glmv_jax.parallel.mesh import make_mesh
+from glmv_jax.parallel.rules import preset, use
+
+INTERPRETED = functools.partial(splash.splash, interpret=True)
+
+
+def inputs(T: int, K: int = 64, rows: int = 2, heads: int = 4, groups: int = 2):
+    rng = np.random.default_rng(T)
+    draw = lambda n: jnp.asarray(rng.normal(size=(rows, T, n, K)), jnp.float32)  # noqa: E731
+    return draw(heads), draw(groups), draw(groups), draw(heads)
+
+
+def span(T: int, causal: bool, rows: int = 2) -> Span:
+    """One row of two segments and padding, the others one segment."""
+    segments = np.ones((rows, T), np.int32)
+    segments[0, T // 3 :] = 2
+    segments[0, T - T // 5 :] = 0
+    slots = jnp.broadcast_to(jnp.arange(T), (rows, T)) if causal else None
+    return Span(jnp.asarray(segments), slots, in_order=IN_ORDER)
+
+
+def with_gradients(path, q, k, v, weight, where: Span):
+    out, pull = jax.vjp(lambda q, k, v: path(q, k, v, where, where), q, k, v)
+    return out, *pull(weight)
+
+
+def assert_close(got, want):
+    for name, a, b in zip(("out", "dq", "dk", "dv"), got, want):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("T", "K"), [(256, 64), (200, 128), (640, 16)])
+def test_is_its_twin_forward_and_backward(causal, T, K):
+    """Several blocks, and rows that do not fill the last one."""
+    args = *inputs(T, K), span(T, causal)
+    assert_close(with_gradients(INTERPRETED, *args), with_gradients(lib.plain, *args))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, {"data": 2, "context": 2}])
+def test_over_a_mesh(causal, axes):
+    """Each device its rows and heads; or its queries, which lie in the devices' order."""
+    T = 512
+    q, k, v, weight = inputs(T)
+    whole = span(T, causal)
+    want = with_gradients(lib.plain, q, k, v, weight, whole)
+    with use(make_mesh(axes, jax.devices()[:4]), preset("tensor" if "tensor" in axes else "context")):
+        order = context.order(T)
+        deal = lambda x: x[:, order]  # noqa: E731
+        where = jax.tree.map(deal, whole)
+        assert splash._divides(q, k)
+        got = jax.jit(functools.partial(with_gradients, INTERPRETED))(*map(deal, (q, k, v, weight)), where)
+    assert_close(got, map(deal, want))
+
+
+def test_is_taken_where_it_can_be(monkeypatch):
+    q, k, v, _ = inputs(256)
+    where = span(256, True)
+    assert not splash.supported(q, k, where, where), "no TPU"
+    monkeypatch.setattr(splash.rules, "device", lambda: type("Chip", (), {"platform": "tpu"}))
+    assert splash.supported(q, k, where, where)
+    assert not splash.supported(q[:, :1], k, where, where), "a step of decoding"
+    assert not splash.supported(q[:, :64], k[:, :64], where, where), "less than a block"
+    assert not splash.supported(q, k, where, where._replace(in_order=None)), "keys of which nothing is known"
+    forks = where._replace(branches=where.segments)
+    assert not splash.supported(q, k, forks, forks)
+    with use(make_mesh({"tensor": 4}, jax.devices()[:4]), preset("tensor")):
+        assert not splash.supported(q, k, where, where), "2 heads of keys over 4 devices"
+    monkeypatch.setattr(splash, "splash", lambda *_: "taken")
+    assert lib.attention(q, k, v, where, where) == "taken"
