@@ -9,6 +9,8 @@ import re
 from glmv_jax.aot.hlo import Computation, Op
 
 _KERNEL = r'"cost_estimate":\s*\{[^}]*"flops":\s*"?(\d+)'
+_ATTENTION = re.compile(r"/splash_[a-z]+_(fwd|dq|dkv)_")
+_PRODUCTS = {"fwd": 2, "dq": 3, "dkv": 4}  # of a block of queries with one of keys: the backward ones make scores anew
 
 
 def flops(computation: Computation, op: Op) -> float:
@@ -21,8 +23,25 @@ def flops(computation: Computation, op: Op) -> float:
         left, right = (computation.at[name].arrays[0].dims for name in op.operands[:2])
         return convolution(left, right, op.arrays[0].dims, op.attributes)
     if op.opcode == "custom-call":
-        return float(op.attribute(_KERNEL) or 0)
+        found = _ATTENTION.search(op.scope)
+        return attention(computation, op, _PRODUCTS[found[1]]) if found else float(op.attribute(_KERNEL) or 0)
     return 0.0
+
+
+def attention(computation: Computation, op: Op, products: int) -> float:
+    """Of JAX's attention kernels, whose author says nothing: of the blocks that are run.
+
+    Operands are tables of blocks, q, k, v, two of segments, what the backward ones need, and for a causal mask, of
+    whose blocks those beyond the diagonal are left out, the queries' positions.
+    """
+    given = [computation.at[name].arrays[0] for name in op.operands]
+    wide = [i for i, array in enumerate(given) if array.dtype in ("bf16", "f16", "f32")]
+    q, k = (given[i].dims for i in wide[:2])
+    whole = 2.0 * products * math.prod(q) * k[-2]
+    if sum(array.dtype == "s32" for array in given[wide[2] + 1 :]) < 3:
+        return whole
+    blocks = max(given[0].dims)
+    return whole * (blocks + 1) / (2 * blocks)
 
 
 def convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, ...], attributes: str) -> float:

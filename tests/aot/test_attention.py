@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from glmv_jax.aot import hlo, topology
+from glmv_jax.aot import costs, hlo, topology
 from glmv_jax.kernels.attention import IN_ORDER, Span, attention
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh
@@ -57,5 +57,10 @@ def test_no_scores_in_memory(axes, causal, T, heads, groups, K, marked):
     if marked:
         assert text.count('custom_call_target="tpu_custom_call"') == 3, "forward, and two products' backward"
         assert largest(text) <= a_row
+        found = costs.schedule(hlo.parse(text))
+        counted = sum(step.times * costs.flops_of(found.module, step) for step in found.steps)
+        blocks = T // 512
+        pairs = T * T * ((blocks + 1) / (2 * blocks) if causal else 1)
+        assert counted == pytest.approx((2 + 3 + 4) * 2 * B * heads * pairs * K / 4, rel=1e-6)  # on each of 4 devices
     else:
         assert "tpu_custom_call" not in text and largest(text) > T * T
