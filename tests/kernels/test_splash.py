@@ -3,6 +3,7 @@ that they compile for one is tests/aot's."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -13,9 +14,12 @@ import pytest
 from glmv_jax.kernels import attention as lib
 from glmv_jax.kernels import splash
 from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.models import mtp, vlm
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.parallel.rules import preset, use
+from glmv_jax.typing import TokenInput, VisionInput
+from tests import tiny_vlm
 
 INTERPRETED = functools.partial(splash.splash, interpret=True)
 
@@ -85,3 +89,50 @@ def test_is_taken_where_it_can_be(monkeypatch):
         assert not splash.supported(q, k, where, where), "2 heads of keys over 4 devices"
     monkeypatch.setattr(splash, "splash", lambda *_: "taken")
     assert lib.attention(q, k, v, where, where) == "taken"
+
+
+def test_what_models_promise(monkeypatch):
+    """A whole VLM with an MTP head, of rows with segments, images and padding, is the same through these kernels."""
+    cfg = dataclasses.replace(tiny_vlm.config(), mtp=mtp.MTPConfig(tiny_vlm.config().decoder, depth=1))
+    params = tiny_vlm.params(cfg)
+    rng = np.random.default_rng(0)
+    batch = tiny_vlm.prompt_batch([tiny_vlm.prompt(rng, 12, (2, 2)), tiny_vlm.prompt(rng, 20, (1, 3))], 32, 20)
+    batch["segments"][1, 16:23] = 2
+    vision = VisionInput(*(jnp.asarray(batch[k]) for k in ("patches", "yx", "frame")))
+    tokens = TokenInput(*(jnp.asarray(batch[k]) for k in ("tokens", "positions", "segments", "image_row")))
+
+    @jax.jit
+    def states(params):
+        out = vlm.apply(cfg, params, vision, tokens)
+        (ahead,), _ = vlm.mtp_hidden(cfg, params, out, tokens)
+        return out.hidden, ahead
+
+    want, pull = jax.vjp(states, params)
+    taken = []
+
+    def forced(q, k, v, query, key):
+        taken.append(query.slots is not None)
+        return INTERPRETED(q, k, v, query, key)
+
+    states.clear_cache()
+    monkeypatch.setattr(splash, "supported", lambda q, k, query, key: None not in (query.in_order, key.in_order))
+    monkeypatch.setattr(splash, "splash", forced)
+    got, pull_got = jax.vjp(states, params)
+    assert set(taken) == {False, True} and len(taken) >= 3, "encoder, decoder, MTP head"
+    weight = jax.tree.map(lambda x: jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), want)
+    for a, b in zip(jax.tree.leaves((got, pull_got(weight))), jax.tree.leaves((want, pull(weight)))):
+        np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
+
+
+@pytest.mark.parametrize("option", ["masked", "image_token"])
+def test_mtp_without_keys_of_images_is_left_alone(option, monkeypatch):
+    """With "masked" a row's first image sees nothing; the kernels want each position to see itself."""
+    cfg = dataclasses.replace(tiny_vlm.config(), mtp=mtp.MTPConfig(tiny_vlm.config().decoder, 1, option))
+    batch = tiny_vlm.prompt_batch([tiny_vlm.prompt(np.random.default_rng(0), 4, (1, 1))], 8, 4)
+    tokens = TokenInput(*(jnp.asarray(batch[k]) for k in ("tokens", "positions", "segments", "image_row")))
+    params, asked = tiny_vlm.params(cfg), []
+    monkeypatch.setattr(splash, "supported", lambda q, k, *spans: asked.append([span.in_order for span in spans]))
+    x_BTD = jnp.zeros((1, 8, tiny_vlm.WIDTH))
+    out = vlm.VLMOutput(x_BTD, x_BTD, x_BTD, None, {})
+    jax.eval_shape(lambda params: vlm.mtp_hidden(cfg, params, out, tokens)[0], params)
+    assert {mark for spans in asked for mark in spans} == {None if option == "masked" else IN_ORDER}
