@@ -23,15 +23,18 @@ from glmv_jax.parallel import context, rules
 # 512 multiply-adds a number, more than any TPU's memory needs to keep up; and the float32 logits of a block, 1 MB, with
 # what else the backward kernels hold, stay within the 16 MB of a v5e's vector memory.
 BLOCKS = (512, 384, 256, 128)
+# Positions of a row from which the kernels are taken. Each block costs them a third of a microsecond beside its work
+# (JAX's Pallas documentation), in which a TPU's memory moves the scores of 256 x 256 about once.
+SHORTEST = 256
 _UNUSED = -1  # the segment of positions that fill up the last block
 
 
 def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Any, key: Any) -> bool:
     """Whether the kernels take these: on a TPU, queries and keys the same positions in order (`Span.in_order`: with
-    another mask, as of a cache or of branches, blocks could not be chosen while tracing), rows long enough to fill a
-    block, and rows, heads and positions that divide over the mesh."""
+    another mask, as of a cache or of branches, blocks could not be chosen while tracing), `SHORTEST` of them or more,
+    and rows, heads and positions that divide over the mesh."""
     in_order = query.in_order is not None and key.in_order is not None and query.branches is None
-    long_enough = q_BTHK.shape[1] == k_BSGK.shape[1] >= BLOCKS[-1]
+    long_enough = q_BTHK.shape[1] == k_BSGK.shape[1] >= SHORTEST
     return rules.device().platform == "tpu" and in_order and long_enough and _divides(q_BTHK, k_BSGK)
 
 
@@ -44,8 +47,8 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
         over = [math.prod(mesh.shape[axis] for axis in rules.entry_axes(entry)) for entry in where]
         if any(size % n for size, n in zip(x.shape, over)):
             return False
-    n = context.parts()  # whole blocks a chunk; n n is what the kernels' masks ask for
-    return n == 1 or q_BTHK.shape[1] % (n * n * BLOCKS[-1]) == 0
+    n = context.parts()  # chunks of whole blocks; n n is what the kernels' masks ask for
+    return n == 1 or q_BTHK.shape[1] % math.lcm(n * n, 2 * n * BLOCKS[-1]) == 0
 
 
 def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, key: Any, interpret: bool = False):

@@ -81,10 +81,13 @@ def test_is_taken_where_it_can_be(monkeypatch):
     monkeypatch.setattr(splash.rules, "device", lambda: type("Chip", (), {"platform": "tpu"}))
     assert splash.supported(q, k, where, where)
     assert not splash.supported(q[:, :1], k, where, where), "a step of decoding"
-    assert not splash.supported(q[:, :64], k[:, :64], where, where), "less than a block"
+    assert not splash.supported(q[:, :128], k[:, :128], where, where), "a short row"
     assert not splash.supported(q, k, where, where._replace(in_order=None)), "keys of which nothing is known"
     forks = where._replace(branches=where.segments)
     assert not splash.supported(q, k, forks, forks)
+    with use(make_mesh({"context": 3}, jax.devices()[:3]), preset("context")):
+        assert not splash._divides(*(jnp.zeros((1, 1152, 4, 64)),) * 2), "chunks of 192"
+        assert splash._divides(*(jnp.zeros((1, 2304, 4, 64)),) * 2)
     with use(make_mesh({"tensor": 4}, jax.devices()[:4]), preset("tensor")):
         assert not splash.supported(q, k, where, where), "2 heads of keys over 4 devices"
     monkeypatch.setattr(splash, "splash", lambda *_: "taken")
