@@ -36,9 +36,10 @@ def attention(computation: Computation, op: Op, products: int) -> float:
     """
     given = [computation.at[name].arrays[0] for name in op.operands]
     wide = [i for i, array in enumerate(given) if array.dtype in ("bf16", "f16", "f32")]
-    q, k = (given[i].dims for i in wide[:2])
-    whole = 2.0 * products * math.prod(q) * k[-2]
-    if sum(array.dtype == "s32" for array in given[wide[2] + 1 :]) < 3:
+    q, v = given[wide[0]], wide[2]
+    keys = max(given[v + 2].dims[-2:])  # their segments, [keys, 128] or [8, keys]
+    whole = 2.0 * products * math.prod(q.dims) * keys
+    if sum(array.dtype == "s32" for array in given[v + 1 :]) < 3:
         return whole
     blocks = max(given[0].dims)
     return whole * (blocks + 1) / (2 * blocks)

@@ -59,7 +59,7 @@ def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, 
     q, k, v = (jnp.pad(x, ((0, 0), (0, fill), (0, 0), (0, 0))) for x in (q_BTHK, k_BSGK, v_BSGK))
     q_ids, k_ids = (jnp.pad(x.segments, ((0, 0), (0, fill)), constant_values=_UNUSED) for x in (query, key))
     causal = query.slots is not None
-    kernel = _kernel(T + fill, causal, interpret)
+    kernel = _kernel(T + fill, q_BTHK.shape[-1], causal, interpret)
     mesh = rules.active_mesh()
     if mesh is None or mesh.size == 1:
         return _rows(kernel, q, k, v, q_ids, k_ids)[:, :T]
@@ -77,7 +77,7 @@ def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, 
     return context.per_device(own, where, q_spec, kernel=True)(kernel, q, k, v, q_ids, k_ids)[:, :T]
 
 
-def _kernel(T: int, causal: bool, interpret: bool) -> pallas.SplashAttentionKernel:
+def _kernel(T: int, K: int, causal: bool, interpret: bool) -> pallas.SplashAttentionKernel:
     """For the keys of a row and, if causal, its queries in the devices' order: tables, split like these, tell which
     blocks are to be run. Otherwise for a device's queries, as all see the same."""
     n = context.parts()
@@ -88,8 +88,11 @@ def _kernel(T: int, causal: bool, interpret: bool) -> pallas.SplashAttentionKern
         mask = masks.FullMask((T // n, T))
     chunk = T if n == 1 else T // (2 * n)
     own, all_ = (next(b for b in BLOCKS if length % b == 0) for length in (chunk, T))
+    # Heads of 64 fill half of a vector register's lanes: there positions lie along these.
+    layout = pallas.QKVLayout.HEAD_DIM_MINOR if K % 128 == 0 else pallas.QKVLayout.SEQ_MINOR
     sizes = pallas.BlockSizes(
         block_q=own, block_kv=all_, block_q_dkv=own, block_kv_dkv=all_, block_q_dq=own, block_kv_dq=all_,
+        q_layout=layout, k_layout=layout, v_layout=layout,
     )  # fmt: skip
     shards = n if causal else 1
     return pallas.make_splash_mha(
