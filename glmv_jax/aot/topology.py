@@ -110,7 +110,8 @@ def parse(name: str, slices: int = 1) -> Topology:
 
     family, _, sizes = name.partition(":")
     if family not in CHIPS:
-        raise UserError(f"topology {name!r}: no such TPU{nearest(family, CHIPS)}; known: {', '.join(CHIPS)}")
+        close = nearest(family, CHIPS).partition("; known")[0]  # all of them follow in any case
+        raise UserError(f"topology {name!r}: no such TPU{close}; known: {', '.join(CHIPS)}")
     chip = CHIPS[family]
     numbers = [int(size) if size.isdecimal() else 0 for size in sizes.split("x")]
     if len(numbers) != chip.axes or min(numbers) < 1:
