@@ -45,7 +45,6 @@ MAY_IMPORT: dict[str, set[str]] = {
     "doctor": _BASE | {"data"},
 }
 MAY_IMPORT["aot"] = MAY_IMPORT["train"] | {"train"}  # compiles the very step that training runs
-MAY_IMPORT["cli_options"] = {"aot"}
 MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"cli"}
 
 # library -> the only parts that may import it ([] is nowhere)

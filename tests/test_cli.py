@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -46,23 +45,26 @@ def complaint(capsys, *argv) -> str:
 # --- help -------------------------------------------------------------------------------------------------------------
 
 
-def test_help_is_fast_and_imports_nothing_heavy():
+def test_help_imports_nothing_but_the_command_itself():
+    """Which is what makes it fast; a wall time would tell of the machine's load as well."""
     code = """
 import sys
+before = set(sys.modules)
 from glmv_jax import cli
 try:
     cli.main(["--help"])
 finally:
-    print(*sys.modules, file=sys.stderr)
+    print(*(set(sys.modules) - before), file=sys.stderr)
 """
-    best = 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-        best = min(best, time.perf_counter() - start)
-    assert "usage: glmv" in done.stdout and "argparse" in done.stderr.split()
-    assert not {"jax", "numpy", "ml_collections", "rich"} & set(done.stderr.split())
-    assert best < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    names = set(done.stderr.split())
+    assert "usage: glmv" in done.stdout and "argparse" in names
+    assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "glmv_jax"}
+    parts = ("checkpoints", "common", "evaluation", "inspection", "training")
+    own = {"glmv_jax", "glmv_jax.typing", "glmv_jax.aot", "glmv_jax.aot.main", "glmv_jax.cli",
+           *(f"glmv_jax.cli.{part}" for part in parts)}  # fmt: skip
+    assert {name for name in names if name.startswith("glmv_jax")} == own
+    assert not {"asyncio", "http", "multiprocessing", "unittest", "xml", "logging", "email"} & names
 
 
 @pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf", "compile",
@@ -180,8 +182,8 @@ def test_reader_that_goes_away_is_no_error(experiment):
 def test_two_processes_do_not_train_in_one_workdir(tmp_path):
     code = """
 import sys, time
-from glmv_jax import cli
-with cli._alone_in(sys.argv[1]):
+from glmv_jax.train.workdir import alone_in
+with alone_in(sys.argv[1]):
     print("in", flush=True)
     time.sleep(float(sys.argv[2]))
 """
