@@ -19,7 +19,7 @@ from rich.text import Text
 
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
-from glmv_jax.eval import report_sweep, report_sweep_html
+from glmv_jax.eval import report_sweep, report_sweep_html, report_sweep_tables
 from glmv_jax.eval.report_run import STAGES, StageRun, read
 from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
 
@@ -54,7 +54,7 @@ def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
     """
     console = console or Console()
     if report_sweep.is_sweep(run_root):
-        tables = report_sweep.tables(report_sweep.read(run_root), report_sweep.SHOWN)
+        tables = report_sweep_tables.tables(report_sweep.read(run_root), report_sweep_tables.SHOWN)
     else:
         tables = _tables(read(run_root))
     for content in tables:

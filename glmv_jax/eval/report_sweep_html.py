@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from glmv_jax.eval import report_html as page
 from glmv_jax.eval import report_sweep as sweeps
+from glmv_jax.eval import report_sweep_tables as sweep_tables
 from glmv_jax.eval.report_run import Point
 from glmv_jax.eval.report_svg import Series, dot_chart, line_chart, running_mean
 from glmv_jax.eval.report_sweep import Arm, Sweep
@@ -40,7 +41,7 @@ def body(sweep: Sweep) -> str:
         f"<p class=quiet>{page.text(' · '.join(fact for fact in facts if fact))}</p>",
         f"<h2>Curves</h2><p class=quiet>{_BAND} {_DIFFERENCE if len(arms) > 1 else ''}</p>{curves}" if curves else "",
         _dots(sweep),
-        "".join(page.table(content) for content in sweeps.tables(sweep)),
+        "".join(page.table(content) for content in sweep_tables.tables(sweep)),
         _config(sweep),
     ])  # fmt: skip
 
@@ -164,7 +165,7 @@ def _dots(sweep: Sweep) -> str:
     short = {arm.label: arm.label for arm in arms}
     if any(len(label) > LONG for label in short) or len(arms) > 5:
         short = {arm.label: str(i) for i, arm in enumerate(arms, 1)}
-    for name in sweeps.metrics(sweep)[: sweeps.SHOWN]:
+    for name in sweeps.metrics(sweep)[: sweep_tables.SHOWN]:
         values = {short[arm.label]: list(arm.by_seed(name).values()) for arm in arms}
         values = {label: column for label, column in values.items() if column}
         found = {label: spread(column) for label, column in values.items()}
