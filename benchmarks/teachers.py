@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 
 from glmv_jax.eval.report_svg import dot_panel
-from glmv_jax.train.sweep.child import Child
+from glmv_jax.train.sweep.child import Child, train_command
 
 ARMS = {"none": "no stage 1", "semantic": "semantic only", "texture": "texture only", "both": "both"}
 PANELS = ("probe after stage 1", "probe after stage 2", "R@1 after stage 2", "R@5 after stage 2")
@@ -28,7 +28,7 @@ MIM, SIGLIP = "experiments/cogvit_mim.py:size=nano", "experiments/cogvit_siglip.
 
 def train(log: pathlib.Path, config: str, workdir: pathlib.Path, *overrides: str) -> None:
     """One `glmv train`; what it prints goes to `log`."""
-    child = Child(log, config, workdir, overrides, apart=False)
+    child = Child(log, train_command(config, workdir, overrides), apart=False)
     if code := child.wait():
         last = child.last_words(5)
         raise SystemExit(f"teachers.py: {workdir} ended with exit code {code}; its last words in {log}:\n{last}")

@@ -6,7 +6,10 @@
 #   bash launch/tpu_vm.sh install NAME TYPE [SLICES]   this commit, its environment and the bucket, on every machine
 #   bash launch/tpu_vm.sh run     NAME TYPE SLICES RUN EXPERIMENT [OVERRIDES]
 #                                                      starts, or goes on with, gs://$GLMV_BUCKET/RUN in the background
-#   bash launch/tpu_vm.sh log     NAME TYPE [SLICES]   what the first machine says
+#   bash launch/tpu_vm.sh state   NAME TYPE [SLICES]   ABSENT, or what Google says; behind ACTIVE whether the run is idle
+#                                                      (not begun), running or ended
+#   bash launch/tpu_vm.sh log     NAME TYPE [SLICES]   what the first machine says and goes on to say; with LINES behind
+#                                                      SLICES the last of it alone
 #   bash launch/tpu_vm.sh stop    NAME TYPE [SLICES]   on every machine; a checkpoint is written first
 #   bash launch/tpu_vm.sh resume  NAME TYPE SLICES RUN EXPERIMENT [OVERRIDES]
 #                                                      after a spot slice was taken away: delete, create, wait, install
@@ -119,16 +122,30 @@ create() {
   queued create "$NAME" "${which[@]}" "--accelerator-type=$TYPE" "--runtime-version=$version" ${tiers:+"$tiers"}
 }
 
-state() { gcloud compute tpus queued-resources describe "$NAME" "--zone=$ZONE" "--format=value(state.state)"; }
+# What Google says of the queued resource, ABSENT where there is none.
+google_says() {
+  local errors now failed=0
+  errors="$(mktemp)"
+  now="$(queued describe "$NAME" "--format=value(state.state)" 2>"$errors")" || failed=1
+  if [[ "$failed" == 1 ]] && grep -q NOT_FOUND "$errors"; then
+    now=ABSENT failed=0
+  fi
+  if [[ "$failed" == 0 ]]; then echo "$now"; else cat "$errors" >&2; fi
+  rm "$errors"
+  return "$failed"
+}
 
 wait_for() {
-  local now=""
+  local now
   if [[ -n "$DRY_RUN" ]]; then
     echo "# every 30 s until it says ACTIVE; FAILED or SUSPENDED ends it"
     queued describe "$NAME" "--format=value(state.state)"
     return
   fi
-  while now="$(state)" && [[ "$now" != ACTIVE ]]; do
+  while :; do
+    now="$(google_says)"
+    [[ "$now" != ACTIVE ]] || break
+    [[ "$now" != ABSENT ]] || glmv_fail "there is no $NAME; create it"
     [[ "$now" != FAILED && "$now" != SUSPENDED ]] || glmv_fail "$NAME is $now; delete it and create it again"
     echo "$NAME: $now" && sleep 30
   done
@@ -195,10 +212,37 @@ run() {
   on all "(cd glmv_jax && exec nohup ${train}> ../train.log 2>&1 < /dev/null) & echo \$! > train.pid"
 }
 
-log() {
+# A command on the first machine.
+on_first() {
   local all
   all="$(nodes)"
-  do_it gcloud compute tpus tpu-vm ssh "${all%%$'\n'*}" "--zone=$ZONE" --worker=0 "--command=tail -n 40 -F train.log"
+  do_it gcloud compute tpus tpu-vm ssh "${all%%$'\n'*}" "--zone=$ZONE" --worker=0 "--command=$1"
+}
+
+log() {
+  local lines="${5:-}"
+  [[ -z "$lines" || "$lines" =~ ^[1-9][0-9]*$ ]] || glmv_fail "LINES is a whole number, not '$lines'"
+  on_first "tail -n ${lines:-40 -F} train.log"
+}
+
+# shellcheck disable=SC2016  # the files are theirs
+STATE='if [ ! -e train.pid ]; then echo idle
+elif kill -0 "$(cat train.pid)" 2>/dev/null; then echo running
+else echo ended; fi'
+
+state() {
+  if [[ -n "$DRY_RUN" ]]; then
+    queued describe "$NAME" "--format=value(state.state)"
+    on_first "$STATE"
+    return
+  fi
+  local now run
+  now="$(google_says)"
+  if [[ "$now" == ACTIVE ]]; then
+    run="$(on_first "$STATE")"
+    now+=" ${run##*$'\n'}"
+  fi
+  echo "$now"
 }
 
 # shellcheck disable=SC2016  # the file is theirs
@@ -214,7 +258,7 @@ resume() {
 }
 
 case "$COMMAND" in
-  create | install | run | log | stop | resume | delete) check && "$COMMAND" "$@" ;;
+  create | install | run | state | log | stop | resume | delete) check && "$COMMAND" "$@" ;;
   wait) check && wait_for ;;
   *) glmv_fail "no command '$COMMAND'; see bash launch/tpu_vm.sh --help" ;;
 esac

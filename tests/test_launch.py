@@ -20,6 +20,7 @@ import pytest
 import yaml
 
 from glmv_jax import config
+from tests.kubernetes import JOBSET, RAY_CLUSTER, complaints
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 SCRIPT = "launch/tpu_vm.sh"
@@ -53,6 +54,12 @@ DRY = {
     "stop vlm v5p-128 2":
         [f"{TPUS} tpu-vm ssh vlm-{n} --zone=us-east5-a --worker=all '--command=kill -TERM \"$(cat train.pid)\"'"
          for n in (0, 1)],
+    "state vlm v5p-128":
+        [f"{TPUS} queued-resources describe vlm '--format=value(state.state)' --zone=us-east5-a",
+         f"{TPUS} tpu-vm ssh vlm --zone=us-east5-a --worker=0 '--command=if [ ! -e train.pid ]; then echo idle",
+         'elif kill -0 "$(cat train.pid)" 2>/dev/null; then echo running', "else echo ended; fi'"],
+    "log vlm v5p-128 1 20":
+        [f"{TPUS} tpu-vm ssh vlm --zone=us-east5-a --worker=0 '--command=tail -n 20 train.log'"],
     "log vlm v5p-128 2":
         [f"{TPUS} tpu-vm ssh vlm-0 --zone=us-east5-a --worker=0 '--command=tail -n 40 -F train.log'"],
     "delete vlm":
@@ -85,6 +92,7 @@ def test_tiers_and_versions():
     (["delete", "vlm", "GLMV_ZONE="], "export GLMV_ZONE="),
     (["install", "vlm", "v5p-8", "GLMV_BUCKET="], "export GLMV_BUCKET="),
     (["run", "vlm", "v5p-8", "1", "r"], "run needs RUN and EXPERIMENT"),
+    (["log", "vlm", "v5p-8", "1", "all"], "LINES is a whole number, not 'all'"),
 ])  # fmt: skip
 def test_wrong_calls_say_what_to_do(args, message):
     env = dict(a.split("=", 1) for a in args if a.startswith("GLMV_"))
@@ -97,6 +105,7 @@ def test_wrong_calls_say_what_to_do(args, message):
 
 GCLOUD = """#!/usr/bin/env bash
 echo "$*" >> "$FAKE/calls"
+[[ ! -e "$FAKE/error" ]] || { cat "$FAKE/error" >&2; exit 1; }
 for word in "$@"; do
   case "$word" in
     describe) [[ -e "$FAKE/asked" ]] && echo ACTIVE || { touch "$FAKE/asked"; echo PROVISIONING; } ;;
@@ -155,10 +164,38 @@ def test_a_run_is_started_with_its_very_words_and_stopped(fake):
             os.kill(pid, signal.SIGKILL)
 
 
+def test_what_a_schema_does_not_know_is_a_complaint():
+    jobset = yaml.safe_load((REPO / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8"))
+    job = jobset["spec"]["replicatedJobs"][0]["template"]["spec"]
+    job["paralelism"], job["completions"] = job.pop("parallelism"), "32"
+    del job["template"]["spec"]["containers"][0]["name"]
+    at = ".spec.replicatedJobs[0].template.spec"
+    assert complaints(jobset, JOBSET) == [
+        f"{at}.paralelism: unknown field", f"{at}.completions: '32' is no int",
+        f"{at}.template.spec.containers[0]: lacks name",
+    ]  # fmt: skip
+
+
 def test_waiting_ends_when_the_machines_are_there(fake):
     done = called(fake, "wait", "vlm")
     assert done.returncode == 0 and done.stdout == "vlm: PROVISIONING\n"
     assert len((fake / "calls").read_text().splitlines()) == 2
+
+
+def test_the_state_is_googles_word_and_the_runs(fake):
+    state = lambda: called(fake, "state", "vlm", "v5p-8").stdout.strip()  # noqa: E731
+    assert (state(), state()) == ("PROVISIONING", "ACTIVE idle")
+    (fake / "home" / "train.pid").write_text(str(os.getpid()))
+    assert state() == "ACTIVE running"
+    with subprocess.Popen(["true"]) as gone:
+        (fake / "home" / "train.pid").write_text(str(gone.pid))
+    assert state() == "ACTIVE ended"
+    (fake / "error").write_text("ERROR: NOT_FOUND: vlm")
+    assert state() == "ABSENT" and "there is no vlm; create it" in called(fake, "wait", "vlm").stderr
+    (fake / "error").write_text("ERROR: PERMISSION_DENIED")
+    for command in ("state", "wait"):
+        done = called(fake, command, "vlm", "v5p-8")
+        assert done.returncode and not done.stdout and done.stderr == "ERROR: PERMISSION_DENIED"
 
 
 def test_a_command_that_fails_on_one_node_fails(fake):
@@ -179,7 +216,7 @@ def test_resume_does_everything_in_order():
 
 def test_the_jobset_hangs_together():
     jobset = yaml.safe_load((REPO / "launch" / "gke_jobset.yaml").read_text(encoding="utf-8"))
-    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert complaints(jobset, JOBSET) == []
     assert jobset["metadata"]["annotations"] == {
         "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
     assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
@@ -198,8 +235,9 @@ def test_the_jobset_hangs_together():
     assert job["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
     env = {entry["name"]: entry["value"] for entry in container["env"]}
     assert config.load(str(REPO / env["EXPERIMENT"])).stage == "pretrain"
-    (text,) = container["args"]
-    assert container["command"] == ["bash", "-euc"] and "exec python -c" in text and '"/bucket/runs/$RUN"' in text
+    text, zero = container["args"]
+    assert container["command"] == ["bash", "-euc"] and "exec python -c" in text and zero == "glmv"
+    assert text.rstrip().endswith("train --config \"$EXPERIMENT\" --workdir \"/bucket/runs/$RUN\" \"$@\"")
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
     compile(text.split("exec python -c '")[1].split("'")[0], "code", "exec")
@@ -208,7 +246,7 @@ def test_the_jobset_hangs_together():
 def test_the_ray_cluster_has_a_group_and_a_resource_for_each_role():
     text = (REPO / "launch" / "ray_cluster.yaml").read_text(encoding="utf-8")
     cluster = yaml.safe_load(text)
-    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    assert complaints(cluster, RAY_CLUSTER) == []
     groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
     assert list(groups) == ["trainer", "rollout", "reward", "judge"]
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]

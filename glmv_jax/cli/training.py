@@ -55,33 +55,56 @@ def sweep(args: argparse.Namespace) -> int:
           --set optim.lr=1e-3,4e-3 --set batch=8,16 --dry-run
 
     Further seeds or values may follow in further calls; the report is of all of them. Exit code 1 when a run failed: it
-    is named with its last words, and the same command tries it again. With --jobs 2 on one GPU, where the first process
-    would take most of the memory, set XLA_PYTHON_CLIENT_MEM_FRACTION=.45 before.
+    is named with its last words, and the same command tries it again. --jobs shares GPUs out evenly; with --jobs 2 on
+    one GPU, where the first process would take most of the memory, set XLA_PYTHON_CLIENT_MEM_FRACTION=.45 before.
+
+    On other machines every run has its own, by launch/tpu_vm.sh or as a JobSet made from launch/gke_jobset.yaml: asked
+    for, looked after, given back at its end. They get the commit that is checked out, and paths in the config are
+    theirs. A slice that is taken away is asked for again, and the run goes on from its last checkpoint in the bucket.
+    Ctrl-C only stops looking. --dry-run prints every command; for gke it is YAML that kubectl can check:
+
+      glmv sweep --config experiments/vlm_pretrain.py:size=l --workdir runs/pods --launcher tpu_vm --type v5p-128 \\
+          --set optim.lr=1e-4,3e-4 --set seed=0..2
+      glmv sweep ... --launcher gke --dry-run | kubectl apply --dry-run=server -f -
     """
     cfg = read_config(args)
     from pathlib import Path
 
+    from glmv_jax.train.sweep import launchers
     from glmv_jax.train.sweep import main as sweep_main
-    from glmv_jax.train.sweep.plan import plan
+    from glmv_jax.train.sweep.plan import Shared, plan
     from glmv_jax.train.workdir import alone_in
 
     workdir, runs = Path(args.workdir).absolute(), plan(cfg, args.set or (), args.seeds)
-    sweep_main.check(workdir, cfg, args.jobs)
+    shared = Shared(args.config, tuple(args.overrides), workdir, args.jobs)
+    options = {name: getattr(args, name) for name in _REMOTE}
+    launcher = launchers.make(args.launcher, shared, sweep_main.identity(workdir), options)
+    sweep_main.check(workdir, cfg, launcher)
     if args.dry_run:
-        print(*sweep_main.dry_run(args.config, args.overrides, runs, workdir), sep="\n")
+        print(*sweep_main.dry_run(runs, launcher), sep="\n")
         return 0
     os.makedirs(workdir, exist_ok=True)
     with alone_in(str(workdir)):
-        return sweep_main.run(args.config, cfg, args.overrides, runs, workdir, args.jobs)
+        return sweep_main.run(cfg, runs, launcher)
+
+
+_REMOTE = ("type", "slices", "jobset", "results", "every")  # of `glmv sweep`, by the names of their attributes
 
 
 def sweep_options(sub: argparse.ArgumentParser) -> None:
     config_options(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the sweep's own folder, made if missing")
-    sub.add_argument("--set", action="append", metavar="KEY=V,V", help="values of a config key; any number of times")
+    sub.add_argument("--set", action="append", metavar="KEY=V,V", help="values of a config key; repeatable")
     sub.add_argument("--seeds", metavar="0..4", help="seeds, as 0..4 or 0,1,5 (default: the config's own)")
-    sub.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time (default 1; with TPUs always 1)")
+    sub.add_argument("--jobs", type=int, metavar="N", help="runs at a time (default: here 1, elsewhere all; TPUs: 1)")
     sub.add_argument("--dry-run", action="store_true", help="only say which runs there are and what they would do")
+    there = sub.add_argument_group("other machines")
+    there.add_argument("--launcher", default="local", choices=("local", "tpu_vm", "gke"), help="where runs run (local)")
+    there.add_argument("--type", metavar="TYPE", help="tpu_vm: accelerator type of a run, as v5p-128")
+    there.add_argument("--slices", type=int, metavar="N", help="tpu_vm: slices of that type for a run (default 1)")
+    there.add_argument("--jobset", metavar="FILE", help="gke: what runs are made from (default launch/gke_jobset.yaml)")
+    there.add_argument("--results", metavar="DIR", help="where the bucket is mounted here (default: by gcloud storage)")
+    there.add_argument("--every", type=float, metavar="SECONDS", help="between looks at a run (default 30)")
 
 
 def cache_teachers(args: argparse.Namespace) -> int:

@@ -21,14 +21,20 @@ from ml_collections import ConfigDict
 from glmv_jax import cli
 from glmv_jax.train import main
 from glmv_jax.train.metrics import read_jsonl
+from glmv_jax.train.sweep import devices
 from glmv_jax.train.sweep import main as sweep_main
 from glmv_jax.train.sweep.board import eta
-from glmv_jax.train.sweep.plan import Run, parse_seeds, plan, split
+from glmv_jax.train.sweep.launchers import Local
+from glmv_jax.train.sweep.plan import Run, Shared, parse_seeds, plan, split
 from glmv_jax.typing import UserError
 from tests.train.toy import config
 
 ROOT = Path(__file__).parents[2]
 TOY = "from tests.train.toy import config\n\n\ndef get_config(arg=None):\n    return config(save_every=2, steps=6)\n"
+
+
+def local(workdir: Path, jobs: int | None = None) -> Local:
+    return Local(Shared("e.py", (), workdir, jobs))
 
 
 def small() -> ConfigDict:
@@ -48,6 +54,7 @@ def test_plan_is_the_product_with_whole_seeds_first():
     assert runs[5].overrides == ["seed=1", "model.option=a", "optim.lr=3e-3"]
     assert {run.steps for run in runs} == {5} and {run.status for run in runs} == {"waiting"}
     assert [run.steps for run in plan(small(), ["steps=3,9"])] == [3, 9]
+    assert plan(small(), ["model.option=a,b", "seed=0..1"]) == plan(small(), ["model.option=a,b"], "0..1")
 
 
 def test_names_are_short_unlike_and_good_for_a_folder():
@@ -75,6 +82,8 @@ def test_values_split_at_commas_outside_brackets_and_quotes():
         (["optim.lr=1e-3,0.001"], None, "--set optim.lr has 0.001 twice"),
         (["optim.lr=1", "optim.lr=2"], None, "--set optim.lr is given twice"),
         (["seed=1,2"], "0..4", "--seeds and --set seed say the same"),
+        (["seed=4..0"], None, "--set seed=4..0 are no seeds; write 0..4"),
+        (["seed=1", "seed=2"], None, "--set seed is given twice"),
         ([], "4..0", "--seeds 4..0 are no seeds; write 0..4"),
         ([], "0..2,1", "--seeds 0..2,1 names a seed twice"),
         ([], "-1", "--seeds -1 are no seeds"),
@@ -90,37 +99,37 @@ def test_a_wrong_plan_is_named(sets, seeds, message):
 def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     cfg = small()
     with pytest.raises(UserError, match="--jobs 0 runs nothing"):
-        sweep_main.check(tmp_path, cfg, 0)
+        sweep_main.check(tmp_path, cfg, local(tmp_path, 0))
     file = {"base": {"optim.lr": 1.0, "optim.wd": 0.1, "model.option": "a", "model.wd": 2, "model.parts": ["x"],
                      "seed": 7, "stage": "toy", "steps": 5}}  # fmt: skip
     (tmp_path / "sweep.json").write_text(json.dumps(file))
     with pytest.raises(UserError, match=r"holds a sweep of another config \(optim.lr: 1.0 -> 0.001\); give another"):
-        sweep_main.check(tmp_path, cfg, 1)
+        sweep_main.check(tmp_path, cfg, local(tmp_path, 1))
     cfg.optim.lr, cfg.keep = 1.0, 3  # how many checkpoints are kept changes no number
-    sweep_main.check(tmp_path, cfg, 1)
+    sweep_main.check(tmp_path, cfg, local(tmp_path, 1))
     (tmp_path / "sweep.json").write_text("{")
     with pytest.raises(UserError, match="sweep.json cannot be read"):
-        sweep_main.check(tmp_path, cfg, 1)
+        sweep_main.check(tmp_path, cfg, local(tmp_path, 1))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="is the work directory of a single run"):
-        sweep_main.check(tmp_path, cfg, 1)
+        sweep_main.check(tmp_path, cfg, local(tmp_path, 1))
 
 
 def test_one_process_at_a_time_where_there_are_tpus(tmp_path, monkeypatch):
-    monkeypatch.setattr(sweep_main.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
+    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda name: object() if name == "libtpu" else None)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-    assert not sweep_main.has_tpu(tmp_path)
+    assert not devices.has_tpu(tmp_path)
     (tmp_path / "vfio").mkdir()
     (tmp_path / "vfio" / "vfio").touch()
-    assert not sweep_main.has_tpu(tmp_path)  # the control device is there without any chip
+    assert not devices.has_tpu(tmp_path)  # the control device is there without any chip
     (tmp_path / "vfio" / "0").touch()
-    assert sweep_main.has_tpu(tmp_path)
+    assert devices.has_tpu(tmp_path)
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert not sweep_main.has_tpu(tmp_path)
-    monkeypatch.setattr(sweep_main, "has_tpu", lambda: True)
-    sweep_main.check(tmp_path, small(), 1)
+    assert not devices.has_tpu(tmp_path)
+    monkeypatch.setattr(devices, "has_tpu", lambda dev: True)
+    sweep_main.check(tmp_path, small(), local(tmp_path, 1))
     with pytest.raises(UserError, match="can hold this machine's TPU chips; give --jobs 1"):
-        sweep_main.check(tmp_path, small(), 2)
+        sweep_main.check(tmp_path, small(), local(tmp_path, 2))
 
 
 def test_time_left_counts_steps_of_all_runs():
@@ -218,6 +227,25 @@ def test_runs_differ_in_what_was_set_and_are_those_of_the_loop(experiment, tmp_p
     assert call(experiment, runs, "--seeds", "4", "--config.steps=5").returncode == 2  # of another config: refused
 
 
+def test_runs_side_by_side_see_gpus_of_their_own_and_failures_end_with_their_last_lines(tmp_path, monkeypatch, capfd):
+    """The runs end where they would begin: what they see of the GPUs is all they say."""
+    path = tmp_path / "seen.py"
+    path.write_text(
+        "import os\nfrom glmv_jax.typing import UserError\nfrom tests.train.toy import config\n\n\n"
+        "def get_config(arg=None):\n    seen = os.environ['CUDA_VISIBLE_DEVICES']\n    if seen != '0,1,2,3':\n"
+        "        print('looked')\n        raise UserError(f'{seen} it is')\n    return config()\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    argv = ["sweep", "--config", str(path), "--workdir", str(tmp_path / "runs"), "--set", "seed=0..1", "--jobs", "2"]
+    assert cli.main(argv) == 1
+    said = capfd.readouterr().out
+    for n, own in enumerate(("0,1", "2,3")):
+        assert f"seed={n} failed: exit code 2: glmv train: {own} it is" in said
+        assert f"sweep:   | looked\nsweep:   | glmv train: {own} it is\n" in said
+
+
 def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_path):
     """A Ctrl-C of a terminal: SIGINT for the whole process group of the sweep."""
     runs = tmp_path / "runs"
@@ -253,7 +281,7 @@ def test_ctrl_c_lets_every_run_save_once_and_says_how_to_go_on(experiment, tmp_p
 def test_help_teaches_by_example_and_wrong_input_is_one_line(capsys, experiment, tmp_path):
     with pytest.raises(SystemExit):
         cli.main(["sweep", "--help"])
-    assert capsys.readouterr().out.count("glmv sweep --config") == 2
+    assert capsys.readouterr().out.count("glmv sweep --config") == 3
     argv = ["sweep", "--config", str(experiment), "--workdir", str(tmp_path / "runs")]
     for more, message in [
         (["--set", "widht=1,2"], "glmv sweep: the config has no key 'widht'; nearest: width"),

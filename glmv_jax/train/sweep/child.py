@@ -1,4 +1,4 @@
-"""One `glmv train` as a process: its command, its end, what it took, and how far it has got."""
+"""One run as a process: its command, its end, what it took, and how far it has got."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from glmv_jax.train.disk import disk_errors
@@ -22,14 +22,15 @@ def train_command(experiment: str, workdir: Path, overrides: Sequence[str] = ())
 
 
 class Child:
-    """A `glmv train` as a process. What it prints is appended to `log`.
+    """A process. What it prints is appended to `log`.
 
-    apart: in a session of its own, so that a Ctrl-C in the terminal reaches it through `stop` alone, and so once.
+    environment: what it has besides this one's. apart: in a session of its own, so that a Ctrl-C in the terminal
+    reaches it through `stop` alone, and so once.
     Attributes: exit_code: None while it runs, negative for a signal. seconds: it has run. peak_rss: bytes, when ended.
     """
 
     def __init__(
-        self, log: Path, experiment: str, workdir: Path, overrides: Sequence[str] = (), *, apart: bool = True
+        self, log: Path, command: Sequence[str], *, environment: Mapping[str, str] | None = None, apart: bool = True
     ) -> None:
         self.log, self.exit_code, self.peak_rss = log, None, 0
         self._began, self._ended = time.monotonic(), 0.0
@@ -37,8 +38,8 @@ class Child:
             log.parent.mkdir(parents=True, exist_ok=True)
             with open(log, "ab") as file:
                 self._process = subprocess.Popen(
-                    train_command(experiment, workdir, overrides), stdin=subprocess.DEVNULL, stdout=file,
-                    stderr=subprocess.STDOUT, start_new_session=apart,
+                    command, env=os.environ | (environment or {}), stdin=subprocess.DEVNULL,
+                    stdout=file, stderr=subprocess.STDOUT, start_new_session=apart,
                 )  # fmt: skip
 
     def poll(self) -> bool:
@@ -70,8 +71,13 @@ class Child:
 
     def last_words(self, lines: int = 1) -> str:
         """The end of what it printed."""
-        text = _tail(self.log).decode("utf-8", "replace")
-        return "\n".join([line for line in text.splitlines() if line.strip()][-lines:])
+        return "\n".join(last_lines(self.log, lines))
+
+
+def last_lines(log: Path, lines: int) -> list[str]:
+    """Of what a run has printed, without the empty ones."""
+    text = _tail(log).decode("utf-8", "replace")
+    return [line for line in text.splitlines() if line.strip()][-lines:]
 
 
 def _tail(path: Path, size: int = 8192) -> bytes:

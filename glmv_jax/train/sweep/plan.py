@@ -7,6 +7,7 @@ import itertools
 import re
 import zlib
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from glmv_jax import config
@@ -39,12 +40,29 @@ class Run:
         return {name: value for name, value in dataclasses.asdict(self).items() if name != "overrides"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Shared:
+    """What all runs of a sweep share, as the command line has it. jobs: at a time, None: the launcher's own choice."""
+
+    experiment: str
+    overrides: tuple[str, ...]
+    workdir: Path
+    jobs: int | None = None
+
+    def of(self, run: Run) -> list[str]:
+        """All overrides of a run."""
+        return [*self.overrides, *run.overrides]
+
+    def folder(self, run: Run) -> Path:
+        return self.workdir / run.name
+
+
 def plan(cfg: ConfigDict, sets: Sequence[str], seeds: str | None = None) -> list[Run]:
     """Every combination, the seed changing last: a sweep that is stopped early has whole seeds.
 
     Args:
       cfg: the config all runs share.
-      sets: `key=value,value,...`; commas inside brackets or quotes do not separate.
+      sets: `key=value,value,...`; commas inside brackets or quotes do not separate. Of the key `seed` as `seeds`.
       seeds: `0..4` (both ends count), `0,1,5` or both, for the key `seed`; None: the config's own seed.
 
     Raises: UserError for an unknown key (names the nearest), a value of another type, a key or value given twice, and
@@ -57,11 +75,14 @@ def plan(cfg: ConfigDict, sets: Sequence[str], seeds: str | None = None) -> list
             raise UserError(f"--set {item} has no values; write --set KEY=VALUE,VALUE")
         if key in table:
             raise UserError(f"--set {key} is given twice; write all values in one")
-        table[key] = _values(cfg, key, split(text))
+        words = list(map(str, parse_seeds(text, "--set seed="))) if key == "seed" else split(text)
+        table[key] = _values(cfg, key, words)
     if seeds is not None:
         if "seed" in table:
             raise UserError("--seeds and --set seed say the same; give one of them")
-        table = {"seed": _values(cfg, "seed", list(map(str, parse_seeds(seeds))))} | table
+        table["seed"] = _values(cfg, "seed", list(map(str, parse_seeds(seeds))))
+    if "seed" in table:
+        table = {"seed": table.pop("seed")} | table
     if not table:
         raise UserError("nothing to sweep over; give --set KEY=VALUE,VALUE or --seeds 0..4")
 
@@ -104,16 +125,16 @@ def split(text: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def parse_seeds(text: str) -> list[int]:
+def parse_seeds(text: str, option: str = "--seeds ") -> list[int]:
     """`0..4` is 0, 1, 2, 3, 4; `0..2,7` is 0, 1, 2, 7. Raises UserError for anything else, and for a seed twice."""
     seeds: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", part.strip())
         if not match or match[2] and int(match[2]) < int(match[1]):
-            raise UserError(f"--seeds {text} are no seeds; write 0..4, or 0,1,5")
+            raise UserError(f"{option}{text} are no seeds; write 0..4, or 0,1,5")
         seeds += range(int(match[1]), int(match[2] or match[1]) + 1)
     if len(set(seeds)) < len(seeds):
-        raise UserError(f"--seeds {text} names a seed twice; give each once")
+        raise UserError(f"{option}{text} names a seed twice; give each once")
     return seeds
 
 
