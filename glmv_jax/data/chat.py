@@ -1,4 +1,4 @@
-"""OpenAI-style messages to tokens, in the GLM-4.7/5 dialect with thinking off.
+"""OpenAI-style messages to tokens, in the GLM-4.7/5 dialect (`dialect.COMPACT`) with thinking off.
 
     [gMASK]<sop><|system|>{text}<|user|><|begin_of_image|><|image|>*M<|end_of_image|>{text}<|assistant|></think>{text}
     <|user|>...<|assistant|></think>{text}<|endoftext|>
@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
+from glmv_jax.data.dialect import COMPACT, Piece
 from glmv_jax.data.tokenizer import BOX, Tokenizer
 from glmv_jax.typing import UserError
 
@@ -64,6 +65,19 @@ class Writer:
         self.special("<|end_of_image|>")
         self.images += 1
 
+    def pieces(self, pieces: Iterable[Piece], weights: Sequence[float], media: Callable[[], None]) -> None:
+        """Appends a conversation; weights: of what each message's author says in it. media: writes the next image."""
+        for piece in pieces:
+            weight = weights[piece.by] if piece.by >= 0 else 0.0
+            if piece.kind == "tag":
+                self.special(piece.text, weight=weight)
+            elif piece.kind == "text":
+                self.ids(self._tokenizer.encode(piece.text), weight)
+            elif piece.kind == "answer":
+                self.ids(self._tokenizer.encode_with_specials(piece.text, BOX), weight)
+            else:
+                media()
+
     def done(self) -> Rendered:
         """The arrays of all that was written."""
         return Rendered(np.array(self._tokens, np.int32), np.array(self._weights, np.float32),
@@ -108,24 +122,11 @@ def render(
         raise UserError("the conversation already ends with an assistant message; end it with a user message")
 
     writer = Writer(tokenizer)
-    writer.special("[gMASK]", "<sop>")
-    after_assistant = False
-    for message in messages:
-        # The token that opens this turn is what ended the assistant's: it is learnt there.
-        writer.special(f"<|{message['role']}|>", weight=float(after_assistant and message["role"] == "user"))
-        after_assistant = message["role"] == "assistant"
-        if after_assistant:
-            writer.special("</think>")
-        for part in _parts(message):
-            if part["type"] == "image":
-                writer.image(image_tokens[writer.images])
-            elif after_assistant:
-                writer.ids(tokenizer.encode_with_specials(part["text"], BOX), weight=1.0)
-            else:
-                writer.ids(tokenizer.encode(part["text"]))
+    pieces = COMPACT.pieces(messages, (), keeps=lambda n: False)
+    writer.pieces(pieces, [1.0] * len(messages), lambda: writer.image(image_tokens[writer.images]))
     if generation_prompt:
-        writer.special("<|assistant|>", "</think>")
-    elif after_assistant:
+        writer.special("<|assistant|>", *COMPACT.no_thinking)
+    elif messages[-1]["role"] == "assistant":
         writer.special("<|endoftext|>", weight=1.0)
     return writer.done()
 

@@ -23,7 +23,7 @@ from typing import Any
 
 from glmv_jax.data.chat import Rendered, Writer
 from glmv_jax.data.dialect import COMPACT, last_of_user, said
-from glmv_jax.data.tokenizer import BOX, Tokenizer
+from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 
 THINKING = ("last", "each", "all", "none")
@@ -55,16 +55,8 @@ def render(
     keeps = {"all": lambda n: True, "none": lambda n: False}.get(thinking, lambda n: n > last_user)
     weights = [float(message.get("weight", 1.0)) for message in messages]
     writer, waiting = Writer(tokenizer), iter(media)
-    for piece in COMPACT.pieces(messages, tools, keeps):
-        weight = weights[piece.by] if piece.by >= 0 else 0.0
-        if piece.kind == "tag":
-            writer.special(piece.text, weight=weight)
-        elif piece.kind == "text":
-            writer.ids(tokenizer.encode(piece.text), weight)
-        elif piece.kind == "answer":
-            writer.ids(tokenizer.encode_with_specials(piece.text, BOX), weight)
-        else:
-            _write_media(writer, tokenizer, waiting)
+    pieces = COMPACT.pieces(messages, tools, keeps)
+    writer.pieces(pieces, weights, lambda: _write_media(writer, tokenizer, waiting))
     if messages[-1]["role"] == "assistant":
         stop = "<|observation|>" if messages[-1].get("tool_calls") else "<|endoftext|>"
         writer.special(stop, weight=weights[-1])

@@ -1,18 +1,16 @@
-"""The collectives of a compiled program, read from its text."""
+"""The collectives of a compiled program."""
 
 from __future__ import annotations
 
 import math
-import re
 from typing import Any, NamedTuple
 
-KINDS = ("all-gather", "all-reduce", "reduce-scatter", "collective-permute", "all-to-all", "ragged-all-to-all")
-_LINE = re.compile(rf"^\s*(?:ROOT )?%?\S+ = (.+?) ({'|'.join(KINDS)})(?:-start)?\(", re.MULTILINE)
-_SHAPE = re.compile(r"(\w+)\[([\d,]*)\]")
+from glmv_jax.aot.costs import KINDS
+from glmv_jax.aot.hlo import parse
 
 
 class Collective(NamedTuple):
-    """kind: one of KINDS; dtype and shape of what one device gets of it."""
+    """kind: one of aot.costs.KINDS; dtype and shape of what one device gets of it."""
 
     kind: str
     dtype: str
@@ -24,12 +22,7 @@ class Collective(NamedTuple):
 
 
 def collectives(compiled: Any) -> list[Collective]:
-    """All of them, one entry an array; those in a loop once. AssertionError when lines with one are not understood."""
-    text = compiled.as_text()
-    found = []
-    for result, kind in _LINE.findall(text):
-        for dtype, dims in _SHAPE.findall(result):
-            found.append(Collective(kind, dtype, tuple(int(n) for n in dims.split(",") if n)))
-    lines = len(re.findall(rf"= .+? (?:{'|'.join(KINDS)})(?:-start)?\(", text))
-    assert len(_LINE.findall(text)) == lines, "collectives in lines of another form"
-    return found
+    """All of them, one entry an array; those in a loop once."""
+    computations = parse(compiled.as_text()).computations.values()
+    kinds = [(op.opcode.removesuffix("-start"), op) for computation in computations for op in computation.ops]
+    return [Collective(kind, array.dtype, array.dims) for kind, op in kinds if kind in KINDS for array in op.arrays]
