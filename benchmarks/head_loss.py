@@ -12,7 +12,6 @@ what the compiler allocates beside arguments and results; --no-run compiles for 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import time
@@ -20,6 +19,7 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+from contest import emit
 
 from glmv_jax.losses.chunked import head_loss
 from glmv_jax.losses.cross_entropy import cross_entropy
@@ -83,13 +83,10 @@ def main() -> None:
         for name, taken in times.items():
             low, middle, high = statistics.quantiles(taken, n=4)
             rows[name] |= {"ms": round(middle, 1), "quartiles ms": [round(low, 1), round(high, 1)]}
-    line = json.dumps({"benchmark": "head_loss", "rows": rows, "tokens": T, "width": D, "vocab": V,
-                       "dtype": args.dtype, "repeats": 0 if args.no_run else args.repeats, "jax": jax.__version__,
-                       "device": jax.devices()[0].device_kind, "cores": os.cpu_count()})  # fmt: skip
-    print(line)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(line + "\n")
+    record = {"benchmark": "head_loss", "rows": rows, "tokens": T, "width": D, "vocab": V, "dtype": args.dtype,
+              "repeats": 0 if args.no_run else args.repeats, "jax": jax.__version__,
+              "device": jax.devices()[0].device_kind, "cores": os.cpu_count()}  # fmt: skip
+    emit(record, args.out)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import platform
 import re
@@ -25,6 +24,8 @@ import sys
 import time
 from collections.abc import Callable
 from importlib.metadata import version
+
+from contest import emit
 
 from glmv_jax.aot import topology as topology_lib
 
@@ -250,10 +251,7 @@ def main() -> None:
     on = jax.devices()[0].device_kind if args.mode == "run" else f"{args.mode}, {platform.processor() or 'cpu'}"
     libraries = ("jax", "optax", *(["libtpu"] if args.mode == "compiled" else []))
     record = {"benchmark": "muon", "mode": args.mode, "on": on, "rows": rows} | {n: version(n) for n in libraries}
-    print(json.dumps(record))
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+    emit(record, args.out)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,11 @@ temporary MB is main memory (HBM); peak MB is everything, arguments, results and
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from importlib.metadata import version
+
+from contest import emit
 
 from glmv_jax.aot import topology as topology_lib
 
@@ -90,12 +91,9 @@ def main() -> None:
                 topology = f"{args.family}:{TOPOLOGIES[args.family][chips]}"
                 rows.append(row(topology, batch, chips, impl, args.width, args.chunk))
                 print(rows[-1], file=sys.stderr, flush=True)
-    line = json.dumps({"benchmark": "sigmoid_loss", "kind": "compiled, not run", "rows": rows, "width": args.width,
-                       "chunk": args.chunk, "jax": jax.__version__, "libtpu": version("libtpu")})  # fmt: skip
-    print(line)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(line + "\n")
+    record = {"benchmark": "sigmoid_loss", "kind": "compiled, not run", "rows": rows, "width": args.width,
+              "chunk": args.chunk, "jax": jax.__version__, "libtpu": version("libtpu")}  # fmt: skip
+    emit(record, args.out)
 
 
 if __name__ == "__main__":

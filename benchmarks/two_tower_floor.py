@@ -10,7 +10,6 @@ training concepts and the same held-out ones as experiments/cogvit_siglip.py, an
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import time
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from contest import emit
 from torch import nn
 
 from glmv_jax.data import emoji, heldout, image_text
@@ -124,15 +124,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--out", help="also write the JSON line there")
     args = parser.parse_args()
-    line = json.dumps({
+    record = {
         "benchmark": "two_tower_floor", "runs": [run(args.steps, args.batch, seed) for seed in args.seeds],
         "steps": args.steps, "batch": args.batch, "torch": torch.__version__,
         "cores": len(os.sched_getaffinity(0)), "machine": platform.machine(),
-    })  # fmt: skip
-    print(line)
-    if args.out:
-        with open(args.out, "w", encoding="utf-8") as file:
-            file.write(line + "\n")
+    }  # fmt: skip
+    emit(record, args.out)
 
 
 if __name__ == "__main__":

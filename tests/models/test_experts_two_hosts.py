@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
+
+from tests.hosts import together
 
 SIZES, PRESET, ROUTING = {"fsdp": 2, "expert": 2}, "fsdp_expert", "skewed"
 
@@ -42,16 +40,7 @@ def one_host(host: int, port: int, folder: str) -> None:
 def test_two_hosts_are_as_one_device(tmp_path):
     from tests.models import test_experts as lib
 
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    code = "from tests.models.test_experts_two_hosts import one_host; one_host({}, {}, {!r})"
-    argv = [[sys.executable, "-c", code.format(host, port, str(tmp_path))] for host in range(2)]
-    started = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True, env=env) for one in argv]
-    for process in started:
-        _, shown = process.communicate(timeout=240)
-        assert process.returncode == 0, shown[-3000:]
+    together("tests.models.test_experts_two_hosts.one_host", tmp_path)
     both = [json.loads((tmp_path / f"{host}.json").read_text()) for host in range(2)]
     assert both[0] == both[1]
     (loss, (_, aux)), (grads, _) = lib.alone(ROUTING)

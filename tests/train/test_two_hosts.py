@@ -7,10 +7,6 @@ Not covered: a whole run of several processes (checkpoints, evaluation), and net
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
@@ -20,6 +16,7 @@ from glmv_jax import config
 from glmv_jax.train import loop, main
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.step import make_train_step
+from tests.hosts import together
 
 STEPS = 3
 SETTINGS = ["batch=16", "model.vision.depth=1", "data.lengths=(16, 32)", "data.length_shares=(1.0, 1.0)",
@@ -59,16 +56,7 @@ def one_host(host: int, port: int, folder: str) -> None:
 
 
 def test_two_hosts_train_as_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    code = "from tests.train.test_two_hosts import one_host; one_host({}, {}, {!r})"
-    argv = [[sys.executable, "-c", code.format(host, port, str(tmp_path))] for host in range(2)]
-    started = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True, env=env) for one in argv]
-    for process in started:
-        _, shown = process.communicate(timeout=240)
-        assert process.returncode == 0, shown[-3000:]
+    together("tests.train.test_two_hosts.one_host", tmp_path)
 
     parts = [[dict(np.load(tmp_path / f"{host}-{n}.npz")) for host in range(2)] for n in range(STEPS)]
     for first, second in parts:
