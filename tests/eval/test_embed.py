@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
-import socket
-import subprocess
-import sys
-import textwrap
 
+import jax
 import numpy as np
 import pytest
 
 from glmv_jax.data.faults import FaultLog
+from glmv_jax.eval import retrieval
 from glmv_jax.eval.embed import Embedder
+from glmv_jax.eval.knn import knn
 from glmv_jax.parallel import rules
+from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.typing import UserError
 from tests.eval.test_knn_and_retrieval import MESHES, mesh_of
+from tests.hosts import together
 
 
 def row(item: int) -> dict[str, np.ndarray]:
@@ -49,40 +50,27 @@ def test_all_items_in_order_but_the_broken_ones(sizes, tmp_path):
         embed(np.float32(2), [], "things")
 
 
+def one_host(host: int, port: int, folder: str) -> None:
+    """The program of a process."""
+    jax.config.update("jax_num_cpu_devices", 2)
+    jax.distributed.initialize(f"localhost:{port}", 2, host)
+    mesh, read = make_mesh({"data": 2, "fsdp": 2}), []
+    embed = embedder(mesh, 8)
+    plain = embed.row
+    embed.row = lambda item: (read.append(item), plain(item))[1]
+    found = embed(np.float32(3), range(21))
+    x = found.features["feature"]
+    near = knn(x, np.arange(len(x)), x, 1, mesh=mesh)
+    ranks = retrieval.ranks(x, x, np.arange(len(x)), np.arange(len(x)), mesh=mesh)
+    result = {"kept": found.kept.tolist(), "x": x.tolist(), "read": sorted(read), "near": near.tolist(),
+              "ranks": ranks.tolist()}  # fmt: skip
+    with open(f"{folder}/{host}.json", "w", encoding="utf-8") as file:
+        json.dump(result, file)
+
+
 def test_two_hosts_get_the_features_of_all(tmp_path):
     """Two processes of two devices each; each reads its own half of the items and has the features of all."""
-    code = textwrap.dedent("""
-        import json, sys
-        import jax
-        host, port, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-        jax.config.update("jax_platforms", "cpu")
-        jax.config.update("jax_num_cpu_devices", 2)
-        jax.distributed.initialize(f"localhost:{port}", 2, host)
-        import numpy as np
-        from glmv_jax.eval import retrieval
-        from glmv_jax.eval.knn import knn
-        from glmv_jax.parallel.mesh import make_mesh
-        from tests.eval import test_embed
-        mesh, read = make_mesh({"data": 2, "fsdp": 2}), []
-        embed = test_embed.embedder(mesh, 8)
-        plain = embed.row
-        embed.row = lambda item: (read.append(item), plain(item))[1]
-        found = embed(np.float32(3), range(21))
-        x = found.features["feature"]
-        near = knn(x, np.arange(len(x)), x, 1, mesh=mesh)
-        ranks = retrieval.ranks(x, x, np.arange(len(x)), np.arange(len(x)), mesh=mesh)
-        result = {"kept": found.kept.tolist(), "x": x.tolist(), "read": sorted(read), "near": near.tolist(),
-                  "ranks": ranks.tolist()}
-        json.dump(result, open(f"{out}/{host}.json", "w"))
-    """)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    argv = [[sys.executable, "-c", code, str(host), str(port), str(tmp_path)] for host in range(2)]
-    started = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True) for one in argv]
-    for process in started:
-        _, shown = process.communicate(timeout=120)
-        assert process.returncode == 0, shown
+    together("tests.eval.test_embed.one_host", tmp_path)
     first, second = (json.loads((tmp_path / f"{host}.json").read_text()) for host in range(2))
     assert first["read"] == [*range(0, 21, 2)] and second["read"] == [*range(1, 21, 2)]
     for got in (first, second):
