@@ -125,10 +125,10 @@ class Ours(Side):
 
         from glmv_jax.interop.table import to_params
         from glmv_jax.models import CogViTConfig, cogvit
-        from glmv_jax.parallel.host import keep_freed_memory
+        from glmv_jax.parallel.host import prepare_memory
         from glmv_jax.typing import VisionInput
 
-        keep_freed_memory()  # as `glmv train` does before anything else
+        prepare_memory()  # as `glmv train` does before anything else
         self.jax, self.spec = jax, spec
         cfg = CogViTConfig(**SIZES[spec["size"]], dtype=spec["dtype"], remat=spec["remat"], unroll=spec["unroll"])
         optimizer = optax.adamw(ADAM["lr"], ADAM["b1"], ADAM["b2"], ADAM["eps"], weight_decay=ADAM["weight_decay"])

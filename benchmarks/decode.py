@@ -88,9 +88,9 @@ class Ours:
         from safetensors.numpy import load_file
 
         from glmv_jax.interop.table import to_params
-        from glmv_jax.parallel.host import keep_freed_memory
+        from glmv_jax.parallel.host import prepare_memory
 
-        keep_freed_memory()  # as `glmv train` does before anything else
+        prepare_memory()  # as `glmv train` does before anything else
         self.jax, self.spec, self.cfg = jax, spec, model(spec)
         self._params = jax.device_put(to_params(entries(self.cfg), load_file(spec["weights"])))
         self._samplers: dict[int, Any] = {}

@@ -117,9 +117,9 @@ class Theirs(Side):
 
 class Ours(Side):
     def __init__(self, spec: dict[str, Any]) -> None:
-        from glmv_jax.parallel.host import keep_freed_memory
+        from glmv_jax.parallel.host import prepare_memory
 
-        keep_freed_memory()  # as `glmv train` does before anything else
+        prepare_memory()  # as `glmv train` does before anything else
         import jax
         import jax.numpy as jnp
 

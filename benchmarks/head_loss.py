@@ -23,7 +23,7 @@ from contest import emit
 
 from glmv_jax.losses.chunked import head_loss
 from glmv_jax.losses.cross_entropy import cross_entropy
-from glmv_jax.parallel.host import keep_freed_memory
+from glmv_jax.parallel.host import prepare_memory
 
 
 def at_once(hidden, head, targets, weight):
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--no-run", action="store_true")
     parser.add_argument("--out", help="also write the JSON line there")
     args = parser.parse_args()
-    keep_freed_memory()
+    prepare_memory()
 
     rng = np.random.default_rng(0)
     T, D, V = args.tokens, args.width, args.vocab

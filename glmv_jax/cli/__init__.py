@@ -64,6 +64,10 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code (0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C)."""
+    if argv is None and sys.argv[1:2] == ["train"]:
+        from glmv_jax.parallel.host import start_with_huge_pages
+
+        start_with_huge_pages()
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"glmv {argv[0]}" if argv and argv[0] in _COMMANDS else "glmv"
     try:

@@ -19,7 +19,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from glmv_jax.config import flat, nearest
 from glmv_jax.eval import datasets
-from glmv_jax.parallel.host import keep_freed_memory
+from glmv_jax.parallel.host import prepare_memory
 from glmv_jax.train import checkpoint, loop, lora, weights
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.checkpoint import quiet_orbax
@@ -46,7 +46,7 @@ def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
     Raises: UserError, and loop's Interrupted.
     """
     quiet_orbax()
-    keep_freed_memory()
+    prepare_memory()
     workdir = Path(workdir).expanduser().absolute()
     _keep_compiled_programs(cfg.get("compilation_cache", ""))
     if cfg.get("match_wall", ""):
