@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from glmv_jax.aot.costs import Schedule, Transfer, flops_of
 from glmv_jax.aot.hlo import Array, Computation, Op
-from glmv_jax.aot.scopes import part
+from glmv_jax.parallel.scopes import part
 
 _SCORES = 32 << 20  # bytes from which a matrix of attention scores is worth a word
 _PAYLOAD = 1 << 20  # bytes from which a transfer is

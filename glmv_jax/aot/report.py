@@ -23,8 +23,8 @@ import jax
 
 from glmv_jax.aot import costs, hazards, hlo
 from glmv_jax.aot.program import Compiled, Program
-from glmv_jax.aot.scopes import part
 from glmv_jax.aot.topology import Topology
+from glmv_jax.parallel.scopes import part
 
 NOTE = "compiler estimates, nothing was run; they compare variants, and a difference under a quarter means little"
 SHOWN = 12  # of the largest tensors, copies and parts

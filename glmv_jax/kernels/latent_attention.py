@@ -63,6 +63,7 @@ class Looked(NamedTuple):
 # --- one pass ---------------------------------------------------------------------------------------------------------
 
 
+@jax.named_scope("core")
 def latent_attention(
     heads: Heads, latents: Latents, query: Span, key: Span, index: Index | None = None,
     selection: Selection | None = None, top_k: int = 0, with_loss: bool = False, block: int = 512,

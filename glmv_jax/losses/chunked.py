@@ -30,6 +30,7 @@ class HeadLoss(NamedTuple):
     said_BT: jax.Array
 
 
+@jax.named_scope("head")
 def head_loss(
     hidden_BTD: jax.Array,
     head_DV: jax.Array,
@@ -58,6 +59,7 @@ def head_loss(
     return HeadLoss(total, jax.lax.stop_gradient(cut.back(nll)), cut.back(said))
 
 
+@jax.named_scope("head")
 def head_logprobs(
     hidden_BTD: jax.Array, head_DV: jax.Array, targets_BT: jax.Array, *, temperature: float = 1.0, chunk: int = CHUNK
 ) -> tuple[jax.Array, jax.Array]:

@@ -67,6 +67,7 @@ def accuracy(logits_BTV: jax.Array, targets_BT: jax.Array, weight_BT: jax.Array)
     return divide((weight_BT * correct_BT).sum(), weight_BT.sum())
 
 
+@jax.named_scope("loss")
 def per_source(
     value_BT: jax.Array, weight_BT: jax.Array, source_BT: jax.Array, sources: int
 ) -> tuple[jax.Array, jax.Array]:

@@ -25,6 +25,7 @@ def init_stats(channels: int) -> Params:
     }
 
 
+@jax.named_scope("teacher")
 def update_stats(
     stats: Params, features: jax.Array, mask: jax.Array | None = None, momentum: float | None = None
 ) -> Params:
@@ -61,11 +62,13 @@ def update_stats(
     return jax.tree.map(lambda old, fresh: jnp.where(seen > 0, fresh, old), stats, new)
 
 
+@jax.named_scope("teacher")
 def standardise(features: jax.Array, stats: Params, eps: float = 1e-3) -> jax.Array:
     """(features - mean) / sqrt(var + eps^2) per channel, [..., C] float32; a channel that never varies becomes 0."""
     return (features.astype(jnp.float32) - stats["mean"]) * jax.lax.rsqrt(stats["var"] + eps**2)
 
 
+@jax.named_scope("loss")
 def distill_loss(
     predicted: Mapping[str, jax.Array],
     target: Mapping[str, jax.Array],

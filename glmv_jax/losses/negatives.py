@@ -200,6 +200,7 @@ def _ring(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int]) -
 
     size = len(order)
 
+    @jax.named_scope("ring")
     def shift(rows: _Rows, by: int) -> _Rows:
         perm = [(order[i], order[(i + by) % size]) for i in range(size)]
         return jax.tree.map(lambda leaf: jax.lax.ppermute(leaf, axes, perm), rows)
@@ -230,7 +231,11 @@ def _gather(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int])
     pieces = next(p for p in range(1, n + 1) if fits(p))
     parts = jax.tree.map(lambda x: x.reshape(pieces, x.shape[0] // pieces, *x.shape[1:]), own)
     part = lambda i: jax.tree.map(lambda x: x[i], parts)  # noqa: E731
-    everyone = lambda rows: jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), rows)  # noqa: E731
+
+    @jax.named_scope("ring")
+    def everyone(rows):
+        return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), rows)
+
     here = everyone(part(0))
     if pieces == 1:
         return meet(here)

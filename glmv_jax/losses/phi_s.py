@@ -99,6 +99,7 @@ def fit(moments: Moments) -> dict[str, np.ndarray]:
     return {"mean": moments.mean.astype(np.float32), "turn": turn.astype(np.float32)}
 
 
+@jax.named_scope("teacher")
 def apply(features: jax.Array, fitted: Params) -> jax.Array:
     """[..., C] -> [..., C] float32."""
     away = features.astype(jnp.float32) - fitted["mean"]

@@ -107,6 +107,7 @@ def aggregate(
     return divide(sum_B.sum(), denominator)
 
 
+@jax.named_scope("policy")
 def policy_loss(
     logprob_BT: jax.Array,
     old_logprob_BT: jax.Array,

@@ -30,6 +30,7 @@ class Targets(NamedTuple):
     cut: jax.Array
 
 
+@jax.named_scope("loss")
 def select(tokens_BT: jax.Array, segments_BT: jax.Array, loss_weight_BT: jax.Array, count: int) -> Targets:
     """The first `count` tokens of each row with a weight, in order."""
     weight_BT = loss_weight_BT.astype(jnp.float32)
@@ -50,6 +51,7 @@ def weights(targets: Targets, segments_BT: jax.Array, ahead: int) -> jax.Array:
     return targets.weight_BJ * (same_BJ & (targets.segments_BJ > 0))
 
 
+@jax.named_scope("loss")
 def predictors(
     targets: Targets, hidden_BTD: jax.Array, segments_BT: jax.Array, ahead: int
 ) -> tuple[jax.Array, jax.Array]:

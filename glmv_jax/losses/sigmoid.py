@@ -16,6 +16,7 @@ from glmv_jax.losses import negatives as negatives_lib
 from glmv_jax.losses.cross_entropy import divide
 
 
+@jax.named_scope("sigmoid")
 def sigmoid_loss(
     image_BE: jax.Array,
     text_BNE: jax.Array,

@@ -101,22 +101,26 @@ class Attention(nn.Module):
         def project(name: str, n: int, axis: str) -> jax.Array:
             return Linear(n * c.k, ("embed", axis), name in c.biases, c.dtype, name=name)(x_BTD).reshape(B, T, n, c.k)
 
-        q_BTHK = project("q", c.heads, "heads")
-        k_BTGK, v_BTGK = project("k", c.g, "kv_heads"), project("v", c.g, "kv_heads")
-        if c.qk_norm:
-            q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
-            k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
-        q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
-        if cache is None:
-            out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
-        else:
-            shared = cache.get("prompt")
-            cache = {"k": write(cache["k"], k_BTGK, query.slots), "v": write(cache["v"], v_BTGK, query.slots)}
-            out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
-        out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
-        return out(out_BTHK.reshape(B, T, -1)), cache
+        with jax.named_scope("qkv"):
+            q_BTHK = project("q", c.heads, "heads")
+            k_BTGK, v_BTGK = project("k", c.g, "kv_heads"), project("v", c.g, "kv_heads")
+            if c.qk_norm:
+                q_BTHK = RMSNorm("head_dim", c.norm_eps, name="q_norm")(q_BTHK)
+                k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
+            q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
+        with jax.named_scope("core"):
+            if cache is None:
+                out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
+            else:
+                shared = cache.get("prompt")
+                cache = {"k": write(cache["k"], k_BTGK, query.slots), "v": write(cache["v"], v_BTGK, query.slots)}
+                out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
+        with jax.named_scope("out"):
+            out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
+            return out(out_BTHK.reshape(B, T, -1)), cache
 
 
+@jax.named_scope("attention")
 def probed(module: nn.Module, x_BTD: jax.Array, key: Span, heads: int, dtype: str) -> jax.Array:
     """[B, D]: what one learned query finds in each row's segment 1. Parameters "probe", "q", "k", "v", "o" of `module`;
     call it inside a compact one."""

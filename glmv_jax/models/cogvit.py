@@ -73,8 +73,9 @@ class CogViT(nn.Module):
         """Patch features [B, P, D] after the final norm. Where mask_BP is true the patch's embedding is replaced by
         mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
         c = self.cfg
-        patches = normalised(vision.patches, c.channels, c.temporal_patch)
-        x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
+        with jax.named_scope("patch_embed"):
+            patches = normalised(vision.patches, c.channels, c.temporal_patch)
+            x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
         if mask_BP is not None:
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
         x_BPD = constrain(self.placed(x_BPD, vision), "batch", "length", "activation")
@@ -152,6 +153,7 @@ def apply(
     return cfg.module().apply({"params": params}, vision, mask_BP, mask_token_D)
 
 
+@jax.named_scope("projector")
 def merge(cfg: MergerConfig, params: dict, x_BPD: jax.Array) -> jax.Array:
     """Visual tokens [B, P / 4, width] from patch features; see Merger."""
     return Merger(cfg).apply({"params": params}, x_BPD)

@@ -168,6 +168,7 @@ def shared_prompts(layers: dict, length_B: jax.Array) -> Shared:
     return as_prompt(layers, jnp.broadcast_to(jnp.arange(slots) < length_B[:, None], (L, len(length_B), slots)))
 
 
+@jax.named_scope("embed")
 def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:
     """Rows of the embedding table [B, T, D], float32."""
     return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0)
@@ -183,6 +184,7 @@ def head(cfg: Any, params: dict) -> jax.Array:
     return params["embed"]["embedding"].T if cfg.tied else params["head"]
 
 
+@jax.named_scope("head")
 def logits(cfg: Any, params: dict, hidden_BTD: jax.Array) -> jax.Array:
     """[B, T, V] float32 from hidden states after a norm (the final one, or the MTP head's own)."""
     if "head_VD" in params:  # see `vlm.layers_apart`

@@ -91,10 +91,12 @@ def apply(x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = Fals
 
     def local(x, chosen, experts):
         split = _split(axis, mesh.shape[axis], chosen, experts, free) if axis else None
-        gate, up = (_gathered(w, entry_axes(at.gate[1]), x.dtype) for w in experts[:2])
-        down = _gathered(experts.down, shared[len(parts) :], x.dtype)
+        with jax.named_scope("dispatch"):
+            gate, up = (_gathered(w, entry_axes(at.gate[1]), x.dtype) for w in experts[:2])
+            down = _gathered(experts.down, shared[len(parts) :], x.dtype)
         out, load = _own(x, chosen, Experts(gate, up, down), split, dense)
-        out = jax.lax.psum(out, parts) if parts else out
+        with jax.named_scope("combine"):
+            out = jax.lax.psum(out, parts) if parts else out
         spread = tuple(axis for entry in rows for axis in entry_axes(entry))
         return out, jax.lax.psum(load, spread) if spread else load
 
@@ -126,21 +128,24 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, dense: bo
     """Of this device's tokens. Rows of invalid ones come last and belong to none."""
     D, k = x_BTD.shape[-1], chosen.expert.shape[-1]
     E = len(experts.gate) * (split.devices if split else 1)
-    expert_R = jnp.where(chosen.valid[..., None], chosen.expert, E).reshape(-1)
-    order_R = jnp.argsort(expert_R, stable=True)
-    back_R = jnp.argsort(order_R)
-    sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
-    x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
+    with jax.named_scope("dispatch"):
+        expert_R = jnp.where(chosen.valid[..., None], chosen.expert, E).reshape(-1)
+        order_R = jnp.argsort(expert_R, stable=True)
+        back_R = jnp.argsort(order_R)
+        sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
+        x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
     if split is None:
         y_RD = _mlp(dense, 0, x_RD, experts, sizes_E)
     else:
         sizes_SE = jax.lax.all_gather(sizes_E, split.axis)
         y_RD = _sent(split, dense, x_RD, experts, sizes_SE)
-    y_NAD = _permute(y_RD, back_R, order_R).reshape(-1, k, D)
-    out_ND = jnp.einsum("nad,na->nd", y_NAD, chosen.weight.reshape(-1, k).astype(y_NAD.dtype))
+    with jax.named_scope("combine"):
+        y_NAD = _permute(y_RD, back_R, order_R).reshape(-1, k, D)
+        out_ND = jnp.einsum("nad,na->nd", y_NAD, chosen.weight.reshape(-1, k).astype(y_NAD.dtype))
     return out_ND.reshape(x_BTD.shape), jax.lax.stop_gradient(sizes_E.astype(jnp.float32))
 
 
+@jax.named_scope("products")
 def _mlp(dense: bool, expected: int, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array) -> jax.Array:
     product = plain if dense else functools.partial(grouped_matmul, expected=expected)
     hidden_RF = jax.nn.silu(product(x_RD, experts.gate, sizes_E)) * product(x_RD, experts.up, sizes_E)
@@ -190,11 +195,13 @@ def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> A
 
 def _window(split: Split, dense: bool, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:
     """[R, D]: as `_sent`, for the rows that are in window n of their experts' device; the others are zero."""
-    there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
     R = len(x_RD)
-    x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most)
+    with jax.named_scope("dispatch"):
+        there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
+        x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most)
     y_CD = _mlp(dense, R, x_CD, experts, mine_E)
-    return exchange(y_CD, back, there, split.axis, R, split.most)
+    with jax.named_scope("combine"):
+        return exchange(y_CD, back, there, split.axis, R, split.most)
 
 
 def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices, Slices, jax.Array]:

@@ -31,12 +31,13 @@ class LatentAttention(nn.Module):
         def linear(name: str, n: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
             return Linear(n, axes, False, c.dtype, name=name)(x)
 
-        q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
-        q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("from_latent", "heads"), q_BTQ)
-        q_BTHN, r_BTHR = jnp.split(q_BTM.reshape(B, T, c.heads, -1), [c.nope_dim], axis=-1)
-        kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
-        c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
-        new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
+        with jax.named_scope("qkv"):
+            q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
+            q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("from_latent", "heads"), q_BTQ)
+            q_BTHN, r_BTHR = jnp.split(q_BTM.reshape(B, T, c.heads, -1), [c.nope_dim], axis=-1)
+            kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
+            c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
+            new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
         uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("from_latent", "heads"))
         uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("from_latent", "heads"))
         up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
@@ -57,7 +58,8 @@ class LatentAttention(nn.Module):
         if learns:
             weight_BT = (query.segments > 0).astype(jnp.float32)
             aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
-        out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
+        with jax.named_scope("out"):
+            out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
         return out_BTD, None if cache is None else new, looked.selection, aux
 
 

@@ -106,6 +106,7 @@ class MoE(nn.Module):
 fan_in_expert = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal", in_axis=1, out_axis=2, batch_axis=0)
 
 
+@jax.named_scope("router")
 def balance(cfg: MoEConfig, routing: Routing, valid_BT: jax.Array) -> jax.Array:
     """Mean over rows of sum_e f_e P_e: f_e the share of tokens that chose e times E / k, P_e the mean normalised score.
 

@@ -80,7 +80,8 @@ class SiglipVision(nn.Module):
         c = self.cfg
         x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(vision.patches)
         table_ND = Embedding(c.table**2, c.width, "position", name="position")()
-        x_BPD = x_BPD + resized_table(table_ND, vision.yx, grid(vision.yx, vision.frame)).astype(x_BPD.dtype)
+        with jax.named_scope("patch_embed"):
+            x_BPD = x_BPD + resized_table(table_ND, vision.yx, grid(vision.yx, vision.frame)).astype(x_BPD.dtype)
         span = Span((vision.frame > 0).astype(jnp.int32), in_order=IN_ORDER)
         x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, None, span, span)
         x_BPD = LayerNorm(c.norm_eps, name="norm")(x_BPD)
@@ -136,7 +137,8 @@ class SiglipText(nn.Module):
         tokens = tokens_BT.reshape(-1, c.length)
         table_VD = Embedding(c.vocab, c.width, name="embed")()
         position_TD = Embedding(c.length, c.width, "position", name="position")()
-        x = (jnp.take(table_VD, tokens, axis=0) + position_TD).astype(c.dtype)
+        with jax.named_scope("embed"):
+            x = (jnp.take(table_VD, tokens, axis=0) + position_TD).astype(c.dtype)
         span = Span(jnp.ones_like(tokens))
         x, *_ = stack(c.block, c.depth, c.remat, x, None, span, span)
         return LayerNorm(c.norm_eps, name="norm")(x).reshape(*tokens_BT.shape, c.width)

@@ -69,7 +69,8 @@ class TextTower(nn.Module):
             raise ValueError(f"rows of {tokens_BT.shape[1]} tokens, but the text tower has {c.length} positions")
         table_VD = Embedding(c.vocab, c.width, name="embed")()
         position_TD = Embedding(c.length, c.width, "position", name="position")()
-        x_BTD = jnp.take(table_VD, tokens_BT, axis=0) + jnp.take(position_TD, _within(segments_BT), axis=0)
+        with jax.named_scope("embed"):
+            x_BTD = jnp.take(table_VD, tokens_BT, axis=0) + jnp.take(position_TD, _within(segments_BT), axis=0)
         span = Span(segments_BT)
         x_BTD, *_ = stack(c.block, c.depth, c.remat, x_BTD.astype(c.dtype), None, span, span)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BTD)

@@ -71,6 +71,7 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Ar
     return constrain(visual_BMD, "batch", "length", "activation")
 
 
+@jax.named_scope("embed")
 def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: TokenInput) -> jax.Array:
     """Inputs of the backbone [B, T, D]: table rows, with visual token image_row[b, t] of row b where that is >= 0.
 
@@ -136,6 +137,7 @@ def logits(cfg: VLMConfig, params: Params, hidden_BTD: jax.Array) -> jax.Array:
     return decoder.logits(cfg.decoder, params["decoder"], hidden_BTD)
 
 
+@jax.named_scope("mtp")
 def mtp_hidden(
     cfg: VLMConfig, params: Params, out: VLMOutput, tokens: TokenInput
 ) -> tuple[list[jax.Array], list[dict[str, jax.Array]]]:

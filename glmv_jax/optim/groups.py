@@ -85,16 +85,16 @@ def build(
 
     where = None if shardings is None else flatten(shardings)
     transforms = {
-        label: _transform(cfg, *groups[int(label)], members[label], total_steps, where)
-        for label in members
-        if members[label]
+        label: _named(groups[int(label)][1]["kind"], _transform(cfg, *groups[int(label)], rows, total_steps, where))
+        for label, rows in members.items()
+        if rows
     }
     steps = [optax.partition(transforms, labels)]
     if cfg.get("clip", 0):
         # The norm is that of what will be applied: a frozen tower must not shrink everybody's update.
-        steps.insert(0, optax.masked(optax.clip_by_global_norm(cfg["clip"]), trainable(cfg, params)))
+        steps.insert(0, _named("clip", optax.masked(optax.clip_by_global_norm(cfg["clip"]), trainable(cfg, params))))
     if cfg.get("ema", 0):
-        steps.append(optax.masked(average_params(cfg["ema"]), trainable(cfg, params)))
+        steps.append(_named("ema", optax.masked(average_params(cfg["ema"]), trainable(cfg, params))))
     return optax.chain(*steps)
 
 
@@ -165,6 +165,11 @@ def _labels(cfg: Any, groups: list[tuple[str, dict[str, Any]]], params: Params) 
         )
         raise UserError(f"optim.groups: {regex!r} matches no parameter; {hint}")
     return jax.tree.unflatten(jax.tree.structure(params), [first[path] for path in paths])
+
+
+def _named(name: str, transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The same, its operations under a name of `parallel.scopes`."""
+    return optax.GradientTransformation(transform.init, jax.named_scope(name)(transform.update))
 
 
 def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.GradientTransformation:

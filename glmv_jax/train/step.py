@@ -79,6 +79,11 @@ class TrainStep:
         found = [program.memory_analysis() for program in self._compiled.values()]
         return max((_bytes(m) for m in found if m is not None), default=0)
 
+    @property
+    def texts(self) -> list[str]:
+        """The compiled steps as text, which says what each operation is of."""
+        return [program.as_text() for program in self._compiled.values()]
+
     def compile(self, state: TrainState, constants: Params, batch: Batch) -> None:
         """Compiles the step for batches like this one; RecompileError when that is one shape too many."""
         signature, allowed = _signature(batch), self.stage.shape_buckets
@@ -109,17 +114,18 @@ class TrainStep:
         if taken:
             raise ValueError(f"stage {self.stage.name} returns the metric {taken[0]}, which the step measures")
 
-        grad_norm = optax.tree.norm(grads)
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
-        new = TrainState(state.step + 1, params, opt_state, extra)
-        old = state._replace(step=state.step + 1)
-        state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
-        metrics = metrics | {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(state.params),
-            "skipped": 1.0 - finite.astype(jnp.float32),
-        }
+        with jax.named_scope("guard"):
+            grad_norm = optax.tree.norm(grads)
+            finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+            new = TrainState(state.step + 1, params, opt_state, extra)
+            old = state._replace(step=state.step + 1)
+            state = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            metrics = metrics | {
+                "loss": loss,
+                "grad_norm": grad_norm,
+                "param_norm": optax.tree.norm(state.params),
+                "skipped": 1.0 - finite.astype(jnp.float32),
+            }
         return state, metrics
 
     def _gradient(self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array):
@@ -163,7 +169,8 @@ class TrainStep:
             batch_i = batch | rows | {"whole": shared}
             (loss, (metrics, extra)), grads = gradient(moving, extra, batch_i, jax.random.fold_in(key, i))
             # Pinned to where the parameters are: a sum over devices is then no larger than a part of it.
-            total = [jax.lax.with_sharding_constraint(a + g, s) for a, g, s in zip(total, grads, where)]
+            with jax.named_scope("accumulate"):
+                total = [jax.lax.with_sharding_constraint(a + g, s) for a, g, s in zip(total, grads, where)]
             return (total, extra), (loss, metrics)
 
         zeros = [jax.lax.with_sharding_constraint(jnp.zeros_like(x), s) for x, s in zip(moving, where)]

@@ -173,7 +173,8 @@ class MIM(Stage):
         """[B, P, C] of one teacher, live or stored."""
         if self.cache is not None:
             return batch["features"][teacher.name].astype(jnp.float32)
-        return jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
+        with jax.named_scope("teacher"):
+            return jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
 
     def loss(self, params, constants, extra, batch, key):
         target, stats = {}, {}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from glmv_jax.aot.scopes import part
+from glmv_jax.parallel.scopes import part
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,12 @@ from glmv_jax.aot.scopes import part
         ("jit(_step)/jvp(jit(take_along_axis))/gather", "no name", "forward"),
         ("jit(_step)/update/shard_map/dot_general", "update", ""),
         ("jit(_step)/jvp(CogViT)/attention/reshape;blocks/mlp/reshape", "CogViT/attention", "forward"),
+        ("jit(_step)/jvp(Runs)/Runs.layers/while/body/blocks1/layer0/mlp/moe/experts/products/jit(_product)/while/dot",
+         "Runs/moe/experts/products", "forward"),
+        ("jit(_step)/transpose(jvp(mtp))/MTPLayer/block/attention/block.attention/qkv/q/dot_general",
+         "mtp/MTPLayer/attention/qkv", "backward"),
+        ("jit(_step)/jvp(Decoder)/cond/branch_1_fun/blocks_3/mlp/add", "Decoder/mlp", "forward"),
+        ("jit(_step)/(transpose(jvp(loss))/reduce_sum:transpose(jvp(head))/dot_general)", "loss", "backward"),
         ("", "no name", ""),
     ],
 )  # fmt: skip
