@@ -204,10 +204,9 @@ install() {
 
 run() {
   need_bucket
-  local workdir="${5:-}" experiment="${6:-}" python train
+  local workdir="${5:-}" experiment="${6:-}" train
   [[ -n "$workdir" && -n "$experiment" ]] || glmv_fail "run needs RUN and EXPERIMENT; see bash launch/tpu_vm.sh --help"
-  python='import sys, jax; jax.distributed.initialize(); from glmv_jax.cli import main; sys.exit(main(sys.argv[1:]))'
-  printf -v train '%q ' .venv/bin/python -c "$python" train --config "$experiment" --workdir "../runs/$workdir" "${@:7}"
+  printf -v train '%q ' .venv/bin/glmv train --config "$experiment" --workdir "../runs/$workdir" "${@:7}"
   # exec: the process that is remembered is the one that is told to stop.
   on all "(cd glmv_jax && exec nohup ${train}> ../train.log 2>&1 < /dev/null) & echo \$! > train.pid"
 }

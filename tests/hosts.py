@@ -8,17 +8,26 @@ import subprocess
 import sys
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        return free.getsockname()[1]
+
+
+def finished(commands: list[list[str]]) -> list[str]:
+    """What programs that run together print; all end well."""
+    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    started = [subprocess.Popen(command, **pipes) for command in commands]
+    shown = [process.communicate(timeout=240) for process in started]
+    for process, (_, errors) in zip(started, shown):
+        assert process.returncode == 0, errors[-3000:]
+    return [said for said, _ in shown]
+
+
 def together(program: str, folder: object) -> None:
     """Runs the function `module.function(host, port, folder)` for hosts 0 and 1. AssertionError with the end of what
     the first of them that failed had to say."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    module, _, function = program.rpartition(".")
+    port, (module, _, function) = free_port(), program.rpartition(".")
     code = f"from {module} import {function}; {function}({{}}, {port}, {str(folder)!r})"
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
-    argv = [[sys.executable, "-c", code.format(host)] for host in range(2)]
-    started = [subprocess.Popen(one, stderr=subprocess.PIPE, text=True, env=env) for one in argv]
-    for process in started:
-        _, shown = process.communicate(timeout=240)
-        assert process.returncode == 0, shown[-3000:]
+    finished([[sys.executable, "-c", code.format(host)] for host in range(2)])

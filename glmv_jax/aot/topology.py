@@ -1,8 +1,4 @@
-"""TPU slices by name, described to the compiler: no TPU is needed, libtpu is (`pip install 'glmv_jax[tpu]'`).
-
-Numbers of the chips: docs.cloud.google.com/tpu/docs (v5e, v5p, v6e, tpu7x). Clock = peak / FLOPs a cycle; the FLOPs a
-cycle of v6e and tpu7x are inferred from the compiler's estimates, not documented.
-"""
+"""TPU slices by name, described to the compiler: no TPU is needed, libtpu is (`pip install 'glmv_jax[tpu]'`)."""
 
 from __future__ import annotations
 
@@ -13,48 +9,8 @@ import math
 import os
 from typing import Any
 
+from glmv_jax.parallel.chips import CHIPS, Chip
 from glmv_jax.typing import UserError
-
-GIB = 1 << 30
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """What JAX calls a device; a tpu7x chip is two of them, and its numbers here are halved.
-
-    flops: bfloat16 a second. hbm: bytes. hbm_speed: bytes a second. ici: bytes a second of all links of a device, one
-    way; None where it is not published. cycle: FLOPs a cycle. axes: torus dimensions. largest: chips of a pod.
-    torus: a dimension that is a multiple of this closes to a ring (with `cubes` only if all of them are).
-    """
-
-    flops: float
-    hbm: int
-    hbm_speed: float
-    ici: float | None
-    cycle: int
-    axes: int
-    largest: tuple[int, ...]
-    torus: int
-    cubes: bool
-    per_chip: int = 1
-
-    @property
-    def clock(self) -> float:
-        """Hz."""
-        return self.flops / self.cycle
-
-    @property
-    def ici_axis(self) -> float | None:
-        """Bytes a second of the links along one torus dimension, one way."""
-        return None if self.ici is None else self.ici / self.axes
-
-
-CHIPS = {
-    "v5e": Chip(197e12, 16 * GIB, 819e9, 200e9, 131_072, 2, (16, 16), 16, False),
-    "v5p": Chip(459e12, 95 * GIB, 2765e9, 600e9, 262_144, 3, (16, 20, 28), 4, True),
-    "v6e": Chip(918e12, 32 * GIB, 1638e9, 400e9, 524_288, 2, (16, 16), 16, False),
-    "tpu7x": Chip(1153.5e12, 96 * GIB, 3690e9, None, 524_288, 3, (16, 24, 24), 4, True, per_chip=2),
-}
 
 
 @dataclasses.dataclass(frozen=True)

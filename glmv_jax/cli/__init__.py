@@ -111,6 +111,10 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"this command takes no config, so no --config.{overrides[0]}")
     args = parser.parse_args([command, *rest])
     args.overrides = overrides
+    if "coordinator" in args:
+        from glmv_jax.parallel import multihost
+
+        multihost.start(args.coordinator, args.processes, args.process, args.join_seconds)
     return args.function(args)
 
 

@@ -7,6 +7,7 @@ import os
 import sys
 
 from glmv_jax.cli.common import write_json
+from glmv_jax.parallel import multihost
 from glmv_jax.typing import UserError
 
 
@@ -90,6 +91,7 @@ def evaluate_options(sub: argparse.ArgumentParser) -> None:
     how.add_argument("--patches", type=int, metavar="N", help="of a picture at most (default: as in the run's config)")
     how.add_argument("--batch", type=int, metavar="N", help="rows at a time over all devices (default 256)")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="the report as JSON: to a file, or printed")
+    multihost.options(sub)
 
 
 def report(args: argparse.Namespace) -> int:

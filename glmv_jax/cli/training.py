@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 
 from glmv_jax.cli.common import config_options, read_config
+from glmv_jax.parallel import multihost
 from glmv_jax.typing import UserError
 
 
@@ -21,6 +23,9 @@ def train(args: argparse.Namespace) -> int:
 
     What follows the colon are the file's own arguments; --config.KEY=VALUE changes any value of the config
     (`glmv show-config` lists them). A misspelt name stops at once and names the nearest.
+
+    On the machines of a TPU slice, in GKE and under SLURM the same command on each of them is one run. --profile 10:14
+    writes a trace of those steps into the work directory, and says what they spent their time on.
     """
     from glmv_jax.train import workdir as folders
 
@@ -31,16 +36,18 @@ def train(args: argparse.Namespace) -> int:
         os.makedirs(workdir, exist_ok=True)
     except OSError as error:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); give another folder") from None
-    with folders.alone_in(workdir):
+    with folders.alone_in(workdir) if multihost.is_first() else contextlib.nullcontext():
         from glmv_jax.train import main as train_main
 
-        train_main.run(cfg, workdir)
+        train_main.run(cfg, workdir, args.profile)
     return 0
 
 
 def train_options(sub: argparse.ArgumentParser) -> None:
     config_options(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
+    sub.add_argument("--profile", metavar="FIRST:LAST", help="steps to trace, both of them included")
+    multihost.options(sub)
 
 
 def sweep(args: argparse.Namespace) -> int:

@@ -4,7 +4,8 @@
                 meta.json       stage, versions, devices, host, params
                 metrics.jsonl   {"step", "wall", "kind": "train" | "eval", "<name>": float, ...} a line
                 results.json    {"metrics": {"<name>": {"untrained", "trained", "chance", "note"}}, "seconds", "flops",
-                                "samples", "tokens"}: written last, so its presence says that the stage is finished
+                                "samples", "tokens", "goodput": {"goodput", "seconds": {part: seconds}, "attempts"}}:
+                                written last, so its presence says that the stage is finished
                 samples/        samples.jsonl and the pictures that it names
 
 A stage that has not run, is half done, or was cut off in the middle of a line is shown as far as it got.

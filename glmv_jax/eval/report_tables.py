@@ -7,6 +7,7 @@ evaluation with shuffled images, with a grey image and with drawn answers is `ac
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import math
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from glmv_jax.eval.report_run import StageRun
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
 _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
 _CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
+_PROGRESS = ("steps", "rollouts")  # parts of a run's time that goodput counts
 # Columns that say what can be had without looking: (kind of accuracy, field of its result).
 _UNSEEN = {
     "shuffled images": ("accuracy_shuffled", "trained"),
@@ -89,15 +91,26 @@ def share_table(stages: dict[str, StageRun]) -> Table:
             Cell(duration(spent) if spent else run.status, "" if spent else "quiet"),
             Cell(share(spent, seconds)), Cell(quantity(mine)), Cell(share(mine, flops)),
             Cell(quantity(mine / spent if mine and spent else None)),
+            Cell(share(run.results.get("goodput", {}).get("goodput"), 1.0)),
             Cell(quantity(run.results.get("samples"))), Cell(quantity(run.results.get("tokens"))),
             Cell(quantity(run.meta.get("params"))),
         ])  # fmt: skip
-    plain = [Cell("") for _ in range(4)]
+    plain = [Cell("") for _ in range(5)]
     rows.append(
         [Cell("all", "head"), Cell(duration(seconds)), Cell(""), Cell(quantity(flops or None)), Cell(""), *plain]
     )
-    header = ["stage", "time", "share", "FLOPs", "share", "FLOP/s", "samples", "tokens", "params"]
-    return Table("Time and arithmetic", header, rows)
+    header = ["stage", "time", "share", "FLOPs", "share", "FLOP/s", "goodput", "samples", "tokens", "params"]
+    return Table("Time and arithmetic", header, rows, _lost_time(stages))
+
+
+def _lost_time(stages: dict[str, StageRun]) -> str:
+    """What goodput is, and where the rest of the time of all stages went, the largest parts first."""
+    total: collections.Counter[str] = collections.Counter()
+    for run in stages.values():
+        total.update(run.results.get("goodput", {}).get("seconds", {}))
+    spent = sum(total.values())
+    rest = ", ".join(f"{part} {share(x, spent)}" for part, x in total.most_common() if part not in _PROGRESS)
+    return f"Goodput: the share of the time in training steps and rollouts; the rest: {rest}." if rest else ""
 
 
 def rl_tables(stages: dict[str, StageRun]) -> list[Table]:

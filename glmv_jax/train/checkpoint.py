@@ -21,6 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from glmv_jax.config import ConfigDict, unflat
+from glmv_jax.parallel import multihost
 from glmv_jax.train.disk import SUMS, damage, disk_errors, seal, size_text
 from glmv_jax.train.state import TrainState
 from glmv_jax.trees import flatten, inside, nest, replaced
@@ -156,9 +157,11 @@ class Checkpoints:
     def _set_aside(self, step: int) -> None:
         target = self.folder.parent / "unreadable" / str(step)
         with disk_errors(target):
-            target.parent.mkdir(exist_ok=True)
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(self.folder / str(step), target)
+            if multihost.is_first():
+                target.parent.mkdir(exist_ok=True)
+                shutil.rmtree(target, ignore_errors=True)
+                os.replace(self.folder / str(step), target)
+            multihost.agreed(True)  # nobody looks before it is gone
             self._manager.close()
             self._manager = self._open()
 

@@ -22,17 +22,23 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import jax
+from jax.profiler import StepTraceAnnotation, TraceAnnotation
 
 from glmv_jax import optim
+from glmv_jax.parallel import chips, multihost
 from glmv_jax.train import checkpoint, metrics, weights
+from glmv_jax.train import goodput as goodput_lib
+from glmv_jax.train import profile as profile_lib
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.disk import write_json
 from glmv_jax.train.signals import Interrupted, Signals
@@ -61,8 +67,11 @@ class Totals:
         self.flops += flops
 
 
-def train(stage: Stage, workdir: Path) -> dict[str, Any]:
+def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str, Any]:
     """Trains one stage in `workdir`, from where it stopped if it had begun, and returns what results.json holds.
+
+    profiled: steps to trace, as `profile.Profile` has them. Of several processes the first one writes what is not a
+    checkpoint.
 
     Raises: UserError for what a person can mend, and Interrupted (exit code 130) after SIGINT or SIGTERM, when a
       checkpoint has been written.
@@ -70,12 +79,13 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
     # ------------------------------------------------------------------------------------------------------------------
     # Where everything lives. Shapes first: nothing is allocated before we know that the config makes sense.
     # ------------------------------------------------------------------------------------------------------------------
-    began_at = time.monotonic()
+    began_at, first = time.monotonic(), multihost.is_first()
+    goodput = goodput_lib.Goodput(workdir / "goodput.jsonl", writes=first)
     cfg = stage.cfg
     total, max_seconds = cfg.steps, cfg.get("max_seconds", 0)
     log_every, eval_every, save_every = cfg.get("log_every", 10), cfg.get("eval_every", 0), cfg.get("save_every", 100)
     wait = "rollouts" if stage.on_policy else "data wait"
-    progress = metrics.Progress(workdir.name, total, headline=stage.headline, wait=wait)
+    progress = metrics.Progress(workdir.name, total, headline=stage.headline, wait=wait, quiet=not first)
 
     placement, optimizer, trainable = prepare(stage)
     train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
@@ -98,11 +108,13 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         state, host, step, totals = _initial_state(stage, optimizer, placement), None, 0, Totals()
         progress.say(f"{_count(state.params)} parameters, {total} steps{_origin(cfg)}")
     checkpoints.check_space(state)
+    profile = profile_lib.Profile(profiled, workdir / "profile", step, total)
     constants = jax.device_put(stage.constants(), placement.constants)
     state = state._replace(extra=stage.begin(placement, constants, state.extra, fresh=restored is None))
     for shapes in map(placement.batch_shapes, stage.batch_shapes()):
         progress.say(f"compiling the step for {_shapes(shapes)}")
-        train_step.compile(state, constants, shapes)
+        with goodput.spent_on("compile"):
+            train_step.compile(state, constants, shapes)
     data = stage.train_data()
     if host is not None:
         data.set_state(host["data"])
@@ -110,10 +122,12 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
     # From here on the folder says "not finished", also when it had been and the config now asks for more steps.
     results_file, untrained_file = workdir / "results.json", workdir / "untrained.json"
     results_file.unlink(missing_ok=True)
-    log = metrics.MetricsLog(workdir, step if untrained_file.exists() else -1, final_step=total)
+    evaluated_before = untrained_file.exists()
+    log = metrics.MetricsLog(workdir, step if evaluated_before else -1, final_step=total, writes=first)
     clock = _Clock(began_at, max(totals.seconds, log.wall))
-    recorder = metrics.StepRecorder(log, progress, clock, log_every, totals.skipped)
-    signals = Signals(progress.say)
+    peak = chips.peak(placement.mesh.devices.flat)
+    recorder = metrics.StepRecorder(log, progress, clock, log_every, totals.skipped, peak)
+    signals = Signals(progress.say, interrupts=jax.process_count() == 1)
     saved_step = None if restored is None else step
 
     def save() -> None:
@@ -121,19 +135,32 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         nonlocal saved_step
         recorder.flush()
         totals.seconds, totals.skipped = clock(), recorder.skipped
-        checkpoints.save(step, state, {"data": data.get_state(), "totals": dataclasses.asdict(totals)})
+        with goodput.spent_on("checkpoint"):
+            checkpoints.save(step, state, {"data": data.get_state(), "totals": dataclasses.asdict(totals)})
+        goodput.row(step)
         saved_step = step
+
+    def evaluate(*, full: bool) -> dict[str, float]:
+        with goodput.spent_on("evaluation"), signals.interruptible():
+            return stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=full)
+
+    def stopping() -> bool:
+        """Whether a signal asks for it. Several processes look at each other's now and then: all stop at one step."""
+        alone = jax.process_count() == 1
+        return signals.requested if alone else step % log_every == 0 and multihost.agreed(signals.requested)
 
     try:
         # --------------------------------------------------------------------------------------------------------------
         # The untrained evaluation. Written before the first step, so that a run that was resumed still has it.
         # --------------------------------------------------------------------------------------------------------------
-        if step == 0 and not untrained_file.exists():
+        goodput.row(step)  # this attempt goes on from here
+        if step == 0 and not multihost.agreed(evaluated_before):
             progress.say("evaluating before training")
-            with signals.interruptible():
-                numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=True)
+            numbers = evaluate(full=True)
             log.write(0, clock(), "eval", numbers)
-            write_json(untrained_file, numbers)
+            if first:
+                write_json(untrained_file, numbers)
+        goodput.turn("steps")
 
         # --------------------------------------------------------------------------------------------------------------
         # The loop. DO NOT CHANGE THE ORDER within a step:
@@ -147,19 +174,27 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         out_of_time = _is_over(totals, max_seconds)
         while step < total and not out_of_time:
             step_began = time.monotonic()
+            if profile.begins(step + 1):
+                recorder.flush()
+                progress.say(profile.start())
             if stage.on_policy:
                 recorder.flush()
             asked = time.monotonic()
-            batch, host_metrics = _next_batch(stage, data, state)
+            with goodput.spent_on("rollouts" if stage.on_policy else "data wait"), TraceAnnotation(wait):
+                batch, host_metrics = _next_batch(stage, data, state)
             waited = time.monotonic() - asked
+            if recorder.computing and not stage.on_policy:
+                goodput.move(waited, "data wait", "steps")  # the devices had work all the while
 
             placed = placement.batch(batch)
             if train_step.is_new(placed):
                 recorder.flush()
                 progress.say(f"compiling the step for {_shapes(batch)}")
-                train_step.compile(state, constants, placed)
+                with goodput.spent_on("compile"):
+                    train_step.compile(state, constants, placed)
                 recorder.meter.reset()
-            state, values = train_step(state, constants, placed)
+            with StepTraceAnnotation("train", step_num=step + 1):
+                state, values = train_step(state, constants, placed)
             step += 1
 
             counts, flops = _of_all_processes(stage.counts(batch), stage.flops(batch))
@@ -170,40 +205,52 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
                     f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "
                     f"set optim.clip, and delete {workdir}"
                 )
+            goodput.row(step, due=step % log_every == 0)
+            asked_to_stop = stopping()
             evaluates = eval_every and step % eval_every == 0 and step < total
-            saves = step % save_every == 0 or step == total or signals.requested
-            if evaluates or saves:
+            saves = step % save_every == 0 or step == total or asked_to_stop
+            if evaluates or saves or profile.ends(step):
                 recorder.flush()  # here, so that the time of the step is counted as the step's
             totals.train_seconds += time.monotonic() - step_began
-            out_of_time = _is_over(totals, max_seconds)
+            out_of_time = bool(max_seconds) and multihost.agreed(_is_over(totals, max_seconds))
             if max_seconds:
                 progress.seconds_left = max_seconds - totals.train_seconds
 
+            if profile.ends(step):
+                for line in profile.stop(train_step.texts):
+                    progress.say(line)
+                recorder.meter.reset()
+
             if evaluates:
-                with signals.interruptible():
-                    numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=False)
+                numbers = evaluate(full=False)
                 log.write(step, clock(), "eval", numbers)
                 recorder.meter.reset()
 
-            if saves or out_of_time or signals.requested:
+            if saves or out_of_time:
                 save()
                 recorder.meter.reset()
-            if signals.requested:
+            if asked_to_stop:
                 raise Interrupted
 
         # --------------------------------------------------------------------------------------------------------------
         # The final evaluation and the results. Written last: results.json says that the stage is finished.
         # --------------------------------------------------------------------------------------------------------------
-        checkpoints.wait()
+        with goodput.spent_on("checkpoint"):
+            checkpoints.wait()
         progress.close()
         progress.say("evaluating after training")
-        with signals.interruptible():
-            numbers = stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=True)
-            _write_samples(stage, state, workdir / "samples")
+        numbers = evaluate(full=True)
+        with goodput.spent_on("evaluation"), signals.interruptible():
+            _write_samples(stage, state, workdir / "samples", first)
         log.write(step, clock(), "eval", numbers)
         totals.seconds = clock()
-        results = _results(stage, untrained_file, numbers, step, totals) | {"step_memory": train_step.memory}
-        write_json(results_file, results)
+        goodput.row(step)
+        found = goodput.summary()
+        progress.say(goodput_lib.line(found))
+        results = _results(stage, untrained_file, numbers, step, totals)
+        results |= {"step_memory": train_step.memory, "goodput": found}
+        if first:
+            write_json(results_file, results)
         return results
     except Interrupted:
         if saved_step != step:
@@ -213,7 +260,8 @@ def train(stage: Stage, workdir: Path) -> dict[str, Any]:
         raise
     finally:
         with contextlib.ExitStack() as leaving:  # all of them, also when one fails on a full disk
-            for close in (checkpoints.close, data.close, log.close, progress.close, signals.restore):
+            ends = (checkpoints, data, log, progress, profile)
+            for close in (*(part.close for part in ends), signals.restore, functools.partial(goodput.row, step)):
                 leaving.callback(close)
 
 
@@ -298,7 +346,10 @@ def _results(stage: Stage, untrained: Path, trained: dict[str, float], step: int
     return {"metrics": rows, "step": step, **dataclasses.asdict(totals)}
 
 
-def _write_samples(stage: Stage, state: state_lib.TrainState, folder: Path) -> None:
+def _write_samples(stage: Stage, state: state_lib.TrainState, folder: Path, writes: bool) -> None:
+    if not writes:  # a process that takes part in making them
+        with tempfile.TemporaryDirectory() as elsewhere:
+            return stage.write_samples(state_lib.evaluated(stage.cfg, state), state.extra, Path(elsewhere))
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not get to its results
     os.makedirs(folder)
     stage.write_samples(state_lib.evaluated(stage.cfg, state), state.extra, folder)

@@ -37,11 +37,12 @@ STAGES = {
 }
 
 
-def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
+def run(cfg: Any, workdir: str | Path, profile: str | None = None) -> dict[str, Any]:
     """Trains `cfg.stage` in `workdir` (made when missing; resumed when begun) and returns what results.json holds.
 
     With `cfg.match_wall`, the workdir of a finished run, max_seconds is what the steps of that run took.
     Compiled programs are kept in `cfg.compilation_cache` ("" for nowhere), so a resumed run does not compile again.
+    profile: steps to trace, see `train.profile`.
 
     Raises: UserError, and loop's Interrupted.
     """
@@ -57,7 +58,7 @@ def run(cfg: Any, workdir: str | Path) -> dict[str, Any]:
     with disk_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
     _write_records(stage, workdir)
-    return loop.train(stage, workdir)
+    return loop.train(stage, workdir, profile)
 
 
 def _train_seconds(run_dir: str) -> float:

@@ -49,14 +49,17 @@ class MetricsLog:
       step: the step the run resumes from; later rows are of a future that will happen again, and are removed. -1
         removes all.
       final_step: evaluations at this step are removed too: the last evaluation is repeated when it did not end.
+      writes: False in a process whose rows another one writes: it reads and touches nothing.
 
     Attributes: wall: seconds the run had taken by the last row there was, removed ones included.
     """
 
-    def __init__(self, workdir: Path, step: int, final_step: int) -> None:
-        self.path = workdir / "metrics.jsonl"
+    def __init__(self, workdir: Path, step: int, final_step: int, *, writes: bool = True) -> None:
+        self.path, self._writes = workdir / "metrics.jsonl", writes
         rows = read_jsonl(self.path)
         self.wall = max((float(row.get("wall") or 0.0) for row in rows), default=0.0)
+        if not writes:
+            return
         kept = [r for r in rows if r["step"] <= step and not (r["step"] == final_step and r.get("kind") == "eval")]
         with disk_errors(self.path):
             part = self.path.with_name("metrics.jsonl.part")
@@ -67,6 +70,8 @@ class MetricsLog:
 
     def write(self, step: int, wall: float, kind: str, values: dict[str, float]) -> None:
         """One row, on disk when this returns. JSON has no nan: a number that is not finite becomes null."""
+        if not self._writes:
+            return
         row = {"step": step, "wall": round(wall, 3), "kind": kind}
         row |= {name: value if math.isfinite(value) else None for name, value in values.items()}
         with disk_errors(self.path):
@@ -75,6 +80,8 @@ class MetricsLog:
             self._board.write(step, {f"{kind}/{name}": value for name, value in values.items()})
 
     def close(self) -> None:
+        if not self._writes:
+            return
         with disk_errors(self.path), contextlib.closing(self._file), contextlib.closing(self._board):
             pass
 
@@ -111,16 +118,17 @@ class StepRecorder:
     Reading a step's numbers waits for it; reading them when the next step has been started leaves no device idle.
     In a step that was not skipped nan is the mean of nothing, as of a source that is not in the batch: it is left out.
 
-    Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts.
+    Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts. peak: as for `Meter`.
     Attributes: meter: rates of the steps that are done. skipped, skipped_in_a_row: updates left out because the
       gradient was not finite.
     """
 
     def __init__(
-        self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int
-    ) -> None:
+        self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int,
+        peak: float = 0.0,
+    ) -> None:  # fmt: skip
         self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
-        self.meter = Meter()
+        self.meter = Meter(peak)
         self.skipped, self.skipped_in_a_row = skipped, 0
         self._pending: tuple[int, dict[str, Any], tuple] | None = None
 
@@ -132,13 +140,22 @@ class StepRecorder:
         self.flush()
         self._pending = (step, values, (waited, counts, flops))
 
+    @property
+    def computing(self) -> bool:
+        """Whether devices still work on the step that was started last. Waits for nothing."""
+        return self._pending is not None and not all(
+            x.is_ready() for x in self._pending[1].values() if isinstance(x, jax.Array)
+        )
+
     def flush(self) -> None:
         """Waits for the step under way, if there is one, and writes it."""
         if self._pending is None:
             return
         (step, values, work), self._pending = self._pending, None
+        asked = time.monotonic()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
-        self.meter.step(*work)  # only now is the step done: one that has merely been started took no time yet
+        # Only now is the step done: one that has merely been started took no time yet.
+        self.meter.step(*work, time.monotonic() - asked)
         rates = self.meter.rates()
         self.skipped += int(values["skipped"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0
@@ -150,49 +167,59 @@ class StepRecorder:
 
 
 class Meter:
-    """Rates over the last WINDOW steps, measured by the host's clock."""
+    """Rates over the last WINDOW steps, measured by the host's clock.
 
-    def __init__(self) -> None:
+    Args: peak: FLOPs a second of all devices together, 0.0 where that is not known.
+    """
+
+    def __init__(self, peak: float = 0.0) -> None:
+        self._peak = peak
         self.reset()
 
     def reset(self) -> None:
         """Forgets: called after a compilation, an evaluation or a save, which are not the speed of training."""
         self._steps = collections.deque(maxlen=WINDOW + 1)
-        self._steps.append((time.monotonic(), 0.0, 0, 0, 0.0))
+        self._steps.append((time.monotonic(), 0.0, 0, 0, 0.0, 0.0))
 
-    def step(self, waited: float, counts: dict[str, int], flops: float) -> None:
-        """A step is done; its batch took `waited` seconds to come."""
-        self._steps.append((time.monotonic(), waited, counts["samples"], counts["tokens"], flops))
+    def step(self, waited: float, counts: dict[str, int], flops: float, computed: float = 0.0) -> None:
+        """A step is done; its batch took `waited` seconds to come, and the host waited `computed` for the devices."""
+        self._steps.append((time.monotonic(), waited, counts["samples"], counts["tokens"], flops, computed))
 
     def rates(self) -> dict[str, float]:
-        """Steps, samples, tokens and flops per second, and the share of time the host spent on getting batches (the
-        devices may have been busy with a step meanwhile); {} before the first step."""
+        """Steps, samples, tokens and flops per second, what part of the peak these are ("flop_utilisation", where it is
+        known), and what the host did all the time: "data_wait" for batches, "time/compute" for devices to end a step,
+        and "time/host" the rest: starting steps, logging. Devices may be busy during all three; while compute is there
+        they never wait for the host. {} before the first step."""
         rows = list(self._steps)
         if len(rows) < 2:
             return {}
         seconds = max(rows[-1][0] - rows[0][0], 1e-9)
-        waited, samples, tokens, flops = (sum(column) for column in list(zip(*rows[1:], strict=True))[1:])
-        return {
+        waited, samples, tokens, flops, computed = (sum(column) for column in list(zip(*rows[1:], strict=True))[1:])
+        rates = {
             "steps_per_second": (len(rows) - 1) / seconds,
             "samples_per_second": samples / seconds,
             "tokens_per_second": tokens / seconds,
             "flops_per_second": flops / seconds,
             "data_wait": min(1.0, waited / seconds),
+            "time/compute": min(1.0, computed / seconds),
+            "time/host": max(0.0, 1.0 - (waited + computed) / seconds),
         }
+        return rates | ({"flop_utilisation": rates["flops_per_second"] / self._peak} if self._peak else {})
 
 
 class Progress:
     """One line a stage: live on a terminal, a plain one now and then elsewhere. Messages go above it.
 
-    headline: the metric that is shown. wait: what the time is called that batches take to come.
+    headline: the metric that is shown. wait: what the time is called that batches take to come. quiet: says nothing.
     """
 
     def __init__(
-        self, name: str, total: int, file: Any = None, *, headline: str = "loss", wait: str = "data wait"
-    ) -> None:
+        self, name: str, total: int, file: Any = None, *, headline: str = "loss", wait: str = "data wait",
+        quiet: bool = False,
+    ) -> None:  # fmt: skip
         self.name, self.total, self.headline, self.wait = name, total, headline, wait
         self.seconds_left = math.inf  # set by a run that has a time budget
-        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Live | None = None
         self._next = 0.0
 
@@ -228,17 +255,20 @@ def progress_line(
     name: str, step: int, total: int, shown: str, rates: dict[str, float], seconds_left: float = math.inf,
     wait: str = "data wait",
 ) -> str:  # fmt: skip
-    """e.g. `mim  120/800  15%  eta 3:20  loss 1.234  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%`."""
+    """e.g. `mim  120/800  15%  eta 3:20  loss 1.23  412 samples/s  26.4k tokens/s  48.1 TFLOP/s (10% of peak)
+    data wait 3%  host 2%`."""
     parts = [f"{name:<8} {step}/{total}", f"{100 * step // max(1, total)}%"]
     if rates:
         parts.append(f"eta {_clock(min(seconds_left, (total - step) / rates['steps_per_second']))}")
     parts.append(shown)
     if rates:
+        used = f" ({rates['flop_utilisation']:.0%} of peak)" if "flop_utilisation" in rates else ""
         parts += [
             f"{_number(rates['samples_per_second'])} samples/s",
             f"{_number(rates['tokens_per_second'])} tokens/s",
-            f"{_number(rates['flops_per_second'], ' ')}FLOP/s",
-            f"{wait} {100 * rates['data_wait']:.0f}%",
+            f"{_number(rates['flops_per_second'], ' ')}FLOP/s{used}",
+            f"{wait} {rates['data_wait']:.0%}",
+            f"host {rates['time/host']:.0%}",
         ]
     return "  ".join(parts)
 

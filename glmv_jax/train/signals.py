@@ -18,11 +18,12 @@ class Interrupted(SystemExit):
 class Signals:
     """From here to `restore`, the first SIGINT or SIGTERM only sets `requested`; a second one ends the process.
 
-    Within `interruptible()` the first one raises Interrupted at once: for long work that changes nothing.
+    Within `interruptible()` the first one raises Interrupted at once: for long work that changes nothing. Not so with
+    interrupts=False, for one of several processes, that would leave the others waiting.
     """
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.requested = False
+    def __init__(self, say: Callable[[str], None], *, interrupts: bool = True) -> None:
+        self.requested, self._interrupts = False, interrupts
         self._say, self._raise, self._before = say, False, {}
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread set handlers
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -45,9 +46,9 @@ class Signals:
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
         """A block that a signal may break off."""
-        if self.requested:
+        if self.requested and self._interrupts:
             raise Interrupted
-        self._raise = True
+        self._raise = self._interrupts
         try:
             yield
         finally:

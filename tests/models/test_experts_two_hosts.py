@@ -7,6 +7,7 @@ import json
 import jax
 import numpy as np
 
+from glmv_jax.parallel import multihost
 from tests.hosts import together
 
 SIZES, PRESET, ROUTING = {"fsdp": 2, "expert": 2}, "fsdp_expert", "skewed"
@@ -15,7 +16,7 @@ SIZES, PRESET, ROUTING = {"fsdp": 2, "expert": 2}, "fsdp_expert", "skewed"
 def one_host(host: int, port: int, folder: str) -> None:
     """The program of a process."""
     jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{port}", 2, host)
+    multihost.start(f"localhost:{port}", 2, host)
     from glmv_jax.parallel import rules as rules_lib
     from glmv_jax.parallel.mesh import make_mesh
     from tests.models import test_experts as lib

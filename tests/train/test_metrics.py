@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import io
 import json
 import math
 
 import pytest
 
+from glmv_jax.parallel import chips
 from glmv_jax.train import metrics
 
 
@@ -96,9 +98,10 @@ def test_rates_come_from_a_window(monkeypatch):
     assert meter.rates() == {}
     for _ in range(200):
         now[0] += 0.5
-        meter.step(0.1, {"samples": 4, "tokens": 10}, 1e6)
+        meter.step(0.1, {"samples": 4, "tokens": 10}, 1e6, 0.3)
     rates = meter.rates()
-    assert rates.pop("data_wait") == pytest.approx(0.2)
+    shares = [rates.pop(name) for name in ("data_wait", "time/compute", "time/host")]
+    assert shares == pytest.approx([0.2, 0.6, 0.2])
     assert rates == {
         "steps_per_second": 2, "samples_per_second": 8, "tokens_per_second": 20, "flops_per_second": 2e6
     }  # fmt: skip
@@ -107,6 +110,17 @@ def test_rates_come_from_a_window(monkeypatch):
     now[0] += 2.0
     meter.step(0.0, {"samples": 4, "tokens": 10}, 1e6)
     assert meter.rates()["steps_per_second"] == 0.5
+
+
+def test_use_of_the_peak_is_told_where_there_is_one():
+    meter = metrics.Meter(peak=1e20)
+    meter.step(0.0, {"samples": 1, "tokens": 1}, 1e6)
+    assert meter.rates()["flop_utilisation"] == pytest.approx(meter.rates()["flops_per_second"] / 1e20)
+    Device = collections.namedtuple("Device", "device_kind")
+    peaks = {"TPU v5 lite": 197e12, "TPU v5": 459e12, "TPU v6 lite": 918e12, "NVIDIA H100 80GB": 989e12, "cpu": 0.0}
+    for kind, peak in peaks.items():
+        assert chips.peak([Device(kind)] * 4) == 4 * peak
+    assert chips.peak([Device("TPU v5"), Device("cpu")]) == 0.0
 
 
 def test_rates_count_steps_that_are_done_not_started(tmp_path, monkeypatch):
@@ -120,21 +134,34 @@ def test_rates_count_steps_that_are_done_not_started(tmp_path, monkeypatch):
     recorder.flush()
     rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["samples_per_second"] for row in rows] == [2.0, 2.0]
+    assert [row["time/host"] for row in rows] == [1.0, 1.0]  # no device was waited for
     log.close()
 
 
 def test_progress_line():
     rates = {
         "steps_per_second": 2.0, "samples_per_second": 412.4, "tokens_per_second": 26_400.0,
-        "flops_per_second": 4.81e10, "data_wait": 0.034,
+        "flops_per_second": 4.81e10, "data_wait": 0.034, "time/host": 0.02,
     }  # fmt: skip
     assert metrics.progress_line("mim", 120, 800, "loss 1.235", rates) == (
-        "mim      120/800  15%  eta 5:40  loss 1.235  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%"
+        "mim      120/800  15%  eta 5:40  loss 1.235  412 samples/s  26.4k tokens/s  48.1 GFLOP/s  data wait 3%  "
+        "host 2%"
     )
+    used = metrics.progress_line("mim", 1, 2, "loss 1", rates | {"flop_utilisation": 0.414})
+    assert "48.1 GFLOP/s (41% of peak)  data wait" in used
     assert "eta 0:07" in metrics.progress_line("mim", 120, 800, "loss 1.2", rates, seconds_left=7.2)
     assert "eta 1:01:01" in metrics.progress_line("mim", 0, 7322, "loss 1.2", rates)
     assert metrics.progress_line("rl", 0, 0, "loss nan", {}) == "rl       0/0  0%  loss nan"
-    assert metrics.progress_line("rl", 1, 2, "reward 0.5", rates, wait="rollouts").endswith("rollouts 3%")
+    assert metrics.progress_line("rl", 1, 2, "reward 0.5", rates, wait="rollouts").endswith("rollouts 3%  host 2%")
+
+
+def test_a_process_that_does_not_write_touches_nothing(tmp_path):
+    write_rows(tmp_path / "metrics.jsonl", [row(1), row(2)])
+    log = metrics.MetricsLog(tmp_path, 1, final_step=9, writes=False)
+    log.write(2, 1.0, "train", {"loss": 1.0})
+    log.close()
+    assert log.wall == 20.0 and metrics.read_jsonl(tmp_path / "metrics.jsonl") == [row(1), row(2)]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch):

@@ -1,22 +1,26 @@
 """Stage 2 on two real processes of two devices each: a batch is of both, its length the same for both, and the steps
 are those of one process that has all rows.
 
-Not covered: a whole run of several processes (checkpoints, evaluation), and networks slower than this machine.
+Not covered: evaluations of our stages on several processes, and networks slower than this machine.
 """
 
 from __future__ import annotations
 
 import json
+import sys
 
 import jax
 import numpy as np
 import pytest
 
 from glmv_jax import config
+from glmv_jax.parallel import multihost
 from glmv_jax.train import loop, main
 from glmv_jax.train import state as state_lib
+from glmv_jax.train.metrics import read_jsonl
 from glmv_jax.train.step import make_train_step
-from tests.hosts import together
+from tests.hosts import finished, free_port, together
+from tests.train import toy
 
 STEPS = 3
 SETTINGS = ["batch=16", "model.vision.depth=1", "data.lengths=(16, 32)", "data.length_shares=(1.0, 1.0)",
@@ -44,7 +48,7 @@ def trained(next_batch) -> list[float]:
 def one_host(host: int, port: int, folder: str) -> None:
     """The program of a process."""
     jax.config.update("jax_num_cpu_devices", 2)
-    jax.distributed.initialize(f"localhost:{port}", 2, host)
+    multihost.start(f"localhost:{port}", 2, host)
 
     def read(data, n):
         batch = next(data)
@@ -70,3 +74,30 @@ def test_two_hosts_train_as_one(tmp_path):
         patch.setattr(jax, "devices", lambda: four)
         alone = trained(lambda _, n: {name: np.concatenate([part[name] for part in parts[n]]) for name in parts[n][0]})
     np.testing.assert_allclose(both[0], alone, rtol=1e-5)
+
+
+EXPERIMENT = """from tests.train.toy import config
+
+
+def get_config(arg=None):
+    return config()
+"""
+
+
+def test_a_whole_run_of_two_processes(tmp_path):
+    """`glmv train` on both: they train, evaluate and save as one; then a process alone goes on from what was saved."""
+    (tmp_path / "toy.py").write_text(EXPERIMENT)
+    address, workdir = f"localhost:{free_port()}", tmp_path / "run"
+    command = [sys.executable, "-m", "glmv_jax.cli", "train", "--config", str(tmp_path / "toy.py"), "--workdir",
+               str(workdir), "--coordinator", address, "--processes", "2", "--process"]  # fmt: skip
+    said = finished([[*command, str(host)] for host in range(2)])
+    assert "goodput" in said[0] and "12/12" in said[0] and "run" not in said[1]  # what Gloo says is not ours
+    results = json.loads((workdir / "results.json").read_text())
+    assert results["step"] == 12 and results["samples"] == 2 * 12 * 16 and results["goodput"]["attempts"] == 1
+    rows = read_jsonl(workdir / "metrics.jsonl")
+    assert [(row["step"], row["kind"]) for row in rows] == [(0, "eval"), *((n, "train") for n in range(1, 13)),
+                                                           (12, "eval")]  # fmt: skip
+    again = main.run(toy.config(steps=14), workdir)
+    assert again["step"] == 14 and again["goodput"]["attempts"] == 2
+    assert again["metrics"]["error"]["untrained"] == results["metrics"]["error"]["untrained"]
+    assert again["metrics"]["seen"]["trained"] == (2 * 12 + 2) * 16  # the state went on, not from the beginning

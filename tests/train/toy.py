@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -25,6 +26,7 @@ def config(**changes) -> ConfigDict:
             stage="toy", seed=0, steps=12, batch=16, width=8, init_from="", init_subtrees=(), mesh={"data": -1},
             rules="data", log_every=1, eval_every=0, save_every=4, keep=2, max_seconds=0.0, match_wall="",
             compilation_cache=os.environ.get("TOY_CACHE", ""), signal=(0, 0), lengths=(4,), end=10**9, poison=(),
+            pause=0.0,  # seconds that a batch takes
             optim=dict(
                 lr=0.1, clip=1.0, schedule=dict(warmup=2, decay="cosine", final=0.1),
                 groups=((".*/bias", dict(kind="adamw", lr_mult=0.5)), (".*", dict(kind="adamw", wd=0.01))),
@@ -89,7 +91,8 @@ class Toy(Stage):
 
     def loss(self, params, constants, extra, batch, key):
         noise = 0.01 * jax.random.normal(key, batch["y"].shape)
-        loss = jnp.mean(jnp.square(self.predict(params, batch["x"]) - batch["y"] + noise)) * constants["one"]
+        with jax.named_scope("loss"):
+            loss = jnp.mean(jnp.square(self.predict(params, batch["x"]) - batch["y"] + noise)) * constants["one"]
         return loss, ({"noise": noise.mean()}, {"seen": extra["seen"] + batch["x"].shape[0]})
 
     def predict(self, params, x):
@@ -101,6 +104,7 @@ class Toy(Stage):
         return self.data
 
     def next_batch(self, data, state):
+        time.sleep(self.cfg.pause)
         batch = next(data)
         at, number = self.cfg.signal
         if data.index == at:

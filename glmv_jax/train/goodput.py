@@ -1,0 +1,145 @@
+"""Where the wall time of a run went, over all its attempts: what of it made progress, and what did not.
+
+The loop says at each turn what it does now, one of PARTS; `Goodput` adds up the seconds and appends them to
+goodput.jsonl, which no resume ever cuts. A row is
+
+    {"attempt": 1, "step": 40, "seconds": {"steps": 12.3, "evaluation": 1.0}}
+
+the seconds since the row before it, spent on the way to that step. There is one at every checkpoint, so that after a
+kill it is known what came behind the checkpoint that the next attempt began from: that work was lost, and is moved to
+"lost", however well it was done. Seconds between the last row and a kill are in no row: `EVERY` bounds them.
+
+Time that a batch takes to come counts as "data wait" only where the devices had nothing to do meanwhile.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from glmv_jax.train.disk import disk_errors
+
+PARTS = {
+    "steps": "training steps, and what the host does between them",
+    "rollouts": "answers being written and graded, of reinforcement learning",
+    "data wait": "devices without a batch",
+    "start-up": "set-up, parameters, restoring",
+    "compile": "programs being compiled",
+    "checkpoint": "the loop waiting for a copy or a disk",
+    "evaluation": "on held-out data, samples among them",
+    "lost": "steps, evaluations and checkpoints that a restart has undone",
+}
+USEFUL = ("steps", "rollouts")
+EVERY = 5.0  # seconds between rows, if not more often
+
+
+class Goodput:
+    """The account of a run. As soon as it is made time counts, as "start-up".
+
+    Args: path: goodput.jsonl of the run. writes: whether rows are written; of several processes one does.
+    """
+
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
+        self._rows = read(path)
+        self._attempt = max((row["attempt"] for row in self._rows), default=0) + 1
+        self._seconds: collections.Counter[str] = collections.Counter()
+        self._part, self._since = "start-up", time.monotonic()
+        self._written = self._since
+        self._torn = path.exists() and not path.read_bytes().endswith(b"\n")
+
+    @contextlib.contextmanager
+    def spent_on(self, part: str) -> Iterator[None]:
+        """A block whose time is that part's; afterwards it is again what it was before."""
+        before = self.turn(part)
+        try:
+            yield
+        finally:
+            self.turn(before)
+
+    def turn(self, part: str) -> str:
+        """From now on time is `part`'s; returns whose it was."""
+        now, before = time.monotonic(), self._part
+        self._seconds[before] += now - self._since
+        self._part, self._since = part, now
+        return before
+
+    def move(self, seconds: float, source: str, target: str) -> None:
+        """Of this row's time, what turned out to be another part's."""
+        self._seconds[source] -= seconds
+        self._seconds[target] += seconds
+
+    def row(self, step: int, *, due: bool = True) -> None:
+        """Writes down what was spent on the way to `step`. due: False: only if the last row is `EVERY` seconds old."""
+        if not due and time.monotonic() - self._written < EVERY:
+            return
+        self.turn(self._part)
+        seconds = {part: round(spent, 4) for part, spent in self._seconds.items() if spent}
+        row = {"attempt": self._attempt, "step": step, "seconds": seconds}
+        self._rows.append(row)
+        self._seconds.clear()
+        self._written = self._since
+        if self._writes:
+            with disk_errors(self._path), open(self._path, "a", encoding="utf-8") as file:
+                file.write("\n" * self._torn + json.dumps(row) + "\n")
+            self._torn = False
+
+    def summary(self) -> dict[str, Any]:
+        """Of all rows so far, see `summary`."""
+        return summary(self._rows)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The rows of a goodput.jsonl; what a kill cut off is left out."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict) and row.keys() >= {"attempt", "step", "seconds"}:
+                rows.append(row)
+    return rows
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """{"goodput": share of the time in USEFUL parts, "seconds": {part: seconds}, "attempts": how many}.
+
+    The first row of an attempt says from which step it goes on. What earlier attempts did behind that step is lost:
+    all but their start-up and their compiling, which have a name already.
+    """
+    kept: list[tuple[int, dict[str, float]]] = []
+    attempt = 0
+    for row in rows:
+        if row["attempt"] != attempt:
+            attempt = row["attempt"]
+            kept = [(step, _lost(seconds) if step > row["step"] else seconds) for step, seconds in kept]
+        kept.append((row["step"], row["seconds"]))
+    total: collections.Counter[str] = collections.Counter()
+    for _, seconds in kept:
+        total.update(seconds)
+    spent = sum(total.values())
+    useful = sum(total[part] for part in USEFUL)
+    parts = {part: round(total[part], 3) for part in PARTS if total[part]}
+    return {"goodput": useful / spent if spent else None, "seconds": parts, "attempts": attempt}
+
+
+def _lost(seconds: dict[str, float]) -> dict[str, float]:
+    own = {part: spent for part, spent in seconds.items() if part in ("start-up", "compile", "lost")}
+    gone = sum(seconds.values()) - sum(own.values())
+    return own | {"lost": own.get("lost", 0.0) + gone}
+
+
+def line(found: dict[str, Any]) -> str:
+    """For people: `goodput 81% of 12 min: steps 81%, start-up 6%, ...; 2 attempts`, the largest first."""
+    spent = sum(found["seconds"].values())
+    ordered = sorted(found["seconds"].items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{part} {seconds / spent:.0%}" for part, seconds in ordered if seconds >= 0.005 * spent)
+    attempts = f"; {found['attempts']} attempts" if found["attempts"] > 1 else ""
+    return f"goodput {found['goodput']:.0%} of {spent:.0f} s: {shares}{attempts}"
