@@ -68,7 +68,7 @@ def part(scope: str) -> tuple[str, str]:
         while found := _WRAPPED.match(name):
             name = found[1]
         name = name.rpartition(".")[2]  # of a method of a module its name alone
-        if not name or _JIT.match(name) or _HOW.fullmatch(name) or names[-1:] == [name]:
+        if not name or "->" in name or _JIT.match(name) or _HOW.fullmatch(name) or names[-1:] == [name]:
             continue
         if names[-1:] == ["mlp"] and name == "moe":  # the module whose branch it is
             names.pop()

@@ -125,7 +125,8 @@ def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str,
     evaluated_before = untrained_file.exists()
     log = metrics.MetricsLog(workdir, step if evaluated_before else -1, final_step=total, writes=first)
     clock = _Clock(began_at, max(totals.seconds, log.wall))
-    peak = chips.peak(placement.mesh.devices.flat)
+    devices = list(placement.mesh.devices.flat)
+    peak, runs_when_called = chips.peak(devices), devices[0].platform == "cpu"
     recorder = metrics.StepRecorder(log, progress, clock, log_every, totals.skipped, peak)
     signals = Signals(progress.say, interrupts=jax.process_count() == 1)
     saved_step = None if restored is None else step
@@ -193,13 +194,15 @@ def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str,
                 with goodput.spent_on("compile"):
                     train_step.compile(state, constants, placed)
                 recorder.meter.reset()
+            called = time.monotonic()
             with StepTraceAnnotation("train", step_num=step + 1):
                 state, values = train_step(state, constants, placed)
+            called = time.monotonic() - called if runs_when_called else 0.0
             step += 1
 
             counts, flops = _of_all_processes(stage.counts(batch), stage.flops(batch))
             totals.add(counts, flops)
-            recorder.started(step, values | host_metrics | learning_rates(step - 1), waited, counts, flops)
+            recorder.started(step, values | host_metrics | learning_rates(step - 1), waited, counts, flops, called)
             if recorder.skipped_in_a_row >= MAX_SKIPPED:
                 raise UserError(
                     f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "

@@ -130,15 +130,19 @@ class StepRecorder:
         self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
         self.meter = Meter(peak)
         self.skipped, self.skipped_in_a_row = skipped, 0
-        self._pending: tuple[int, dict[str, Any], tuple] | None = None
+        self._pending: tuple[int, dict[str, Any], tuple, float] | None = None
 
-    def started(self, step: int, values: dict[str, Any], waited: float, counts: dict[str, int], flops: float) -> None:
+    def started(
+        self, step: int, values: dict[str, Any], waited: float, counts: dict[str, int], flops: float,
+        called: float = 0.0,
+    ) -> None:  # fmt: skip
         """Step `step` is under way and will give `values` (device scalars or numbers); writes the one before.
 
-        waited: seconds that its batch took to come. counts, flops: of the batch.
+        waited: seconds that its batch took to come. counts, flops: of the batch. called: seconds of its call,
+        where that may compute it, as on a CPU; elsewhere it only starts it, 0.0.
         """
         self.flush()
-        self._pending = (step, values, (waited, counts, flops))
+        self._pending = (step, values, (waited, counts, flops), called)
 
     @property
     def computing(self) -> bool:
@@ -151,11 +155,11 @@ class StepRecorder:
         """Waits for the step under way, if there is one, and writes it."""
         if self._pending is None:
             return
-        (step, values, work), self._pending = self._pending, None
+        (step, values, work, called), self._pending = self._pending, None
         asked = time.monotonic()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         # Only now is the step done: one that has merely been started took no time yet.
-        self.meter.step(*work, time.monotonic() - asked)
+        self.meter.step(*work, called + time.monotonic() - asked)
         rates = self.meter.rates()
         self.skipped += int(values["skipped"])
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if values["skipped"] else 0

@@ -24,6 +24,7 @@ from glmv_jax.parallel.scopes import part
          "mtp/MTPLayer/attention/qkv", "backward"),
         ("jit(_step)/jvp(Decoder)/cond/branch_1_fun/blocks_3/mlp/add", "Decoder/mlp", "forward"),
         ("jit(_step)/(transpose(jvp(loss))/reduce_sum:transpose(jvp(head))/dot_general)", "loss", "backward"),
+        ("jit(_step)/jvp(head)/nv,dv->nd/dot_general", "head", "forward"),  # of an einsum
         ("", "no name", ""),
     ],
 )  # fmt: skip

@@ -129,12 +129,12 @@ def test_rates_count_steps_that_are_done_not_started(tmp_path, monkeypatch):
     log = metrics.MetricsLog(tmp_path, 0, final_step=9)
     recorder = metrics.StepRecorder(log, metrics.Progress("toy", 9, io.StringIO()), lambda: 0.0, 1, 0)
     for step in (1, 2):  # each is started at once and then takes two seconds
-        recorder.started(step, {"loss": 1.0, "skipped": 0.0}, 0.0, {"samples": 4, "tokens": 8}, 1.0)
+        recorder.started(step, {"loss": 1.0, "skipped": 0.0}, 0.0, {"samples": 4, "tokens": 8}, 1.0, 0.5)
         now[0] += 2.0
     recorder.flush()
     rows = metrics.read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["samples_per_second"] for row in rows] == [2.0, 2.0]
-    assert [row["time/host"] for row in rows] == [1.0, 1.0]  # no device was waited for
+    assert [(row["time/compute"], row["time/host"]) for row in rows] == [(0.25, 0.75)] * 2
     log.close()
 
 
