@@ -258,7 +258,8 @@ def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str,
     except Interrupted:
         if saved_step != step:
             save()
-        checkpoints.wait()
+        with goodput.spent_on("checkpoint"):
+            checkpoints.wait()
         progress.say(f"stopped at step {step} of {total}, saved; run the same command to go on")
         raise
     finally:
