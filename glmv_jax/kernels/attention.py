@@ -38,12 +38,15 @@ class Span(NamedTuple):
         that only itself sees (several continuations of one prompt).
     in_order: IN_ORDER promises that queries and keys are the same positions, each of which sees at least itself; and
         that they are all of the row, in its order (where rows are split `context.order`): slots, if any, are 0, 1, ...
+    valid: [B, T] bool, of queries with a cache, or None: false for padding, which comes last in a row. Attention needs
+        it not, as nothing looks there; what carries a state along a row does.
     """
 
     segments: jax.Array
     slots: jax.Array | None = None
     branches: jax.Array | None = None
     in_order: InOrder | None = None
+    valid: jax.Array | None = None
 
 
 def visible(query: Span, key: Span) -> jax.Array:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.kernels import pools as pools_lib
 from glmv_jax.kernels.attention import MASKED, Span, visible
 from glmv_jax.parallel import context
 
@@ -36,11 +37,13 @@ class Latents(NamedTuple):
 
 
 class Index(NamedTuple):
-    """The indexer's queries q [B, T, J, K], their weights w [B, T, J] float32, and its keys k [B, S, K]."""
+    """The indexer's queries q [B, T, J, K], their weights w [B, T, J] float32, and its keys k [B, S, K]; or,
+    with pools, one key a pool, [B, P, K]."""
 
     q: jax.Array
     w: jax.Array
     k: jax.Array
+    pools: pools_lib.Pools | None = None
 
 
 class Selection(NamedTuple):
@@ -71,8 +74,9 @@ def latent_attention(
     """Attention of T queries over S keys.
 
     Without `index` and `selection` every visible key is seen. With `index` and top_k > 0 each query sees the top_k
-    visible keys of highest index score (ties: the earlier key); with top_k = 0 all, and the index only learns. With
-    `selection` those of an earlier layer. with_loss: the indexer's (`index_loss`), over the keys seen.
+    visible keys of highest index score (ties: the earlier key), or those of so many pools, and the rest (see `pools`);
+    with top_k = 0 all, and the index only learns. With `selection` those of an earlier layer. with_loss: the indexer's
+    (`index_loss`), over the keys seen.
     Queries go in blocks of `block` when that divides them, which are computed anew for the gradient: the weights of all
     heads are [B, H, block, S] at a time. Where rows are split over devices, each gathers the latents of the row, and
     the indexer's keys, for its own queries.
@@ -102,10 +106,10 @@ def _by_blocks(
 ) -> Looked:
     """Of queries [B, T, ...] and keys [B, S, ...]. heads_over: the axes that heads are split over, inside shard_map."""
     B, T = heads.q.shape[:2]
-    S = latents.c.shape[1]
-    sparse = index is not None and 0 < top_k < S
+    keys = latents.c.shape[1] if index is None else index.k.shape[1]
+    sparse = index is not None and 0 < top_k < keys
     look = functools.partial(_look, top_k=top_k if sparse else 0, with_loss=with_loss, heads_over=heads_over)
-    if T == 1 and not with_loss and S > 2 * top_k and (sparse or (selection and selection.at is not None)):
+    if T == 1 and not with_loss and keys > 2 * top_k and (sparse or (selection and selection.at is not None)):
         return _one_query(heads, latents, query, key, index, selection, top_k)
     if T <= block or T % block:
         return look(heads, latents, query, key, index, selection)
@@ -116,7 +120,7 @@ def _by_blocks(
     @jax.checkpoint
     def one(part):
         q, r, span, indexed, mask = part
-        own_index = None if indexed is None else Index(*indexed, index.k)
+        own_index = None if indexed is None else index._replace(q=indexed[0], w=indexed[1])
         own_selection = None if mask is None else Selection(mask)
         return look(heads._replace(q=q, r=r), latents, span, key, own_index, own_selection)
 
@@ -132,7 +136,7 @@ def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: b
     if selection is not None:
         allowed_BTS = seen_BTS & selection.mask
     elif top_k:
-        allowed_BTS = select(scores_BTS, seen_BTS, top_k)
+        allowed_BTS = _allowed(index, scores_BTS, seen_BTS, top_k)
         selection = Selection(allowed_BTS)
     form = absorbed if absorbing_pays(heads) else expanded
     out_BTHV, weights_BHTS = form(heads, latents, allowed_BTS)
@@ -141,16 +145,37 @@ def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: b
     return Looked(out_BTHV, selection, index_loss(scores_BTS, weights_BHTS, allowed_BTS, heads_over))
 
 
+def _allowed(index: Index, scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: int) -> jax.Array:
+    """Of the keys seen those that the index chooses; scores are of its own keys."""
+    if index.pools is None:
+        return select(scores_BTS, seen_BTS, top_k)
+    whole_BTP = pools_lib.seen_whole(index.pools, seen_BTS)
+    return pools_lib.open_keys(index.pools, select(scores_BTS, whole_BTP, top_k), whole_BTP, seen_BTS)
+
+
 def _one_query(heads, latents, query, key, index, selection, top_k: int) -> Looked:
     """A row's one query over the latents of its chosen keys, which are gathered: the others are not read."""
     seen_BS = visible(query, key)[:, 0]
     if selection is None:
-        scores_BS = jnp.where(seen_BS, index_scores(index)[:, 0], -jnp.inf)
-        selection = Selection(at=jax.lax.top_k(scores_BS, top_k)[1])
+        selection = Selection(at=_chosen(index, seen_BS, top_k))
     at_BA = selection.at
-    chosen = Latents(*(jnp.take_along_axis(x, at_BA[..., None], axis=1) for x in latents))
-    allowed_B1A = jnp.take_along_axis(seen_BS, at_BA, axis=1)[:, None]
+    chosen = Latents(*(jnp.take_along_axis(x, at_BA[..., None], axis=1, mode="clip") for x in latents))
+    allowed_B1A = jnp.take_along_axis(seen_BS, at_BA, axis=1, mode="fill", fill_value=False)[:, None]
     return Looked(absorbed(heads, chosen, allowed_B1A)[0], selection, jnp.zeros((len(at_BA), 1), jnp.float32))
+
+
+def _chosen(index: Index, seen_BS: jax.Array, top_k: int) -> jax.Array:
+    """[B, A]: numbers of the keys that one query a row sees, which are in slots from the first on. Not all need be
+    visible; those up to S are none."""
+    scores_BX, pools, S = index_scores(index)[:, 0], index.pools, seen_BS.shape[1]
+    if pools is None:
+        return jax.lax.top_k(jnp.where(seen_BS, scores_BX, -jnp.inf), top_k)[1]
+    whole_BP = pools_lib.seen_whole(pools, seen_BS[:, None])[:, 0]
+    best_BA = jax.lax.top_k(jnp.where(whole_BP, scores_BX, -jnp.inf), top_k)[1]
+    there_BA1 = jnp.take_along_axis(whole_BP, best_BA, axis=1)[..., None]
+    at_BAn = jnp.where(there_BA1, pools_lib.members(pools, best_BA), S)
+    rest_Bn = whole_BP.sum(-1, keepdims=True) * pools.size + jnp.arange(pools.size - 1)
+    return jnp.concatenate([at_BAn.reshape(len(rest_Bn), -1), rest_Bn], axis=1)
 
 
 # --- attention --------------------------------------------------------------------------------------------------------

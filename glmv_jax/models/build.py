@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from glmv_jax.models.cogvit import CogViTConfig, MergerConfig
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.glm5 import GLM5Config
+from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.models.mtp import MTPConfig
 from glmv_jax.models.siglip import SiglipConfig
 from glmv_jax.models.two_tower import MeanConfig, PoolConfig, TextConfig, TwoTowerConfig
@@ -16,7 +17,7 @@ from glmv_jax.models.vlm import VLMConfig
 from glmv_jax.typing import UserError
 
 _WHERE_FROM = ("kind", "path", "scale")  # of `model.text`: see `train.text_towers`
-DECODERS = {"dense": DecoderConfig, "glm5": GLM5Config}
+DECODERS = {"dense": DecoderConfig, "glm5": GLM5Config, "glm5_next": GLM5NextConfig}
 
 
 def vision(cfg: ConfigDict) -> CogViTConfig:

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import Span
 from glmv_jax.models import decoder, mtp, vlm
 from glmv_jax.models.block import BlockConfig
+from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.typing import Params, TokenInput, UserError
 
 
@@ -30,6 +31,9 @@ def check(cfg: vlm.VLMConfig) -> None:
     """Raises UserError for a model whose head cannot draft."""
     if cfg.mtp is None:
         raise UserError("this model has no MTP head to draft with; sample from it without drafts")
+    if isinstance(cfg.decoder, GLM5NextConfig):
+        raise UserError("linear attention keeps one state a row, which cannot go back to where a draft was wrong; "
+                        "sample without drafts")
     if cfg.mtp.weights != "shared" and cfg.mtp.depth > 1:
         raise UserError("the MTP head has weights of its own for each depth; only a shared one drafts token by token")
     if cfg.mtp.option == "masked" and not isinstance(cfg.mtp.decoder.block, BlockConfig):

@@ -27,6 +27,7 @@ from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels.exchange import Slices, exchange
 from glmv_jax.kernels.grouped_matmul import grouped_matmul, plain
+from glmv_jax.models.layers import gated
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
 
@@ -53,6 +54,13 @@ class Chosen(NamedTuple):
     valid: jax.Array
 
 
+class Form(NamedTuple):
+    """How a device computes its experts: see `apply`."""
+
+    dense: bool
+    limit: float | None
+
+
 class Split(NamedTuple):
     """How the tokens of a device meet experts of others. axis, devices: the mesh axis that experts live on and its
     size; window: rows of a device at a time; most: that one sends another in it; windows: that there are at most; mesh:
@@ -66,18 +74,21 @@ class Split(NamedTuple):
     mesh: tuple[str, ...]
 
 
-def apply(x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = False) -> tuple[jax.Array, jax.Array]:
+def apply(
+    x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = False, limit: float | None = None
+) -> tuple[jax.Array, jax.Array]:
     """(weighted sum of each token's experts [B, T, D] in x's dtype, tokens an expert [E] float32 of the whole batch).
 
-    dense: every token times every matrix, for tests. Raises ValueError when the rules in force split `expert_mlp`
-    another way than the head of this file says.
+    dense: every token times every matrix, for tests. limit: as `layers.SwiGLU`. Raises ValueError when the rules in
+    force split `expert_mlp` another way than the head of this file says.
     """
+    form = Form(dense, limit)
     if rules_lib.active() is None or rules_lib.active_mesh().size == 1:
-        return _own(x_BTD, chosen, experts, None, dense)
+        return _own(x_BTD, chosen, experts, None, form)
     mesh, rules = rules_lib.active()
     free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
     if not free:  # on a stage of one device
-        return _own(x_BTD, chosen, experts, None, dense)
+        return _own(x_BTD, chosen, experts, None, form)
     rows = rules.spec(("batch", "length"), mesh)
     at = Experts(*(rules.spec(names, mesh) for names in AXES))
     parts, shared = entry_axes(at.gate[2]), entry_axes(at.down[1])
@@ -94,7 +105,7 @@ def apply(x_BTD: jax.Array, chosen: Chosen, experts: Experts, dense: bool = Fals
         with jax.named_scope("dispatch"):
             gate, up = (_gathered(w, entry_axes(at.gate[1]), x.dtype) for w in experts[:2])
             down = _gathered(experts.down, shared[len(parts) :], x.dtype)
-        out, load = _own(x, chosen, Experts(gate, up, down), split, dense)
+        out, load = _own(x, chosen, Experts(gate, up, down), split, form)
         with jax.named_scope("combine"):
             out = jax.lax.psum(out, parts) if parts else out
         spread = tuple(axis for entry in rows for axis in entry_axes(entry))
@@ -124,7 +135,7 @@ def _whole_tiles(rows: float) -> int:
     return int(-(-rows // 128)) * 128  # kernels on TPUs take no less
 
 
-def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, dense: bool) -> tuple[jax.Array, jax.Array]:
+def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, form: Form) -> tuple[jax.Array, jax.Array]:
     """Of this device's tokens. Rows of invalid ones come last and belong to none."""
     D, k = x_BTD.shape[-1], chosen.expert.shape[-1]
     E = len(experts.gate) * (split.devices if split else 1)
@@ -135,10 +146,10 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, dense: bo
         sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
         x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
     if split is None:
-        y_RD = _mlp(dense, 0, x_RD, experts, sizes_E)
+        y_RD = _mlp(form, 0, x_RD, experts, sizes_E)
     else:
         sizes_SE = jax.lax.all_gather(sizes_E, split.axis)
-        y_RD = _sent(split, dense, x_RD, experts, sizes_SE)
+        y_RD = _sent(split, form, x_RD, experts, sizes_SE)
     with jax.named_scope("combine"):
         y_NAD = _permute(y_RD, back_R, order_R).reshape(-1, k, D)
         out_ND = jnp.einsum("nad,na->nd", y_NAD, chosen.weight.reshape(-1, k).astype(y_NAD.dtype))
@@ -146,35 +157,35 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, dense: bo
 
 
 @jax.named_scope("products")
-def _mlp(dense: bool, expected: int, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array) -> jax.Array:
-    product = plain if dense else functools.partial(grouped_matmul, expected=expected)
-    hidden_RF = jax.nn.silu(product(x_RD, experts.gate, sizes_E)) * product(x_RD, experts.up, sizes_E)
-    return product(hidden_RF, experts.down, sizes_E)
+def _mlp(form: Form, expected: int, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array) -> jax.Array:
+    product = plain if form.dense else functools.partial(grouped_matmul, expected=expected)
+    gate_RF, up_RF = (product(x_RD, w, sizes_E) for w in experts[:2])
+    return product(gated(gate_RF, up_RF, form.limit), experts.down, sizes_E)
 
 
 # --- rows sent and brought back, a window at a time -------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sent(split: Split, dense: bool, x_RD: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
+def _sent(split: Split, form: Form, x_RD: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
     """[R, D]: what the experts make of rows that are sorted by expert; sizes_SE: of each device, rows an expert."""
-    return _forward(split, dense, x_RD, experts, sizes_SE)[0]
+    return _forward(split, form, x_RD, experts, sizes_SE)[0]
 
 
-def _forward(split, dense, x_RD, experts, sizes_SE):
+def _forward(split, form, x_RD, experts, sizes_SE):
     def more(n, y_RD):
-        return y_RD + _window(split, dense, n, sizes_SE, x_RD, experts)
+        return y_RD + _window(split, form, n, sizes_SE, x_RD, experts)
 
-    first = functools.partial(_window, split, dense, 0, sizes_SE)
+    first = functools.partial(_window, split, form, 0, sizes_SE)
     y_RD, pull = jax.vjp(first, x_RD, experts)
     return _over_windows(split, sizes_SE, more, y_RD), (pull, x_RD, experts, sizes_SE)
 
 
-def _backward(split, dense, saved, g_RD):
+def _backward(split, form, saved, g_RD):
     pull, x_RD, experts, sizes_SE = saved
 
     def more(n, grads):
-        _, pull = jax.vjp(functools.partial(_window, split, dense, n, sizes_SE), x_RD, experts)
+        _, pull = jax.vjp(functools.partial(_window, split, form, n, sizes_SE), x_RD, experts)
         return jax.tree.map(jnp.add, grads, pull(g_RD))
 
     return *_over_windows(split, sizes_SE, more, pull(g_RD)), None
@@ -193,13 +204,13 @@ def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> A
     return jax.lax.fori_loop(1, windows, more, value)
 
 
-def _window(split: Split, dense: bool, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:
+def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:
     """[R, D]: as `_sent`, for the rows that are in window n of their experts' device; the others are zero."""
     R = len(x_RD)
     with jax.named_scope("dispatch"):
         there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
         x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most)
-    y_CD = _mlp(dense, R, x_CD, experts, mine_E)
+    y_CD = _mlp(form, R, x_CD, experts, mine_E)
     with jax.named_scope("combine"):
         return exchange(y_CD, back, there, split.axis, R, split.most)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +58,8 @@ class GLM5Config(ExpertDecoderConfig):
     experts: int = 256
     route_scale: float = 2.5
     rope_theta: float = 1e6
+    latent_eps: ClassVar[float] = 1e-6  # of the norms of latents, whatever those around have
+    pool: ClassVar[int] = 1  # keys that the indexer has one key for
 
     def __post_init__(self) -> None:
         if self.index and (len(self.index) != self.depth or set(self.index) - set("FS") or self.index[0] != "F"):

@@ -16,11 +16,11 @@ from glmv_jax.kernels.latent_attention import Heads, Index, Latents, Selection, 
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, fan_in, param
 
-_LATENT_EPS = 1e-6  # of the norms in here, whatever those around have
+_INDEX_EPS = 1e-6  # of the norm of the indexer's keys
 
 
 class LatentAttention(nn.Module):
-    cfg: Any  # GLM5Config
+    cfg: Any  # GLM5Config, or another with these fields
     indexed: bool
 
     @nn.compact
@@ -32,27 +32,26 @@ class LatentAttention(nn.Module):
             return Linear(n, axes, False, c.dtype, name=name)(x)
 
         with jax.named_scope("qkv"):
-            q_BTQ = RMSNorm("latent", _LATENT_EPS, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
+            q_BTQ = RMSNorm("latent", c.latent_eps, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
             q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("from_latent", "heads"), q_BTQ)
             q_BTHN, r_BTHR = jnp.split(q_BTM.reshape(B, T, c.heads, -1), [c.nope_dim], axis=-1)
             kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
             c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
-            new = {"c": RMSNorm("latent", _LATENT_EPS, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
+            new = {"c": RMSNorm("latent", c.latent_eps, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
         uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("from_latent", "heads"))
         uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("from_latent", "heads"))
         up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
-        indexer = None
-        if self.indexed:
-            q_w_k = Indexer(c, name="indexer")(jax.lax.stop_gradient(x_BTD), jax.lax.stop_gradient(q_BTQ), rope)
-            indexer, new["index"] = q_w_k[:2], q_w_k[2]
         if cache is not None:
             new = {name: _write(cache[name], x.astype(c.dtype), query.slots) for name, x in new.items()}
-        sparse = c.attention == "sparse" and new["c"].shape[1] > c.top_k
+        index, kept = None, {}
+        if self.indexed:
+            index, kept = self.index(*map(jax.lax.stop_gradient, (x_BTD, q_BTQ)), rope, cache, query)
+        chosen = c.top_k // c.pool
+        sparse = c.attention == "sparse" and new["c"].shape[1] // c.pool > chosen
         learns = c.index_loss and self.indexed and cache is None
         looked = latent_attention(
-            Heads(q_BTHN, rope_lib.rotate_pairs(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
-            Index(*indexer, new["index"]) if indexer and (sparse or learns) else None,
-            selection, c.top_k if sparse else 0, learns,
+            Heads(q_BTHN, _rotate(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
+            index if sparse or learns else None, selection, chosen if sparse else 0, learns,
         )  # fmt: skip
         aux = {}
         if learns:
@@ -60,7 +59,14 @@ class LatentAttention(nn.Module):
             aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
         with jax.named_scope("out"):
             out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
-        return out_BTD, None if cache is None else new, looked.selection, aux
+        return out_BTD, None if cache is None else new | kept, looked.selection, aux
+
+    def index(self, x_BTD, q_BTQ, rope, cache, query: Span) -> tuple[Index | None, dict]:
+        """The index of the keys so far, and what the cache keeps of it."""
+        q, w, k_BSK = Indexer(self.cfg, name="indexer")(x_BTD, q_BTQ, rope)
+        if cache is not None:
+            k_BSK = _write(cache["index"], k_BSK.astype(self.cfg.dtype), query.slots)
+        return Index(q, w, k_BSK), {"index": k_BSK}
 
 
 def _write(cache_BSX: jax.Array, new_BTX: jax.Array, slots_BT: jax.Array) -> jax.Array:
@@ -82,11 +88,15 @@ class Indexer(nn.Module):
         B, T, _ = x_BTD.shape
         q = Linear(c.index_heads * c.index_dim, ("from_latent", "index"), False, c.dtype, name="q")(q_BTQ)
         k_BTK = Linear(c.index_dim, ("embed", None), False, c.dtype, name="k")(x_BTD)
-        k_BTK = LayerNorm(_LATENT_EPS, name="k_norm")(k_BTK)
+        k_BTK = LayerNorm(_INDEX_EPS, name="k_norm")(k_BTK)
         w_BTJ = Linear(c.index_heads, ("embed", "index"), False, "float32", name="weights")(x_BTD)
-        q_BTJK = rope_lib.rotate_pairs(q.reshape(B, T, c.index_heads, -1), rope)
+        q_BTJK = _rotate(q.reshape(B, T, c.index_heads, -1), rope)
         return q_BTJK, w_BTJ, _rotate_one(k_BTK, rope)
 
 
-def _rotate_one(x_BTK: jax.Array, rope: rope_lib.Rope) -> jax.Array:
-    return rope_lib.rotate_pairs(x_BTK[:, :, None], rope)[:, :, 0]
+def _rotate(x_BTHK: jax.Array, rope: rope_lib.Rope | None) -> jax.Array:
+    return x_BTHK if rope is None else rope_lib.rotate_pairs(x_BTHK, rope)
+
+
+def _rotate_one(x_BTK: jax.Array, rope: rope_lib.Rope | None) -> jax.Array:
+    return _rotate(x_BTK[:, :, None], rope)[:, :, 0]

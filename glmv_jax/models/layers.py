@@ -109,7 +109,12 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name="gate")(x)
         up = Linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name="up")(x)
-        if self.limit is not None:
-            gate, up = jnp.minimum(gate, self.limit), jnp.clip(up, -self.limit, self.limit)
         down = Linear(self.features, ("mlp", "embed"), self.bias, self.dtype, self.down_init, name="down")
-        return down(jax.nn.silu(gate) * up)
+        return down(gated(gate, up, self.limit))
+
+
+def gated(gate: jax.Array, up: jax.Array, limit: float | None) -> jax.Array:
+    """silu(gate) * up, with gate clamped to <= limit and up to [-limit, limit] unless limit is None."""
+    if limit is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+    return jax.nn.silu(gate) * up

@@ -29,6 +29,7 @@ class MoEConfig:
 
     groups, chosen_groups: the router first chooses groups of experts by the sum of their two best scores.
     dense: experts multiply every token, the reference beside the grouped products.
+    limit: of every SwiGLU, as `layers.SwiGLU`.
     """
 
     width: int
@@ -42,6 +43,7 @@ class MoEConfig:
     scale: float = 1.0
     dense: bool = False
     dtype: str = "float32"
+    limit: float | None = None
 
     def flops(self) -> float:
         """Multiply-adds x 2 of one token through the forward pass."""
@@ -97,9 +99,9 @@ class MoE(nn.Module):
         with jax.named_scope("experts"):
             chosen = experts_lib.Chosen(routing.expert, routing.weight, valid_BT)
             matrices = experts_lib.Experts(gate, up, down)
-            out_BTD, load_E = experts_lib.apply(x_BTD.astype(c.dtype), chosen, matrices, c.dense)
+            out_BTD, load_E = experts_lib.apply(x_BTD.astype(c.dtype), chosen, matrices, c.dense, c.limit)
         if c.shared:
-            out_BTD = out_BTD + SwiGLU(c.shared * c.hidden, D, dtype=c.dtype, name="shared")(x_BTD)
+            out_BTD = out_BTD + SwiGLU(c.shared * c.hidden, D, limit=c.limit, dtype=c.dtype, name="shared")(x_BTD)
         return out_BTD.astype(x_BTD.dtype), {"load": load_E, "balance": balance(c, routing, valid_BT)}
 
 

@@ -93,8 +93,8 @@ def apply(
 
     cache: the decoder's, "slots" [S], their numbers, and "length", the slots each row has filled, [B], or [1] for all
     rows alike (their keys are then written at once). Position t of row b takes slot length[b] + t and sees the slots up
-    to its own; the returned length has grown by T. Segments do not count then. A
-    caller that pads prompts on the right sets "length" back to the true lengths afterwards: later tokens overwrite the
+    to its own; the returned length has grown by T. Of segments only 0 counts then. A caller that pads prompts on the
+    right gives padding segment 0 and sets "length" back to the true lengths afterwards: later tokens overwrite the
     padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
 
     In a pipeline whose ends are stages (`parallel.pipeline`) the rows that come out are those of `pipeline.on_last`,
@@ -113,6 +113,7 @@ def apply(
         own = None
     else:
         query, key = cached_spans(cache, T)
+        query = query._replace(valid=tokens.segments > 0)
         own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
     out = decoder.apply(cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, own)
     if cache is not None:

@@ -26,7 +26,7 @@ def inputs(seed: int = 0, T: int = T):
 def by_hand(heads, latents, query, key, index, top_k):
     """(out, weights, scores, allowed) in float64, a query and head at a time."""
     q, r, uk, uv, c, rk = (np.asarray(a, np.float64) for a in (*heads, *latents))
-    iq, iw, ik = (np.asarray(a, np.float64) for a in index)
+    iq, iw, ik = (np.asarray(a, np.float64) for a in index[:3])
     out, weights = np.zeros((B, q.shape[1], H, V)), np.zeros((B, H, q.shape[1], S))
     scores, allowed = np.zeros((B, q.shape[1], S)), np.zeros((B, q.shape[1], S), bool)
     for b in range(B):
