@@ -29,6 +29,7 @@ FAMILIES = {
     "glm46v": "glmv_jax.interop.glm46v",
     "glm4v_moe": "glmv_jax.interop.glm4v_moe",
     "glm_moe_dsa": "glmv_jax.interop.glm_moe_dsa",
+    "glm5_next": "glmv_jax.interop.glm5_next",
 }
 # What parameters may be stored as, and models compute in.
 DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}

@@ -39,7 +39,7 @@ def config(hf: Mapping[str, Any], *, mtp_layers: int = 0, dtype: str = "float32"
         vocab=hf["vocab_size"], depth=depth, width=hf["hidden_size"], heads=hf["num_attention_heads"],
         q_rank=hf["q_lora_rank"], kv_rank=hf["kv_lora_rank"], nope_dim=hf["qk_nope_head_dim"], rope_dim=rope_dim,
         v_dim=hf["v_head_dim"], index_heads=hf["index_n_heads"], index_dim=hf["index_head_dim"],
-        top_k=hf["index_topk"], index=_index(hf, depth), mlp=hf["intermediate_size"], dense=dense,
+        top_k=hf["index_topk"], index=index(hf, depth), mlp=hf["intermediate_size"], dense=dense,
         expert_mlp=hf["moe_intermediate_size"], experts=hf["n_routed_experts"], chosen=hf["num_experts_per_tok"],
         shared=hf["n_shared_experts"], groups=hf.get("n_group", 1), chosen_groups=hf.get("topk_group", 1),
         normalise=hf.get("norm_topk_prob", True), route_scale=hf.get("routed_scaling_factor", 1.0),
@@ -53,7 +53,7 @@ def _halves(n: int) -> tuple[int, int]:
     return n // 2, n - n // 2
 
 
-def _index(hf: Mapping[str, Any], depth: int) -> str:
+def index(hf: Mapping[str, Any], depth: int) -> str:
     """Letters of `GLM5Config.index`; "" where every layer has an indexer."""
     kinds = hf.get("indexer_types")
     if kinds is None and hf.get("index_topk_pattern"):
@@ -94,12 +94,22 @@ def _decoder(cfg: GLM5Config) -> list[Entry]:
 
 
 def _layer(cfg: GLM5Config, hf: str, ours: str, mlp: str, indexed: bool, numbers: Sequence[int] | None) -> list[Entry]:
+    return norms(hf, ours, numbers) + attention(cfg, hf, ours, indexed, numbers) + mlps(cfg, hf, ours, mlp, numbers)
+
+
+def norms(hf: str, ours: str, numbers: Sequence[int] | None) -> list[Entry]:
+    """Those before the two branches of a layer."""
+    names = {"input_layernorm": "norm1", "post_attention_layernorm": "norm2"}
+    return [Entry(f"{hf}{t}.weight", (f"{ours}{o}/scale",), same, numbers) for t, o in names.items()]
+
+
+def attention(cfg: Any, hf: str, ours: str, indexed: bool, numbers: Sequence[int] | None) -> list[Entry]:
+    """Latent attention, with an indexer or without."""
+
     def one(theirs: str, path: str, transform: Transform = matrix) -> Entry:
         return Entry(f"{hf}{theirs}", (ours + path,), transform, numbers)
 
     entries = [
-        one("input_layernorm.weight", "norm1/scale", same),
-        one("post_attention_layernorm.weight", "norm2/scale", same),
         one("self_attn.q_a_proj.weight", "attention/q_a/kernel"),
         one("self_attn.q_a_layernorm.weight", "attention/q_norm/scale", same),
         one("self_attn.q_b_proj.weight", "attention/q_b/kernel"),
@@ -114,10 +124,19 @@ def _layer(cfg: GLM5Config, hf: str, ours: str, mlp: str, indexed: bool, numbers
         names = {"wq_b": "q", "wk": "k", "weights_proj": "weights"}
         entries += [one(f"self_attn.indexer.{t}.weight", f"attention/indexer/{o}/kernel") for t, o in names.items()]
         entries += norm(indexer + "k_norm", ours + "attention/indexer/k_norm", numbers)
+    return entries
+
+
+def mlps(cfg: Any, hf: str, ours: str, mlp: str, numbers: Sequence[int] | None) -> list[Entry]:
+    """A layer's MLP, or its experts."""
+
+    def one(theirs: str, path: str, transform: Transform = matrix) -> Entry:
+        return Entry(f"{hf}{theirs}", (ours + path,), transform, numbers)
+
     three = ("gate", "up", "down")
     if mlp == "dense":
-        return entries + [one(f"mlp.{n}_proj.weight", f"mlp/{n}/kernel") for n in three]
-    entries += [
+        return [one(f"mlp.{n}_proj.weight", f"mlp/{n}/kernel") for n in three]
+    entries = [
         one("mlp.gate.weight", "moe/router"),
         one("mlp.gate.e_score_correction_bias", "moe/router_bias", same),
     ]
@@ -127,7 +146,7 @@ def _layer(cfg: GLM5Config, hf: str, ours: str, mlp: str, indexed: bool, numbers
     return entries + (shared if cfg.shared else [])
 
 
-def _keys_and_values(cfg: GLM5Config) -> Transform:
+def _keys_and_values(cfg: Any) -> Transform:
     """kv_b_proj [H * (N + V), C], keys and values of a head together, is our uk [C, H * N] and uv [C, H * V]."""
     H, N, V = cfg.heads, cfg.nope_dim, cfg.v_dim
 

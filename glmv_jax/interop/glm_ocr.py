@@ -69,7 +69,7 @@ def text(t: Mapping[str, Any], rotary_fraction: float = 1.0) -> dict[str, Any]:
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*_vision(cfg.vision), *merger(), *decoder(cfg)]
+    return [*tower(cfg.vision), *merger(), *decoder(cfg)]
 
 
 def duplicates(cfg: VLMConfig) -> list[str]:
@@ -77,7 +77,8 @@ def duplicates(cfg: VLMConfig) -> list[str]:
     return mtp.duplicates(cfg, LAYERS)
 
 
-def _vision(cfg: CogViTConfig) -> list[Entry]:
+def tower(cfg: CogViTConfig) -> list[Entry]:
+    """CogViT."""
     hf, ours, n = "model.visual.blocks.{i}.", "vision/blocks/", cfg.depth
     qkv = lambda leaf: tuple(f"{ours}attention/{p}/{leaf}" for p in "qkv")  # noqa: E731
     entries = [

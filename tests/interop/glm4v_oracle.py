@@ -287,14 +287,7 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
     logits = p.model(**their_inputs(samples, video=False)).logits
     loss = sum((torch.tanh(x[: len(w)]) * torch.tensor(w)).sum() for x, w in zip(logits, weights))
     loss.backward()
-    slopes = copy.deepcopy(p.model)  # a model whose weights are the gradients
-    with torch.no_grad():
-        for x, y in zip(slopes.parameters(), p.model.parameters()):
-            x.copy_(y.grad)
-        for x in slopes.buffers():  # those of the checkpoint have no gradient
-            x.zero_()
-    tensors = written(slopes)
-    want = flatten(table_lib.to_params(p.family.table(p.cfg), tensors, p.family.duplicates(p.cfg)))
+    want = flatten(slopes(p))
 
     vision, tokens = batch([[s] for s in samples])
     padded = np.stack([np.pad(w, ((0, T - len(w)), (0, 0))) for w in weights]).astype(np.float32)
@@ -308,6 +301,17 @@ def check_gradients(p: Pair, samples: list[Sample]) -> None:
         size = np.linalg.norm(want[name])
         assert np.linalg.norm(got - want[name]) <= 1e-4 * size, (name, np.linalg.norm(got - want[name]), size)
         assert size > 0 or name.endswith("attention/k/bias") or "router" in name, name
+
+
+def slopes(p: Pair) -> dict:
+    """The gradients that transformers' model has, as parameters of ours."""
+    model = copy.deepcopy(p.model)  # its weights become the gradients
+    with torch.no_grad():
+        for x, y in zip(model.parameters(), p.model.parameters()):
+            x.copy_(torch.zeros_like(x) if y.grad is None else y.grad)
+        for x in model.buffers():  # those of the checkpoint have no gradient
+            x.zero_()
+    return table_lib.to_params(p.family.table(p.cfg), written(model), p.family.duplicates(p.cfg))
 
 
 def check_way_back(p: Pair) -> None:

@@ -18,7 +18,7 @@ from glmv_jax import cli, models  # noqa: E402
 from glmv_jax.interop import families, mtp  # noqa: E402
 from glmv_jax.interop import table as table_lib  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
-from tests.interop import hf_glm_ocr, test_glm4v, test_glm4v_moe, test_glm_moe_dsa  # noqa: E402
+from tests.interop import hf_glm_ocr, test_glm4v, test_glm4v_moe, test_glm5_next, test_glm_moe_dsa  # noqa: E402
 
 EOS = 7
 MODELS = {
@@ -27,6 +27,7 @@ MODELS = {
     "glm46v": lambda: test_glm4v.pair("glm46v").model,
     "glm4v_moe": lambda: test_glm4v_moe.pair().model,
     "glm_moe_dsa": lambda: test_glm_moe_dsa.hf_model("full"),
+    "glm5_next": lambda: test_glm5_next.hf_model("KFS"),
 }
 
 
@@ -61,7 +62,7 @@ def test_in_answered_and_out_again(name, tmp_path, capsys):
     assert set(before) == set(after) and all(torch.equal(before[key], after[key]) for key in before)
 
 
-@pytest.mark.parametrize("family", ["glm_ocr", "glm4v_moe", "glm_moe_dsa"])
+@pytest.mark.parametrize("family", ["glm_ocr", "glm4v_moe", "glm_moe_dsa", "glm5_next"])
 def test_a_depth_may_have_an_mtp_layer_of_its_own(family):
     """The k-th layer behind the last is the k-th in our stack, named as a single one is; both ways without a loss."""
     hf, module, K = MODELS[family]().config.to_dict(), families.family(family), 3
