@@ -17,12 +17,14 @@ from PIL import Image
 
 from glmv_jax.data import chat_template
 from glmv_jax.data.building import Document
+from glmv_jax.data.canvas import CanvasPatcher
 from glmv_jax.data.naflex import Patcher, load_image, smart_resize
 from glmv_jax.data.tokenizer_json import JsonTokenizer
 from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError
 
 # Pixels of an image, counted once a frame: what the processor class has where a checkpoint says nothing.
 MIN_PIXELS, MAX_PIXELS = 112 * 112, 28 * 28 * 15000
+MIN_TOKENS, MAX_TOKENS = 16, 8000  # visual tokens of an image of GLM-5.3-Flash, likewise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +91,7 @@ class Processor:
         return self._text.get("max_position_embeddings", 1 << 30)
 
     @functools.cached_property
-    def patcher(self) -> PixelPatcher:
+    def patcher(self) -> Patcher:
         """Images to patches as the checkpoint's own processor cuts them."""
         vision = self.config.get("vision_config")
         if vision is None:
@@ -106,12 +108,16 @@ class Processor:
             if not np.allclose(said.get(name, want), want):
                 raise UserError(f"{self.folder}: the image processor has {name}={said[name]}, but only {want} is "
                                 "supported")
+        patch, merge, temporal = wants["patch_size"], wants["merge_size"], wants["temporal_patch_size"]
+        if self.config.get("model_type") == "glm5_next":
+            least, most = said.get("min_image_tokens", MIN_TOKENS), said.get("max_image_tokens", MAX_TOKENS)
+            return CanvasPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
+                                 max_patches=most * merge**2, min_patches=least * merge**2)
         size = said.get("size", {})
         low = size.get("shortest_edge", said.get("min_pixels", MIN_PIXELS))
         high = size.get("longest_edge", said.get("max_pixels", MAX_PIXELS))
-        patch, temporal = vision["patch_size"], vision["temporal_patch_size"]
-        budget = max(high // (temporal * patch**2), vision["spatial_merge_size"] ** 2)
-        return PixelPatcher(patch=patch, merge=vision["spatial_merge_size"], temporal=temporal, policy="smart",
+        budget = max(high // (temporal * patch**2), merge**2)
+        return PixelPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
                             max_patches=budget, min_pixels=low, max_pixels=high)
 
     @functools.cached_property

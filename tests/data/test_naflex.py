@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from glmv_jax.data import naflex
+from glmv_jax.data.canvas import CanvasPatcher
 from glmv_jax.models import cogvit
 from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError
 
@@ -88,6 +89,18 @@ def test_patches_are_those_of_the_glm_processor(size):
     image = picture(*size)
     expected = processor(image, return_tensors="np")
     patches, yx = naflex.Patcher(patch=14, policy="smart", min_patches=32, max_patches=400)(image)
+    np.testing.assert_array_equal(yx.max(0) + 1, expected["image_grid_thw"][0, 1:])
+    shown = cogvit.normalised(jnp.asarray(patches), 3, 2)
+    np.testing.assert_allclose(shown, expected["pixel_values"], atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(120, 200), (333, 517), (61, 64), (40, 30), (1, 1), (28, 900), (700, 20), (280, 280)])
+def test_patches_are_those_of_the_canvas_processor(size):
+    hf = pytest.importorskip("transformers.models.glm5_next.image_processing_pil_glm5_next")
+    processor = hf.Glm5NextImageProcessorPil(min_image_tokens=8, max_image_tokens=60)
+    image = picture(*size)
+    expected = processor(image, return_tensors="np")
+    patches, yx = CanvasPatcher(patch=14, policy="smart", min_patches=32, max_patches=240)(image)
     np.testing.assert_array_equal(yx.max(0) + 1, expected["image_grid_thw"][0, 1:])
     shown = cogvit.normalised(jnp.asarray(patches), 3, 2)
     np.testing.assert_allclose(shown, expected["pixel_values"], atol=2e-6)
