@@ -61,7 +61,8 @@ finally:
     assert "usage: glmv" in done.stdout and "argparse" in names
     assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "glmv_jax"}
     parts = ("checkpoints", "common", "evaluation", "inspection", "training")
-    own = {"glmv_jax", "glmv_jax.typing", "glmv_jax.aot", "glmv_jax.aot.main", "glmv_jax.cli",
+    own = {"glmv_jax", "glmv_jax.typing", "glmv_jax.aot", "glmv_jax.aot.main", "glmv_jax.cli", "glmv_jax.parallel",
+           "glmv_jax.parallel.multihost",
            *(f"glmv_jax.cli.{part}" for part in parts)}  # fmt: skip
     assert {name for name in names if name.startswith("glmv_jax")} == own
     assert not {"asyncio", "http", "multiprocessing", "unittest", "xml", "logging", "email"} & names
