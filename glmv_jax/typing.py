@@ -38,8 +38,9 @@ class VisionInput(NamedTuple):
     """Rows of image patches. Four consecutive patches are one 2x2 merge block, so any cut at a multiple of 4 is legal.
 
     patches: [B, P, 3*p*p] uint8, the pixels of still images, layout (channel, y, x) inside a patch; the tower
-             normalises them and repeats a still frame as often as its patches have frames. Or, as the public processors
-             give them, [B, P, 3*t*p*p] float, normalised with CLIP_MEAN and CLIP_STD, layout (channel, frame, y, x).
+             normalises them and repeats a still frame as often as its patches have frames. Or [B, P, 3*t*p*p] uint8,
+             where some are of films, layout (channel, frame, y, x); or such as the public processors give, float and
+             normalised with CLIP_MEAN and CLIP_STD.
     yx:      [B, P, 2] int, patch coordinates inside its frame (row, column).
     frame:   [B, P] int, 0 = padding; one id a frame (a still image is one frame): attention never crosses it.
     """

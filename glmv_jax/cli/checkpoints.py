@@ -63,7 +63,8 @@ def generate(args: argparse.Namespace) -> int:
       glmv generate --run runs/quickstart --image cats.png --prompt "图中有几只猫？" --temperature 0.7 --seed 3
 
     --checkpoint takes what `glmv import-hf` wrote, a run that began from it, or a folder in Hugging Face layout. The
-    prompt is a question, a file of messages as the OpenAI API has them, or token ids; an image for each placeholder:
+    prompt is a question, a file of messages as the OpenAI API has them (which may name pictures and films), or token
+    ids; an image for each placeholder that names none:
 
       glmv generate --checkpoint checkpoints/glm-ocr --image page.png --prompt "Text Recognition:"
       glmv generate --checkpoint checkpoints/glm-ocr --messages chat.json --image a.png b.png --json

@@ -14,13 +14,14 @@ import json
 import pathlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from glmv_jax.data import dialect
 from glmv_jax.data.tokenizer import BOX
 from glmv_jax.typing import UserError
 
 Render = Callable[..., str]
+KINDS = {"image": "image", "image_url": "image", "video": "video", "video_url": "video"}  # of parts
 _TRUSTED = (*BOX, "<think>", "</think>")  # in what an assistant said
 
 
@@ -98,7 +99,7 @@ def prompt_ids(
     render: Render, tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (),
     **settings: Any,
 ) -> list[int]:  # fmt: skip
-    """Ids of a conversation that an assistant is to go on with; an image is one `<|image|>`.
+    """Ids of a conversation that an assistant is to go on with; an image is one `<|image|>`, a film one `<|video|>`.
 
     tokenizer: a `JsonTokenizer`. settings: for the template, as `enable_thinking`.
     """
@@ -125,7 +126,8 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 def checked(messages: Any) -> list[dict[str, Any]]:
     """Messages as templates expect them, from what the OpenAI API takes: no empty fields, arguments as objects,
-    pictures as {"type": "image"} (see `pictures`). Raises UserError for what is none, naming the message."""
+    pictures as {"type": "image"}, films as {"type": "video"} (see `media`). Raises UserError for what is none, naming
+    the message."""
     if not isinstance(messages, list) or not messages:
         raise UserError("the messages are no list of messages; write [{\"role\": \"user\", \"content\": ...}]")
     found = []
@@ -144,35 +146,50 @@ def checked(messages: Any) -> list[dict[str, Any]]:
     return found
 
 
-def pictures(messages: Sequence[Mapping[str, Any]], given: Sequence[Any]) -> list[Any]:
-    """The image of each placeholder in reading order: the file or bytes that its part names, else the next of `given`.
+class Media(NamedTuple):
+    """What the placeholders of a conversation show, of each kind in reading order: files, or their bytes."""
 
-    A part names one as {"type": "image", "image": FILE} or {"type": "image_url", "image_url": {"url": FILE}}; a data:
-    URL holds the bytes. Raises UserError for other addresses, and when placeholders and images differ in number.
+    images: list[Any]
+    films: list[Any]
+
+
+def media(messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Media:
+    """The file or bytes that each image or video part names; an image part that names none takes the next of `images`.
+
+    A part names one as {"type": "image", "image": FILE} or {"type": "image_url", "image_url": {"url": FILE}}, a film as
+    {"type": "video", "video": FILE} or "video_url"; a data: URL holds the bytes. Raises UserError for other addresses,
+    a film that is not named, and when image placeholders and images differ in number.
     """
-    found, waiting = [], list(given)
+    found, waiting = Media([], []), list(images)
     parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
-    for part in (p for p in parts if p.get("type") in ("image", "image_url")):
-        named = part.get("image_url", part.get("image", part.get("path", part.get("url"))))
+    for part, kind in ((p, KINDS[p["type"]]) for p in parts if p.get("type") in KINDS):
+        named = part.get(f"{kind}_url", part.get(kind, part.get("path", part.get("url"))))
         named = named.get("url") if isinstance(named, Mapping) else named
+        if kind == "video":
+            if named is None:
+                raise UserError('a video part of the messages names no file; write {"type": "video", "video": FILE}')
+            found.films.append(_source(kind, named))
+            continue
         if named is None and not waiting:
-            raise UserError(f"the messages have more image placeholders than the {len(given)} images that were given; "
+            raise UserError(f"the messages have more image placeholders than the {len(images)} images that were given; "
                             "give one --image for each")
-        found.append(waiting.pop(0) if named is None else _source(named))
+        found.images.append(waiting.pop(0) if named is None else _source(kind, named))
     if waiting:
-        raise UserError(f"the messages have {len(found)} image placeholders and {len(waiting)} images too many were "
-                        'given; write one {"type": "image"} part for each image')
+        raise UserError(f"the messages have {len(found.images)} image placeholders and {len(waiting)} images too many "
+                        'were given; write one {"type": "image"} part for each image')
     return found
 
 
-def _source(named: str) -> str | bytes:
+def _source(kind: str, named: Any) -> str | bytes:
+    if not isinstance(named, str):
+        raise UserError(f"the messages name no file for a part of type {kind!r}, but {named!r:.40}; give its path")
     if named.startswith("data:"):
         try:
             return base64.b64decode(named.partition(",")[2], validate=True)
         except ValueError:
-            raise UserError("a data: URL in the messages is no base64; encode the picture again") from None
+            raise UserError(f"a data: URL in the messages is no base64; encode the {kind} again") from None
     if re.match(r"https?://", named):
-        raise UserError(f"the messages name an image at {named[:80]}; download it and give its path")
+        raise UserError(f"{named[:80]} in the messages is on the network; download the {kind} and give its path")
     return named.removeprefix("file://")
 
 
@@ -180,9 +197,9 @@ def _part(part: Any, n: int) -> dict[str, Any]:
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text" and isinstance(part.get("text"), str):
         return part
-    if kind in ("image", "image_url"):
-        return {"type": "image"}
-    raise UserError(f"message {n} has a part of type {kind!r}; use text or image")
+    if isinstance(kind, str) and kind in KINDS:
+        return {"type": KINDS[kind]}
+    raise UserError(f"message {n} has a part of type {kind!r}; use text, image or video")
 
 
 def _call(call: Any, n: int) -> dict[str, Any]:

@@ -1,12 +1,12 @@
-"""Conversations with tools, observations and thinking to tokens, in the GLM-4.7/5 dialect: what `chat` leaves out.
+"""Conversations with tools, observations and thinking to tokens: what `chat` leaves out. In the GLM-4.7/5 dialect
 
     [gMASK]<sop><|system|>\\n# Tools ...<|user|>{text}<|assistant|><think>{thinking}</think>{text}
     <tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_value></tool_call>
     <|observation|><tool_response>{text}</tool_response><tool_response>...</tool_response>
     <|assistant|></think>{text}<|endoftext|>
 
-(without the line breaks between turns). A value that is a text stands as it is, any other as JSON. A conversation
-without any of that is what `chat.render` makes of it, token for token.
+(without the line breaks between turns), or in that of older models (`dialect`). A value that is a text stands as it is,
+any other as JSON. A conversation without any of that is what `chat.render` makes of it, token for token.
 
 What is learnt is what the assistant says: thinking and the `</think>` that ends it, text, tool calls, and the token at
 which it stops, `<|observation|>` after tool calls, else that of the next turn or `<|endoftext|>`. What a server writes
@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.data.chat import Rendered, Writer
-from glmv_jax.data.dialect import COMPACT, last_of_user, said
+from glmv_jax.data.dialect import COMPACT, Dialect, last_of_user, said
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.typing import UserError
 
@@ -36,6 +36,7 @@ def render(
     media: Sequence[int | Film] = (),
     tools: Sequence[Mapping[str, Any]] = (),
     thinking: str = "last",
+    dialect: Dialect = COMPACT,
 ) -> Rendered:
     """Messages -> tokens.
 
@@ -45,6 +46,7 @@ def render(
     thinking: which `reasoning_content` is kept: "last", of what follows the last user message, as the templates do for
         a conversation that goes on; "each": as "last" here, and `turns` makes of each user's turn a last one; "all";
         "none". What is not kept leaves a turn without thinking.
+    dialect: that of the model.
     Raises: UserError for an unknown rule, a picture in an assistant's message, and parts and media that differ in
         number.
     """
@@ -55,7 +57,7 @@ def render(
     keeps = {"all": lambda n: True, "none": lambda n: False}.get(thinking, lambda n: n > last_user)
     weights = [float(message.get("weight", 1.0)) for message in messages]
     writer, waiting = Writer(tokenizer), iter(media)
-    pieces = COMPACT.pieces(messages, tools, keeps)
+    pieces = dialect.pieces(messages, tools, keeps)
     writer.pieces(pieces, weights, lambda: _write_media(writer, tokenizer, waiting))
     if messages[-1]["role"] == "assistant":
         stop = "<|observation|>" if messages[-1].get("tool_calls") else "<|endoftext|>"

@@ -3,10 +3,11 @@
     COMPACT, GLM-4.7 and GLM-5     [gMASK]<sop><|user|>{text}<|assistant|></think>{text}
     SPACED, GLM-4.5 to GLM-4.6V    [gMASK]<sop><|user|>\\n{text}<|assistant|>\\n<think></think>\\n{text}
 
-In both an image is `<|begin_of_image|><|image|><|end_of_image|>`, thinking stands in `<think>...</think>` (that of
-earlier turns is dropped), a call is `<tool_call>{name}<arg_key>{key}</arg_key><arg_value>{value}</arg_value>
-</tool_call>` with a value that is text as it is and any other as JSON, and the results of one turn's calls share an
-`<|observation|>`. Source of the form, and of the words about tools, which models know: the public templates.
+In both an image is `<|begin_of_image|><|image|><|end_of_image|>` and a film the same with `video`, thinking stands in
+`<think>...</think>` (that of earlier turns is dropped), a call is `<tool_call>{name}<arg_key>{key}</arg_key><arg_value>
+{value}</arg_value></tool_call>` with a value that is text as it is and any other as JSON, and the results of one turn's
+calls share an `<|observation|>`. Source of the form, and of the words about tools, which models know: the public
+templates.
 
 Joined, the pieces are the prompt of a checkpoint that brings no template of its own; `conversation` makes of them the
 tokens that training reads.
@@ -23,7 +24,10 @@ from glmv_jax.typing import UserError
 
 Message = Mapping[str, Any]
 
-IMAGE = "<|begin_of_image|><|image|><|end_of_image|>"
+SHOWN = {  # a part that is no text
+    "image": "<|begin_of_image|><|image|><|end_of_image|>",
+    "video": "<|begin_of_video|><|video|><|end_of_video|>",
+}
 ROLES = ("system", "user", "assistant", "tool")
 _SERVERS_OWN = ("defer_loading", "strict")  # fields of a tool that are not shown to a model
 _TOOLS = (
@@ -62,8 +66,6 @@ class Dialect:
         """The text of a conversation. Raises UserError for a role or a part that the dialect does not have."""
         last_user = last_of_user(messages)
         pieces = list(self.pieces(messages, tools, lambda n: n > last_user, "" if enable_thinking else self.suffix))
-        if any(piece.kind == "video" for piece in pieces):
-            raise UserError("a prompt in this dialect has no videos; use text or image")
         text = [piece.text for piece in pieces]
         if add_generation_prompt:
             text.append("<|assistant|>" + (self.thinking if enable_thinking else self.line + "".join(self.no_thinking)))
@@ -167,13 +169,13 @@ def _tags(*names: str) -> Iterator[Piece]:
 
 
 def _parts(message: Message) -> Iterator[Piece]:
-    """The content of a message, images as their tokens."""
+    """The content of a message, images and films as their tokens."""
     content = message.get("content", "")
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
         kind = part.get("type")
-        if kind not in ("text", "image", "video"):
-            raise UserError(f"unknown part {kind!r} in a {message['role']} message; use text or image")
-        yield Piece(kind, part["text"] if kind == "text" else IMAGE)
+        if kind != "text" and kind not in SHOWN:
+            raise UserError(f"unknown part {kind!r} in a {message['role']} message; use text, image or video")
+        yield Piece(kind, part["text"] if kind == "text" else SHOWN[kind])
 
 
 def _visible(message: Message) -> str:

@@ -20,22 +20,27 @@ from glmv_jax.data.building import Document
 from glmv_jax.data.canvas import CanvasPatcher
 from glmv_jax.data.naflex import Patcher, load_image, smart_resize
 from glmv_jax.data.tokenizer_json import JsonTokenizer
+from glmv_jax.data.video import Films
 from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError
 
-# Pixels of an image, counted once a frame: what the processor class has where a checkpoint says nothing.
-MIN_PIXELS, MAX_PIXELS = 112 * 112, 28 * 28 * 15000
+# Pixels of an image and of a film, counted once a frame: what the processor classes have where nothing is said.
+MIN_PIXELS, MAX_PIXELS, MAX_FILM_PIXELS = 112 * 112, 28 * 28 * 15000, 28 * 28 * 2 * 30000
 MIN_TOKENS, MAX_TOKENS = 16, 8000  # visual tokens of an image of GLM-5.3-Flash, likewise
+
+Source = str | pathlib.Path | bytes  # a file, or what is in it
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelPatcher(Patcher):
-    """A Patcher whose budget is in pixels, as the public processors count: a still image as `temporal` frames."""
+    """A Patcher whose budget is in pixels, as the public processors count: a still image as `temporal` frames, a film
+    as `shown`."""
 
     min_pixels: int = MIN_PIXELS
     max_pixels: int = MAX_PIXELS
+    shown: int = 0
 
     def size(self, height: int, width: int) -> tuple[int, int]:
-        return smart_resize(height, width, factor=self.patch * self.merge, frames=self.temporal,
+        return smart_resize(height, width, factor=self.patch * self.merge, frames=self.shown or self.temporal,
                             temporal=self.temporal, min_pixels=self.min_pixels, max_pixels=self.max_pixels)
 
 
@@ -86,6 +91,11 @@ class Processor:
         return ()
 
     @functools.cached_property
+    def video(self) -> int | None:
+        """The id of the placeholder of a film; None for a model that sees none."""
+        return self.config.get("video_token_id")
+
+    @functools.cached_property
     def longest(self) -> int:
         """How many positions the model was made for, prompt and answer together."""
         return self._text.get("max_position_embeddings", 1 << 30)
@@ -93,13 +103,26 @@ class Processor:
     @functools.cached_property
     def patcher(self) -> Patcher:
         """Images to patches as the checkpoint's own processor cuts them."""
+        said = read_json(self.folder / "preprocessor_config.json", None)
+        if said is None:
+            said = read_json(self.folder / "processor_config.json", {}).get("image_processor", {})
+        return self._patcher(said, MAX_PIXELS)
+
+    @functools.cached_property
+    def films(self) -> Films:
+        """Films to patches as the checkpoint's own processor cuts them."""
+        said = read_json(self.folder / "processor_config.json", {}).get("video_processor")
+        for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
+            said = read_json(self.folder / name, None) if said is None else said
+        said = said or {}
+        return Films.of(self._patcher(said, MAX_FILM_PIXELS), said, self.config.get("model_type", ""))
+
+    def _patcher(self, said: dict[str, Any], most: int) -> PixelPatcher:
+        """Of the settings of an image or video processor; most: pixels, where they say nothing."""
         vision = self.config.get("vision_config")
         if vision is None:
             raise UserError(f"{self.folder / 'config.json'} has no vision_config: this model sees no images; leave out "
                             "--image")
-        said = read_json(self.folder / "preprocessor_config.json", None)
-        if said is None:
-            said = read_json(self.folder / "processor_config.json", {}).get("image_processor", {})
         wants = {"patch_size": vision["patch_size"], "temporal_patch_size": vision["temporal_patch_size"],
                  "merge_size": vision["spatial_merge_size"]}  # fmt: skip
         wants |= {"image_mean": list(CLIP_MEAN), "image_std": list(CLIP_STD), "resample": 3, "rescale_factor": 1 / 255,
@@ -115,7 +138,7 @@ class Processor:
                                  max_patches=most * merge**2, min_patches=least * merge**2)
         size = said.get("size", {})
         low = size.get("shortest_edge", said.get("min_pixels", MIN_PIXELS))
-        high = size.get("longest_edge", said.get("max_pixels", MAX_PIXELS))
+        high = size.get("longest_edge", said.get("max_pixels", most))
         budget = max(high // (temporal * patch**2), merge**2)
         return PixelPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
                             max_patches=budget, min_pixels=low, max_pixels=high)
@@ -135,16 +158,19 @@ class Processor:
         if self.tokenizer is None:
             raise UserError(f"{self.folder} has no tokenizer.json; copy it there, or give --token-ids")
         checked = chat_template.checked(asked.messages)
-        images = chat_template.pictures(asked.messages, images)
+        images, films = chat_template.media(asked.messages, images)
         render = chat_template.of_checkpoint(self.folder, self.config.get("model_type", ""))
         ids = chat_template.prompt_ids(render, self.tokenizer, checked, asked.tools, **asked.settings)
-        return self.document(ids, images)
+        return self.document(ids, images, films)
 
-    def document(self, ids: Sequence[int], images: Sequence[str | pathlib.Path | Image.Image] = ()) -> Document:
-        """A prompt of token ids with images.
+    def document(self, ids: Sequence[int], images: Sequence[Source | Image.Image] = (), films: Sequence[Source] = ()
+                 ) -> Document:
+        """A prompt of token ids with images and films.
 
-        ids: each image has one placeholder, which becomes as many as the image has visual tokens, or all of them.
-        Raises UserError for ids out of range, and when placeholders and images differ in number.
+        ids: each image has one placeholder, which becomes as many as the image has visual tokens, or all of them; each
+            film has one of its own kind, which becomes an image and a time for every group of its frames.
+        Raises UserError for ids out of range, films that cannot be read, and when placeholders and images, or films,
+            differ in number.
         """
         ids = np.asarray(ids, np.int64)
         if not ids.size:
@@ -152,7 +178,17 @@ class Processor:
         vocab = self._text["vocab_size"]
         if wrong := ids[(ids < 0) | (ids >= vocab)].tolist():
             raise UserError(f"token id {wrong[0]} is not in the vocabulary of {vocab}; give ids from 0 to {vocab - 1}")
-        pictures = tuple(self.patcher(load_image(image)) for image in images)
+        if films and self.video is None:
+            raise UserError(f"{self.folder / 'config.json'} has no video_token_id: this model sees no films; leave "
+                            "them out")
+        count = int((ids == self.video).sum()) if self.video is not None else 0
+        if count != len(films):
+            raise UserError(f"the prompt has {count} video placeholders, but {len(films)} films were given; name one "
+                            "in the messages for each")
+        if films:
+            ids, pictures = self._with_films(ids, images, films)
+        else:
+            pictures = [self.patcher(load_image(image)) for image in images]
         merged = [len(patches) // self.patcher.merge**2 for patches, _ in pictures]
         is_image = ids == self.image if self.image is not None else np.zeros(len(ids), bool)
         count = int(is_image.sum())
@@ -165,7 +201,32 @@ class Processor:
         tokens = np.repeat(ids, repeats).astype(np.int32)
         image_of_token = np.full(len(tokens), -1, np.int32)
         image_of_token[np.repeat(is_image, repeats)] = np.repeat(np.arange(len(merged)), merged)
-        return Document(tokens, np.zeros(len(tokens), np.float32), image_of_token, pictures, "prompt", "prompt")
+        return Document(tokens, np.zeros(len(tokens), np.float32), image_of_token, tuple(pictures), "prompt", "prompt")
+
+    def _with_films(self, ids: np.ndarray, images: Sequence[Any], films: Sequence[Any]) -> tuple[np.ndarray, list]:
+        """The ids with each film as the images of its groups of frames, a time after each, and the patches of all
+        images in reading order; those of stills have as many frames."""
+        if self.tokenizer is None:
+            raise UserError(f"{self.folder} has no tokenizer.json, which the times in a film are written with; copy it "
+                            "there")
+        begin, end = (self.tokenizer.special[f"<|{name}_of_image|>"] for name in ("begin", "end"))
+        if (count := int((ids == self.image).sum())) != len(images):
+            raise UserError(f"the prompt has {count} image placeholders, but {len(images)} images were given; give one "
+                            "image for each placeholder")
+        still = dataclasses.replace(self.patcher, frames=self.patcher.temporal)
+        waiting, moving = iter(images), iter(films)
+        shown: list[int] = []
+        pictures = []
+        for i in ids.tolist():
+            if i == self.video:
+                for time, patched in self.films(next(moving)):
+                    shown += [begin, self.image, end, *self.tokenizer.encode(time)]
+                    pictures.append(patched)
+                continue
+            shown.append(i)
+            if i == self.image:
+                pictures.append(still(load_image(next(waiting))))
+        return np.array(shown, np.int64), pictures
 
 
 def question(text: str, images: int) -> Conversation:

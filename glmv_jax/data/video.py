@@ -1,35 +1,43 @@
-"""Films as pairs of frames with their times, sampled as GLM-4.6V and GLM-OCR do.
+"""Films as groups of frames with their times, sampled as the public processors do.
 
-A patch of the tower has two frames (`temporal_patch`), so frames are taken in pairs; each pair is an image of its own
-for the language model, with its time written after it, and no attention of the tower leaves it.
+A patch of the tower has `temporal_patch` frames, two in every public model, so frames are taken in groups of so many;
+each group is an image of its own for the language model, with its time written after it, and no attention of the tower
+leaves it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import io
-from collections.abc import Iterator
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
 from glmv_jax.typing import UserError
 
-# Up to so many seconds a film has so many pairs of frames a second (transformers 5
+# Up to so many seconds a film has so many groups of frames a second (transformers 5
 # `models/glm46v/video_processing_glm46v.py`).
 RATES = ((30.0, 3.0), (300.0, 1.0), (2400.0, 0.5))
 MOST_FRAMES = 640
+Sample = Callable[[int, float, float], Sequence[int]]  # (frames, frames a second, seconds) -> numbers of those shown
 
 
-def sampled(frames: int, rate: float, seconds: float, most: int = MOST_FRAMES) -> list[int]:
-    """Numbers of the frames that are shown, rising, of an even count: the last may come twice.
+def sampled(frames: int, rate: float, seconds: float, most: int = MOST_FRAMES, group: int = 2) -> list[int]:
+    """Numbers of the frames that are shown, rising, in whole groups: the last may come several times.
 
     frames: of the film. rate: its frames a second. seconds: its length. most: shown at most; the processor's own is
     MOST_FRAMES. With that it is `sample_frames` of GLM-4.6V's video processor, which gives nothing below a third of a
     second.
     """
-    pairs_a_second = next((r for longest, r in RATES if seconds <= longest), RATES[-1][1])
-    wanted = max(2, min(int(min(seconds, RATES[-1][0]) * pairs_a_second * 2), most))
-    step = 1 / (pairs_a_second * 2)
+    groups_a_second = next((r for longest, r in RATES if seconds <= longest), RATES[-1][1])
+    wanted = max(group, min(int(min(seconds, RATES[-1][0]) * groups_a_second * group), most))
+    step = 1 / (groups_a_second * group)
     shown: list[int] = []
     if frames >= wanted:
         due = 0.0
@@ -42,14 +50,37 @@ def sampled(frames: int, rate: float, seconds: float, most: int = MOST_FRAMES) -
     if len(shown) != wanted:  # too few frames, or rounding gave some more or less: evenly over what there is
         first, last = (shown[0], shown[-1]) if 0 < len(shown) < wanted else (0, max(frames - 1, 0))
         shown = np.linspace(first, last, wanted, dtype=int).tolist()
+    return _grouped(shown, group)
+
+
+def sampled_at(
+    frames: int, rate: float, seconds: float, a_second: float = 2.0, longest: float = 300.0, group: int = 2
+) -> list[int]:
+    """As `sampled`, at an even rate: `sample_frames` of GLM-4.1V's video processor.
+
+    a_second: frames that are shown of a second; of a film of more than `longest` seconds as many as of one so long.
+    """
+    if seconds <= longest:
+        shown = [math.ceil(i * rate / a_second) for i in range(max(1, math.floor(seconds * a_second)))]
+    elif (wanted := int(longest * a_second)) >= frames:
+        shown = list(range(frames))
+    else:
+        shown = [math.ceil(at * rate) for at in np.linspace(0, seconds, wanted)]
+    return _grouped([min(number, frames - 1) for number in shown], group)
+
+
+def _grouped(shown: Sequence[int], group: int) -> list[int]:
     shown = sorted(set(shown))
-    return shown + shown[-1:] if len(shown) % 2 else shown
+    return shown + shown[-1:] * (-len(shown) % group)
 
 
-def frame_pairs(content: bytes, most: int = MOST_FRAMES) -> Iterator[tuple[float, Image.Image, Image.Image]]:
-    """(time of the first in seconds, first frame, second frame) of a film's bytes, in order.
+def frame_groups(
+    content: bytes, sample: Sample = sampled, group: int = 2
+) -> Iterator[tuple[float, list[Image.Image]]]:
+    """(time of the first in seconds, its `group` RGB frames) of the groups of frames of a film's bytes, in order, each
+    as soon as it is decoded.
 
-    most: frames at most. UserError: no film, a broken one, or PyAV is not installed.
+    UserError: no film, a broken one, or PyAV is not installed.
     """
     try:
         import av
@@ -60,19 +91,73 @@ def frame_pairs(content: bytes, most: int = MOST_FRAMES) -> Iterator[tuple[float
             if not file.streams.video:
                 raise UserError("the film has no pictures")
             stream = file.streams.video[0]
-            rate = float(stream.average_rate or 0) or 24.0
+            rate = stream.average_rate or Fraction(24)
             count = stream.frames or sum(1 for _ in file.decode(stream))
-        shown = sampled(count, rate, count / rate, most)
+        if not count:
+            raise UserError("the film has no pictures")
+        shown, frames, at = list(sample(count, float(rate), float(count / rate))), [], 0
         with av.open(io.BytesIO(content)) as file:
-            wanted, pictures = set(shown), {}
             for number, frame in enumerate(file.decode(file.streams.video[0])):
-                if number in wanted:
-                    pictures[number] = frame.to_image()
-                if number == shown[-1]:
+                if number != shown[at]:
+                    continue
+                picture = frame.to_image()
+                while at < len(shown) and shown[at] == number:  # the last may come several times
+                    frames.append(picture)
+                    at += 1
+                if at == len(shown):
                     break
+                if len(frames) == group:
+                    yield shown[at - group] / float(rate), frames
+                    frames = []
     except av.error.FFmpegError as error:
         raise UserError(f"the film is broken or cut short ({error.strerror}); copy or convert it again") from None
-    if missing := wanted - pictures.keys():
-        raise UserError(f"the film is cut short: {len(missing)} of its {count} frames are missing")
-    for first, second in zip(shown[::2], shown[1::2]):
-        yield first / rate, pictures[first].convert("RGB"), pictures[second].convert("RGB")
+    if at < len(shown):
+        raise UserError(f"the film is cut short: the last {len(shown) - at} of its frames that are shown are missing")
+    yield shown[-group] / float(rate), frames
+
+
+@dataclasses.dataclass(frozen=True)
+class Films:
+    """How a public processor shows films.
+
+    patcher: a `PixelPatcher` with the budget of a film.   sample: which frames are shown.
+    time: what is written after a group of frames, from its seconds.
+    """
+
+    patcher: Any
+    sample: Sample
+    time: Callable[[float], str]
+
+    @classmethod
+    def of(cls, patcher: Any, said: dict[str, Any], model_type: str) -> Self:
+        """From the settings of a video processor and the model_type. UserError for one that is not known."""
+        older = "Glm4vVideoProcessor" if model_type in ("glm4v", "glm4v_moe") else "Glm46VVideoProcessor"
+        kind = said.get("video_processor_type", older)
+        if kind == "Glm4vVideoProcessor":
+            rate, longest = said.get("fps", 2), said.get("max_duration", 300)
+            sample = functools.partial(sampled_at, a_second=rate, longest=longest, group=patcher.temporal)
+            return cls(patcher, sample, lambda seconds: str(int(seconds)))
+        if kind == "Glm46VVideoProcessor":
+            sample = functools.partial(sampled, group=patcher.temporal)
+            return cls(patcher, sample, lambda seconds: f"{seconds:.1f} seconds")
+        raise UserError(f"video_processor_type {kind!r} is not known; only those of GLM-4.1V and GLM-4.6V are")
+
+    def __call__(self, film: str | pathlib.Path | bytes) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray]]]:
+        """(its time, its patches as one image) of each group of frames of a file, or of its bytes. UserError as
+        `frame_groups`, and for a file that cannot be read."""
+        name, group = "the film" if isinstance(film, bytes) else f"film {str(film)!r}", self.patcher.temporal
+        shown: list[int] = []
+
+        def sample(*about: Any) -> list[int]:
+            shown[:] = self.sample(*about)
+            return shown
+
+        try:
+            content = film if isinstance(film, bytes) else pathlib.Path(film).read_bytes()
+            for seconds, frames in frame_groups(content, sample, group):
+                patcher = dataclasses.replace(self.patcher, frames=group, shown=len(shown))
+                yield self.time(seconds), patcher.moving(frames)
+        except OSError as error:
+            raise UserError(f"{name} cannot be read ({error.strerror}); check the path") from None
+        except UserError as error:
+            raise UserError(f"{name}: {error}") from None

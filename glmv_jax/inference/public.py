@@ -53,7 +53,7 @@ def reply(
     check_length(processor, prompt, max_new_tokens)
     tokens = -(-len(prompt.tokens) // BUCKET) * BUCKET
     patches = -(-prompt.patches // PATCH_BUCKET) * PATCH_BUCKET
-    channels = processor.patcher.channels if prompt.images else 0
+    channels = prompt.images[0][0].shape[1] if prompt.images else 0
     rows = Prompts.of(collate([prompt], tokens, patches, channels, [prompt.source]))
     if not prompt.images:
         rows = rows._replace(vision=None)

@@ -9,7 +9,6 @@ layer over four neighbouring rows. Stages 1 and 2 use the trunk alone; the VLM p
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, stack
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
 from glmv_jax.parallel.rules import constrain
-from glmv_jax.typing import CLIP_MEAN, CLIP_STD, VisionInput
+from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError, VisionInput
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +73,7 @@ class CogViT(nn.Module):
         mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
         c = self.cfg
         with jax.named_scope("patch_embed"):
-            patches = normalised(vision.patches, c.channels, c.temporal_patch)
+            patches = normalised(vision.patches, c.channels, c.temporal_patch, c.patch)
             x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
         if mask_BP is not None:
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
@@ -127,14 +126,17 @@ class Merger(nn.Module):
         return SwiGLU(c.hidden, c.width, False, c.swiglu_limit, c.dtype, name="mlp")(x_BMD)
 
 
-def normalised(patches: jax.Array, channels: int, frames: int) -> jax.Array:
-    """[..., C*p*p] uint8 pixels -> [..., C*frames*p*p] float32, normalised, a still frame as many times as a patch has
-    frames; or [..., C*frames*p*p] uint8, of films: a length that is no square a channel. Patches that are float have
-    been normalised and stay as they are."""
+def normalised(patches: jax.Array, channels: int, frames: int, patch: int) -> jax.Array:
+    """[..., C*p*p] uint8 pixels of still images, or [..., C*frames*p*p] of films -> [..., C*frames*p*p] float32,
+    normalised, a still frame as many times as a patch has frames. Patches that are float have been normalised and stay
+    as they are. Raises UserError for vectors of another length."""
     if patches.dtype != jnp.uint8:
         return patches
     shape = (channels, 1, 1)
-    held = 1 if math.isqrt(patches.shape[-1] // channels) ** 2 * channels == patches.shape[-1] else frames
+    held, rest = divmod(patches.shape[-1], channels * patch**2)
+    if rest or held not in (1, frames):
+        raise UserError(f"patches of {patches.shape[-1]} pixels for a tower whose patches have {channels} x {patch} x "
+                        f"{patch}, or {frames} frames of them; make them with its patch size and data.video")
     pixels = patches.reshape(*patches.shape[:-1], channels, held, -1).astype(jnp.float32) * jnp.float32(1 / 255)
     pixels = (pixels - jnp.array(CLIP_MEAN).reshape(shape)) / jnp.array(CLIP_STD).reshape(shape)
     pixels = jnp.broadcast_to(pixels, (*pixels.shape[:-2], frames, pixels.shape[-1]))

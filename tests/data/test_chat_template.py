@@ -13,7 +13,7 @@ import pytest
 
 transformers = pytest.importorskip("transformers")
 
-from glmv_jax.data import chat_template, dialect  # noqa: E402
+from glmv_jax.data import chat_template, conversation, dialect  # noqa: E402
 from glmv_jax.data.tokenizer_json import JsonTokenizer  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
 from tests.data import json_vocabulary  # noqa: E402
@@ -42,6 +42,7 @@ CONVERSATIONS = {
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": [IMAGE, text("the cat: "), IMAGE, text("数一数")]},
     ],
+    "films": [{"role": "user", "content": [{"type": "video"}, text("and"), IMAGE, {"type": "video"}, text("?")]}],
     "turns": [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": " b\n", "reasoning_content": "hm, an earlier thought"},
@@ -87,6 +88,25 @@ def test_both_ways_are_those_of_transformers(folder, form, name, tools, settings
         assert render(messages, tools=tools, **settings) == want
         assert chat_template.prompt_ids(render, tokenizer, chat_template.checked(messages), tools, **settings) == ids
     assert want.count("<|image|>") == json.dumps(messages).count('"image"')
+
+
+@pytest.mark.parametrize("form", DIALECTS)
+def test_training_reads_what_the_template_asks_with(folder, form):
+    """The prompt that a template writes, to the token, and behind it the answer."""
+    tokenizer = JsonTokenizer(folder / "tokenizer.json")
+    settings = {"compact": {"enable_thinking": False}, "spaced": {}}[form]
+    render = chat_template.jinja((TEMPLATES / f"{form}.jinja").read_text())
+    for name in ("system and images", "tools"):
+        asked = chat_template.checked(CONVERSATIONS[name])
+        ids = chat_template.prompt_ids(render, tokenizer, asked, TOOLS, **settings)
+        said = [*asked, {"role": "assistant", "content": "3 cats"}]
+        parts = lambda content: content if isinstance(content, list) else [text(content)]  # noqa: E731
+        said = [message | {"content": parts(message["content"])} for message in said]
+        images = sum(part["type"] == "image" for message in said for part in message["content"])
+        got = conversation.render(said, tokenizer, [1] * images, TOOLS, dialect=DIALECTS[form])
+        assert got.tokens[: len(ids)].tolist() == ids and not got.loss_weight[: len(ids)][-3:].any()
+        assert tokenizer.decode(got.tokens[len(ids) :], keep_special=True).endswith("3 cats<|endoftext|>")
+        assert tokenizer.decode(got.tokens[-6:][got.loss_weight[-6:] > 0]).endswith("3 cats")
 
 
 @pytest.mark.parametrize("form", DIALECTS)
@@ -144,7 +164,7 @@ def test_messages_as_an_api_takes_them():
     out = chat_template.checked(messages)
     assert out[0] == {"role": "user", "content": [IMAGE, text("a"), IMAGE, IMAGE]}
     assert out[1]["tool_calls"][0]["function"]["arguments"] == {"a": 1} and "content" not in out[1]
-    assert chat_template.pictures(messages, ["a.png"]) == [b"\0\0\0", "a.png", "b.png"]
+    assert chat_template.media(messages, ["a.png"]) == ([b"\0\0\0", "a.png", "b.png"], [])
 
 
 @pytest.mark.parametrize(
@@ -162,13 +182,19 @@ def test_wrong_messages(messages, message):
 def test_pictures_and_placeholders_must_agree():
     one = [{"role": "user", "content": [IMAGE, text("a")]}]
     with pytest.raises(UserError, match="more image placeholders than the 0 images"):
-        chat_template.pictures(one, [])
+        chat_template.media(one, [])
     with pytest.raises(UserError, match="1 image placeholders and 1 images too many"):
-        chat_template.pictures(one, ["a.png", "b.png"])
+        chat_template.media(one, ["a.png", "b.png"])
     far = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x.org/a.png"}}]}]
-    with pytest.raises(UserError, match="download it"):
-        chat_template.pictures(far, [])
+    with pytest.raises(UserError, match="on the network; download the image"):
+        chat_template.media(far, [])
+    film = [{"role": "user", "content": [{"type": "video_url", "video_url": {"url": "a.mp4"}}, IMAGE]}]
+    assert chat_template.media(film, ["a.png"]) == (["a.png"], ["a.mp4"])
+    with pytest.raises(UserError, match="names no file"):
+        chat_template.media([{"role": "user", "content": [{"type": "video"}]}], ["a.mp4"])
+    with pytest.raises(UserError, match="no file for a part of type 'image', but 3"):
+        chat_template.media([{"role": "user", "content": [{"type": "image", "image": 3}]}], [])
     with pytest.raises(UserError, match="no base64"):
-        chat_template.pictures([{"role": "user", "content": [{"type": "image", "url": "data:image/png;base64,?"}]}], [])
+        chat_template.media([{"role": "user", "content": [{"type": "image", "url": "data:image/png;base64,?"}]}], [])
     with pytest.raises(UserError, match="unknown role 'robot'"):
         dialect.SPACED([{"role": "robot", "content": "x"}])

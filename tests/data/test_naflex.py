@@ -90,7 +90,7 @@ def test_patches_are_those_of_the_glm_processor(size):
     expected = processor(image, return_tensors="np")
     patches, yx = naflex.Patcher(patch=14, policy="smart", min_patches=32, max_patches=400)(image)
     np.testing.assert_array_equal(yx.max(0) + 1, expected["image_grid_thw"][0, 1:])
-    shown = cogvit.normalised(jnp.asarray(patches), 3, 2)
+    shown = cogvit.normalised(jnp.asarray(patches), 3, 2, 14)
     np.testing.assert_allclose(shown, expected["pixel_values"], atol=2e-6)
 
 
@@ -117,7 +117,7 @@ def test_coordinates_are_those_of_the_glm_tower():
 def test_patch_vector_layout_is_channel_y_x_and_the_tower_sees_channel_frame_y_x():
     pixels = np.arange(16 * 32 * 3, dtype=np.uint8).reshape(16, 32, 3)
     patches, yx = naflex.patchify(pixels, 8)
-    vectors = np.asarray(cogvit.normalised(jnp.asarray(patches), 3, 2)).reshape(8, 3, 2, 8, 8)
+    vectors = np.asarray(cogvit.normalised(jnp.asarray(patches), 3, 2, 8)).reshape(8, 3, 2, 8, 8)
     for vector, (row, column) in zip(vectors, yx):
         for y, x, channel in [(0, 0, 0), (3, 5, 1), (7, 7, 2)]:
             pixel = pixels[row * 8 + y, column * 8 + x, channel]

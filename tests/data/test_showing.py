@@ -126,7 +126,7 @@ def test_pictures_are_those_that_went_in():
 
 def test_normalised_pictures_come_back_within_rounding():
     made = batch()
-    made["patches"] = np.asarray(cogvit.normalised(made["patches"], 3, 2))
+    made["patches"] = np.asarray(cogvit.normalised(made["patches"], 3, 2, 8))
     documents = showing.read(made, TOKENIZER, NAMES, 8)
     seen = [frame for document in documents for picture in document.pictures for frame in picture.frames]
     for n, frame in enumerate(seen):  # a still is two equal frames

@@ -1,6 +1,6 @@
 """Answers of a public checkpoint against transformers' `generate` on the same random weights, and wrong input.
 
-Not covered: released weights, videos, sampling at a temperature (the sampler's own test).
+Not covered: released weights, videos (test_films.py), sampling at a temperature (the sampler's own test).
 """
 
 from __future__ import annotations
@@ -78,15 +78,14 @@ def stops(tokenizer) -> list[int]:
     return tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|user|>"])
 
 
-@pytest.fixture(scope="module")
-def talking(tmp_path_factory):
+def write_talking(folder: pathlib.Path):
     """A folder with a tokenizer and a chat template, and its model: ids of the tokenizer are those of the model."""
-    folder = tmp_path_factory.mktemp("talking") / "hf"
     folder.mkdir()
     json_vocabulary.write(folder, **{"chat_template.jinja": (TEMPLATES / "spaced.jinja").read_text()})
     tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(folder)
     config = hf_config()
-    config.text_config.vocab_size, config.image_token_id = 512, tokenizer.convert_tokens_to_ids("<|image|>")
+    config.text_config.vocab_size = 512
+    config.image_token_id, config.video_token_id = tokenizer.convert_tokens_to_ids(["<|image|>", "<|video|>"])
     torch.manual_seed(0)
     model = transformers.GlmOcrForConditionalGeneration(config).eval()
     randomise(model)
@@ -94,6 +93,11 @@ def talking(tmp_path_factory):
     image_processor().save_pretrained(folder)
     transformers.GenerationConfig(eos_token_id=stops(tokenizer), pad_token_id=0).save_pretrained(folder)
     return folder, model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def talking(tmp_path_factory):
+    return write_talking(tmp_path_factory.mktemp("talking") / "hf")
 
 
 def test_messages_with_images_and_tools_are_answered_as_theirs(talking, capsys, tmp_path):
@@ -226,7 +230,7 @@ def test_patches_are_those_of_their_processor(hf, tmp_path, size):
     np.testing.assert_array_equal(yx.max(0) + 1, want["image_grid_thw"][0, 1:])
     from glmv_jax.models.cogvit import normalised
 
-    np.testing.assert_allclose(normalised(patches, 3, 2), want["pixel_values"], atol=2e-6)
+    np.testing.assert_allclose(normalised(patches, 3, 2, 4), want["pixel_values"], atol=2e-6)
 
 
 def test_without_a_file_the_budget_is_that_of_the_class(hf, tmp_path):

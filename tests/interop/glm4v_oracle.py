@@ -129,6 +129,7 @@ def sample(seed: int, pieces: list[int | tuple[int, int, int]]) -> Sample:
 TEXT_ALONE = sample(2, [11])
 IMAGES = [sample(0, [3, (1, 4, 6), 4, (1, 2, 8), 7]), sample(1, [2, (1, 8, 2), 5]), TEXT_ALONE]
 VIDEOS = [sample(3, [4, (3, 4, 2), 6]), sample(4, [2, (2, 2, 6), 1, (1, 6, 4), 5]), TEXT_ALONE]
+MIXED = sample(5, [3, (1, 4, 6), 2, (2, 2, 4), 1, (1, 2, 2), (3, 2, 2), 4])
 
 
 # --- transformers -----------------------------------------------------------------------------------------------------
@@ -158,6 +159,27 @@ def theirs(model: Any, samples: list[Sample], video: bool = False) -> list[np.nd
     with torch.no_grad():
         logits = model(**their_inputs(samples, video)).logits.numpy()
     return [x[: len(s.tokens)] for x, s in zip(logits, samples)]
+
+
+def theirs_mixed(model: Any, s: Sample) -> np.ndarray:
+    """Logits [T, V] of a text with stills (t = 1) and videos. transformers refuses both at once, as their placeholder
+    is one token: here its features of each stand where they belong, with its own embeddings, positions and decoder."""
+    of = np.array([kind for t, _, _ in s.grids for kind in [1 + (t > 1)] * t])  # by frame
+    kinds = torch.tensor(np.where(s.frame < 0, 0, of[s.frame]))[None]
+    ends = np.cumsum([t * h * w for t, h, w in s.grids])
+    pieces = list(zip(s.grids, np.split(s.patches, ends[:-1])))
+    stills, videos = ([p for p in pieces if (p[0][0] > 1) == moving] for moving in (False, True))
+    packed = lambda some: (  # noqa: E731
+        torch.tensor(np.concatenate([x for _, x in some])), torch.tensor([g for g, _ in some])
+    )
+    ids, inner = torch.tensor(s.tokens)[None], model.model
+    with torch.no_grad():
+        x = inner.get_input_embeddings()(ids)
+        x[kinds == 1] = torch.cat(inner.get_image_features(*packed(stills)).pooler_output)
+        x[kinds == 2] = torch.cat(inner.get_video_features(*packed(videos)).pooler_output)
+        grids = {"image_grid_thw": packed(stills)[1], "video_grid_thw": packed(videos)[1]}
+        positions, _ = inner.get_rope_index(ids, kinds, **grids)
+        return model(inputs_embeds=x, position_ids=positions).logits[0].numpy()
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------
@@ -262,6 +284,14 @@ def check_rows(p: Pair, samples: list[Sample], video: bool = False) -> None:
     """One sample a row, padded."""
     for (got,), want in zip(ours(p, [[s] for s in samples]), theirs(p.model, samples, video)):
         close(got, want)
+
+
+def check_mixed(p: Pair) -> None:
+    """Stills and videos in one text, alone in its row and after another."""
+    want = theirs_mixed(p.model, MIXED)
+    (alone,), (_, packed), _ = ours(p, [[MIXED], [sample(6, [3]), MIXED], [TEXT_ALONE]])  # as many rows as elsewhere
+    close(alone, want)
+    close(packed, want)
 
 
 def check_packing(p: Pair) -> None:

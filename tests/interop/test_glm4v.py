@@ -2,8 +2,7 @@
 of many shapes, logits with padding, packing, images, videos and a cache, gradients of every parameter, and rotary
 positions.
 
-Not covered: the released weights (none can be fetched here), bfloat16, and images and videos in one text, which
-transformers itself refuses (their placeholder is one token).
+Not covered: the released weights (none can be fetched here) and bfloat16.
 """
 
 from __future__ import annotations
@@ -62,6 +61,10 @@ def test_images_in_padded_rows(p):
 
 def test_videos_in_padded_rows(p):
     oracle.check_rows(p, oracle.VIDEOS, video=True)
+
+
+def test_stills_and_videos_in_one_text(p):
+    oracle.check_mixed(p)
 
 
 def test_packed_rows_are_texts_alone(p):

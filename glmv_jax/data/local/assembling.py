@@ -1,7 +1,7 @@
 """Records to documents: tokens, loss weights and patches of one row at most.
 
 A document is `[gMASK]<sop>`, its segments as they come, `<|endoftext|>`; a conversation is `conversation.render`'s. A
-film is the images of its pairs of frames, each with its time.
+film is the images of its groups of frames, each with its time.
 
 What is longer than a row (in tokens, patches or learnt tokens) is treated as its source's `long` says:
 
@@ -18,18 +18,19 @@ The first document of a record that was split or cut says so (`Document.trimmed`
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from glmv_jax.data import conversation
+from glmv_jax.data import conversation, video
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.chat import Rendered, Writer
+from glmv_jax.data.dialect import COMPACT, Dialect
 from glmv_jax.data.faults import FaultLog, LeftOut
 from glmv_jax.data.local.schema import Media, Record, Text
 from glmv_jax.data.naflex import load_image
 from glmv_jax.data.pairs.balance import Ref
-from glmv_jax.data.video import frame_pairs
 from glmv_jax.typing import UserError
 
 HEAD = ("[gMASK]", "<sop>")
@@ -41,8 +42,9 @@ class Assembler:
     """Record -> documents.
 
     builder: vocabulary, patches and the budgets of a row.   long: see above.   thinking: see `conversation.render`.
-    film_patches: of a pair of frames at most.               film_frames: of a film at most.
+    film_patches: of a group of frames at most.              film_frames: of a film at most.
     name: of the source.                                     log: where a record that is dropped is named.
+    dialect: of conversations.
     """
 
     builder: DocumentBuilder
@@ -52,6 +54,7 @@ class Assembler:
     film_frames: int = 64
     name: str = "documents"
     log: FaultLog = dataclasses.field(default_factory=FaultLog)
+    dialect: Dialect = COMPACT
 
     def __post_init__(self) -> None:
         conversation.check_rule(self.thinking)
@@ -97,7 +100,8 @@ class Assembler:
             messages = record.messages[:kept]
             part = seen[: sum(p["type"] != "text" for message in messages for p in message["content"])]
             tokens = [self._tokens(media, each) for media, each in zip(record.media, part)]
-            rendered = conversation.render(messages, self.builder.tokenizer, tokens, record.tools, self.thinking)
+            rendered = conversation.render(messages, self.builder.tokenizer, tokens, record.tools, self.thinking,
+                                           self.dialect)
             rendered = dataclasses.replace(rendered, loss_weight=rendered.loss_weight * np.float32(record.weight))
             images = tuple(image for each in part for _, image in each)
             document = self.builder.finished(rendered, images, record.id)
@@ -110,14 +114,16 @@ class Assembler:
 
     # ------------------------------------------------------------------------------------------------- pictures, tokens
     def _seen(self, media: Media) -> list[tuple[float, Image]]:
-        """The image of a picture, or those of a film's pairs of frames with their times."""
+        """The image of a picture, or those of a film's groups of frames with their times."""
         patcher = self.builder.patcher
         if media.kind == "image":
             return [(0.0, patcher(load_image(media.content)))]
-        if patcher.frames == 1:
+        if patcher.frames != patcher.temporal:
             raise UserError("it has a film, for which rows have no room; set data.video=True")
         patcher = dataclasses.replace(patcher, max_patches=self.film_patches)
-        return [(at, patcher.moving(frames)) for at, *frames in frame_pairs(media.content, self.film_frames)]
+        sample = functools.partial(video.sampled, most=self.film_frames, group=patcher.frames)
+        groups = video.frame_groups(media.content, sample, patcher.frames)
+        return [(at, patcher.moving(frames)) for at, frames in groups]
 
     def _tokens(self, media: Media, seen: Sequence[tuple[float, Image]]) -> int | conversation.Film:
         merge = self.builder.patcher.merge**2

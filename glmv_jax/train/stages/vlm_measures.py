@@ -95,7 +95,8 @@ class MeasuredVLM(Stage):
 
         def sums(params, batch, seen):
             v = self.model.vision
-            batch = batch | {"patches": cogvit.normalised(batch["patches"], v.channels, v.temporal_patch) * seen}
+            shown = cogvit.normalised(batch["patches"], v.channels, v.temporal_patch, v.patch)
+            batch = batch | {"patches": shown * seen}
             p = self.predicted(params, batch, self.whole(batch)["weight_H"])
             behind_BT = behind_image(batch["segments"], batch["image_row"] >= 0)
             behind_BJ = jnp.take_along_axis(behind_BT, p.targets.at_BJ, axis=1)

@@ -50,17 +50,18 @@ def window() -> tuple[Image.Image, tuple[int, int, int, int]]:
     return picture, box
 
 
-def film(seconds: float = 2.0, rate: int = 12) -> bytes:
-    """An MP4 of 64x48 in which a grey square becomes lighter, frame by frame."""
+def film(seconds: float = 2.0, rate: int = 12, size: tuple[int, int] = (64, 48), texture: int = 0) -> bytes:
+    """An MP4 in which a grey square becomes lighter, frame by frame; texture: how far its 4x4 blocks differ from it."""
     import av
 
-    file = io.BytesIO()
+    file, (width, height), rng = io.BytesIO(), size, np.random.default_rng(0)
     with av.open(file, "w", format="mp4") as out:
         stream = out.add_stream("mpeg4", rate=rate)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 64, 48, "yuv420p", 4_000_000
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", 4_000_000
         count = round(seconds * rate)
         for n in range(count):
-            frame = np.full((48, 64, 3), 30 + 200 * n // count, np.uint8)
+            blocks = rng.integers(-texture, texture + 1, (height // 4, width // 4, 3)).repeat(4, 0).repeat(4, 1)
+            frame = np.clip(30 + 200 * n // count + blocks, 0, 255).astype(np.uint8)
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         out.mux(stream.encode())
     return file.getvalue()

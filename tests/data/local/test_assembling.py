@@ -5,11 +5,10 @@ Not covered: sizes beyond a few hundred tokens.
 
 from __future__ import annotations
 
-import ast
 import collections
 import dataclasses
+import functools
 import json
-import pathlib
 import re
 import types
 
@@ -31,6 +30,7 @@ from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.models import cogvit
 from glmv_jax.typing import UserError
 from tests import tiny_vlm
+from tests.data import video_oracle
 from tests.data.local import examples
 
 TOKENIZER = Tokenizer()
@@ -119,7 +119,7 @@ def test_a_film_is_pairs_of_frames_with_times():
     assembler = Assembler(dataclasses.replace(BUILDER, patcher=moving), film_patches=12, film_frames=8)
     part = {"type": "video", "video": film}
     (document,) = assembler.documents(record("see: ", part, picture("red")))
-    shown = list(video.frame_pairs(film, 8))
+    shown = list(video.frame_groups(film, functools.partial(video.sampled, most=8)))
     assert len(shown) == 4 and len(document.images) == 5
     frames = "".join(
         f"<|begin_of_image|><|end_of_image|>{at:.1f} seconds" for at, *_ in shown
@@ -128,9 +128,9 @@ def test_a_film_is_pairs_of_frames_with_times():
         f"[gMASK]<sop>see: <|begin_of_video|>{frames}<|end_of_video|><|begin_of_image|><|end_of_image|><|endoftext|>")
     assert spelled(document, learnt=True) == "see: <|endoftext|>"
     levels = []
-    for (_, first, second), (patches, yx) in zip(shown, document.images):
+    for (_, pair), (patches, yx) in zip(shown, document.images):
         assert len(patches) <= 12 and patches.shape[1] == 3 * 2 * 64
-        for frame, patch in zip((first, second), naflex.apart(patches, 8)):
+        for frame, patch in zip(pair, naflex.apart(patches, 8)):
             pixels = naflex.unpatchify(patch, yx, 8)
             np.testing.assert_array_equal(pixels, np.asarray(dataclasses.replace(moving, max_patches=12).resize(frame)))
             levels.append(float(pixels.mean()))
@@ -167,21 +167,39 @@ def test_positions_of_a_film_are_those_of_glm_ocr():
     np.testing.assert_array_equal(positions, expected[:, 0].T.numpy())
 
 
+@pytest.mark.parametrize("name", ["glm46v", "glm4v"])
 @pytest.mark.parametrize("frames, rate", [(24, 12.0), (15, 30.0), (300, 25.0), (901, 30.0), (1500, 10.0), (9000, 24.0),
-                                          (7, 1.0), (100_000, 25.0), (90, 29.97)])  # fmt: skip
-def test_frames_are_those_of_glm(frames, rate):
-    """Its `sample_frames`, out of the file: to import that would need torchvision."""
-    spec = pytest.importorskip("transformers").__spec__
-    path = pathlib.Path(spec.origin).parent / "models" / "glm46v" / "video_processing_glm46v.py"
-    tree = ast.parse(path.read_text())
-    (function,) = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "sample_frames"]
-    for argument in function.args.args:
-        argument.annotation = None
-    function.returns, space = None, {"np": np}
-    exec(compile(ast.Module([function], []), str(path), "exec"), space)
+                                          (7, 1.0), (100_000, 25.0), (90, 29.97), (400, 1.0)])  # fmt: skip
+def test_frames_are_those_of_glm(name, frames, rate):
     about = types.SimpleNamespace(total_num_frames=frames, fps=rate, duration=frames / rate)
-    theirs = space["sample_frames"](types.SimpleNamespace(temporal_patch_size=2), about)
-    assert video.sampled(frames, rate, frames / rate) == theirs.tolist()
+    processor = types.SimpleNamespace(temporal_patch_size=2, fps=2, max_duration=300)
+    theirs = video_oracle.functions(name)["sample_frames"](processor, about)
+    ours = {"glm46v": video.sampled, "glm4v": video.sampled_at}[name]
+    assert ours(frames, rate, frames / rate) == theirs.tolist()
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_frames_come_in_whole_groups(group):
+    """A tower of so many frames a patch: its films, and its stills beside them."""
+    pytest.importorskip("av")
+    sample = functools.partial(video.sampled, most=5 * group, group=group)
+    shown = list(video.frame_groups(examples.film(seconds=3.0), sample, group))
+    assert 4 <= len(shown) <= 5 and all(len(frames) == group for _, frames in shown)
+    patcher = dataclasses.replace(PATCHER, temporal=group, frames=group, max_patches=8)
+    still, _ = dataclasses.replace(patcher, frames=1)(shown[0][1][0])
+    for frames in (shown[0][1], [shown[0][1][0]] * group):
+        patches, _ = patcher.moving(frames)
+        seen = np.asarray(cogvit.normalised(jnp.asarray(patches), 3, group, 8)).reshape(len(patches), 3, group, -1)
+        for t, frame in enumerate(frames):
+            alone = cogvit.normalised(jnp.asarray(patcher_of_one(patcher)(frame)[0]), 3, 1, 8)
+            np.testing.assert_array_equal(seen[:, :, t].reshape(len(patches), -1), alone)
+    np.testing.assert_array_equal(cogvit.normalised(jnp.asarray(still), 3, group, 8), seen.reshape(len(patches), -1))
+    with pytest.raises(UserError, match="make them with its patch size"):
+        cogvit.normalised(jnp.asarray(still), 3, group, 7)
+
+
+def patcher_of_one(patcher: Patcher) -> Patcher:
+    return dataclasses.replace(patcher, temporal=1, frames=1)
 
 
 def test_a_tower_reads_films_as_the_public_processors_give_them():
@@ -190,14 +208,14 @@ def test_a_tower_reads_films_as_the_public_processors_give_them():
     frames = [examples.Image.fromarray(rng.integers(0, 256, (16, 32, 3), np.uint8)) for _ in range(2)]
     patches, yx = Patcher(patch=8, max_patches=8, policy="smart", frames=2).moving(frames)
     mean, std = (np.array(v, np.float64)[:, None, None] for v in (cogvit.CLIP_MEAN, cogvit.CLIP_STD))
-    shown = cogvit.normalised(jnp.asarray(patches), 3, 2)
+    shown = cogvit.normalised(jnp.asarray(patches), 3, 2, 8)
     for vector, (y, x) in zip(np.asarray(shown), yx):
         for t, frame in enumerate(frames):
             pixels = np.asarray(frame)[8 * y : 8 * y + 8, 8 * x : 8 * x + 8].transpose(2, 0, 1) / 255
             np.testing.assert_allclose(vector.reshape(3, 2, 8, 8)[:, t], (pixels - mean) / std, atol=1e-5)
     one, _ = Patcher(patch=8, max_patches=8, policy="smart")(frames[0])
     twice, _ = Patcher(patch=8, max_patches=8, policy="smart", frames=2)(frames[0])
-    np.testing.assert_array_equal(*(cogvit.normalised(jnp.asarray(p), 3, 2) for p in (one, twice)))
+    np.testing.assert_array_equal(*(cogvit.normalised(jnp.asarray(p), 3, 2, 8) for p in (one, twice)))
 
 
 # --------------------------------------------------------------------------------------------------- long documents
