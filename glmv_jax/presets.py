@@ -51,7 +51,7 @@ DOCUMENTS: dict[str, dict[str, int]] = {
     "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8, per="sqrt"),
 }
 
-# Adapters of rank 0: none. base: the run whose parameters they change; dtype: what those are kept in.
+# Adapters of rank 0: none. base: the run whose parameters they change; dtype: what those are kept in, or "stored".
 LORA: dict[str, Any] = dict(
     rank=0, alpha=16.0, base="", dtype="float32", targets=(r"decoder/.*/(q|k|v|o|gate|up|down)/kernel",),
     groups=((r".*", {"kind": "adamw"}),),
@@ -113,7 +113,7 @@ def files(size: str, names: str) -> ConfigDict:
 
     names: of the sources, with a + between them.
     """
-    entry = dict(path="", reader="", weight=1.0, category="", long="split")
+    entry = dict(path="", reader="", weight=1.0, category="", long="split", prompt="")
     sources = {name: dict(entry) for name in filter(None, names.split("+"))}
     films = dict(film_patches=16, film_frames=8) if size == "nano" else dict(film_patches=1024, film_frames=128)
     gui = dict.fromkeys(("perceive", "ground", "step", "trajectory", "critic"), 0.0)

@@ -4,6 +4,7 @@ What a record may say is in `schema`; how it becomes tokens and patches, in `ass
 name, in `data.sources`, with the keys of `Source`:
 
     pages = {"path": "/data/pages-{000..127}.jsonl", "weight": 3.0, "category": "ocr"}
+    scans = {"path": "/data/scans", "prompt": "Text Recognition:"}         # a.png with a.txt, and so on
     chats = {"path": "/data/chats", "reader": "parquet", "long": "drop"}
     icons = {"path": "/usr/share/icons", "reader": "icons"}
 
@@ -13,11 +14,13 @@ The reader is told from the path where it can be.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from glmv_jax.data.faults import FaultLog
+from glmv_jax.data.files import pictures
 from glmv_jax.data.local.readers import Documents, Everything
 from glmv_jax.data.pairs import balance
 from glmv_jax.data.sources import FileSource, names_at
@@ -33,11 +36,14 @@ class Source(FileSource):
     reader:   one of READERS; "": told from the path.
     category: only its records of this category; "" for all.
     long:     what is done with a record that is longer than a row, see `assembling`; one of LONG.
+    prompt:   a question: pictures and their text become a conversation in which the text is the answer; "": they stay
+              one document, all of whose text is learnt.
     """
 
     reader: str = ""
     category: str = ""
     long: str = "split"
+    prompt: str = ""
 
     KIND = "reader"
     READERS = {
@@ -45,6 +51,7 @@ class Source(FileSource):
         "parquet": ("local.readers:ParquetDocuments", "*.parquet"),
         "tar": ("local.readers:TarDocuments", "*.tar"),
         "icons": ("local.icons:Icons", ""),
+        "folder": ("local.readers:FolderDocuments", ""),
     }
     CHOICES = {"long": LONG}
 
@@ -54,12 +61,17 @@ class Source(FileSource):
         found = {reader for reader in ("jsonl", "parquet", "tar") if any(n.endswith(f".{reader}") for n in names)}
         if "jsonl" in found:  # tars beside it hold its pictures
             found.discard("tar")
+        folder = os.path.expanduser(path)
+        if not found and os.path.isdir(folder) and pictures(folder)[0]:
+            found = {"folder"}
         return cls._only(name, path, found, "says no reader")
 
     def open(self, files: Sequence[str], name: str, log: FaultLog | None = None, cache: str | None = None
              ) -> Documents:
         """The records in some of its files. UserError: there is none."""
-        return self._reader()(files, Everything(), name=name, log=log, cache=cache)
+        reader = self._reader()(files, Everything(), name=name, log=log, cache=cache)
+        reader.prompt = self.prompt
+        return reader
 
     def rows(self, reader: Documents) -> np.ndarray:
         """Numbers of the records that are its own. UserError: none has its category."""

@@ -16,8 +16,9 @@ import numpy as np
 
 from glmv_jax.data.cache import Arrays, cached
 from glmv_jax.data.files import EXTENSIONS
-from glmv_jax.data.local.schema import Fetch, Record, parse
+from glmv_jax.data.local.schema import Fetch, Record, asked, parse
 from glmv_jax.data.pairs.fields import from_json
+from glmv_jax.data.pairs.folder import Folder
 from glmv_jax.data.pairs.parquet import Parquet
 from glmv_jax.data.pairs.reader import Reader
 from glmv_jax.data.pairs.webdataset import WebDataset
@@ -36,12 +37,18 @@ class Everything:
 
 
 class Documents(Reader):
-    """A reader whose items are documents and conversations. `category`: of each record, see `categories`."""
+    """A reader whose items are documents and conversations.
+
+    prompt: a question that documents are made the answers to, see `schema.asked`; "": none.
+    """
+
+    prompt = ""
 
     def __getitem__(self, i: int) -> Record:
         file, row = self.locate(i)
         fields = self._read(file, row, True)
-        return parse(fields, self.id(i), self._fetch(file, fields))
+        record = parse(fields, self.id(i), self._fetch(file, fields))
+        return asked(record, self.prompt) if self.prompt and not record.messages else record
 
     def _fetch(self, file: int, fields: Mapping[str, Any]) -> Fetch:
         folder = os.path.dirname(os.path.abspath(self.files[file]))
@@ -133,6 +140,21 @@ class TarDocuments(Documents, WebDataset):
             pictures = [name for name in _files(fields) if name.rpartition(".")[2] in EXTENSIONS]
             fields |= {"images": pictures} | ({"text": fields["txt"]} if "txt" in fields else {})
             fields.pop("image", None)
+        return fields
+
+
+class FolderDocuments(Documents, Folder):
+    """A folder of pictures with a text or a record (.json) beside each, or all in one table; see `pairs.folder`."""
+
+    def _fetch(self, file: int, fields: Mapping[str, Any]) -> Fetch:
+        return lambda name: _beside(self._path, name)
+
+    def _read(self, file: int, row: int, picture: bool) -> dict[str, Any]:
+        fields = dict(super()._read(file, row, picture))
+        if said := next((name for name in ("text", "txt", "caption") if name in fields), None):
+            return fields | {"text": fields[said]}
+        if picture and not {"segments", "messages", "conversations"} & fields.keys():
+            raise UserError("no text belongs to it; write one beside it, in a .txt of the same name")
         return fields
 
 

@@ -31,7 +31,8 @@ id          stable and unique, for logs; else the file and the line.
 category    what the record teaches, any word; those of the report are CATEGORIES.
 weight      of the whole record in the loss, 1 if not given.
 
-Short forms: {"text": ..} is one segment; {"image": .. or "images": [..], "text": ..} the pictures, then the text.
+Short forms: {"text": ..} is one segment; {"image": .. (or "file_name") or "images": [..], "text": ..} the pictures,
+then the text.
 LLaVA's form is read too: {"image": .., "conversations": [{"from": "human", "value": "<image>\\nWhat?"}, ..]}.
 Any other field is left alone. In parquet, nested fields may be columns of structs or of JSON.
 """
@@ -115,6 +116,16 @@ def parse(fields: Mapping[str, Any], id_: str, fetch: Fetch) -> Record:
     return record
 
 
+def asked(record: Record, prompt: str) -> Record:
+    """A document of pictures and a text as a conversation: pictures and prompt, and the text as the answer."""
+    media = tuple(segment for segment in record.segments if isinstance(segment, Media))
+    text = "".join(segment.text for segment in record.segments if isinstance(segment, Text)).strip()
+    question = [*({"type": each.kind} for each in media), {"type": "text", "text": prompt}]
+    answer = {"content": [{"type": "text", "text": text}], "weight": 1.0, "tool_calls": []}
+    messages = ({"role": "user", "content": question}, {"role": "assistant", **answer})
+    return dataclasses.replace(record, segments=(), messages=messages, media=media)
+
+
 def _segment(segment: Any, media: _MediaReader) -> Text | Media:
     segment = _given(segment)
     if segment.get("type") == "text":
@@ -124,7 +135,8 @@ def _segment(segment: Any, media: _MediaReader) -> Text | Media:
 
 def _short(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The segments of a record that has only pictures and a text."""
-    parts: list[dict[str, Any]] = [{"type": "image", "image": fields["image"]}] if "image" in fields else []
+    shown = fields.get("image", fields.get("file_name"))
+    parts: list[dict[str, Any]] = [{"type": "image", "image": shown}] if shown is not None else []
     parts += [{"type": kind} for kind in ("image", "video") for _ in fields.get(f"{kind}s", ())]
     if "text" in fields:
         text = fields["text"]

@@ -95,6 +95,37 @@ def test_a_tar_of_pictures_with_texts_needs_no_json(tmp_path):
     assert record == Record("a.tar/x/1", segments=(Media("image", content), Text("a red square")))
 
 
+def test_a_folder_of_pictures_with_texts_beside_them(tmp_path):
+    content = {n: examples.png(examples.Image.new("RGB", (8, 8), n)) for n in ("red", "blue", "green", "white")}
+    (tmp_path / "deep").mkdir()
+    for name, place in (("red", "a"), ("blue", "deep/b"), ("green", "c"), ("white", "d")):
+        (tmp_path / f"{place}.png").write_bytes(content[name])
+    (tmp_path / "a.txt").write_text("a red square\n")
+    (tmp_path / "deep/b.json").write_text(json.dumps({"text": "a blue one", "category": "ocr"}))
+    said = {"role": "user", "content": [{"type": "image", "image": "c.png"}, {"type": "text", "text": "Which colour?"}]}
+    (tmp_path / "c.json").write_text(json.dumps({"messages": [said, {"role": "assistant", "content": "green"}]}))
+    reader = opened(tmp_path)
+    assert reader[0] == Record("a.png", segments=(Media("image", content["red"]), Text("a red square\n")))
+    with pytest.raises(UserError, match="no text belongs to it"):
+        reader[2]  # d.png
+    source = local.Source.of("own", {"path": str(tmp_path), "prompt": "Read:"})
+    asking = source.open(source.files(), "own")
+    assert source.reader == "folder" and pickle.loads(pickle.dumps(asking))[0] == asking[0]
+    for i, (name, text) in enumerate([("red", "a red square"), ("green", "green"), (None, ""), ("blue", "a blue one")]):
+        if name:
+            assert asking[i].media == (Media("image", content[name]),) and not asking[i].segments
+            prompt = "Which colour?" if name == "green" else "Read:"
+            assert asking[i].messages[0]["content"] == [{"type": "image"}, {"type": "text", "text": prompt}]
+            assert asking[i].messages[1]["content"] == [{"type": "text", "text": text}]
+    assert asking[3].category == "ocr"
+
+
+def test_the_table_of_an_image_folder_names_its_files(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"png")
+    reader = opened(examples.jsonl(tmp_path / "metadata.jsonl", [{"file_name": "a.png", "text": "a"}]))
+    assert reader[0].segments == (Media("image", b"png"), Text("a"))
+
+
 def test_pictures_may_lie_in_a_tar_beside_a_jsonl(tmp_path):
     content = examples.png(examples.Image.new("RGB", (8, 8), "red"))
     examples.tar(tmp_path / "a.tar", {"cats/1.v2.png": content})
