@@ -46,14 +46,19 @@ def apply_adapters(cfg: Any, base: Params, adapters: Params) -> Params:
 
     cfg: rank, alpha. Differentiable in both; `base` may be of numpy arrays. This is also the merge for an export.
     """
+    return replaced(base, merged_matrices(cfg, base, adapters))
+
+
+def merged_matrices(cfg: Any, base: Params, adapters: Params) -> dict[str, jax.Array]:
+    """The target matrices alone, by slash path, as `apply_adapters` puts them in place."""
     named, matrices = flatten(adapters["lora"]), flatten(base)
 
-    def adapted(path: str) -> jax.Array:
+    def summed(path: str) -> jax.Array:
         product = jnp.matmul(named[f"{path}/a"], named[f"{path}/b"], precision="highest")
         w = matrices[path]
         return (w.astype(jnp.float32) + cfg.alpha / cfg.rank * product).astype(w.dtype)
 
-    return replaced(base, {path: adapted(path) for path in matrices if f"{path}/a" in named})
+    return {path: summed(path) for path in matrices if f"{path}/a" in named}
 
 
 def target_paths(cfg: Any, shapes: Params) -> dict[str, Any]:

@@ -16,20 +16,19 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 from glmv_jax.interop import families, folder, hub, mtp
-from glmv_jax.interop.arrays import StoredArrays, write_arrays
+from glmv_jax.interop.arrays import write_arrays
 from glmv_jax.interop.table import check_shapes
 from glmv_jax.models.api import abstract_params
 from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.disk import disk_errors, seal, write_json
-from glmv_jax.trees import flatten, put_like, slash_path
+from glmv_jax.trees import flatten, nest, put_like, slash_path
 from glmv_jax.typing import Params, UserError
 
 MODEL, FILES = "model.json", "hf"
@@ -83,7 +82,7 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     _check_target(target)
     origin = _origin(source)
     about, hf, cfg = _model(origin)
-    arrays = _arrays(source)
+    arrays = weights.opened(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     tensors = families.tensors_of(hf, cfg, arrays, about["repeated"])
     with _whole(target) as part:
@@ -108,7 +107,7 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
     if dtype is not None:
         families.np_dtype(dtype)
         cfg = families.model_config(hf, mtp_layers=about["mtp"], dtype=dtype)
-    arrays = _arrays(source)
+    arrays = weights.opened(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     where = shardings or jax.tree.map(lambda _: first, abstract_params(cfg))
@@ -119,8 +118,8 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)
 
     like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), where)
-    if _changed(source):
-        return Loaded(cfg, jax.tree.map(put_like, weights.load(source), like))
+    if any(weights.made(source)):
+        return Loaded(cfg, nest({path: put_like(arrays[path][()], x) for path, x in flatten(like).items()}))
     return Loaded(cfg, checkpoint.load_item(checkpoint.newest(source) / "params", like=like))
 
 
@@ -133,21 +132,10 @@ def model_config(source: str | Path, remat: str = "none") -> Any:
     return dataclasses.replace(cfg, vision=vision, decoder=decoder, mtp=mtp)
 
 
-def _changed(source: Path) -> bool:
-    """Whether the weights that a run stands for are others than the parameters it saved: adapters, or an average."""
-    if not (source / "config.json").is_file():
-        return False
-    cfg = checkpoint.load_config(source)
-    return bool(cfg.get("lora", {}).get("rank", 0)) or cfg.get("evaluate", "params") == "ema"
-
-
-def _arrays(source: Path) -> Mapping[str, Any]:
-    """The arrays of a folder of ours by slash path: read when asked for, or, where they have to be made, all at once,
-    in the dtypes that they were imported in."""
-    if not _changed(source):
-        return StoredArrays(checkpoint.newest(source) / "params")
-    imported = StoredArrays(checkpoint.newest(_origin(source)) / "params")
-    return {path: np.asarray(x).astype(imported[path].dtype) for path, x in flatten(weights.load(source)).items()}
+def family(source: str | Path) -> str:
+    """The model_type of the checkpoint that a folder of ours holds, or that a run began from."""
+    _, hf, _ = _model(_origin(Path(source).expanduser()))
+    return hf["model_type"]
 
 
 def files(source: str | Path) -> Path:

@@ -1,12 +1,13 @@
 """Adapters (`optim.lora`) are trained in place of the parameters, which stay as another run left them.
 
 The trained tree is that of the adapters, so the optimiser state, the average and the checkpoints are theirs; the base
-lives among the step's constants, in bfloat16 if wanted.
+lives among the step's constants, in lora.dtype: float32, bfloat16, or "stored", what its checkpoint has.
 
 The sum is formed once a step, in the dtype of the base, rather than as a second small product in each layer: so any
-matrix of any model can be a target, and a run computes exactly what its merged weights do. The price is a copy of the
-target matrices and of their gradient while a step runs: with a base in bfloat16 as much as the float32 gradients of
-full training, whose parameters and moments in float32 are spared.
+matrix of any model can be a target, and a run computes exactly what its merged weights do: in bfloat16 a change below
+half a step of a weight is lost here as it is in an export. The price is a copy of the target matrices and of their
+gradient while a step runs: with a base in bfloat16 as much as the float32 gradients of full training, whose parameters
+and moments in float32 are spared.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from glmv_jax.optim.lora import adapter_axes, apply_adapters, init_adapters
-from glmv_jax.train import weights
+from glmv_jax.optim.lora import adapter_axes, apply_adapters, init_adapters, merged_matrices
+from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.base import Stage
+from glmv_jax.trees import nest, replaced
 from glmv_jax.typing import Params, UserError
 
 
@@ -44,7 +46,7 @@ class Adapted(Stage):
         if not self.lora.base:
             raise UserError("lora.rank is set and lora.base is not; give the run whose parameters are adapted")
         self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
-        self._apply = jax.jit(lambda base, adapters: apply_adapters(self.lora, base, adapters))
+        self._merged = jax.jit(lambda base, adapters: merged_matrices(self.lora, base, adapters))
         self._host: Params | None = None
         self._base: Params | None = None
 
@@ -57,8 +59,10 @@ class Adapted(Stage):
 
     def constants(self):
         if self._host is None:
-            whole = weights.load(self.lora.base, like=self.shapes)
-            self._host = jax.tree.map(lambda x: np.asarray(x).astype(self.lora.dtype), whole)
+            arrays = weights.opened(self.lora.base)
+            checkpoint.taken(self.lora.base, dict(arrays), (), self.shapes)
+            as_kept = lambda x: x[()].astype(weights.kept_as(self.lora, x.dtype), copy=False)  # noqa: E731
+            self._host = nest({path: as_kept(array) for path, array in arrays.items()})  # one at a time
         return {"base": self._host, "stage": self.stage.constants()}
 
     def constant_axes(self):
@@ -83,6 +87,10 @@ class Adapted(Stage):
             )
         inner = self.stage.begin(placement, constants["stage"], extra["stage"], fresh=fresh)
         return extra | {"stage": inner}
+
+    def _apply(self, base: Params, adapters: Params) -> Params:
+        """The adapted model; what has no adapters is the base's own memory."""
+        return replaced(base, self._merged(base, adapters))
 
     # --- one step -----------------------------------------------------------------------------------------------------
     def train_data(self):

@@ -20,6 +20,9 @@ from glmv_jax.trees import flatten
 from glmv_jax.typing import Batch, Params, UserError
 
 RESERVED = ("loss", "grad_norm", "param_norm", "skipped")
+# On a CPU a step is given its memory when it is started, not when its turn comes: one that needs more than this between
+# its arguments and results is started when the one before is done.
+ALONE = 1 << 30
 
 
 class RecompileError(RuntimeError):
@@ -61,12 +64,16 @@ class TrainStep:
             raise UserError(f"accumulate={self.accumulate}: a batch has at least one piece")
         self.traces = 0
         self._compiled: dict[tuple, Any] = {}
+        self._alone: set[tuple] = set()
         self._jitted = jax.jit(self._step, donate_argnums=0, out_shardings=(placement.state, placement.replicated))
 
     def __call__(self, state: TrainState, constants: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         if self.is_new(batch):
             self.compile(state, constants, batch)
-        return self._compiled[_signature(batch)](state, constants, batch)
+        signature = _signature(batch)
+        if signature in self._alone:
+            jax.block_until_ready(state)
+        return self._compiled[signature](state, constants, batch)
 
     def is_new(self, batch: Batch) -> bool:
         """True when this batch would make the step compile."""
@@ -92,7 +99,10 @@ class TrainStep:
                 f"stage {self.stage.name}: a batch has a new shape and all shape_buckets={allowed} are compiled: "
                 f"{_difference(signature, list(self._compiled)[-1])}; pad the batches or raise shape_buckets"
             )
-        self._compiled[signature] = self.lower(state, constants, batch).compile()
+        program = self._compiled[signature] = self.lower(state, constants, batch).compile()
+        between = program.memory_analysis()
+        if jax.default_backend() == "cpu" and between is not None and between.temp_size_in_bytes > ALONE:
+            self._alone.add(signature)
         if self.traces != len(self._compiled):
             raise RecompileError(f"the step was traced {self.traces} times for {len(self._compiled)} batch shapes")
 

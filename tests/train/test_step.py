@@ -14,6 +14,7 @@ from glmv_jax import optim
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import state as state_lib
+from glmv_jax.train import step as step_lib
 from glmv_jax.train.step import RecompileError, make_train_step
 from glmv_jax.trees import flatten
 from glmv_jax.typing import UserError
@@ -153,6 +154,26 @@ def test_the_key_differs_by_step_and_by_seed():
     noise = [row["noise"] for row in run(config(), 3)[1]]
     assert len(set(noise)) == 3
     assert run(config(seed=1), 1)[1][0]["noise"] != noise[0]
+
+
+@pytest.mark.parametrize(("limit", "waits"), [(0, True), (1 << 60, False)])
+def test_a_step_that_needs_much_memory_waits_on_a_cpu_for_the_one_before(monkeypatch, limit, waits):
+    """Else both would hold theirs. A small one does not wait: its batch comes while the one before is computed."""
+
+    class Slow(Toy):
+        def loss(self, params, constants, extra, batch, key):
+            loss, rest = super().loss(params, constants, extra, batch, key)
+            x = jnp.broadcast_to(jax.lax.stop_gradient(loss), (900, 900))
+            for _ in range(20):
+                x = jnp.tanh(x @ x)
+            return loss + 0.0 * x[0, 0], rest
+
+    monkeypatch.setattr(step_lib, "ALONE", limit)
+    stage, _, placement, step, state = make(config(), devices=jax.devices()[:1], stage=Slow(config()))
+    kept, batch = constants(stage, placement), placement.batch(next(Data(config())))
+    state, first = step(state, kept, batch)
+    state, _ = step(state, kept, batch)
+    assert first["loss"].is_ready() == waits
 
 
 def test_a_reserved_metric_is_refused():

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from glmv_jax.config import presets
 from glmv_jax.optim.lora import apply_adapters
@@ -225,3 +226,23 @@ def test_adapters_of_a_vision_language_model(tmp_path):
     assert any(not x.sharding.is_fully_replicated for x in jax.tree.leaves(many[3]["base"]))
     for key in ("loss", "grad_norm"):
         np.testing.assert_allclose(many[2][key], half[2][key], rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", ["stored", "float32", "bfloat16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16"])
+def test_parts_of_merged_matrices_are_those_of_the_whole(stored, dtype):
+    """An export reads a layer at a time what the run computed with as a whole."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    base, a, b = draw(3, 6, 8).astype(stored), draw(3, 6, 2), draw(3, 2, 8)
+    settings = ConfigDict(dict(rank=2, alpha=6.0, dtype=dtype))
+    array, plain = weights.Merged(settings, base, (a, b)), weights.Merged(settings, base, None)
+    kept = stored if dtype == "stored" else dtype
+    want = (base.astype(kept).astype(np.float64) + 3 * np.einsum("lir,lro->lio", a, b, dtype=np.float64)).astype(kept)
+    assert array.dtype == plain.dtype == np.dtype(stored) and array.shape == (3, 6, 8)
+    for place in ((), (0,), (2,)):
+        assert array[place].dtype == plain[place].dtype == np.float32
+        np.testing.assert_array_equal(plain[place], base[place].astype(kept).astype(np.float32))
+        rtol = 1e-5 if kept == "float32" else 2**-7  # a step of bfloat16
+        np.testing.assert_allclose(array[place], want[place].astype(np.float32), rtol=rtol, atol=1e-6)
+        np.testing.assert_array_equal(array[place], array[()][place])
