@@ -2,16 +2,17 @@
 
     glmv import-hf GLM-OCR/ checkpoints/glm-ocr
     glmv train --config experiments/public_tune.py:checkpoint=checkpoints/glm-ocr,sources=mine --workdir runs/tuned \
-        --config.data.sources.mine.path=mine.jsonl
+        --config.data.sources.mine.path=mine/ --config.data.sources.mine.prompt="Text Recognition:"
     glmv export-hf runs/tuned GLM-OCR-tuned/
 
-The model's sizes, its tokenizer and its pictures' sizes are the checkpoint's. A line of mine.jsonl is {"messages": ...}
-as the OpenAI API has them, or {"image": "page.png", "text": ...}; glmv_jax/data/local/schema.py says what else.
+The model's sizes, its tokenizer, its chat's form and its pictures' sizes are the checkpoint's. mine/ holds pictures
+with a text of the same name beside each (page.png, page.txt), the answers to the prompt; or the path is a mine.jsonl
+with lines such as {"messages": ...} as the OpenAI API has them; glmv_jax/data/local/schema.py says what else.
 full=true: all parameters are trained, not adapters. size=nano: rows as small as those of the nano recipe, for a try.
 
-rank, targets and alpha are in `lora`; lora.dtype=bfloat16 halves the base. Memory: the base, adapters with their
-optimiser state, and while a step runs a copy of the target matrices and of their gradients. GLM-OCR (1.1 B with its
-encoder) has not been run on an accelerator yet; a model of its layout at toy size is tuned in the tests.
+rank, targets and alpha are in `lora`; the base is kept as it is stored. Memory: the base, adapters with their optimiser
+state, and while a step runs a copy of the target matrices and of their gradients. benchmarks/public_tune.py does all of
+it with GLM-OCR's true shapes (1.1 B with its encoder) on a CPU; it has not been run on an accelerator yet.
 """
 
 from glmv_jax.config import parse_arg, presets
@@ -36,7 +37,7 @@ def get_config(arg=None):
     if arg.full:
         cfg.init_from, cfg.optim.lr = arg.checkpoint, 2e-5
     else:
-        cfg.lora.base, cfg.lora.rank = arg.checkpoint, 16
+        cfg.lora.update(dict(base=arg.checkpoint, rank=16, dtype="stored"))
     cfg.eval = {
         "kinds": (), "documents": 32, "questions": 8, "few": 8, "batch": 8, "max_new_tokens": 64, "shown": 4,
     }  # fmt: skip

@@ -4,6 +4,7 @@ pictures, generate, export. A GLM-OCR at toy size, written by transformers; not 
 from __future__ import annotations
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -19,32 +20,26 @@ from glmv_jax import cli  # noqa: E402
 from glmv_jax.config import load as load_config  # noqa: E402
 from glmv_jax.train import checkpoint, exchange, main, weights  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
-from tests.data import json_vocabulary  # noqa: E402
-from tests.inference.test_public import TEMPLATES, image_processor, stops  # noqa: E402
-from tests.interop.test_glm_ocr import hf_config, randomise  # noqa: E402
+from tests.inference.test_public import write_talking  # noqa: E402
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
-    """A folder with hf/ (model, tokenizer, template), ours/ (imported) and mine.jsonl (three records, one broken)."""
+    """A folder with hf/ (model, tokenizer, template), ours/ (imported), mine.jsonl (three records, one broken) and
+    pages/ (three pictures, one without a text)."""
     work = tmp_path_factory.mktemp("tuning")
-    (work / "hf").mkdir()
-    json_vocabulary.write(work / "hf", **{"chat_template.jinja": (TEMPLATES / "spaced.jinja").read_text()})
-    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(work / "hf")
-    config = hf_config()
-    config.text_config.vocab_size, config.image_token_id = 512, tokenizer.convert_tokens_to_ids("<|image|>")
-    torch.manual_seed(0)
-    model = transformers.GlmOcrForConditionalGeneration(config).eval()
-    randomise(model)
-    model.save_pretrained(work / "hf")
-    image_processor().save_pretrained(work / "hf")
-    transformers.GenerationConfig(eos_token_id=stops(tokenizer), pad_token_id=0).save_pretrained(work / "hf")
+    write_talking(work / "hf")
     exchange.import_hf(work / "hf", work / "ours")
     for name, colour in (("a.png", (200, 10, 10)), ("b.png", (10, 10, 200))):
         Image.new("RGB", (40, 24), colour).save(work / name)
     said = lambda image, answer: json.dumps({"messages": [  # noqa: E731
         {"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "the cat?"}]},
         {"role": "assistant", "content": answer}]})  # fmt: skip
+    (work / "pages").mkdir()
+    for name, text in (("a", "3 cats"), ("b", "12 dogs"), ("c", None)):
+        shutil.copyfile(work / ("a.png" if name == "a" else "b.png"), work / "pages" / f"{name}.png")
+        if text:
+            (work / "pages" / f"{name}.txt").write_text(text)
     lines = [said("a.png", "3 cats"), said("b.png", "12 dogs"), said("none.png", "nothing")]
     (work / "mine.jsonl").write_text("\n".join(lines) + "\n")
     return work
@@ -86,12 +81,21 @@ def test_tuned_with_adapters_and_given_back(work, capsys):
 
 
 def test_all_parameters_may_be_tuned(work):
-    assert tune(work, "full", ",full=true") == 0
+    pages = ("data.sources.mine.prompt=the cat?", f"data.sources.mine.path={work / 'pages'}")
+    assert tune(work, "full", ",full=true", *pages) == 0
+    assert "c.png" in (work / "full" / "faults.jsonl").read_text()  # without a text
     base, new = (checkpoint.load_params(work / name) for name in ("ours", "full"))
     same = jax.tree.map(lambda a, b: np.array_equal(a, b), base, new)
     assert all(jax.tree.leaves(same["vision"])) and not any(jax.tree.leaves(same["decoder"]["blocks"]))
     exchange.export_hf(work / "full", work / "full_out")
     transformers.GlmOcrForConditionalGeneration.from_pretrained(work / "full_out")
+
+
+def test_where_nothing_is_held_out_that_is_said_before_the_step_is_compiled(work, capsys):
+    capsys.readouterr()
+    assert tune(work, "held", "", "data.heldout=0.001") == 2
+    out, err = capsys.readouterr()
+    assert "compiling" not in out and "no document is held out at data.heldout=0.001 of 3 records" in err
 
 
 def test_without_a_checkpoint_it_says_so(work, capsys):

@@ -25,11 +25,13 @@ from ml_collections import ConfigDict
 
 from glmv_jax.data import gui, local, packing
 from glmv_jax.data.building import Document
+from glmv_jax.data.dialect import COMPACT, OF_FAMILY, Dialect
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local import pipeline
 from glmv_jax.data.local.assembling import Assembler
 from glmv_jax.data.partition import Slices
 from glmv_jax.data.stream import Stream
+from glmv_jax.train import exchange
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.train.stages.vlm import VLMStage
 from glmv_jax.typing import Batch, UserError
@@ -62,8 +64,14 @@ class FromFiles(VLMStage):
         d = self.cfg.data
         return Assembler(
             self.builder, thinking=d.thinking, film_patches=d.film_patches, film_frames=d.film_frames,
-            log=FaultLog(self.cfg.faults or None),
+            log=FaultLog(self.cfg.faults or None), dialect=self._dialect,
         )  # fmt: skip
+
+    @property
+    def _dialect(self) -> Dialect:
+        """That of the public checkpoint which the model is of, as its own template writes it; else GLM-5's."""
+        public = self.cfg.model.get("checkpoint", "")
+        return OF_FAMILY.get(exchange.family(public), COMPACT) if public else COMPACT
 
     def windows(self, split: str) -> dict[str, gui.Windows]:
         """Sources of records about windows, by name."""
@@ -87,6 +95,10 @@ class FromFiles(VLMStage):
         trimmed = {f"documents/{how}": float(batch.pop(how).sum()) for how in packing.TRIMMED}
         filled = {f"filled/{name}": share for name, share in packing.efficiency(batch).items()}
         return batch, metrics | trimmed | filled
+
+    def begin(self, placement, constants, extra, *, fresh):
+        _ = self._heldout_records  # where nothing is held out, that is said before anything is compiled
+        return super().begin(placement, constants, extra, fresh=fresh)
 
     # ------------------------------------------------------------------------------------------------- evaluation
     @functools.cached_property
