@@ -64,7 +64,9 @@ class Assembler:
         record = ref.reader[ref.index]
         documents = self.documents(record)
         if not documents:
-            reason = "longer than a row, or nothing of it is learnt"
+            b = self.builder
+            row = f"a row of {b.max_tokens} tokens and {b.max_patches} patches"
+            reason = f"longer than {row}, or nothing of it is learnt"
             self.log.add(self.name, ref.id, f"{reason}: dropped", ref.index)
             raise LeftOut(reason)
         return [dataclasses.replace(document, source=self.name) for document in documents]
