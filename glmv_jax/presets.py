@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from glmv_jax.typing import UserError
 
 VISION: dict[str, dict[str, Any]] = {
-    "nano": dict(depth=4, width=128, heads=2, mlp=352, patch=8),
-    "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full"),
+    "nano": dict(depth=4, width=128, heads=2, mlp=352, patch=8, remat="none", chunk=0),
+    "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full", chunk=0),
 }
 TEXT: dict[str, dict[str, Any]] = {
     "nano": dict(vocab=4096, length=28, depth=1, width=128, heads=2, mlp=352),
@@ -44,6 +44,8 @@ GLM5: dict[str, dict[str, Any]] = {
     ),
     "l": dict(index_loss=True, dtype="bfloat16", remat="full"),
 }  # fmt: skip
+# Of the merger in stages 3 to 5; `parallel.remat` says what the policies are.
+MERGER: dict[str, dict[str, Any]] = {"nano": dict(remat="none", chunk=0), "l": dict(remat="full", chunk=0)}
 EMBEDDING = {"nano": 128, "l": 1024}
 # What a row of packed documents holds of tokens, patches and learnt tokens; an image's patches, a prompt's tokens.
 DOCUMENTS: dict[str, dict[str, int]] = {
@@ -79,19 +81,26 @@ def two_tower(size: str) -> ConfigDict:
 def vlm(size: str) -> ConfigDict:
     """Stages 3 to 5."""
     mtp = dict(depth=1, option="image_token", h_prev="post_norm", weights="shared")
-    return ConfigDict({"vision": _pick(VISION, size), "decoder": _pick(DECODER, size), "mtp": mtp})
+    return _vlm(size, _pick(DECODER, size), mtp)
 
 
 def glm5v(size: str) -> ConfigDict:
     """Stages 3 to 5 with GLM-5's decoder. Three tokens ahead with one set of weights, as GLM-5 was trained."""
     mtp = dict(depth=3, option="image_token", h_prev="post_norm")
     decoder = {"kind": "glm5", **_pick(GLM5, size)}
-    return ConfigDict({"vision": _pick(VISION, size), "decoder": decoder, "mtp": mtp})
+    return _vlm(size, decoder, mtp)
+
+
+def _vlm(size: str, decoder: Any, mtp: dict[str, Any]) -> ConfigDict:
+    """patches_at_once: of a device, that pass encoder and merger at a time, in whole rows; 0: all."""
+    sees = {"vision": _pick(VISION, size), "merger": _pick(MERGER, size), "patches_at_once": 0}
+    return ConfigDict({**sees, "decoder": decoder, "mtp": mtp})
 
 
 def public(checkpoint: str) -> ConfigDict:
-    """Stages 3 to 5 with the model of a folder that `glmv import-hf` wrote."""
-    return ConfigDict({"checkpoint": checkpoint, "remat": "full"})
+    """Stages 3 to 5 with the model of a folder that `glmv import-hf` wrote. remat: of the decoder; the rest: `_vlm`."""
+    sees = {"vision": {"remat": "full", "chunk": 0}, "merger": _pick(MERGER, "l"), "patches_at_once": 0}
+    return ConfigDict({"checkpoint": checkpoint, "remat": "full", **sees})
 
 
 def public_vocabulary(checkpoint: str) -> str:

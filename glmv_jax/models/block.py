@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,8 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
-from glmv_jax.parallel import pipeline
-from glmv_jax.parallel.remat import policy
+from glmv_jax.parallel import micro, pipeline
+from glmv_jax.parallel.remat import named, policy
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
 
@@ -42,6 +43,7 @@ class BlockConfig:
     swiglu_limit: float | None = None
     rotate: Callable = rope_lib.rotate_half
     dtype: str = "float32"
+    chunk: int = 0  # positions of a device that pass the MLP at a time, forward and backward; 0: all
 
     @property
     def k(self) -> int:
@@ -160,7 +162,11 @@ class Block(nn.Module):
     def mlp(self, x_BTD: jax.Array, query: Span) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The second branch, and what it says about itself."""
         c = self.cfg
-        return SwiGLU(c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init, name="mlp")(x_BTD), {}
+        mlp = functools.partial(SwiGLU, c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init)
+        if not c.chunk or self.is_initializing():
+            return mlp(name="mlp")(x_BTD), {}
+        own = {"params": self.variables["params"]["mlp"]}
+        return micro.in_chunks(lambda x: mlp(parent=None).apply(own, x), x_BTD, c.chunk), {}
 
 
 def stack(
@@ -185,6 +191,8 @@ def stack(
             caches.append(own)
             said.append(aux)
         return x_BTD, tuple(caches), jax.tree.map(lambda *xs: jnp.stack(xs), *said)
+    if remat == "offload":
+        block = _named(block)
     if remat != "none":
         block = nn.remat(block, policy=policy(remat), prevent_cse=False)
     scanned = nn.scan(
@@ -211,12 +219,23 @@ def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: dict, x_BTD, 
     """As `stack`, each layer on its stage."""
 
     def layer(params, x, beside):
+        x = named(x) if remat == "offload" else x
         x, (_, aux) = cfg.layer(cfg, parent=None).apply({"params": params}, x, None, *beside)
         return x, aux
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=policy(remat), prevent_cse=False)
     return pipeline.run(plan, layer, params, x_BTD, beside, _of_batch, unroll)
+
+
+def _named(layer: type[nn.Module]) -> type[nn.Module]:
+    """The layer, reading its input by the name that a policy knows (`parallel.remat`)."""
+
+    class Named(layer):
+        def __call__(self, x_BTD, *rest):
+            return super().__call__(named(x_BTD), *rest)
+
+    return Named
 
 
 def _of_batch(aux: dict) -> dict:

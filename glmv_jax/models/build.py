@@ -49,5 +49,5 @@ def vlm(cfg: ConfigDict) -> VLMConfig:
     if kind not in DECODERS:
         raise UserError(f"model.decoder.kind={kind!r} is not known; choose one of {', '.join(DECODERS)}")
     decoder = DECODERS[kind](**sizes)
-    merger = MergerConfig(trunk.width, decoder.width, 3 * decoder.width, dtype=decoder.dtype)
-    return VLMConfig(trunk, merger, decoder, MTPConfig(decoder, **cfg.mtp))
+    merger = MergerConfig(trunk.width, decoder.width, 3 * decoder.width, dtype=decoder.dtype, **cfg.get("merger", {}))
+    return VLMConfig(trunk, merger, decoder, MTPConfig(decoder, **cfg.mtp), cfg.get("patches_at_once", 0))

@@ -18,6 +18,8 @@ from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, stack
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
+from glmv_jax.parallel.micro import in_chunks
+from glmv_jax.parallel.remat import named, policy
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import CLIP_MEAN, CLIP_STD, UserError, VisionInput
 
@@ -37,7 +39,8 @@ class CogViTConfig:
     norm_eps: float = 1e-5
     swiglu_limit: float | None = None
     dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "none"  # of the blocks, see `parallel.remat`; with any, normalised pixels are made anew too
+    chunk: int = 0  # patches of a device that pass a block's MLP at a time; 0: all
     unroll: int = 1  # blocks a turn of the loop over layers: on a GPU a whole loop's copies cost a sixth of the step
 
     @property
@@ -48,7 +51,7 @@ class CogViTConfig:
     def block(self) -> BlockConfig:
         return BlockConfig(
             self.width, self.heads, self.mlp, bias=True, qk_norm=True, norm_eps=self.norm_eps,
-            swiglu_limit=self.swiglu_limit, rotate=rope_lib.rotate_half, dtype=self.dtype,
+            swiglu_limit=self.swiglu_limit, rotate=rope_lib.rotate_half, dtype=self.dtype, chunk=self.chunk,
         )  # fmt: skip
 
     def flops(self, patches: int) -> float:
@@ -72,9 +75,9 @@ class CogViT(nn.Module):
         """Patch features [B, P, D] after the final norm. Where mask_BP is true the patch's embedding is replaced by
         mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
         c = self.cfg
-        with jax.named_scope("patch_embed"):
-            patches = normalised(vision.patches, c.channels, c.temporal_patch, c.patch)
-            x_BPD = Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(patches)
+        # Only bytes are kept for the gradient: normalised, a patch is eight times as large.
+        embed = CogViT.embedded if c.remat == "none" else nn.remat(CogViT.embedded)
+        x_BPD = embed(self, vision.patches)
         if mask_BP is not None:
             x_BPD = jnp.where(mask_BP[..., None], mask_token_D.astype(x_BPD.dtype), x_BPD)
         x_BPD = constrain(self.placed(x_BPD, vision), "batch", "length", "activation")
@@ -82,6 +85,13 @@ class CogViT(nn.Module):
         span = Span(vision.frame, in_order=IN_ORDER)
         x_BPD, *_ = stack(c.block, c.depth, c.remat, x_BPD, rope, span, span, unroll=c.unroll)
         return RMSNorm("norm", c.norm_eps, name="norm")(x_BPD)
+
+    def embedded(self, patches: jax.Array) -> jax.Array:
+        """[B, P, D] of patches as `VisionInput` has them."""
+        c = self.cfg
+        with jax.named_scope("patch_embed"):
+            pixels = normalised(patches, c.channels, c.temporal_patch, c.patch)
+            return Linear(c.width, ("patch", "embed"), True, c.dtype, name="patch_embed")(pixels)
 
     def placed(self, x_BPD: jax.Array, vision: VisionInput) -> jax.Array:
         """What enters the blocks, from the patches' embeddings. Here nothing is added: attention rotates."""
@@ -98,6 +108,8 @@ class MergerConfig:
     norm_eps: float = 1e-5
     swiglu_limit: float | None = None
     dtype: str = "float32"
+    remat: str = "none"  # of the merger as a whole, see `parallel.remat`
+    chunk: int = 0  # patches of a device that are merged at a time, forward and backward (so remat is "full"); 0: all
 
     def flops(self, patches: int) -> float:
         return 2 * patches / 4 * (4 * self.in_width * self.width + self.width**2 + 3 * self.width * self.hidden)
@@ -158,4 +170,10 @@ def apply(
 @jax.named_scope("projector")
 def merge(cfg: MergerConfig, params: dict, x_BPD: jax.Array) -> jax.Array:
     """Visual tokens [B, P / 4, width] from patch features; see Merger."""
-    return Merger(cfg).apply({"params": params}, x_BPD)
+
+    def merged(x_BPD):
+        return Merger(cfg).apply({"params": params}, named(x_BPD))
+
+    if cfg.remat == "none" and not cfg.chunk:
+        return merged(x_BPD)
+    return in_chunks(merged, x_BPD, cfg.chunk, 4, policy(cfg.remat))

@@ -35,7 +35,7 @@ class Glm4vViTConfig(CogViTConfig):
     def block(self) -> BlockConfig:
         return BlockConfig(
             self.width, self.heads, self.mlp, qkv_bias=self.qkv_bias, norm_eps=self.norm_eps,
-            swiglu_limit=self.swiglu_limit, rotate=rope_lib.rotate_half, dtype=self.dtype,
+            swiglu_limit=self.swiglu_limit, rotate=rope_lib.rotate_half, dtype=self.dtype, chunk=self.chunk,
         )  # fmt: skip
 
     def flops(self, patches: int) -> float:

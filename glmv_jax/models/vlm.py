@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
-from glmv_jax.parallel import context, pipeline, rules
+from glmv_jax.parallel import context, micro, pipeline, rules
+from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
 
@@ -23,12 +24,17 @@ MOST_ROWS = 32  # of a product; with more both of its forms take as long
 
 @dataclasses.dataclass(frozen=True)
 class VLMConfig:
-    """vision and merger are None for a model of text alone."""
+    """vision and merger are None for a model of text alone.
+
+    patches_at_once: of a device, that pass encoder and merger together, forward and backward, in whole rows; 0: all.
+    Of the others only bytes and visual tokens are kept, for one more forward pass (`parallel.micro`).
+    """
 
     vision: cogvit.CogViTConfig | None
     merger: cogvit.MergerConfig | None
     decoder: Any  # decoder.DecoderConfig, or another of its kind
     mtp: mtp.MTPConfig | None = None
+    patches_at_once: int = 0
 
     def __post_init__(self) -> None:
         if self.vision is None and self.merger is None:
@@ -65,10 +71,17 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Ar
     """Visual tokens [B, M, D] of rows of patches. UserError when the model reads text alone."""
     if cfg.vision is None:
         raise UserError("this model reads text alone, but images were given; leave them out or take a vision model")
-    context.check(vision.frame.shape[1], context.parts(), "patches", 4)
-    features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-    visual_BMD = cogvit.merge(cfg.merger, params["merger"], features_BPD)
-    return constrain(visual_BMD, "batch", "length", "activation")
+    B, P = vision.frame.shape
+    context.check(P, context.parts(), "patches", 4)
+
+    def encode(vision: VisionInput) -> jax.Array:
+        features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
+        visual_BMD = cogvit.merge(cfg.merger, params["merger"], features_BPD)
+        return constrain(visual_BMD, "batch", "length", "activation")
+
+    shards = data_shards(rules.active_mesh())
+    pieces = micro.pieces_for(B, shards, P / context.parts(), cfg.patches_at_once)
+    return constrain(micro.in_pieces(encode, vision, pieces), "batch", "length", "activation")
 
 
 @jax.named_scope("embed")

@@ -1,23 +1,52 @@
-"""Rematerialisation policies by name: what a layer keeps for its backward pass."""
+"""Rematerialisation policies by name: what a layer keeps for its backward pass, and where.
+
+Memory of L layers that are scanned over x, with one layer's own needs beside it:
+
+    none     whatever the backward pass reads, L times
+    dots     results of products, L times
+    full     x, L times
+    offload  x, L times, in the host's memory: what a device holds does not grow with L. Each layer's x is sent there
+             when the layer begins, and fetched when its backward pass does
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
+from glmv_jax.parallel import rules
 from glmv_jax.typing import UserError
 
-POLICIES: dict[str, Callable | None] = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # keep a layer's input only
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keep matmul outputs, recompute the rest
+INPUT = "layer_input"
+HOST = "pinned_host"
+
+_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
+    names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=HOST
+)
+POLICIES: dict[str, Callable] = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "offload": _OFFLOAD,
 }
 
 
 def policy(name: str) -> Callable | None:
-    """The policy called `name`; None for "none" (no rematerialisation). UserError names the known ones."""
+    """The policy called `name`; None for "none" (no rematerialisation). UserError names the known ones.
+
+    "offload" sends what `named` has marked. On a CPU, whose memory is the host's already, it is "full".
+    """
     if name == "none":
         return None
     if name not in POLICIES:
         raise UserError(f"remat policy {name!r} is not known; choose none, {', '.join(POLICIES)}")
+    if name == "offload" and rules.device().platform == "cpu":
+        return POLICIES["full"]
     return POLICIES[name]
+
+
+def named(x: jax.Array) -> jax.Array:
+    """x, marked as what a layer begins with. A policy that sends it away finds it by that, if the layer reads nothing
+    of x but this."""
+    return checkpoint_name(x, INPUT)

@@ -42,7 +42,8 @@ def _model(cfg: ConfigDict) -> vlm.VLMConfig:
         return build.vlm(cfg)
     if not cfg.checkpoint:
         raise UserError("model.checkpoint is not given; name the folder that glmv import-hf wrote")
-    model = exchange.model_config(cfg.checkpoint, cfg.remat)
+    sees = {name: cfg[name] for name in ("vision", "merger", "patches_at_once") if name in cfg}
+    model = exchange.model_config(cfg.checkpoint, cfg.remat, **sees)
     if model.vision is None:
         raise UserError(f"{cfg.checkpoint} reads text alone; stages 3 to 5 train models that see")
     return model
