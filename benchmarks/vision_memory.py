@@ -197,7 +197,7 @@ def slopes(found: dict, plain: dict) -> dict:
             if all(what in row for row in rows.values()):
                 told[form][what] = contest.significant(slope(rows, what))
                 if what != "host":
-                    told[form][f"{what}, of plain"] = contest.significant(told[form][what] / slope(plain[form], what))
+                    told[form][f"{what}, of plain"] = contest.significant(slope(rows, what) / slope(plain[form], what))
     return told
 
 
@@ -254,7 +254,7 @@ def main() -> None:
             "dtype": args.dtype or ("float32" if device == "cpu" else "bfloat16")}  # fmt: skip
     env = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     names = ["plain", *(name for name in args.policies if name != "plain")]
-    make = (lambda s: Here(s)) if args.topology else (lambda s: contest.Contender(__file__, s, env))
+    make = (lambda s: contest.Contender(__file__, s, env)) if running else Here
     sides = {name: make(spec | {"policy": name, "name": name}) for name in names}
     try:
         found = {}

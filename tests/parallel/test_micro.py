@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glmv_jax.parallel import rules
 from glmv_jax.parallel.mesh import make_mesh
-from glmv_jax.parallel.micro import in_pieces, pieces_for
+from glmv_jax.parallel.micro import in_chunks, in_pieces, pieces_for
 from glmv_jax.typing import UserError
 
 
@@ -72,3 +73,23 @@ def test_pieces():
     assert pieces_for(12, 2, 100, 1) == 6
     with pytest.raises(UserError, match="10 rows do not divide into 3 pieces"):
         in_pieces(lambda x: x, jnp.zeros(10), 3)
+
+
+def test_chunks_of_rows_come_back_in_order_and_no_position_moves():
+    """Four by four positions to one, of rows that are split over two devices, 8 positions of a device at a time."""
+    mesh = make_mesh({"data": 2, "context": 2}, jax.devices()[:4])
+    x_BTD = jnp.asarray(np.random.default_rng(0).normal(size=(4, 32, 3)), jnp.float32)
+    seen = []
+
+    def merged(x_BtD):
+        seen.append(x_BtD.shape)
+        B, t, D = x_BtD.shape
+        return jnp.tanh(x_BtD.reshape(B, t // 4, 4 * D))
+
+    split = NamedSharding(mesh, PartitionSpec("data", "context"))
+    with rules.use(mesh, rules.preset("context")):
+        chunked = jax.jit(lambda x: in_chunks(merged, x, 8, 4), in_shardings=split, out_shardings=split)
+        program = chunked.lower(x_BTD).compile()
+        np.testing.assert_array_equal(chunked(x_BTD), merged(x_BTD))
+    assert set(seen[:-1]) == {(4, 8, 3)}  # of 2 x 2 devices: 2 rows, 4 positions
+    assert not any(f" {kind}" in program.as_text() for kind in ("all-to-all", "all-gather", "collective-permute"))
