@@ -33,16 +33,25 @@ POLICIES: dict[str, Callable] = {
 
 
 def policy(name: str) -> Callable | None:
-    """The policy called `name`; None for "none" (no rematerialisation). UserError names the known ones.
+    """The policy called `name`; None for "none" (no rematerialisation).
 
     "offload" sends what `named` has marked. On a CPU, whose memory is the host's already, it is "full".
+    Raises: UserError for other names, and where devices have no way to the host's memory.
     """
     if name == "none":
         return None
     if name not in POLICIES:
         raise UserError(f"remat policy {name!r} is not known; choose none, {', '.join(POLICIES)}")
-    if name == "offload" and rules.device().platform == "cpu":
+    if name != "offload":
+        return POLICIES[name]
+    device = rules.device()
+    if device.platform == "cpu":
         return POLICIES["full"]
+    if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
+        raise UserError(
+            f"remat=offload: {device.device_kind} has no memory of the kind {HOST} ({', '.join(kinds)}); take "
+            "remat=full with chunk, or fewer patches_at_once"
+        )
     return POLICIES[name]
 
 
