@@ -17,6 +17,7 @@ Arguments that functions share:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -179,10 +180,14 @@ class Window:
         self._loads.append(load)
         return True
 
-    def place(self) -> np.ndarray:
-        """A batch: the row of each that waits, -1 for those that go on waiting."""
+    def place(self, admitted: Callable[[int], bool] = lambda n: True) -> np.ndarray:
+        """A batch: the row of each that waits, -1 for those that go on waiting.
+
+        admitted: asked in their order whether one that found room may have it.
+        """
         loads_ND = np.reshape(self._loads, (len(self._loads), len(self._limits)))
         row_N = fill(loads_ND, self._limits, self._rows, self.late, self._even)
+        row_N = np.array([row if row >= 0 and admitted(n) else -1 for n, row in enumerate(row_N)], int)
         late = int((row_N[: self._due] < 0).sum())
         self.restore([load for load, row in zip(self._loads, row_N) if row < 0], late)
         return row_N

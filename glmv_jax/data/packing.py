@@ -12,7 +12,8 @@ another where full rows are alike: when a row holds the patches that come with i
 The iterator's state is the parent's state before the first of the documents held (and which of the later ones have been
 packed), so a checkpoint holds no arrays, and resuming reads a few documents again.
 
-A row's patches may be cut into slices for the ranks of a context group (`partition`); text stays whole.
+A row's patches may be cut into slices for the ranks of a context group (`partition`); text stays whole. Or images go to
+rows of the encoder's own (`encoding`), and a document is placed where both it and its images have room.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from glmv_jax.data import balancing, partition
+from glmv_jax.data import balancing, encoding, partition
 from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.typing import UserError
@@ -84,6 +85,7 @@ class Row:
             "source": np.full(tokens, -1, np.int32),
         }
         self.images: list[tuple[np.ndarray, np.ndarray]] = []
+        self.encoded: list[int] = []  # numbers of the images in `encoding.Filling`, where the encoder has own rows
         self.documents = self.tokens = self.patches = self.merged = self.targets = 0
         self.next_position = 0
         self.trimmed: list[str] = []  # of each document that was, how
@@ -185,11 +187,13 @@ class PackIterDataset(grain.IterDataset):
     are held beyond those that the batch has room for.
     trimmed: batches also say for each of TRIMMED how many documents of a row it happened to, int32 [rows].
     slices: how rows are cut for a context group, and which slices this process makes.
+    encoder: the encoder's rows, where images do not stay in the rows of their text; then batches have `sent` too.
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
                  names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0,
-                 trimmed: bool = False, slices: partition.Slices = partition.WHOLE):
+                 trimmed: bool = False, slices: partition.Slices = partition.WHOLE,
+                 encoder: encoding.Encoder | None = None):
         super().__init__(parent)
         if fit not in FITS:
             raise UserError(f"data.fit={fit!r} is not known; use one of {', '.join(FITS)}")
@@ -197,7 +201,7 @@ class PackIterDataset(grain.IterDataset):
         self.shape = (tokens, patches, channels, targets)
         self.rows, self.names, self.log, self.fit, self.ahead = rows, list(names), log, fit, ahead
         self.trimmed = TRIMMED if trimmed else ()
-        self.slices = slices
+        self.slices, self.encoder = slices, encoder
 
     def __iter__(self) -> grain.DatasetIterator:
         return _PackIterator(self._parent.__iter__(), self)
@@ -217,12 +221,14 @@ class _PackIterator(grain.DatasetIterator):
         super().__init__(parent)
         self._dataset = dataset
         self._held: list[_Held] = []
+        self._filling = self._empty()
         limits = Row(*dataset.shape).limits
         self._window = balancing.Window(limits, dataset.rows, dataset.ahead, even=2)  # tokens and patches
         self._number = 0  # of the next document of the parent
 
     def __next__(self) -> dict[str, np.ndarray]:
         rows = [Row(*self._dataset.shape) for _ in range(self._dataset.rows)]
+        self._filling = self._empty()
         if self._dataset.fit == "balanced":
             self._place_together(rows)
         else:
@@ -230,7 +236,14 @@ class _PackIterator(grain.DatasetIterator):
         if not any(row.documents for row in rows):
             raise StopIteration
         trimmed = {how: np.array([row.trimmed.count(how) for row in rows], np.int32) for how in self._dataset.trimmed}
-        return stack([row.arrays(self._dataset.slices) for row in rows]) | trimmed
+        encoder = self._dataset.encoder
+        if encoder is None:
+            return stack([row.arrays(self._dataset.slices) for row in rows]) | trimmed
+        text = stack([row.text for row in rows])
+        row_N = self._filling.evened()[[number for row in rows for number in row.encoded]]
+        images = [row.images for row in rows]
+        vision = encoding.arrays(encoder, row_N, images, text["image_row"], rows[0].channels)
+        return text | vision | trimmed
 
     def _place_in_turn(self, rows: Sequence[Row]) -> None:
         """Each document as it comes."""
@@ -245,14 +258,21 @@ class _PackIterator(grain.DatasetIterator):
     def _place_together(self, rows: Sequence[Row]) -> None:
         """As many documents as have room, out of those and some more."""
         while not self._window.full() and (read := self._read()):
-            if self._window.add(loads(read.document)):
+            if self._can_be_encoded(read.document) and self._window.add(loads(read.document)):
                 self._held.append(read)
             else:
                 self._too_long(read.document)
-        row_N = self._window.place()
-        for row, held in zip(row_N, self._held):
+        encoded: dict[int, list[int]] = {}
+
+        def admitted(n: int) -> bool:
+            found = self._encoded(self._held[n].document)
+            encoded[n] = found or []
+            return found is not None
+
+        row_N = self._window.place(admitted)
+        for n, (row, held) in enumerate(zip(row_N, self._held)):
             if row >= 0:
-                rows[row].add(held.document, self._dataset.names.index(held.document.source))
+                self._add(rows[row], held.document, encoded[n])
         self._held = [held for row, held in zip(row_N, self._held) if row < 0]
 
     def _read(self) -> _Held | None:
@@ -271,13 +291,30 @@ class _PackIterator(grain.DatasetIterator):
             row = min((row for row in rows if row.fits(document)), key=Row.room, default=None)
         else:
             row = next((row for row in rows if row.fits(document)), None)
-        if row is not None:
-            row.add(document, self._dataset.names.index(document.source))
-        elif any(row.documents == 0 for row in rows):
+        if (row is None and any(row.documents == 0 for row in rows)) or not self._can_be_encoded(document):
             self._too_long(document)
-        else:
+            return True
+        encoded = None if row is None else self._encoded(document)
+        if encoded is None:
             return False
+        self._add(row, document, encoded)
         return True
+
+    def _add(self, row: Row, document: Document, encoded: list[int]) -> None:
+        row.add(document, self._dataset.names.index(document.source))
+        row.encoded += encoded
+
+    def _empty(self) -> encoding.Filling | None:
+        return None if self._dataset.encoder is None else encoding.Filling(self._dataset.encoder)
+
+    def _encoded(self, document: Document) -> list[int] | None:
+        """The numbers of its images in the encoder's rows; None where these have no room for them."""
+        return [] if self._filling is None else self._filling.add(document.images)
+
+    def _can_be_encoded(self, document: Document) -> bool:
+        """Whether its images would find room if they were alone."""
+        empty = self._empty()
+        return empty is None or empty.add(document.images) is not None
 
     def _too_long(self, document: Document) -> None:
         self._dataset.log.add(document.source, document.id, "longer than a row")

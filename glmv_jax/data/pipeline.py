@@ -15,7 +15,8 @@ Batch contract (NumPy; B rows of this shard, P patches, C = 3 * patch**2, T toke
              shipped corpus no two alike in a batch, over all shards; rows that are alike are no negatives of each
              other), lang [B,N] i32 (index in LANGUAGES)
     vlm      tokens [B,T] i32, positions [B,T,3] i32, segments [B,T] i32, image_row [B,T] i32, loss_weight [B,T] f32,
-             source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row)
+             source [B,T] i32 (index among the sources, -1 padding), patches, yx, frame (unique in its row); or these
+             three in rows of the encoder's own, and sent (`data.encoding`)
     prompts  the vlm arrays with one prompt a row, and length [B] i32, next_position [B] i32 (`packing.collate`),
              samples: the list of B `records.Sample`
 
@@ -35,6 +36,7 @@ import grain
 import numpy as np
 
 from glmv_jax.data.building import Document, DocumentBuilder
+from glmv_jax.data.encoding import Encoder
 from glmv_jax.data.faults import FaultLog, Guarded
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.packing import PackIterDataset, collate
@@ -99,7 +101,7 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
 
 def vlm_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, form: str, batch: int,
-    reading: Reading = ALONE,
+    encoder: Encoder | None = None, reading: Reading = ALONE,
 ) -> grain.DatasetIterator:
     """Packed rows of builder.max_tokens tokens and builder.max_patches patches.
 
@@ -112,7 +114,7 @@ def vlm_batches(
     stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
     return reading.iterator(PackIterDataset(
         stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=names, log=reading.log, targets=builder.max_targets))
+        rows=batch, names=names, log=reading.log, targets=builder.max_targets, encoder=encoder))
 
 
 def guarded_documents(sources: Mapping[str, Any], builder: DocumentBuilder, form: str, reading: Reading

@@ -64,6 +64,8 @@ def read(batch: Mapping[str, np.ndarray], tokenizer: Tokenizer, names: Sequence[
     """
     if missing := {"tokens", "segments", "image_row", "loss_weight", "patches"} - set(batch):
         raise UserError(f"a batch without {min(missing)} is none of stages 3 to 5; give one of their experiments")
+    if "sent" in batch:
+        raise UserError("images are not shown out of the encoder's own rows; look at it with data.dispatch.rows=0")
     found = []
     for b in range(len(batch["tokens"])):
         segments = np.asarray(batch["segments"][b])

@@ -15,7 +15,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from glmv_jax.data import local, partition
+from glmv_jax.data import encoding, local, partition
 from glmv_jax.data.building import Document
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.local.assembling import Assembler
@@ -34,6 +34,7 @@ class Packing:
     fit: str = "best"
     ahead: int = 16
     slices: partition.Slices = partition.WHOLE
+    encoder: encoding.Encoder | None = None
 
 
 def batches(
@@ -61,7 +62,7 @@ def batches(
     return reading.iterator(PackIterDataset(
         Parts(stream), tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
         rows=batch, names=list(documents), log=log, targets=builder.max_targets, fit=packing.fit, ahead=packing.ahead,
-        trimmed=True, slices=packing.slices))
+        trimmed=True, slices=packing.slices, encoder=packing.encoder))
 
 
 def shares(files: Mapping[str, local.Source], sizes: Mapping[str, int], weights: Mapping[str, float], power: float
