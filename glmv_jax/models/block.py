@@ -221,7 +221,7 @@ def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: dict, x_BTD, 
     def layer(params, x, beside):
         x = named(x) if remat == "offload" else x
         x, (_, aux) = cfg.layer(cfg, parent=None).apply({"params": params}, x, None, *beside)
-        return x, aux
+        return x, (aux, (beside[1].segments > 0).sum().astype(jnp.float32))
 
     if remat != "none":
         layer = jax.checkpoint(layer, policy=policy(remat), prevent_cse=False)
@@ -238,11 +238,18 @@ def _named(layer: type[nn.Module]) -> type[nn.Module]:
     return Named
 
 
-def _of_batch(aux: dict) -> dict:
-    """From what M microbatches say, [M, ...]: tokens that chose an expert are counted; of means there is the mean (as
-    of the pieces of a batch with cfg.accumulate)."""
-    counted = lambda path: path[-1].key == "load"  # noqa: E731
-    return jax.tree_util.tree_map_with_path(lambda path, x: x.sum(0) if counted(path) else x.mean(0), aux)
+def _of_batch(said: tuple[dict, jax.Array]) -> dict:
+    """From what M microbatches say, [M, ...], and their tokens: those that chose an expert are counted; of means over
+    tokens and of means over rows there is the mean over the batch's."""
+    aux, tokens_M = said
+
+    def of(path, x):
+        if path[-1].key == "load":
+            return x.sum(0)
+        over_tokens = path[-1].key == "index_loss"
+        return (x * tokens_M).sum(0) / jnp.maximum(tokens_M.sum(0), 1) if over_tokens else x.mean(0)
+
+    return jax.tree_util.tree_map_with_path(of, aux)
 
 
 def layers_apart(params: dict, name: str = "blocks") -> dict:

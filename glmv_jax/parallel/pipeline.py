@@ -10,10 +10,17 @@ so that what a stage is handed, the first by the last too, is what it works on n
 pass takes M R + S - 1 steps. In S - 1 of them a stage has nothing to do (and works on numbers that nobody reads): a
 share of (S - 1) / (M R + S - 1), forward, and backward again, which is the same scan the other way.
 
+L layers that do not divide become R S N, the last of which are skipped: N = ceil(L / (R S)) layers a piece, and as all
+stages wait for the slowest, the pipeline takes R S N / L of the time that it would take if layers could be cut: for
+GLM-5's 75 mixtures of experts 1.3 % more on 4 stages and 6.7 % on 8 and 16 (on 16 the last one idles: 15 are as fast).
+What is not in the pipeline (dense layers in front, towers, heads) is shared out evenly by rows and costs no more.
+
 Where things live:
 - Parameters, and what an optimiser keeps of them: each stage has its L / S layers, stored in the order of layers. With
   R > 1 the pieces of a stage are not neighbours and change places at the beginning of a pass, their gradients at its
-  end: each device then sends and gets at most what it has, once.
+  end: each device then sends and gets at most what it has, once. Layers that do not divide are stored by widths, as
+  over fsdp (`rules.Rules.shardings`), so that a run's parameters have the same shapes on any mesh; they too go to their
+  stages at the beginning of a pass, by one all-to-all a matrix, and their gradients come back by another.
 - Hidden states, by pipeline.ends. "rows": outside of the pipeline rows are split over `stage` as over `data`, so that
   towers, embeddings, heads and losses are computed once, not once a stage; the first stage gathers them, the last
   scatters its results. "stages": what is before the layers is the first stage's alone, what comes after them the
@@ -77,9 +84,9 @@ def plan(rows: int, layers: int) -> Schedule | None:
         return None
     mesh, rules = rules_lib.active()
     R, shards = rules.repeats, _shards(mesh)
-    if layers % (S * R):
+    if layers < S * R:
         raise UserError(
-            f"{layers} layers do not divide over stage={S} x pipeline.repeats={R}; the product must divide {layers}"
+            f"{layers} layers are too few for stage={S} x pipeline.repeats={R}; the product must be {layers} at most"
         )
     rows //= _parts()
     M = rules.microbatches or max((S * n for n in range(1, 5) if rows % (shards * S * n) == 0), default=S)
@@ -119,10 +126,14 @@ def run(
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
     beside = jax.tree.map(lambda x: dealt(x, None)[:M] if len(x) == B else x, beside)
+    layers = jax.tree.leaves(params)[0].shape[0]
+    fill = padding(layers, plan.stages, plan.repeats)
+    params = jax.tree.map(lambda w: jnp.pad(w, [(0, fill), *[(0, 0)] * (w.ndim - 1)]) if fill else w, params)
 
     def local(stage_1, params, xs, beside):
         with rules_lib.use(mesh, rules.without(AXIS)):
-            return _stage(plan, layer, stage_1[0], params, xs, beside, combine, unroll)
+            own = _skipping(layer, layers) if fill else lambda number, *args: layer(*args)
+            return _stage(plan, own, stage_1[0], params, xs, beside, combine, unroll)
 
     on_stage, whole = PartitionSpec(AXIS), PartitionSpec()
     # check_vma off: nothing whole comes out, and sums over stages are explicit. The number of the stage comes in as
@@ -131,7 +142,22 @@ def run(
         local, mesh=mesh, axis_names={AXIS}, in_specs=(on_stage, on_stage, on_stage, whole),
         out_specs=(on_stage, PartitionSpec(None, AXIS)), check_vma=False,
     )(jnp.arange(plan.stages), params, dealt(x_BTD, AXIS), beside)  # fmt: skip
-    return _gathered(ys, shards), jax.tree.map(lambda x_RSN: x_RSN.reshape(-1, *x_RSN.shape[3:]), said)
+    return _gathered(ys, shards), jax.tree.map(lambda x_RSN: x_RSN.reshape(-1, *x_RSN.shape[3:])[:layers], said)
+
+
+def padding(layers: int, stages: int, repeats: int = 1) -> int:
+    """How many layers a pipeline has beyond these, which it skips."""
+    return -layers % (stages * repeats)
+
+
+def _skipping(layer: Callable, layers: int) -> Callable:
+    """(number of a layer, its parameters, x, beside) -> as `layer`; from number `layers` on x as it is, and zeros."""
+
+    def run(number, w, x, beside):
+        said = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(layer, w, x, beside)[1])
+        return jax.lax.cond(number < layers, lambda: layer(w, x, beside), lambda: (x, said))
+
+    return run
 
 
 def _stage(plan: Schedule, layer, stage, params, xs, beside, combine, unroll):
@@ -148,7 +174,9 @@ def _stage(plan: Schedule, layer, stage, params, xs, beside, combine, unroll):
         x = jnp.where((stage == 0) & (repeat == 0), _take(xs, microbatch), x)
         own = jax.tree.map(lambda a: _take(a, microbatch) if len(a) == M else a, beside)
         piece = jax.tree.map(lambda w: _take(w, repeat), pieces)
-        x, said = jax.lax.scan(lambda x, w: layer(w, x, own), x, piece, unroll=unroll)
+        N = len(jax.tree.leaves(piece)[0])
+        numbers = (repeat * S + stage) * N + jnp.arange(N)
+        x, said = jax.lax.scan(lambda x, nw: layer(nw[0], nw[1], x, own), x, (numbers, piece), unroll=unroll)
         # A microbatch is written R times; what the last stage writes last is its result.
         outs = jax.lax.dynamic_update_index_in_dim(outs, x, microbatch, axis=0)
         return (jax.lax.ppermute(x, AXIS, links), outs), said

@@ -68,12 +68,32 @@ class Rules:
         return PartitionSpec(*entries)
 
     def shardings(self, mesh: Mesh, names: Axes, shapes: Any = None) -> Any:
-        """The tree of NamedSharding for a tree of axis-name tuples; with `shapes`, checks that dimensions divide."""
+        """The tree of NamedSharding for a tree of axis-name tuples; with `shapes`, checks that dimensions divide.
+
+        Layers that do not divide over the stages of a pipeline are split over them as over fsdp, along their widths;
+        `shapes` are needed to see that.
+        """
         is_names = lambda x: isinstance(x, tuple) and all(isinstance(n, (str, type(None))) for n in x)  # noqa: E731
-        result = jax.tree.map(lambda n: NamedSharding(mesh, self.spec(n, mesh)), names, is_leaf=is_names)
-        if shapes is not None:
-            jax.tree_util.tree_map_with_path(_check_divides, shapes, result)
+        if shapes is None:
+            return jax.tree.map(lambda n: NamedSharding(mesh, self.spec(n, mesh)), names, is_leaf=is_names)
+
+        def place(n, x):
+            return NamedSharding(mesh, (self._by_width() if self._uneven(n, x, mesh) else self).spec(n, mesh))
+
+        result = jax.tree.map(place, names, shapes, is_leaf=is_names)
+        jax.tree_util.tree_map_with_path(_check_divides, shapes, result)
         return result
+
+    def _uneven(self, names: tuple[str | None, ...], x: Any, mesh: Mesh) -> bool:
+        over = [axis for axis in entry_axes(self.table.get(_LAYERS)) if axis in mesh.shape]
+        return _LAYERS in names and bool(x.shape[names.index(_LAYERS)] % math.prod(mesh.shape[axis] for axis in over))
+
+    def _by_width(self) -> Rules:
+        """The same, and what layers are split over splits their widths, as the last axis, so that a part of a width
+        goes to another stage as it lies."""
+        over = entry_axes(self.table.get(_LAYERS))
+        widths = {name: (*entry_axes(self.table.get(name)), *over) for name in _WIDTHS}
+        return dataclasses.replace(self, table={**self.table, **widths, _LAYERS: None})
 
 
 def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
@@ -89,6 +109,7 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
 
 # What lives on each mesh axis that splits parameters; a preset is a choice of these. A dimension that two of them split
 # is split by the one that stands first here, and its parts by the next.
+_LAYERS = "pipeline"
 _WIDTHS = ("embed", "merge", "from_latent", "expert_embed", "expert_mlp")
 _SPLITS: dict[str, dict[str, str]] = {
     "tensor": dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "expert_mlp"), "tensor"),

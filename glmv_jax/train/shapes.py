@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glmv_jax.parallel import mesh as mesh_lib
+from glmv_jax.parallel import pipeline
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
 from glmv_jax.train import loop, lora, main, teachers
@@ -110,6 +111,8 @@ def run(
     if not console.is_terminal:  # a file is as wide as it has to be
         console.width = max(console.width, 200)
     _print(table, mesh, rules, biggest, console)
+    if text := _pipeline(table, mesh, cfg.get("pipeline", {}).get("repeats", 1)):
+        console.print(Text(text), soft_wrap=True)
     report = {
         "mesh": dict(mesh.shape), "devices": mesh.size, "rules": rules, "totals": totals(table),
         "arrays": [dataclasses.asdict(row) for row in table],
@@ -184,6 +187,17 @@ def _print(table: Sequence[Row], mesh: AbstractMesh, rules: str, biggest: bool, 
             console.print(Text(f"{kind:<10} {text}"), soft_wrap=True)
     here = sum(row.here for row in table)
     console.print(Text(f"{'all':<10} {size_text(here)} a device, before gradients and activations"), soft_wrap=True)
+
+
+def _pipeline(table: Sequence[Row], mesh: AbstractMesh, repeats: int) -> str:
+    """What layers that do not divide over the stages cost; "" when they do, or there are none."""
+    found = [row.shape[row.axes.index(pipeline.LAYERS)] for row in table if pipeline.LAYERS in (row.axes or ())]
+    stages = mesh.shape.get(pipeline.AXIS, 1)
+    if not found or stages == 1 or not (more := pipeline.padding(found[0], stages, repeats)):
+        return ""
+    each = (found[0] + more) // stages
+    return (f"pipeline   {found[0]} layers on {stages} stages are {each} on each, {more} of all skipped: "
+            f"{more / found[0]:.1%} more time in them than if they divided, and they are stored by widths")  # fmt: skip
 
 
 def _refusal(refused: Sequence[tuple[Row, str]], mesh: AbstractMesh, rules: str, limit: int) -> str:

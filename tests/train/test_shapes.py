@@ -60,6 +60,16 @@ def test_totals_of_the_largest():
     assert up["here"] * 512 == up["bytes"] == 4 * 75 * 256 * 6144 * 2048
 
 
+def test_layers_that_do_not_divide_over_stages_are_split_all_the_same():
+    """GLM-5's 75 layers of experts on 16 stages: what it costs is said; a device keeps a 512th of them as ever."""
+    mesh = [f"mesh.{axis}={n}" for axis, n in (("stage", 16), ("fsdp", 1), ("expert", 32), ("tensor", 1))]
+    report, printed = run(GLM5V, *mesh, "rules=fsdp_expert")
+    assert report["devices"] == 512
+    assert "75 layers on 16 stages are 5 on each, 5 of all skipped: 6.7% more time" in printed
+    up = {row["path"]: row for row in report["arrays"]}["decoder/blocks1/layer0/moe/up"]
+    assert up["shape"] == (75, 256, 6144, 2048) and up["here"] * 512 == up["bytes"]
+
+
 GOLDEN = {
     "parameter": {"numbers": 754_671_041_792, "bytes": 4 * 754_671_041_792, "here": 5_919_590_784},
     "optimiser": {"numbers": 756_772_037_128, "bytes": 4 * 756_772_037_128, "here": 5_943_346_976},
