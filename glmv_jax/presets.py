@@ -127,6 +127,7 @@ def files(size: str, names: str) -> ConfigDict:
     films = dict(film_patches=16, film_frames=8) if size == "nano" else dict(film_patches=1024, film_frames=128)
     gui = dict.fromkeys(("perceive", "ground", "step", "trajectory", "critic"), 0.0)
     rest = dict(power=0.0, heldout=0.01, thinking="last", video=False, fit="best", ahead=16, slices=1)
+    rest |= dict(dispatch=dict(rows=0, patches=0))
     return ConfigDict({"sources": sources, "gui": gui, **rest, **films})
 
 

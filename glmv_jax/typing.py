@@ -50,6 +50,18 @@ class VisionInput(NamedTuple):
     frame: Any
 
 
+class Dispatched(NamedTuple):
+    """Images in V rows of the encoder's own, and where their visual tokens go, see `parallel.dispatch.home`.
+
+    sent:   [V, M] int, device * places + place for each of the M = P / 4 visual tokens of a row, -1 for padding.
+    places: an int, how many visual tokens a device gets.
+    """
+
+    rows: VisionInput
+    sent: Any
+    places: int
+
+
 class TokenInput(NamedTuple):
     """Rows of packed text.
 
@@ -57,7 +69,8 @@ class TokenInput(NamedTuple):
     positions:   [B, T, 3] int rotary positions (time, height, width); text has three equal numbers.
     segments:    [B, T] int, 0 = padding; attention never crosses a segment.
     image_row:   [B, T] int: for an `<|image|>` position the index, within the same batch row, of the merged visual
-                 token it takes; else -1.
+                 token it takes; else -1. Where images are `Dispatched`, among all that the
+                 devices get which share the row.
     loss_weight: [B, T] float, the weight of predicting the token AT this position (0 for prompts, images, padding),
                  or None where no loss is taken.
     branches:    [B, T] int or None: answers that share a prompt. In a segment, what has branch 0 (the prompt) is seen

@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
-from glmv_jax.parallel import context, micro, pipeline, rules
+from glmv_jax.parallel import context, dispatch, micro, pipeline, rules
 from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.parallel.rules import constrain
-from glmv_jax.typing import Params, TokenInput, UserError, VisionInput
+from glmv_jax.typing import Dispatched, Params, TokenInput, UserError, VisionInput
 
 MOST_ROWS = 32  # of a product; with more both of its forms take as long
 
@@ -67,10 +67,15 @@ class VLMOutput(NamedTuple):
     aux: dict[str, jax.Array]
 
 
-def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Array:
-    """Visual tokens [B, M, D] of rows of patches. UserError when the model reads text alone."""
+def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput | Dispatched) -> jax.Array:
+    """Visual tokens [B, M, D] of rows of patches; of images that are `Dispatched` [R, G, D], on the R devices or groups
+    of devices that have the rows of text. UserError when the model reads text alone."""
     if cfg.vision is None:
         raise UserError("this model reads text alone, but images were given; leave them out or take a vision model")
+    if isinstance(vision, Dispatched):
+        with dispatch.encoding():
+            visual_VMD = encode_images(cfg, params, vision.rows)
+        return dispatch.home(visual_VMD, vision.sent, vision.places)
     B, P = vision.frame.shape
     context.check(P, context.parts(), "patches", 4)
 
@@ -88,20 +93,27 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput) -> jax.Ar
 def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: TokenInput) -> jax.Array:
     """Inputs of the backbone [B, T, D]: table rows, with visual token image_row[b, t] of row b where that is >= 0.
 
-    Each device takes those of its positions: all visual tokens of its rows are gathered.
+    Each device takes those of its positions: all visual tokens of its rows are gathered. Where visual_BMD has fewer
+    rows than the batch, equal runs of rows share one of them.
     """
     x_BTD = decoder.embed(params["decoder"], tokens.tokens)
     if visual_BMD is None:
         return x_BTD
     visual_BMD = constrain(visual_BMD, "batch", None, "activation")
-    rows_BT1 = jnp.maximum(tokens.image_row, 0)[..., None]
-    picked_BTD = jnp.take_along_axis(visual_BMD, rows_BT1, axis=1).astype(x_BTD.dtype)
+    rows_BT = jnp.maximum(tokens.image_row, 0)
+    if len(visual_BMD) == len(rows_BT):
+        picked_BTD = jnp.take_along_axis(visual_BMD, rows_BT[..., None], axis=1)
+    else:
+        runs_RBT = rows_BT.reshape(len(visual_BMD), -1, rows_BT.shape[1])
+        picked_BTD = jax.vmap(lambda x, at: jnp.take(x, at, axis=0, mode="clip"))(visual_BMD, runs_RBT)
+    picked_BTD = picked_BTD.reshape(x_BTD.shape).astype(x_BTD.dtype)
     return jnp.where(tokens.image_row[..., None] >= 0, picked_BTD, x_BTD)
 
 
 def apply(
-    cfg: VLMConfig, params: Params, vision: VisionInput | None, tokens: TokenInput, cache: dict | None = None
-) -> VLMOutput:
+    cfg: VLMConfig, params: Params, vision: VisionInput | Dispatched | None, tokens: TokenInput,
+    cache: dict | None = None,
+) -> VLMOutput:  # fmt: skip
     """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
 
     cache: the decoder's, "slots" [S], their numbers, and "length", the slots each row has filled, [B], or [1] for all

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,15 +124,16 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
 
 
 def model_config(
-    source: str | Path, remat: str = "none", vision: Mapping = {}, merger: Mapping = {}, patches_at_once: int = 0
+    source: str | Path, remat: str = "none", vision: Mapping | None = None, merger: Mapping | None = None,
+    patches_at_once: int = 0,
 ) -> Any:
     """The config of the model in a folder of ours, or in a run that began from one, with what it keeps for backward
     passes: remat of the decoder and, unless `vision` says else, of the encoder; the others as in `presets.public`."""
     _, _, cfg = _model(_origin(Path(source).expanduser()))
     decoder = dataclasses.replace(cfg.decoder, remat=remat)
     mtp = cfg.mtp and dataclasses.replace(cfg.mtp, decoder=decoder)
-    vision = cfg.vision and dataclasses.replace(cfg.vision, **{"remat": remat, **vision})
-    merger = cfg.merger and dataclasses.replace(cfg.merger, **merger)
+    vision = cfg.vision and dataclasses.replace(cfg.vision, **{"remat": remat, **(vision or {})})
+    merger = cfg.merger and dataclasses.replace(cfg.merger, **(merger or {}))
     return dataclasses.replace(
         cfg, vision=vision, merger=merger, decoder=decoder, mtp=mtp, patches_at_once=patches_at_once
     )

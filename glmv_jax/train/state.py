@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax import trees
 from glmv_jax.optim import averaged
-from glmv_jax.parallel import context
+from glmv_jax.parallel import context, dispatch
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
@@ -75,12 +75,15 @@ class Placement:
         """The shardings of a batch of this process' rows."""
         rows, parts = rules_lib.batch_sharding(self.mesh), context.size(self.mesh, self.rules)
         patches = NamedSharding(self.mesh, self.rules.spec(("batch", "length"), self.mesh)) if parts > 1 else rows
+        own_rows = "sent" in batch  # the encoder's
 
         def where(path, x):
             if not np.ndim(x):
                 return self.replicated
-            mesh_lib.check_batch(np.shape(x)[0] * jax.process_count(), self.mesh)
-            name = trees.slash_path(path).rpartition("/")[2]
+            name, many = trees.slash_path(path).rpartition("/")[2], np.shape(x)[0] * jax.process_count()
+            if own_rows and name in (*VisionInput._fields, "sent"):
+                return dispatch.sharding(self.mesh, many)
+            mesh_lib.check_batch(many, self.mesh)
             if parts > 1 and name in _UNITS:
                 context.check(np.shape(x)[1], parts, *_UNITS[name])
             return patches if name in VisionInput._fields else rows

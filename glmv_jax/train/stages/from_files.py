@@ -12,6 +12,7 @@
     film_patches, film_frames   of a pair of frames, and of a film, at most
     fit, ahead      how rows are filled, see `data.packing`
     slices          into how many slices a row's patches are cut, for a mesh's context axis, see `data.partition`
+    dispatch        rows, patches: of the encoder's own, spread over all devices, see `train.stages.dispatching`
 
 Without sources batches are those of `VLMStage`, to the last bit.
 """
@@ -85,7 +86,8 @@ class FromFiles(VLMStage):
         return pipeline.batches(
             self.files, self.sources("train", self.data_seed), weights, self.assembler, form=self.form,
             batch=self.own_rows, records=self.windows("train"), power=d.power, heldout=d.heldout,
-            packing=pipeline.Packing(d.fit, d.ahead, Slices(d.get("slices", 1))), reading=reading(self.cfg),
+            packing=pipeline.Packing(d.fit, d.ahead, Slices(d.get("slices", 1)), self.encoder()),
+            reading=reading(self.cfg),
         )  # fmt: skip
 
     def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:

@@ -15,24 +15,30 @@ from ml_collections import ConfigDict
 from glmv_jax import models
 from glmv_jax.data import packing, pipeline, texts
 from glmv_jax.data.building import DocumentBuilder
+from glmv_jax.data.encoding import Encoder
 from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.partition import GROUP
 from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import open_tokenizer
 from glmv_jax.losses.chunked import CHUNK, head_loss
 from glmv_jax.losses.cross_entropy import divide, per_source
 from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import build, vlm
+from glmv_jax.parallel import dispatch, rules
 from glmv_jax.parallel.pipeline import on_last
 from glmv_jax.train import exchange
-from glmv_jax.train.stages import experts
+from glmv_jax.train.stages import dispatching, experts
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.train.stages.vlm_measures import MeasuredVLM
-from glmv_jax.typing import Batch, Params, TokenInput, UserError, VisionInput
+from glmv_jax.typing import Batch, Dispatched, Params, TokenInput, UserError, VisionInput
 
 
-def inputs(batch: Batch) -> tuple[VisionInput, TokenInput]:
-    """A vlm batch as the model takes it."""
+def inputs(batch: Batch, most: int = 0) -> tuple[VisionInput | Dispatched, TokenInput]:
+    """A vlm batch as the model takes it. most: visual tokens of a row of text."""
     vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
+    if "sent" in batch:
+        places = dispatch.places(rules.active_mesh(), len(batch["tokens"]), most)
+        vision = Dispatched(vision, batch["sent"], places)
     return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
 
 
@@ -86,6 +92,7 @@ class VLMStage(MeasuredVLM):
         self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per)
         self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
         self.names = list(d.weights)
+        dispatching.size(cfg)  # what does not go with it is said now
 
     # ------------------------------------------------------------------------------------------------- step
     def init_params(self, key):
@@ -155,7 +162,7 @@ class VLMStage(MeasuredVLM):
 
     def predicted(self, params: Params, batch: Batch, weight_H: jax.Array) -> Predicted:
         """Of a batch, or of a piece of one whose sums of weights are these."""
-        vision, tokens = inputs(batch)
+        vision, tokens = inputs(batch, self.builder.max_patches // GROUP)
         out = vlm.apply(self.model, params, vision, tokens)
         tokens = on_last(tokens)
         targets = self._targets(tokens)
@@ -200,13 +207,18 @@ class VLMStage(MeasuredVLM):
     def train_data(self):
         return pipeline.vlm_batches(
             self.sources("train", self.data_seed), dict(self.cfg.data.weights), self.builder, form=self.form,
-            batch=self.own_rows, reading=reading(self.cfg),
+            batch=self.own_rows, encoder=self.encoder(), reading=reading(self.cfg),
         )  # fmt: skip
+
+    def encoder(self) -> Encoder | None:
+        """The encoder's own rows in this process, None where images are in the rows of their text."""
+        return dispatching.encoder(self, self.builder.max_patches)
 
     def batch_shapes(self):
         b = self.builder
         row = packing.Row(b.max_tokens, b.max_patches, b.patcher.channels).arrays()
-        yield {name: jax.ShapeDtypeStruct((self.own_rows, *x.shape), x.dtype) for name, x in row.items()}
+        text = {name: jax.ShapeDtypeStruct((self.own_rows, *x.shape), x.dtype) for name, x in row.items()}
+        yield text | dispatching.shapes(self.cfg, b.patcher.channels)
 
     @property
     def data_seed(self) -> int:
@@ -220,4 +232,4 @@ class VLMStage(MeasuredVLM):
 
     def flops(self, batch):
         B, T = batch["tokens"].shape
-        return 3 * self.model.flops(B * T, T / 2, B, batch["frame"].shape[1])
+        return 3 * self.model.flops(B * T, T / 2, *batch["frame"].shape)
