@@ -3,21 +3,24 @@
 Keys and values of all heads are one latent c [S, C] and one rotated key r [S, R]: k_h = [c W_uk_h, r], v_h = c W_uv_h.
 `expanded` makes them and is right for long runs of queries; `absorbed` moves W_uk into the queries and W_uv behind the
 sum, so that a key is read once for all heads, and is right for a few queries over a long cache. They are the same
-function. Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1) and, for the indexer, DeepSeek-V3.2 (arXiv 2512.02556,
-section 2.1).
+function. On TPUs rows that see themselves, in training and prefill, are expanded, and Pallas kernels (`selected`,
+`lightning`; without an indexer `splash`) write no weights to memory. Sources: DeepSeek-V2 (arXiv 2405.04434, section
+2.1) and, for the indexer, DeepSeek-V3.2 (arXiv 2512.02556, section 2.1).
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from glmv_jax.kernels import lightning, selected, splash
 from glmv_jax.kernels import pools as pools_lib
 from glmv_jax.kernels.attention import MASKED, Span, visible
-from glmv_jax.parallel import context
+from glmv_jax.parallel import context, rules
 
 
 class Heads(NamedTuple):
@@ -47,11 +50,12 @@ class Index(NamedTuple):
 
 
 class Selection(NamedTuple):
-    """The keys that queries may see: mask [B, T, S] bool, or, for one query a row, their numbers at [B, A] int32, of
-    which only the visible ones count."""
+    """The keys that queries may see: mask [B, T, S] bool; for one query a row, their numbers at [B, A] int32, of which
+    only the visible ones count; or keys, what kernels find in place of a mask."""
 
     mask: jax.Array | None = None
     at: jax.Array | None = None
+    keys: selected.Chosen | None = None
 
 
 class Looked(NamedTuple):
@@ -82,23 +86,82 @@ def latent_attention(
     the indexer's keys, for its own queries.
     """
     B, T = heads.q.shape[:2]
-    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[:3]))  # one row may stand for all
-    run = functools.partial(_by_blocks, top_k=top_k, with_loss=with_loss, block=block)
-    if context.parts() == 1 or T == 1:
+    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[:3]), query.in_order)
+    if index is None and selection is None and splash.supported(heads.q, heads.q, query, key):
+        return Looked(splash.splash(*expand(heads, latents), query, key), None, jnp.zeros((B, T), jnp.float32))
+    kernels = supported(heads, latents, query, key, index, selection, with_loss)
+    run = functools.partial(_kernels if kernels else _by_blocks, top_k=top_k, with_loss=with_loss)
+    run = run if kernels else functools.partial(run, block=block)
+    if T == 1 or context.parts() == 1 and not (kernels and rules.active() is not None):
         return run(heads, latents, query, key, index, selection)
 
     row, weights = context.spec("batch", "length"), context.spec(None, "heads", None)
     by_head = context.spec("batch", "length", "heads", None)
 
     def own(heads, latents, query, key, index, selection):
-        latents, key = jax.tree.map(context.gathered, (latents, key))
-        index = None if index is None else index._replace(k=context.gathered(index.k))
+        if context.parts() > 1:
+            latents, key = jax.tree.map(context.gathered, (latents, key))
+            index = None if index is None else index._replace(k=context.gathered(index.k))
         return run(heads, latents, query, key, index, selection, heads_over=by_head[2])
 
     where = Heads(by_head, by_head, weights, weights), row, row, row, row, row
     return context.per_device(own, where, Looked(by_head, row, row), kernel=True)(
         heads, latents, query, key, index, selection
     )
+
+
+# --- on TPUs ----------------------------------------------------------------------------------------------------------
+
+
+def supported(heads, latents, query: Span, key: Span, index: Index | None, selection, with_loss: bool) -> bool:
+    """Whether kernels take these: on a TPU, rows that see themselves in order, of `splash.SHORTEST` positions or more,
+    in whole 128 on each device, and heads as wide as 128 or a multiple. A loss wants all heads on a device."""
+    if rules.device().platform != "tpu" or query.in_order is None or key.in_order is None or query.slots is None:
+        return False
+    if query.branches is not None or (index is None and (selection is None or selection.keys is None)):
+        return False
+    if index is not None and index.pools is not None:  # keys of pools are chosen elsewhere
+        return False
+    B, T, H, N = heads.q.shape
+    S = latents.c.shape[1]
+    widths = [N + heads.r.shape[-1], heads.uv.shape[-1], *([] if index is None else [index.k.shape[-1]])]
+    rows = parts = of_heads = 1
+    if rules.active() is not None:
+        mesh, _ = rules.active()
+        entries = (rules.entry_axes(entry) for entry in context.spec("batch", "length", "heads"))
+        rows, parts, of_heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in entries)
+    whole = T % (128 * parts * min(parts, 2)) == B % rows == H % of_heads == 0
+    long_enough = T == S >= splash.SHORTEST and lightning.queries_at_once(S) > 0
+    return whole and long_enough and all(n % 128 == 0 for n in widths) and not (with_loss and of_heads > 1)
+
+
+def _kernels(
+    heads, latents, query, key, index, selection, top_k: int, with_loss: bool, heads_over=None, interpret: bool = False
+) -> Looked:
+    """As `_by_blocks`, of rows with an indexer or with what one has chosen."""
+    B, T = heads.q.shape[:2]
+    q_BHTK, k_BHSK, v_BHSV = (x.swapaxes(1, 2) for x in expand(heads, latents))
+    q_BHTK *= q_BHTK.shape[-1] ** -0.5
+    if selection is None:
+        selection = Selection(keys=lightning.choose(index, query, key, top_k or k_BHSK.shape[2], interpret))
+    out_BHTV, total_BHT = selected.attend(q_BHTK, k_BHSK, v_BHSV, selection.keys, query.slots, interpret)
+    loss_BT = jnp.zeros((B, T), jnp.float32)
+    if with_loss and index is not None:
+        fixed = jax.lax.stop_gradient((q_BHTK, k_BHSK, total_BHT))
+        loss_BT = lightning.loss(index, *fixed, selection.keys, query.slots, interpret)
+    return Looked(out_BHTV.swapaxes(1, 2), selection if top_k else None, loss_BT)
+
+
+def expand(heads: Heads, latents: Latents) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, H, K], keys [B, S, H, K] and values [B, S, H, V] of every head, K = N + R."""
+    q, r, uk_CHN, uv_CHV = heads
+    k_BSHN = jnp.einsum("bsc,chn->bshn", latents.c, uk_CHN)
+    r_BSHR = jnp.broadcast_to(latents.r[:, :, None], (*k_BSHN.shape[:3], r.shape[-1]))
+    v_BSHV = jnp.einsum("bsc,chv->bshv", latents.c, uv_CHV)
+    return jnp.concatenate([q, r], axis=-1), jnp.concatenate([k_BSHN, r_BSHR], axis=-1), v_BSHV
+
+
+# --- elsewhere, by blocks of queries ----------------------------------------------------------------------------------
 
 
 def _by_blocks(
@@ -126,7 +189,7 @@ def _by_blocks(
 
     indexed = None if index is None else (blocks(index.q), blocks(index.w))
     mask = None if selection is None else blocks(selection.mask)
-    parts = jax.lax.map(one, (blocks(heads.q), blocks(heads.r), Span(*map(blocks, query)), indexed, mask))
+    parts = jax.lax.map(one, (blocks(heads.q), blocks(heads.r), Span(*map(blocks, query[:3])), indexed, mask))
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts)
 
 

@@ -17,7 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
-from glmv_jax.parallel import context, rules
+from glmv_jax.parallel import context, remat, rules
 
 # Positions a block of queries and of keys, the largest that divides. With 512 queries a key that is read takes part in
 # 512 multiply-adds a number, more than any TPU's memory needs to keep up; and the float32 logits of a block, 1 MB, with
@@ -96,7 +96,8 @@ def _kernel(T: int, K: int, causal: bool, interpret: bool) -> pallas.SplashAtten
     )  # fmt: skip
     shards = n if causal else 1
     return pallas.make_splash_mha(
-        masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret
+        masks.MultiHeadMask([mask]), block_sizes=sizes, head_shards=1, q_seq_shards=shards, interpret=interpret,
+        residual_checkpoint_name=remat.ATTENTION,
     )  # one mask stands for all heads
 
 

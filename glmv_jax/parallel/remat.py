@@ -2,11 +2,12 @@
 
 Memory of L layers that are scanned over x, with one layer's own needs beside it:
 
-    none     whatever the backward pass reads, L times
-    dots     results of products, L times
-    full     x, L times
-    offload  x, L times, in the host's memory: what a device holds does not grow with L. Each layer's x is sent there
-             when the layer begins, and fetched when its backward pass does
+    none       whatever the backward pass reads, L times
+    dots       results of products and of attention, L times
+    attention  x and the result of attention, whose kernel is then not run again, L times
+    full       x, L times
+    offload    x, L times, in the host's memory: what a device holds does not grow with L. Each layer's x is sent there
+               when the layer begins, and fetched when its backward pass does
 """
 
 from __future__ import annotations
@@ -20,15 +21,18 @@ from glmv_jax.parallel import rules
 from glmv_jax.typing import UserError
 
 INPUT = "layer_input"
+ATTENTION = "attention"  # what attention kernels call their results
 HOST = "pinned_host"
 
-_OFFLOAD = jax.checkpoint_policies.save_and_offload_only_these_names(
-    names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=HOST
-)
+_keep = jax.checkpoint_policies
+_attention = _keep.save_only_these_names(ATTENTION)
 POLICIES: dict[str, Callable] = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "offload": _OFFLOAD,
+    "full": _keep.nothing_saveable,
+    "attention": _attention,
+    "dots": _keep.save_from_both_policies(_attention, _keep.dots_with_no_batch_dims_saveable),
+    "offload": _keep.save_and_offload_only_these_names(
+        names_which_can_be_saved=[], names_which_can_be_offloaded=[INPUT], offload_src="device", offload_dst=HOST
+    ),
 }
 
 

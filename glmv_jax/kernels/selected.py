@@ -1,0 +1,254 @@
+"""Attention of a row to keys chosen for each query, in Pallas kernels for TPUs that write no weights to memory.
+
+Which keys a query sees is told by three things in place of a mask: the index scores of all keys as integers that have
+their order (`Chosen.order`), the lowest of them that is seen, and before which position one as low still is. Blocks of
+keys behind all queries of a block are not run. The twin is `latent_attention.expanded` with the mask of `chosen`.
+
+The backward pass is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2), in one kernel for the queries and one for
+keys and values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from glmv_jax.parallel.remat import ATTENTION
+
+UNSEEN = -(1 << 31)  # the order of keys that a query may not see; below that of every score
+_MASKED = -2.0e38
+_BLOCKS = (512, 384, 256, 128)
+_VMEM = 64 << 20  # bytes of vector memory that a kernel may ask for: v4 and later have it
+
+
+class Chosen(NamedTuple):
+    """The keys that each query sees: those whose order is above `last`, and of equal ones those before `cut`.
+
+    order: int32 [B, T, S], UNSEEN where a key is not visible; last, cut: int32 [B, T, 1]; total: float32 [B, T, 1],
+    logsumexp of the index scores of the chosen keys.
+    """
+
+    order: jax.Array
+    last: jax.Array
+    cut: jax.Array
+    total: jax.Array
+
+
+def chosen(order: jax.Array, last: jax.Array, cut: jax.Array, first: Any = 0) -> jax.Array:
+    """Which of these keys are seen; `first`: the position of the first."""
+    at = first + jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
+    return (order > last) | ((order == last) & (at < cut))
+
+
+def block(length: int, most: int = _BLOCKS[0]) -> int:
+    """Positions at a time, for a length in whole 128."""
+    return next(b for b in _BLOCKS if b <= most and length % b == 0)
+
+
+def reach(slots_BT: jax.Array, queries: int, keys: int) -> jax.Array:
+    """[T / queries]: how many blocks of keys each block of queries looks at, by the slots that all rows have alike."""
+    return slots_BT[0].reshape(-1, queries).max(axis=1).astype(jnp.int32) // keys + 1
+
+
+def estimate(products: int, queries: jax.Array, keys: jax.Array, width: float, *moved: Any) -> pl.CostEstimate:
+    """Of products of queries [B, H, T, K] with keys before them [B, H, S, K], as many times `width` wide, to show in
+    compiled programs: of rows of blocks on and under the diagonal. Devices that share a row have as much each."""
+    B, H, T, _ = queries.shape
+    S = keys.shape[2]
+    blocks = S // block(S)
+    pairs = B * H * T * S * (blocks + 1) // (2 * blocks)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(moved))
+    return pl.CostEstimate(flops=int(2 * products * pairs * width), transcendentals=pairs, bytes_accessed=size)
+
+
+def attend(
+    q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSV: jax.Array, keys: Chosen, slots_BT: jax.Array, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """(out [B, H, T, V], logsumexp of the logits [B, H, T] float32, which has no gradient) of scaled queries.
+
+    Each query sees a key, and T, S are whole 128, K and V too on a TPU. slots_BT: of the queries; keys are in order.
+    """
+    out, total = _attend(q_BHTK, k_BHSK, v_BHSV, keys, slots_BT, interpret)
+    return out, jax.lax.stop_gradient(total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q, k, v, keys: Chosen, slots_BT, interpret):
+    return _forward(q, k, v, keys, slots_BT, interpret)[0]
+
+
+class _Grid(NamedTuple):
+    """Blocks of queries and keys, and the blocks of arrays that a step of (row, head, query block, key block) has."""
+
+    B: int
+    H: int
+    bq: int
+    bk: int
+    nq: int
+    nk: int
+
+    @classmethod
+    def of(cls, q: jax.Array, k: jax.Array) -> _Grid:
+        (B, H, T, _), S = q.shape, k.shape[2]
+        bq, bk = block(T), block(S)
+        return cls(B, H, bq, bk, T // bq, S // bk)
+
+    def specs(self, K: int, V: int, where: Callable) -> dict[str, pl.BlockSpec]:
+        """where(step of the grid) -> (row, head, query block, key block that is read)."""
+
+        def spec(shape: tuple[int, ...], pick: Callable) -> pl.BlockSpec:
+            return pl.BlockSpec(shape, lambda *step: pick(*where(*step)))
+
+        of_q = lambda n: spec((None, None, self.bq, n), lambda b, h, i, j: (b, h, i, 0))  # noqa: E731
+        of_k = lambda n: spec((None, None, self.bk, n), lambda b, h, i, j: (b, h, j, 0))  # noqa: E731
+        a_query = spec((None, self.bq, 1), lambda b, h, i, j: (b, i, 0))
+        pairs = spec((None, self.bq, self.bk), lambda b, h, i, j: (b, i, j))
+        keys = [pairs, a_query, a_query]
+        return {"q": of_q(K), "o": of_q(V), "k": of_k(K), "v": of_k(V), "one": of_q(1), "keys": keys}
+
+
+def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name, parallel: int = 2) -> Callable:
+    """A kernel that is told `reach` before its arguments. parallel: how many of the first dimensions of the grid may be
+    split over the cores of a chip."""
+    return pl.pallas_call(
+        body,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1, grid=grid, in_specs=ins, out_specs=outs,
+            scratch_shapes=[pltpu.VMEM(shape, jnp.float32) for shape in scratch],
+        ),
+        out_shape=shapes,
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            vmem_limit_bytes=_VMEM,
+        ),
+        cost_estimate=cost, interpret=interpret, name=name,
+    )  # fmt: skip
+
+
+def last_needed(reach_ref: Any, i: Any, j: Any) -> Any:
+    """The block of keys that is there at step j: behind the last that is needed nothing new is read."""
+    return jnp.minimum(j, reach_ref[i] - 1)
+
+
+def _forward(q, k, v, keys, slots_BT, interpret):
+    g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
+    at = g.specs(K, V, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
+
+    def body(reach, q, k, v, order, last, cut, out, total, high, weight, acc):
+        i, j = pl.program_id(2), pl.program_id(3)
+
+        @pl.when(j == 0)
+        def _():
+            high[...] = jnp.full_like(high, _MASKED)
+            weight[...] = jnp.zeros_like(weight)
+            acc[...] = jnp.zeros_like(acc)
+
+        @pl.when(j < reach[i])
+        def _():
+            logits = jnp.where(chosen(order[...], last[...], cut[...], j * g.bk), dot_t(q[...], k[...]), _MASKED)
+            higher = jnp.maximum(high[...], logits.max(axis=-1, keepdims=True))
+            fade = jnp.exp(high[...] - higher)
+            shares = jnp.exp(logits - higher)
+            weight[...] = fade * weight[...] + shares.sum(axis=-1, keepdims=True)
+            acc[...] = fade * acc[...] + dot(shares.astype(v.dtype), v[...])
+            high[...] = higher
+
+        @pl.when(j == g.nk - 1)
+        def _():
+            out[...] = (acc[...] / weight[...]).astype(out.dtype)
+            total[...] = high[...] + jnp.log(weight[...])
+
+    shapes = [jax.ShapeDtypeStruct((*q.shape[:3], n), dtype) for n, dtype in ((V, q.dtype), (1, jnp.float32))]
+    run = call(
+        body, (g.B, g.H, g.nq, g.nk), [at["q"], at["k"], at["v"], *at["keys"]], [at["o"], at["one"]], shapes,
+        [(g.bq, 1), (g.bq, 1), (g.bq, V)], estimate(1, q, k, K + V, q, k, v, keys.order), interpret, "selected_forward",
+    )  # fmt: skip
+    out, total = run(reach(slots_BT, g.bq, g.bk), q, k, v, *keys[:3])
+    out, total = (checkpoint_name(x, ATTENTION) for x in (out, total[..., 0]))
+    return (out, total), (q, k, v, keys, slots_BT, out, total)
+
+
+def _backward(interpret, saved, given):
+    q, k, v, keys, slots_BT, out, total = saved
+    g_out = given[0]
+    g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
+    inner = (out.astype(jnp.float32) * g_out.astype(jnp.float32)).sum(-1, keepdims=True)
+    args = (q, k, v, *keys[:3], g_out, total[..., None], inner)
+    needed = reach(slots_BT, g.bq, g.bk)
+
+    def gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j):
+        """(weights, gradient of the logits) of a block."""
+        seen = chosen(order[...], last[...], cut[...], j * g.bk)
+        shares = jnp.where(seen, jnp.exp(dot_t(q[...], k[...]) - total[...]), 0.0)
+        return shares, shares * (dot_t(g_out[...], v[...]) - inner[...])
+
+    def ins(at):
+        return [at["q"], at["k"], at["v"], *at["keys"], at["o"], at["one"], at["one"]]
+
+    def of_queries(reach, q, k, v, order, last, cut, g_out, total, inner, dq, acc):
+        i, j = pl.program_id(2), pl.program_id(3)
+
+        @pl.when(j == 0)
+        def _():
+            acc[...] = jnp.zeros_like(acc)
+
+        @pl.when(j < reach[i])
+        def _():
+            _, d_logits = gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j)
+            acc[...] += dot(d_logits.astype(k.dtype), k[...])
+
+        @pl.when(j == g.nk - 1)
+        def _():
+            dq[...] = acc[...].astype(dq.dtype)
+
+    at = g.specs(K, V, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
+    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    dq = call(
+        of_queries, (g.B, g.H, g.nq, g.nk), ins(at), at["q"], like(q), [(g.bq, K)],
+        estimate(1, q, k, 2 * K + V, args), interpret, "selected_backward_q",
+    )(needed, *args)  # fmt: skip
+
+    def of_keys(reach, q, k, v, order, last, cut, g_out, total, inner, dk, dv, acc_k, acc_v):
+        j, i = pl.program_id(2), pl.program_id(3)
+
+        @pl.when(i == 0)
+        def _():
+            acc_k[...] = jnp.zeros_like(acc_k)
+            acc_v[...] = jnp.zeros_like(acc_v)
+
+        @pl.when(j < reach[i])
+        def _():
+            shares, d_logits = gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j)
+            acc_v[...] += dot(shares.T.astype(g_out.dtype), g_out[...])
+            acc_k[...] += dot(d_logits.T.astype(q.dtype), q[...])
+
+        @pl.when(i == g.nq - 1)
+        def _():
+            dk[...] = acc_k[...].astype(dk.dtype)
+            dv[...] = acc_v[...].astype(dv.dtype)
+
+    at = g.specs(K, V, lambda b, h, j, i, reach: (b, h, i, j))
+    dk, dv = call(
+        of_keys, (g.B, g.H, g.nk, g.nq), ins(at), [at["k"], at["v"]], [like(k), like(v)], [(g.bk, K), (g.bk, V)],
+        estimate(1, q, k, 2 * K + 2 * V, args), interpret, "selected_backward_kv",
+    )(needed, *args)  # fmt: skip
+    return dq, dk, dv, None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(a, b, (((1,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+
+
+def dot_t(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b^T."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
