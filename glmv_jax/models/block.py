@@ -118,7 +118,7 @@ class Attention(nn.Module):
                 cache = {"k": write(cache["k"], k_BTGK, query.slots), "v": write(cache["v"], v_BTGK, query.slots)}
                 out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
         with jax.named_scope("out"):
-            out = Linear(c.width, ("heads", "embed"), "o" in c.biases, c.dtype, c.out_init, name="o")
+            out = Linear(c.width, ("from_heads", None), "o" in c.biases, c.dtype, c.out_init, name="o")
             return out(out_BTHK.reshape(B, T, -1)), cache
 
 
@@ -129,13 +129,13 @@ def probed(module: nn.Module, x_BTD: jax.Array, key: Span, heads: int, dtype: st
     B, T, D = x_BTD.shape
     probe_D = param(module, "probe", normal(D**-0.5), (D,), ("norm",))
 
-    def linear(name: str, x: jax.Array, axes: tuple[str, str] = ("embed", "heads")) -> jax.Array:
+    def linear(name: str, x: jax.Array, axes: tuple[str, str | None] = ("embed", "heads")) -> jax.Array:
         return Linear(D, axes, True, dtype, name=name)(x)
 
     q = linear("q", jnp.broadcast_to(probe_D.astype(dtype), (B, 1, D))).reshape(B, 1, heads, -1)
     k, v = (linear(name, x_BTD).reshape(B, T, heads, -1) for name in ("k", "v"))
     out_BD = attention(q, k, v, Span(jnp.ones((B, 1), jnp.int32)), key).reshape(B, D)
-    return linear("o", out_BD, ("heads", "embed"))
+    return linear("o", out_BD, ("from_heads", None))
 
 
 class Block(nn.Module):

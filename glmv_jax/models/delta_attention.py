@@ -93,7 +93,7 @@ class DeltaAttention(nn.Module):
             query.segments if cache is None else None, None if cache is None else cache["state"],
         )  # fmt: skip
         out = self.gated(out, narrow("g")).astype(c.dtype).reshape(B, T, -1)
-        return Linear(c.width, ("heads", "embed"), False, c.dtype, name="o")(out), None if cache is None else kept
+        return Linear(c.width, ("from_heads", None), False, c.dtype, name="o")(out), None if cache is None else kept
 
     def decay(self, x_BTHK: jax.Array) -> jax.Array:
         """Logarithms of what each channel keeps, float32."""

@@ -28,7 +28,7 @@ class LatentAttention(nn.Module):
         c = self.cfg
         B, T, _ = x_BTD.shape
 
-        def linear(name: str, n: int, axes: tuple[str, str], x: jax.Array) -> jax.Array:
+        def linear(name: str, n: int, axes: tuple[str, str | None], x: jax.Array) -> jax.Array:
             return Linear(n, axes, False, c.dtype, name=name)(x)
 
         with jax.named_scope("qkv"):
@@ -58,7 +58,7 @@ class LatentAttention(nn.Module):
             weight_BT = (query.segments > 0).astype(jnp.float32)
             aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
         with jax.named_scope("out"):
-            out_BTD = linear("o", c.width, ("heads", "embed"), looked.out.reshape(B, T, -1))
+            out_BTD = linear("o", c.width, ("from_heads", None), looked.out.reshape(B, T, -1))
         return out_BTD, None if cache is None else new | kept, looked.selection, aux
 
     def index(self, x_BTD, q_BTQ, rope, cache, query: Span) -> tuple[Index | None, dict]:

@@ -32,7 +32,7 @@ class Linear(nn.Module):
     """
 
     features: int
-    axes: tuple[str, str]
+    axes: tuple[str, str | None]
     bias: bool = False
     dtype: str = "float32"
     init: Callable = fan_in
@@ -46,7 +46,7 @@ class Linear(nn.Module):
             kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
             y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
         if self.bias:  # added in float32, so that its gradient, a sum over all rows, is taken there
-            name = "norm" if self.axes[1] == "embed" else self.axes[1]
+            name = "norm" if self.axes[1] in ("embed", None) else self.axes[1]
             y = (y.astype(jnp.float32) + param(self, "bias", zeros, (self.features,), (name,))).astype(self.dtype)
         return y
 
@@ -109,7 +109,7 @@ class SwiGLU(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name="gate")(x)
         up = Linear(self.hidden, ("embed", "mlp"), self.bias, self.dtype, name="up")(x)
-        down = Linear(self.features, ("mlp", "embed"), self.bias, self.dtype, self.down_init, name="down")
+        down = Linear(self.features, ("from_mlp", None), self.bias, self.dtype, self.down_init, name="down")
         return down(gated(gate, up, self.limit))
 
 

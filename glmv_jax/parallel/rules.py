@@ -92,7 +92,7 @@ class Rules:
         """The same, and what layers are split over splits their widths, as the last axis, so that a part of a width
         goes to another stage as it lies."""
         over = entry_axes(self.table.get(_LAYERS))
-        widths = {name: (*entry_axes(self.table.get(name)), *over) for name in _WIDTHS}
+        widths = {name: (*entry_axes(self.table.get(name)), *over) for name in (*_WIDTHS, *_EXPERT_WIDTHS)}
         return dataclasses.replace(self, table={**self.table, **widths, _LAYERS: None})
 
 
@@ -110,16 +110,17 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
 # What lives on each mesh axis that splits parameters; a preset is a choice of these. A dimension that two of them split
 # is split by the one that stands first here, and its parts by the next.
 _LAYERS = "pipeline"
-_WIDTHS = ("embed", "merge", "from_latent", "expert_embed", "expert_mlp")
+_WIDTHS = ("embed", "merge", "from_latent", "from_heads", "from_mlp")
+_EXPERT_WIDTHS = ("expert_embed", "expert_mlp")
 _SPLITS: dict[str, dict[str, str]] = {
-    "tensor": dict.fromkeys(("heads", "kv_heads", "mlp", "vocab", "expert_mlp"), "tensor"),
-    # Parameters and optimiser state along the residual width; an expert's last matrix along its other side, as XLA sums
-    # gradients whole where the part that a device keeps is one of the last dimension.
-    "fsdp": dict.fromkeys(_WIDTHS, "fsdp"),
+    "tensor": dict.fromkeys(("heads", "from_heads", "kv_heads", "mlp", "from_mlp", "vocab", "expert_mlp"), "tensor"),
+    # Parameters and optimiser state along what a matrix reads, never along what it makes: XLA sums gradients whole
+    # where the part that a device keeps is one of the last dimension.
+    "fsdp": dict.fromkeys((*_WIDTHS, *_EXPERT_WIDTHS), "fsdp"),
     # The positions of a row (`parallel.context`), and parameters as over fsdp.
-    "context": dict.fromkeys(("length", *_WIDTHS), "context"),
+    "context": dict.fromkeys(("length", *_WIDTHS, *_EXPERT_WIDTHS), "context"),
     # Experts; and all that is no expert as over fsdp, for every device has rows of its own.
-    "expert": dict.fromkeys(("expert", "embed", "merge", "from_latent"), "expert"),
+    "expert": dict.fromkeys(("expert", *_WIDTHS), "expert"),
 }
 _PARTS = [axis for axis in MESH_AXES if axis in _SPLITS]
 
