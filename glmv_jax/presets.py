@@ -162,6 +162,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             init_from="",  # run directory of a finished run to start from
             init_subtrees=(),  # only these parts of it, e.g. ("vision",)
             mesh=mesh(data=-1), rules="data",
+            xla="auto",  # XLA's options, or none: see parallel.compiler
             pipeline=dict(microbatches=0, repeats=1, ends="rows"),  # of a mesh with stages, see parallel.pipeline
             accumulate=1,  # pieces that a batch is differentiated in, one after the other
             freeze=(),  # regular expressions of parameters that stay as they are

@@ -8,14 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from glmv_jax.parallel import compiler
 from glmv_jax.typing import UserError
-
-# Flags by name. async: collectives are started early and waited for late, where libtpu 0.0.42 by itself makes most work
-# wait. A flag set is a choice to be compared with none, see `--compare`.
-_ASYNC = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
-          "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
-          "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all")  # fmt: skip
-FLAG_SETS: dict[str, dict[str, str]] = {"async": dict.fromkeys(_ASYNC, "true")}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +18,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", metavar="NAME", help="such as v5p:8x8x8, v5e:16x16, v6e:16x16, tpu7x:8x8x8")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that kind, over DCN (default 1)")
     parser.add_argument("--program", default="step", metavar="NAME", help="step (default), prefill or generate")
-    parser.add_argument("--xla", action="append", metavar="FLAG=VALUE", help="an XLA option, or a set of them: async")
+    parser.add_argument("--xla", action="append", metavar="FLAG=VALUE", help="an option of XLA, or auto, async, none")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--html", metavar="FILE", help="and as a page there")
     parser.add_argument("--hlo", metavar="FILE", help="and the compiled program's text there")
@@ -44,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) is None:
             raise UserError(f"--{name} is required; see glmv compile --help")
     topology = topology_lib.parse(args.topology, args.slices)
-    flags = xla_options(args.xla or ())
     topology_lib.described_only()  # before JAX starts
     from glmv_jax import config
     from glmv_jax.aot import program, report
 
     cfg = config.override(config.load(args.config), args.overrides)
+    flags = compiler.options(args.xla or (cfg.get("xla", "auto"),), where="--xla ")
     print(f"compiling for {topology}; nothing is run", file=sys.stderr, flush=True)
     compiled = program.compiled(program.of(cfg, topology, args.program), flags)
     if args.hlo and compiled.executable is not None:
@@ -62,17 +56,6 @@ def run(args: argparse.Namespace) -> int:
         Path(args.html).write_text(show.page(made), encoding="utf-8")
     print(show.text(made))
     return 0 if made["fits"] else 1
-
-
-def xla_options(given: list[str] | tuple[str, ...]) -> dict[str, str]:
-    """{name: value} of what --xla says. UserError for what is neither NAME=VALUE nor the name of a set."""
-    found: dict[str, str] = {}
-    for word in given:
-        name, equals, value = word.removeprefix("--").partition("=")
-        if not equals and name not in FLAG_SETS:
-            raise UserError(f"--xla {word}: write FLAG=VALUE, or the name of a set ({', '.join(FLAG_SETS)})")
-        found |= {name: value} if equals else FLAG_SETS[name]
-    return found
 
 
 def _read(path: str) -> dict[str, Any]:

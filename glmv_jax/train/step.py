@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from glmv_jax.parallel import compiler, micro
 from glmv_jax.parallel import mesh as mesh_lib
-from glmv_jax.parallel import micro
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.state import Placement, TrainState
@@ -59,6 +59,8 @@ class TrainStep:
     def __init__(self, stage, optimizer, placement: Placement, trainable: Params | None, seed: int) -> None:
         self.stage, self.optimizer, self.placement = stage, optimizer, placement
         self.trainable, self.seed = trainable, seed
+        platform = placement.mesh.devices.flat[0].platform
+        self.options = compiler.options((stage.cfg.get("xla", "auto"),), platform, "config.xla=")
         self.accumulate = stage.cfg.get("accumulate", 1)
         if self.accumulate < 1:
             raise UserError(f"accumulate={self.accumulate}: a batch has at least one piece")
@@ -99,7 +101,7 @@ class TrainStep:
                 f"stage {self.stage.name}: a batch has a new shape and all shape_buckets={allowed} are compiled: "
                 f"{_difference(signature, list(self._compiled)[-1])}; pad the batches or raise shape_buckets"
             )
-        program = self._compiled[signature] = self.lower(state, constants, batch).compile()
+        program = self._compiled[signature] = self.lower(state, constants, batch).compile(self.options)
         between = program.memory_analysis()
         if jax.default_backend() == "cpu" and between is not None and between.temp_size_in_bytes > ALONE:
             self._alone.add(signature)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from glmv_jax.aot import main, topology
+from glmv_jax.aot import topology
+from glmv_jax.parallel import compiler
 from glmv_jax.typing import UserError
 
 
@@ -49,8 +50,10 @@ def test_without_libtpu(monkeypatch):
 
 
 def test_xla_options():
-    assert main.xla_options(["--xla_a=1", "xla_b=x=y"]) == {"xla_a": "1", "xla_b": "x=y"}
-    found = main.xla_options(["async", "xla_enable_async_all_gather=false"])
+    assert compiler.options(["auto"]) == compiler.SETS["async"] and not compiler.options(["auto"], "cpu")
+    assert not compiler.options(["none"])
+    assert compiler.options(["--xla_a=1", "xla_b=x=y"]) == {"xla_a": "1", "xla_b": "x=y"}
+    found = compiler.options(["async", "xla_enable_async_all_gather=false"])
     assert len(found) == 6 and found["xla_enable_async_all_gather"] == "false"
-    with pytest.raises(UserError, match=r"\(async\)"):
-        main.xla_options(["asink"])
+    with pytest.raises(UserError, match=r"--xla asink: .*\(auto, none, async\)"):
+        compiler.options(["asink"], where="--xla ")

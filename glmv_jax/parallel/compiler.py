@@ -1,0 +1,31 @@
+"""Options of XLA's compiler, by name: what training passes it, and `glmv compile` to be told the same program.
+
+async: collectives begin early and are waited for late, where libtpu 0.0.42 by itself makes most work wait. Stage 1 of
+the published size on v5p:8x8x8 has 72 % of its bytes moved so, and none without (benchmarks/results/compile).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from glmv_jax.typing import UserError
+
+_ASYNC = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
+          "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
+          "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all")  # fmt: skip
+SETS: dict[str, dict[str, str]] = {"none": {}, "async": dict.fromkeys(_ASYNC, "true")}
+BY_PLATFORM = {"tpu": ("async",)}  # what a config's xla="auto" is
+
+
+def options(words: Iterable[str], platform: str = "tpu", where: str = "xla=") -> dict[str, str]:
+    """{name: value} of words that are NAME=VALUE, the name of a set, or auto. UserError for others, said of `where`."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.removeprefix("--").partition("=")
+        if name == "auto":
+            found |= options(BY_PLATFORM.get(platform, ()), platform)
+        elif not equals and name not in SETS:
+            raise UserError(f"{where}{word}: write FLAG=VALUE, or the name of a set (auto, {', '.join(SETS)})")
+        else:
+            found |= {name: value} if equals else SETS[name]
+    return found
