@@ -18,6 +18,7 @@ from glmv_jax.aot.loops import trip_count
 
 CATEGORIES = ("matmul", "custom kernel", "copies and layout", "reduce", "other")
 _CYCLES = r'"estimated_cycles":"(\d+)"'
+SELDOM = "seldom"  # in the scope of a loop that in a usual step is not run: `models.experts`
 _BETWEEN_SLICES = r'_xla_megascale_transfer_type="(\w+)"'
 _ASYNC_START = 'custom_call_target="AsyncCollectiveStart"'
 _ASYNC_DONE = 'custom_call_target="AsyncCollectiveDone"'
@@ -75,12 +76,14 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """loops: how often each loop runs a time it is entered, in order; unknown: loops of which that cannot be told."""
+    """loops: how often each loop runs a time it is entered, in order; unknown: loops of which that cannot be told;
+    seldom: those that say so (`SELDOM`), which count as not run."""
 
     module: Module
     steps: list[Step]
     loops: list[int]
     unknown: list[str]
+    seldom: list[str] = dataclasses.field(default_factory=list)
 
 
 def schedule(module: Module) -> Schedule:
@@ -95,7 +98,10 @@ def _walk(found: Schedule, computation: Computation, times: int, thread: str, as
         found.steps.append(Step(computation, op, times, thread, asynchronous))
         if op.opcode == "while":
             turns = trip_count(found.module, computation, op)
-            if turns is None:
+            if turns is None and SELDOM in op.scope:
+                found.seldom.append(op.scope)
+                turns = 0
+            elif turns is None:
                 found.unknown.append(op.scope or op.name)
             else:
                 found.loops.append(turns)

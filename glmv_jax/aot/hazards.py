@@ -30,6 +30,9 @@ class Known:
 def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
     """One line a hazard, the dearest of a kind first."""
     lines = [line for check in CHECKS for line in check(found, moved, known)]
+    if found.seldom:
+        names = ", ".join(sorted({part(name)[0] for name in found.seldom}))
+        lines.append(f"{len(found.seldom)} loops are taken as not run, as with even loads ({names})")
     if found.unknown:
         names = ", ".join(sorted({part(name)[0] for name in found.unknown}))
         lines.append(

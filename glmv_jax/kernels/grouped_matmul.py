@@ -15,7 +15,10 @@ import numpy as np
 
 from glmv_jax.parallel import rules
 
-_MEGABLOX_ROWS = 128  # rows must divide by its tile
+# Tiles of rows of Megablox, of which those of a matrix must be whole, and the most of both widths: an element that is
+# read takes part in 500 multiply-adds a number and more, what a TPU's memory keeps up with, and 11 MB of the 16 MB of
+# vector memory that a kernel has are taken.
+_MEGABLOX_ROWS, _MEGABLOX_WIDTH = (512, 256, 128), 1024
 
 
 def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0) -> jax.Array:
@@ -25,21 +28,25 @@ def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expect
     expected: how much that is on average, which tiles are made for; 0: M.
     """
     if supported(x_MK, w_GKN):
-        return megablox(x_MK, w_GKN, sizes_G)
+        return megablox(x_MK, w_GKN, sizes_G, expected)
     return tiled(x_MK, w_GKN, sizes_G, tile_rows(expected or x_MK.shape[0], len(sizes_G)))
 
 
 def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
     """Whether Megablox takes these: on a TPU, rows and both widths (the gradient swaps them) in whole tiles."""
-    whole = x_MK.shape[0] % _MEGABLOX_ROWS == 0 and all(width % 128 == 0 for width in w_GKN.shape[1:])
+    whole = x_MK.shape[0] % _MEGABLOX_ROWS[-1] == 0 and all(width % 128 == 0 for width in w_GKN.shape[1:])
     return rules.device().platform == "tpu" and whole
 
 
-def megablox(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, interpret: bool = False) -> jax.Array:
+def megablox(
+    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, interpret: bool = False
+) -> jax.Array:
     """The fast path on TPUs. interpret: run by the interpreter, for tests elsewhere."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
 
-    tiling = (_MEGABLOX_ROWS, min(512, x_MK.shape[1]), min(512, w_GKN.shape[2]))
+    most = (expected or x_MK.shape[0]) // (5 * len(sizes_G))  # as `tile_rows`: a group ends within a tile
+    rows = next((n for n in _MEGABLOX_ROWS if n <= most and x_MK.shape[0] % n == 0), _MEGABLOX_ROWS[-1])
+    tiling = (rows, *(min(_MEGABLOX_WIDTH, n) for n in w_GKN.shape[1:]))
     # Rows after the last group are written neither forward nor backward: what lies there must not come out.
     real_M1 = jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum()
     x_MK = jnp.where(real_M1, x_MK, 0)

@@ -31,7 +31,7 @@ from glmv_jax.models.layers import gated
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
 
-WINDOW = 1.5  # rows a device takes at a time, over its share
+WINDOW = 1.25  # rows a device takes at a time, over its share
 
 
 class Experts(NamedTuple):
@@ -201,7 +201,8 @@ def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> A
     owed = sizes_SE.reshape(split.devices, split.devices, -1).sum((0, 2)).max()
     # The same number everywhere: devices that do not exchange rows with each other may yet go through a loop together.
     windows = jax.lax.pmax(-(-owed // split.window), split.mesh)
-    return jax.lax.fori_loop(1, windows, more, value)
+    with jax.named_scope("seldom"):  # `aot.costs` counts it so
+        return jax.lax.fori_loop(1, windows, more, value)
 
 
 def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:

@@ -52,6 +52,11 @@ def test_a_loop_that_the_data_end():
     assert found.loops == [5] and len(found.unknown) == 1
     (line,) = hazards.warnings(found, [], hazards.Known({}))
     assert "as often as the data say" in line
+    outer = "body=%outer_body"
+    aside = dynamic.replace(outer, outer + ', metadata={op_name="jit(f)/experts/seldom/while"}')
+    found = costs.schedule(hlo.parse(aside))
+    assert not found.unknown and {s.times for s in found.steps if s.op.name in ("fusion.1", "kernel.2")} == {0}
+    assert "as not run" in hazards.warnings(found, [], hazards.Known({}))[0]
 
 
 @pytest.mark.parametrize("cut", ["ENTRY", "ROOT %call-done"])
