@@ -4,7 +4,7 @@
 
 size=nano: two CPU cores; 8 experts, 48 keys a query; the data of vlm_pretrain.py.
 size=l:    CogViT-403M with GLM-5 (743.9 B parameters, and 9.9 B of the MTP layer); a pod, for example of 512 chips
-           (fsdp 8 x expert 32 x tensor 2: glmv shapes --config ... --devices 512). Data of that scale are not shipped.
+           (fsdp 16 x expert 32: glmv shapes --config ... --devices 512). Data of that scale are not shipped.
 mmtp=image_token|embeddings|masked: as in vlm_pretrain.py.
 
 `loss.aux` weighs the sequence-wise balance loss and the indexer's; `experts.bias_rate` is what a step moves a router's
@@ -19,8 +19,8 @@ def get_config(arg=None):
     cfg = load(__file__.replace("glm5v_", "vlm_") + f":size={arg.size},mmtp={arg.mmtp}")
     cfg.model = presets.glm5v(arg.size)
     cfg.model.mtp.option = arg.mmtp
-    if arg.size == "l":  # of 512 chips: 8 x 32 x 2
-        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1, expert=32, tensor=2), "fsdp_expert_tensor"
+    if arg.size == "l":  # of 512 chips: 16 x 32. Heads are whole: kernels for an indexer that learns want them so
+        cfg.mesh, cfg.rules = presets.mesh(fsdp=-1, expert=32), "fsdp_expert_tensor"
     cfg.loss.aux = {"balance": 1e-4, "index_loss": 1.0}
     cfg.experts = {"bias_rate": 1e-3}
     cfg.optim.groups = (
