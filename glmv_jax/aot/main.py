@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
     parser.add_argument("--topology", metavar="NAME", help="such as v5p:8x8x8, v5e:16x16, v6e:16x16, tpu7x:8x8x8")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that kind, over DCN (default 1)")
-    parser.add_argument("--program", default="step", metavar="NAME", help="step (default), prefill or generate")
+    parser.add_argument("--program", default="step", metavar="NAME", help="step (default), prefill, decode or generate")
     parser.add_argument("--xla", action="append", metavar="FLAG=VALUE", help="an option of XLA, or auto, async, none")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--html", metavar="FILE", help="and as a page there")
@@ -49,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
     if args.hlo and compiled.executable is not None:
         Path(args.hlo).write_text(compiled.executable.as_text(), encoding="utf-8")
     about = {"config": args.config, "overrides": args.overrides, "xla": flags}
+    about["digest"] = digest(cfg, topology, args.program, flags)
     made = report.build(compiled, topology, about)
     if args.json:
         Path(args.json).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
@@ -56,6 +58,14 @@ def run(args: argparse.Namespace) -> int:
         Path(args.html).write_text(show.page(made), encoding="utf-8")
     print(show.text(made))
     return 0 if made["fits"] else 1
+
+
+def digest(cfg: Any, topology: Any, program: str, flags: dict[str, str]) -> str:
+    """What a report is of, in 16 letters: every value of the config, the devices, the program and XLA's options."""
+    from glmv_jax import config
+
+    said = [config.flat(cfg), str(topology), program, flags]
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _read(path: str) -> dict[str, Any]:

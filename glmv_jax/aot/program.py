@@ -3,6 +3,7 @@
 step       one training step of any stage, as `train.loop` compiles it
 prefill    one pass over a batch of prompts with their pictures, which fills the cache     (stages 3 to 5)
 generate   that, and the loop that draws `max_new_tokens` tokens                           (stages 3 to 5)
+decode     one turn of that loop, over caches of `prompt_tokens` + `max_new_tokens` slots  (stages 3 to 5)
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.aot.topology import Topology
 from glmv_jax.data import packing
 from glmv_jax.inference import sampler
+from glmv_jax.models import vlm
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import loop, lora, main, teachers
@@ -28,9 +31,9 @@ from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.stages.vlm import VLMStage
 from glmv_jax.train.state import Placement
 from glmv_jax.train.step import make_train_step
-from glmv_jax.typing import Batch, Params, UserError
+from glmv_jax.typing import Batch, Params, TokenInput, UserError
 
-PROGRAMS = ("step", "prefill", "generate")
+PROGRAMS = ("step", "prefill", "generate", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +73,7 @@ def of(cfg: Any, topology: Topology, name: str = "step") -> Program:
     made = functools.partial(Program, name, stage.name, mesh=placement.mesh, rules=cfg.get("rules", "data"),
                              params=placement.abstract.params)  # fmt: skip
     if name != "step":
-        return _inference(stage, placement, made, generates=name == "generate")
+        return _inference(stage, placement, made, name)
     batch = placement.batch_shapes(_largest_batch(stage))
     put = lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s)  # noqa: E731
     constants = jax.tree.map(put, stage.constants(), placement.constants)
@@ -108,9 +111,9 @@ def _largest_batch(stage: Stage) -> Batch:
     return max(shapes, key=lambda batch: sum(math.prod(x.shape) for x in batch.values()))
 
 
-def _inference(stage: Stage, placement: Placement, made: Callable[..., Program], generates: bool) -> Program:
+def _inference(stage: Stage, placement: Placement, made: Callable[..., Program], name: str) -> Program:
     if not isinstance(stage, VLMStage):
-        raise UserError(f"stage {stage.name} does not answer prompts; prefill and generate are of stages 3 to 5")
+        raise UserError(f"stage {stage.name} does not answer prompts; {', '.join(PROGRAMS[1:])} are of stages 3 to 5")
     cfg, asker = stage.cfg, stage.asker
     rows = cfg.get("rollout", {}).get("prompts") or cfg.eval.get("batch", cfg.batch)
     row = packing.Row(asker.max_tokens, asker.max_patches, asker.patcher.channels).arrays()
@@ -120,23 +123,48 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
     batch = placement.batch_shapes({name: shape(x) for name, x in row.items()})
     prompts, params = sampler.Prompts.of(batch), placement.abstract.params
     T, P = batch["tokens"].shape[1], batch["frame"].shape[1]
+    drawing, group = _drawing(stage)
     model = dataclasses.replace(stage.model, mtp=None)
-    flops = model.flops(rows * T, T / 2, rows, P)
-    if generates:
-        drawing, group = _drawing(stage)
-        flops += model.flops(rows * group * drawing.max_new_tokens, T, 0, 0)
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
-        run = functools.partial(sampler.sample, stage.model, drawing, group)
-        args = (params, prompts, key)
-    else:
-        run, args = functools.partial(sampler.prefill, stage.model), (params, prompts)
+    prefill = model.flops(rows * T, T / 2, rows, P)
+    step = model.flops(rows * group, T + drawing.max_new_tokens / 2, 0, 0)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
+    run, args, flops, more = functools.partial(sampler.prefill, stage.model), (params, prompts), prefill, {}
+    if name == "generate":
+        run, args = functools.partial(sampler.sample, stage.model, drawing, group), (params, prompts, key)
+        flops = prefill + step * drawing.max_new_tokens
+    elif name == "decode":
+        cache = _cache_shapes(stage.model, rows * group, T + drawing.max_new_tokens, placement)
+        number = jax.ShapeDtypeStruct((rows * group,), np.int32)
+        last = placement.batch_shapes({"token": number, "position": number})
+        run, args, flops = functools.partial(_next_token, stage.model, drawing), (params, cache, last, key), step
+        more = {"donate_argnums": 1, "out_shardings": (jax.tree.map(lambda x: x.sharding, cache), None, None)}
 
     def lower() -> jax.stages.Lowered:
         with rules_lib.use(placement.mesh, placement.rules):
-            return jax.jit(run).lower(*args)
+            return jax.jit(run, **more).lower(*args)
 
     return made(lower, batch=batch, flops=flops)
+
+
+def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params, cache: Params, last: Batch, key):
+    """(cache, token, its log-probability): a turn of `sampler.sample`'s loop for rows that hold their own prompts."""
+    N = len(last["token"])
+    positions_N13 = jnp.broadcast_to(last["position"][:, None, None], (N, 1, 3))
+    ones_N1 = jnp.ones((N, 1), jnp.int32)
+    out = vlm.apply(model, params, None, TokenInput(last["token"][:, None], positions_N13, ones_N1, -ones_N1), cache)
+    logits_NV = vlm.logits(model, params, out.hidden)[:, 0]
+    return out.cache, *sampler.choose(logits_NV, jax.random.split(key, N), drawing)
+
+
+def _cache_shapes(model: vlm.VLMConfig, rows: int, slots: int, placement: Placement) -> Params:
+    """With rows where those of a batch are: axis 1 behind the layers' (of a dense decoder rows x heads, rows first)."""
+    split = NamedSharding(placement.mesh, PartitionSpec(None, mesh_lib.data_axes(placement.mesh)))
+
+    def put(x):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim > 2 else placement.replicated)
+
+    return jax.tree.map(put, jax.eval_shape(lambda: vlm.init_cache(model, rows, slots)))
 
 
 def _drawing(stage: VLMStage) -> tuple[sampler.Sampling, int]:

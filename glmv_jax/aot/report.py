@@ -33,7 +33,7 @@ _REFUSED = re.compile(r"([\d.]+)([KMG])[^\d]{1,40}?([\d.]+)([KMG])")
 
 def build(compiled: Compiled, topology: Topology, about: Mapping[str, Any]) -> dict[str, Any]:
     """The report. about: what the caller says of the run, its config above all."""
-    program = compiled.program
+    program, used = compiled.program, resource.getrusage(resource.RUSAGE_SELF)
     report = dict(about) | {
         "note": NOTE, "program": program.name, "stage": program.stage, "topology": topology.name,
         "slices": topology.slices, "devices": len(topology.devices), "mesh": dict(program.mesh.shape),
@@ -43,7 +43,7 @@ def build(compiled: Compiled, topology: Topology, about: Mapping[str, Any]) -> d
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model_flops": program.flops / len(topology.devices),
         "lower_seconds": round(compiled.lower_seconds, 1), "compile_seconds": round(compiled.compile_seconds, 1),
-        "compile_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10,
+        "compile_memory_bytes": used.ru_maxrss << 10, "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "hbm_limit_bytes": topology.chip.hbm,
     }  # fmt: skip
     if compiled.executable is None:

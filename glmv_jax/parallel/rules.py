@@ -103,7 +103,8 @@ def _check_divides(path: Any, leaf: Any, sharding: NamedSharding) -> None:
             name = slash_path(path)
             raise UserError(
                 f"parameter {name} {tuple(leaf.shape)}: dimension {dim} does not divide over {parts} devices "
-                f"({entry}); use another mesh or another rules preset"
+                f"({' x '.join(entry_axes(entry))}), over {math.gcd(dim, parts)} it does; "
+                "give mesh.data the rest of them, or take another rules preset"
             )
 
 

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from glmv_jax import cli, config
 from glmv_jax.aot import costs, hlo, program, report, show, topology
+from glmv_jax.aot import main as aot
 from glmv_jax.kernels import grouped_matmul, matmul
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
@@ -162,19 +163,39 @@ def test_kernels_are_those_of_the_devices_that_are_described():
 
 
 @needs_libtpu
-@pytest.mark.parametrize("name", ["prefill", "generate"])
+@pytest.mark.parametrize("name", ["prefill", "generate", "decode"])
 def test_programs_that_answer(name):
     """Lowered, not compiled, which takes long. Stages 1 and 2 have none."""
     slice_ = topology.parse("v5e:2x2")
     cfg = config.load("experiments/rl_grpo.py:size=nano")
     made = program.of(cfg, slice_, name)
     assert made.batch["tokens"].shape == (cfg.rollout.prompts, cfg.data.prompt_tokens)
-    text = made.lower().as_text()
-    assert f"{cfg.rollout.prompts}x{cfg.data.prompt_tokens}" in text and 'mesh @mesh = <["data"=4]>' in text
-    answers = f"{cfg.rollout.prompts * cfg.rollout.group}x{cfg.rollout.max_new_tokens}xi32"
-    assert (answers in text) == (name == "generate")
+    lowered = made.lower()
+    text, rows = lowered.as_text(), cfg.rollout.prompts * cfg.rollout.group
+    assert 'mesh @mesh = <["data"=4]>' in text
+    assert (f"{cfg.rollout.prompts}x{cfg.data.prompt_tokens}" in text) == (name != "decode")
+    assert (f"{rows}x{cfg.rollout.max_new_tokens}xi32" in text) == (name == "generate")
+    if name == "decode":  # the caches of all rows, a quarter a device, written in place; a token and its probability
+        cache, token, logprob = lowered.out_info
+        slots = cfg.data.prompt_tokens + cfg.rollout.max_new_tokens
+        keys, d = cache["layers"]["k"], cfg.model.decoder
+        assert keys.shape == (d.depth, rows * d.kv_heads, slots, d.head_dim)
+        assert keys.sharding.spec == P(None, ("data",))
+        assert token.shape == logprob.shape == (rows,)
+        donated = jax.tree.leaves(jax.tree.map(lambda x: x.donated, lowered.args_info[0][1]))
+        assert donated and all(donated)
     with pytest.raises(UserError, match="stages 3 to 5"):
         program.of(config.load("experiments/cogvit_siglip.py:size=nano"), slice_, name)
+
+
+def test_a_digest_tells_what_a_report_is_of():
+    cfg, where = config.load("experiments/cogvit_mim.py:size=nano"), topology.parse("v5e:2x2")
+    same = aot.digest(config.override(cfg, ["seed=0"]), where, "step", {})
+    others = (
+        (config.override(cfg, ["seed=1"]), where, "step", {}), (cfg, topology.parse("v5e:2x2", 2), "step", {}),
+        (cfg, where, "prefill", {}), (cfg, where, "step", {"xla_some": "true"}),
+    )  # fmt: skip
+    assert aot.digest(cfg, where, "step", {}) == same and same not in {aot.digest(*other) for other in others}
 
 
 KEYS = ("fits", "peak_hbm_bytes", "hbm_limit_bytes", "host_bytes", "flops", "estimated_compute_seconds",
