@@ -30,6 +30,7 @@ from flax import linen as nn
 from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models.layers import Linear, RMSNorm
 from glmv_jax.parallel import context
+from glmv_jax.parallel.remat import policy
 from glmv_jax.typing import UserError
 
 
@@ -147,23 +148,31 @@ def apply(
     the end of a segment embed a token of the next one: they are finite, no valid position attends to them (they come
     later in their own segment), and the loss must leave them out (`losses.mtp`).
     """
-    layer = MTPLayer(cfg.decoder.block)
-    hidden, said = [], []
     slots_BT = jnp.broadcast_to(jnp.arange(tokens.tokens.shape[1]), tokens.tokens.shape)
     # With "masked" an image sees nothing, not even itself, where a row begins with it.
     mark = None if cfg.option == "masked" else IN_ORDER
     query = Span(context.dealt(tokens.segments), context.dealt(slots_BT), in_order=mark)
-    for k in range(1, cfg.depth + 1):
-        positions_BT3, is_image_BT = (
-            context.dealt(jnp.roll(x, -k, axis=1)) for x in (tokens.positions, inputs.is_image)
-        )
-        table_BTD, merged_BTD = context.ahead(inputs.table, k, cfg.depth), context.shifted(inputs.merged, k)
-        e_BTD, is_key_BT = OPTIONS[cfg.option](HeadInput(table_BTD, merged_BTD, is_image_BT))
-        rope = cfg.decoder.rope(positions_BT3)
+    given = [_at_depth(cfg, inputs, tokens.positions, k) for k in range(1, cfg.depth + 1)]
+    own = None if cfg.weights == "shared" else params
+    layer = MTPLayer(cfg.decoder.block)
+
+    def depth(h_BTD, given):
+        (e_BTD, is_key_BT, positions_BT3), own = given
         key = query._replace(segments=jnp.where(is_key_BT, query.segments, -1))
-        weights = {"params": layer_params(cfg, params, k)}
+        weights, rope = {"params": params if own is None else own}, cfg.decoder.rope(positions_BT3)
         pre_BTD, post_BTD, _, aux = layer.apply(weights, e_BTD, h_BTD, rope, query, key)
-        h_BTD = post_BTD if cfg.h_prev == "post_norm" else pre_BTD
-        hidden.append(post_BTD)
-        said.append(aux)
-    return hidden, said
+        return post_BTD if cfg.h_prev == "post_norm" else pre_BTD, (post_BTD, aux)
+
+    if cfg.decoder.remat != "none":
+        depth = jax.checkpoint(depth, policy=policy(cfg.decoder.remat), prevent_cse=False)
+    # A loop, so that a program has one such layer however many depths there are.
+    _, said = jax.lax.scan(depth, h_BTD, (jax.tree.map(lambda *xs: jnp.stack(xs), *given), own))
+    depths = [jax.tree.map(lambda x, k=k: x[k], said) for k in range(cfg.depth)]
+    return [hidden for hidden, _ in depths], [aux for _, aux in depths]
+
+
+def _at_depth(cfg: MTPConfig, inputs: HeadInput, positions_BT3: jax.Array, k: int) -> tuple:
+    """(e_BTD, which positions are keys, positions_BT3) of depth k."""
+    positions_BT3, is_image_BT = (context.dealt(jnp.roll(x, -k, axis=1)) for x in (positions_BT3, inputs.is_image))
+    table_BTD, merged_BTD = context.ahead(inputs.table, k, cfg.depth), context.shifted(inputs.merged, k)
+    return *OPTIONS[cfg.option](HeadInput(table_BTD, merged_BTD, is_image_BT)), positions_BT3
