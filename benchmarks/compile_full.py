@@ -60,7 +60,7 @@ _ROWS_OF_128K = ("data.tokens=131072", "data.patches=65536", "data.image_patches
 
 PROGRAMS = {
     "cogvit_mim_l": Program("stage 1, CogViT", "experiments/cogvit_mim.py:size=l", _SPLIT),
-    "cogvit_siglip_l": Program("stage 2, 64K pairs", "experiments/cogvit_siglip.py:size=l", _SPLIT, rows=128),
+    "cogvit_siglip_l": Program("stage 2, 128 pairs a device", "experiments/cogvit_siglip.py:size=l", _SPLIT, rows=128),
     "vlm_pretrain_l": Program("stage 3, GLM-OCR's decoder", "experiments/vlm_pretrain.py:size=l", _SPLIT, rows=1),
     "glm5v_pretrain_l": Program("stage 3, GLM-5V", _GLM5V),
     "vlm_sft_l_128k": Program(
@@ -183,13 +183,13 @@ HEADER = ("step", "on", "fits", "memory a device", "a host", "estimated compute"
 
 
 def table(found: list[tuple[Run, Report]]) -> str:
-    """Markdown, a row a report."""
+    """Markdown, a row a report; one with a star is of a config that has changed."""
     rows = [HEADER, ("---",) * len(HEADER), *(_row(run, report) for run, report in found)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def _row(run: Run, r: Report) -> tuple[str, ...]:
-    first = run.program.title, str(run.topology)
+    first = run.program.title + (" *" if r.get("digest") != run.digest() else ""), str(run.topology)
     if "stopped" in r:
         return *first, r["stopped"], *[""] * 7
     took = f"{r['compile_seconds']:.0f} s, {r['compile_memory_bytes'] / 1e9:.1f} GB"
