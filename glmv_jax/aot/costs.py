@@ -87,7 +87,8 @@ class Schedule:
 
 
 def schedule(module: Module) -> Schedule:
-    """Walks the program from its entry. A loop of unknown length counts once, every branch of a conditional too."""
+    """Walks the program from its entry. A loop of unknown length counts once, every branch of a conditional too; but
+    loops that only uneven loads of experts enter count not at all."""
     found = Schedule(module, [], [], [])
     _walk(found, module.entry, 1, "", False)
     return found
@@ -231,6 +232,8 @@ def _transfer(found, step: Step, where: Computation, op: Op, kind: str, mesh, sl
     else:
         members = groups_lib.groups(op.attributes, found.module.partitions)
     operand = sum(source.bytes for source in where.inputs(op))
+    if kind == "ragged-all-to-all":  # the rows there are; the smaller buffer holds them, on either way
+        operand = min(source.bytes for source in where.inputs(op)[:2])
     n = members.shape[1]
     asynchronous = step.asynchronous or op.opcode.endswith("-start") or begins
     hidden = asynchronous and (step.asynchronous or _work_follows(step))

@@ -18,6 +18,7 @@ from glmv_jax import cli, config
 from glmv_jax.aot import costs, hlo, program, report, show, topology
 from glmv_jax.aot import main as aot
 from glmv_jax.kernels import grouped_matmul, matmul
+from glmv_jax.optim.muon import orthogonalise
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.train import main
@@ -160,6 +161,20 @@ def test_kernels_are_those_of_the_devices_that_are_described():
     with rules_lib.use(mesh, rules_lib.preset("data")):
         assert not matmul.supported() and grouped_matmul.supported(x, w)
         assert not grouped_matmul.supported(x[:, :96], w[:, :96])  # the gradient has it as its last dimension
+
+
+@needs_libtpu
+def test_muon_is_a_loop_where_a_compiler_for_tpus_reads_it():
+    """And the same numbers: traced for described devices, run here."""
+    mesh = make_mesh({"data": 4}, topology.parse("v5e:2x2").devices)
+    x = jax.random.normal(jax.random.key(0), (3, 24, 40))
+    loop = jax.jit(lambda x: orthogonalise(x))
+    with rules_lib.use(mesh, rules_lib.preset("data")):
+        assert loop.lower(x).as_text().count("stablehlo.while") == 1
+        looped = loop(x)
+    plain = jax.jit(orthogonalise)
+    assert "stablehlo.while" not in plain.lower(x).as_text()
+    np.testing.assert_allclose(looped, plain(x), rtol=1e-5, atol=1e-6)
 
 
 @needs_libtpu

@@ -93,3 +93,13 @@ def test_a_dense_weight_gradient():
     (line,) = said(forward + product("b", "transpose(jvp(Tower))", 17 * 128))
     assert "17.0 x the FLOPs" in line and line.startswith("Tower/moe/experts")
     assert said(forward + product("b", "transpose(jvp(Tower))", 2 * 128)) == []
+
+
+def test_rows_sent_to_experts_are_those_there_are_on_either_way():
+    """A way out fills a buffer half as long again, the way back empties it."""
+    body = "  %w = f32[1536,2048]{1,0} constant({...})\n  %n = s32[4]{0} constant({1, 2, 3, 4})\n"
+    over = "replica_groups={{0,1,2,3},{4,5,6,7}}"
+    body += f"  %y = f32[1536,2048]{{1,0}} ragged-all-to-all(%x, %w, %n, %n, %n, %n), channel_id=1, {over}\n"
+    body += f"  %z = f32[1024,2048]{{1,0}} ragged-all-to-all(%y, %x, %n, %n, %n, %n), channel_id=2, {over}\n"
+    moved = costs.transfers(costs.schedule(hlo.parse(module(body))), MESH)
+    assert [(t.kind, t.sent) for t in moved] == [("ragged-all-to-all", 1024 * 2048 * 4 * 3 / 4)] * 2
