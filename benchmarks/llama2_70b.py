@@ -27,7 +27,7 @@ def get_config(arg=None):
     parse_arg(arg)
     cfg = load(f"{HERE.parent / 'experiments' / 'vlm_pretrain.py'}:size=l")
     cfg.batch = 4 * 512
-    cfg.model.vision.update(depth=1, width=64, heads=1, mlp=64)
+    cfg.model.vision.update(depth=1, width=512, heads=8, mlp=512)
     cfg.model.decoder.update(vocab=32_000, depth=80, width=8192, heads=64, kv_heads=8, head_dim=128, mlp=28_672)
     cfg.mesh = presets.mesh(fsdp=-1)
     cfg.data.update(tokens=4096, targets=4096, patches=16, image_patches=16)
