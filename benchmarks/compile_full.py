@@ -31,7 +31,6 @@ from glmv_jax import config
 from glmv_jax.aot import main as aot
 from glmv_jax.aot import topology as topology_lib
 from glmv_jax.eval import report_svg
-from glmv_jax.parallel import compiler
 
 HERE = pathlib.Path(__file__).resolve().parent
 KEPT = HERE / "results" / "compile"
@@ -122,7 +121,7 @@ class Run:
 
     def digest(self) -> str:
         cfg = config.override(config.load(self.program.config), self.overrides)
-        return aot.digest(cfg, self.topology, self.program.program, compiler.options(self.flags))
+        return aot.digest(cfg, self.topology, self.program.program, aot.xla_flags(cfg, self.flags))
 
 
 def kept(run: Run) -> Report | None:

@@ -6,6 +6,7 @@ import argparse
 import hashlib
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from glmv_jax.aot import program, report
 
     cfg = config.override(config.load(args.config), args.overrides)
-    flags = compiler.options(args.xla or (cfg.get("xla", "auto"),), where="--xla ")
+    flags = xla_flags(cfg, args.xla)
     print(f"compiling for {topology}; nothing is run", file=sys.stderr, flush=True)
     compiled = program.compiled(program.of(cfg, topology, args.program), flags)
     if args.hlo and compiled.executable is not None:
@@ -58,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
         Path(args.html).write_text(show.page(made), encoding="utf-8")
     print(show.text(made))
     return 0 if made["fits"] else 1
+
+
+def xla_flags(cfg: Any, given: Sequence[str] | None) -> dict[str, str]:
+    """XLA's options: those that --xla gives, else those that training with this config passes."""
+    return compiler.options(given or (cfg.get("xla", "auto"),), where="--xla ")
 
 
 def digest(cfg: Any, topology: Any, program: str, flags: dict[str, str]) -> str:
