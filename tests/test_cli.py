@@ -62,7 +62,7 @@ finally:
     assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "glmv_jax"}
     parts = ("checkpoints", "common", "evaluation", "inspection", "training")
     own = {"glmv_jax", "glmv_jax.typing", "glmv_jax.aot", "glmv_jax.aot.main", "glmv_jax.cli", "glmv_jax.parallel",
-           "glmv_jax.parallel.multihost",
+           "glmv_jax.parallel.compiler", "glmv_jax.parallel.multihost",
            *(f"glmv_jax.cli.{part}" for part in parts)}  # fmt: skip
     assert {name for name in names if name.startswith("glmv_jax")} == own
     assert not {"asyncio", "http", "multiprocessing", "unittest", "xml", "logging", "email"} & names

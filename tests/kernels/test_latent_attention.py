@@ -94,7 +94,7 @@ def test_the_loss_teaches_the_indexer_alone():
 
     of_heads, of_latents, of_index = jax.grad(loss, (0, 1, 2))(heads, latents, index)
     assert not any(np.any(g) for g in jax.tree.leaves((of_heads, of_latents)))
-    assert all(np.any(g) for g in of_index)
+    assert all(np.any(g) for g in jax.tree.leaves(of_index))
 
 
 def test_one_query_gathers_what_it_sees():
