@@ -157,38 +157,46 @@ def costs(subject: Subject, batch: int, widths: list[int], rounds: int, repeats:
 
 
 def speeds(subject: Subject, batch: int, drafts: list[int], new: int, rounds: int) -> dict[str, Any]:
-    """Greedy tokens/s by kind of prompt, plain (under 0) and with K drafts, the quickest of the rounds; answers are as
-    long as `new` (nothing stops them), so that all sides write the same tokens."""
+    """Greedy tokens/s by kind of prompt, plain (under 0) and with K drafts, each the quickest of the rounds: of whole
+    calls, and of the steps after the first token (a call for `new` tokens less a call for one). Answers are as long as
+    `new` (nothing stops them), so that all sides write the same tokens."""
     import jax
 
     from glmv_jax.inference import Sampler, Sampling
     from glmv_jax.inference.speculative import SpeculativeSampler
 
-    cfg = subject.cfg
-    sampling = dataclasses.replace(Sampling.chat(subject.tokenizer, new, temperature=0.0), stop=())
-    samplers = {0: Sampler(cfg, sampling)} | {K: SpeculativeSampler(cfg, sampling, K) for K in drafts}
+    def sampler(K: int, n: int) -> Any:
+        sampling = dataclasses.replace(Sampling.chat(subject.tokenizer, n, temperature=0.0), stop=())
+        return SpeculativeSampler(subject.cfg, sampling, K) if K else Sampler(subject.cfg, sampling)
+
+    samplers = {(K, n): sampler(K, n) for K in (0, *drafts) for n in (1, new)}
     found = {}
     for kind, rows in subject.prompts.items():
         asked = batches(rows, batch)[: max(1, 8 // batch)]
 
-        def answer(K: int, asked: list = asked) -> tuple[float, list, list]:
+        def answer(which: tuple[int, int], asked: list = asked) -> tuple[float, list, list]:
             began = time.perf_counter()
-            outs = [jax.block_until_ready(samplers[K](subject.params, x, jax.random.key(0))) for x in asked]
-            seconds = time.perf_counter() - began
+            outs = [jax.block_until_ready(samplers[which](subject.params, x, jax.random.key(0))) for x in asked]
+            seconds, K = time.perf_counter() - began, which[0]
             ids = [np.asarray(out.answers.tokens if K else out.tokens).tolist() for out in outs]
             return seconds, ids, [out.counts for out in outs] if K else []
 
-        first = {K: answer(K) for K in samplers}
-        same = {K: first[K][1] == first[0][1] for K in drafts}
+        first = {which: answer(which) for which in samplers}
+        same = {K: first[K, new][1] == first[0, new][1] for K in drafts}
         if not all(same.values()):
             raise SystemExit(f"speculative.py: greedy answers with drafts differ from the plain ones: {same}")
-        times = in_turns({K: functools.partial(lambda K: answer(K)[0], K) for K in samplers}, rounds, 60.0)
-        tokens, quickest = len(asked) * batch * new, {K: min(seconds) for K, seconds in times.items()}
-        passes = {K: sum(int(counts.passes.sum()) for counts in first[K][2]) for K in drafts}
+        times = in_turns({w: functools.partial(lambda w: answer(w)[0], w) for w in samplers}, rounds, 90.0)
+        best = {which: min(seconds) for which, seconds in times.items()}
+        calls = {K: best[K, new] for K in (0, *drafts)}
+        steps = {K: best[K, new] - best[K, 1] for K in calls}
+        answers = len(asked) * batch
+        passes = {K: sum(int(counts.passes.sum()) for counts in first[K, new][2]) for K in drafts}
         found[kind] = {
-            "tokens/s": {K: significant(tokens / seconds) for K, seconds in quickest.items()},
-            "speed-up": {K: significant(quickest[0] / quickest[K], 3) for K in drafts},
-            "tokens a pass": {K: significant((tokens - len(asked) * batch) / passes[K]) for K in drafts},
+            "steps: tokens/s": {K: significant(answers * (new - 1) / seconds) for K, seconds in steps.items()},
+            "steps: speed-up": {K: significant(steps[0] / steps[K], 3) for K in drafts},
+            "calls: tokens/s": {K: significant(answers * new / seconds) for K, seconds in calls.items()},
+            "calls: speed-up": {K: significant(calls[0] / calls[K], 3) for K in drafts},
+            "tokens a pass": {K: significant(answers * (new - 1) / passes[K]) for K in drafts},
         }
         log(batch, kind, found[kind])
     return found

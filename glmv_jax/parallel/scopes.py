@@ -22,6 +22,7 @@ NAMES = {
     "experts": "all that experts do",
     "dispatch": "tokens to their experts: sorted, sent, gathered matrices",
     "products": "of experts with their tokens",
+    "seldom": "what even loads of experts do not need",
     "combine": "what experts made of each token, sent home and summed",
     "mtp": "multi-token prediction",
     "head": "the output head with its softmax and cross-entropy",
@@ -42,10 +43,10 @@ NAMES = {
 
 _WRAPPED = re.compile(r"^(?:transpose|jvp|vmap|remat|checkpoint|custom_jvp|custom_vjp)\((.*)\)$")
 _JIT = re.compile(r"^p?jit\(.*\)$")
-# Of JAX and of the stack of layers: they say how a part is run, not which it is.
+# Of JAX, of the stack of layers and of a method: they say how a part is run, not which it is.
 _HOW = re.compile(
     "while|body|cond|branch_.*|closed_call|checkpoint|rematted_computation|remat|pjit|custom_vjp_call|core_call|"
-    "custom_vjp_call_jaxpr|custom_jvp_call|shard_map|scan|layers|(blocks?|layer)[0-9_]*"
+    "custom_vjp_call_jaxpr|custom_jvp_call|shard_map|scan|layers|embedded|(blocks?|layer)[0-9_]*"
 )
 DEPTH = 4  # names of a part's path
 

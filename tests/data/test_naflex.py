@@ -102,7 +102,7 @@ def test_patches_are_those_of_the_canvas_processor(size):
     expected = processor(image, return_tensors="np")
     patches, yx = CanvasPatcher(patch=14, policy="smart", min_patches=32, max_patches=240)(image)
     np.testing.assert_array_equal(yx.max(0) + 1, expected["image_grid_thw"][0, 1:])
-    shown = cogvit.normalised(jnp.asarray(patches), 3, 2)
+    shown = cogvit.normalised(jnp.asarray(patches), 3, 2, 14)
     np.testing.assert_allclose(shown, expected["pixel_values"], atol=2e-6)
 
 
