@@ -7,8 +7,10 @@ As an experiment (`glmv compile --config benchmarks/llama2_70b.py`) it is our st
 of 4,096 tokens a chip, parameters over all chips and AdamW. It has beside them what our step always has and this costs
 little of: a draft head, an eighty-first layer, which both its FLOPs and its time have, and a picture of 16 patches a
 row through a small encoder.
-Published: 65.4 % of peak (AI-Hypercomputer/maxtext, docs/reference/models/tiering.md, v5p, 512 chips), a step that was
-measured; ours leaves out every transfer that is not hidden, so it should be higher, and by little.
+Published: 65.4 % of peak (AI-Hypercomputer/maxtext, docs/reference/models/tiering.md, v5p, 512 chips), of steps that
+were measured. Ours keeps a layer's input alone, so that the forward pass is done twice and 75 % is the most there could
+be. It counts no transfer, which makes it higher, and copies and sums by estimates that are pessimistic where memory is
+what takes time.
 """
 
 from __future__ import annotations
