@@ -1,17 +1,19 @@
 """Policies of the vision side: the gradient of plain encoding, and the memory that a further image costs.
 
-Memory is the compiler's own count, of programs that are not run. Not covered: transfers to the host, which take
-a device that has them.
+Memory is the compiler's own count, of programs that are not run. Not covered: whether transfers to the host are hidden
+behind work, which takes a device that has them.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from glmv_jax import models
 from glmv_jax.models import vlm
@@ -20,8 +22,12 @@ from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.typing import TokenInput, UserError, VisionInput
 
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: pip install 'glmv_jax[tpu]'"
+)
 POLICIES = {  # of the encoder, of the merger, and patches that pass both at a time
     "offload": (dict(remat="offload", chunk=16), dict(remat="offload", chunk=16), 0),
+    "encoder": (dict(remat="offload"), {}, 0),
     "at once": (dict(remat="dots"), dict(remat="full"), 32),
     "all": (dict(remat="offload", chunk=8), dict(chunk=8), 32),
 }
@@ -96,16 +102,20 @@ def test_the_same_where_rows_and_positions_are_split():
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 
-def compiled(cfg, rows: int, patches: int):
-    """The gradient of encoding, for rows of one image."""
-    shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, patches, *s), dtype)  # noqa: E731
+def compiled(cfg, rows: int, patches: int, mesh=None):
+    """The gradient of encoding, for rows of one image; on a mesh rows are split over all of it."""
+    whole = split = None
+    if mesh is not None:
+        whole, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    shape = lambda *s, dtype=jnp.int32: jax.ShapeDtypeStruct((rows, patches, *s), dtype, sharding=split)  # noqa: E731
     vision = VisionInput(shape(3 * PATCH**2, dtype=jnp.uint8), shape(2), shape())
     params = {name: models.abstract_params(part) for name, part in seeing(cfg).items()}
+    params = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), params)
 
     def squared(params, vision):
         return jnp.square(vlm.encode_images(cfg, params, vision)).mean()
 
-    return jax.jit(jax.grad(squared)).lower(params, vision).compile()
+    return jax.jit(jax.grad(squared), out_shardings=whole).lower(params, vision).compile()
 
 
 def test_a_further_image_costs_its_bytes_and_its_tokens():
@@ -119,6 +129,17 @@ def test_a_further_image_costs_its_bytes_and_its_tokens():
     assert at_once < 0.1 * of_plain
     # Normalised pixels alone would be more.
     assert at_once < 64 * 3 * PATCH**2 * 2 * 4
+
+
+@needs_libtpu
+def test_what_layers_begin_with_waits_in_the_hosts_memory():
+    """On a described TPU: of each block, and nothing else."""
+    from glmv_jax.aot import topology
+
+    mesh = make_mesh({"data": 4}, topology.parse("v5p:2x2x1").devices)
+    with rules_lib.use(mesh, rules_lib.preset("data")):
+        program = compiled(model("encoder", depth=6, width=128, dtype="bfloat16"), 4, 512, mesh)
+    assert program.memory_analysis().host_temp_size_in_bytes == 6 * 512 * 128 * 2
 
 
 def test_without_a_host_of_its_own_offload_is_full():
