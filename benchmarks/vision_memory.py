@@ -9,10 +9,10 @@ An image is `--patches` patches. "in a row": further images stand in the one row
 cross; "in rows": each has a row of its own. On a CPU, whose attention writes its scores, only the latter.
 
 The slope is (temporary bytes of the most images - of the fewest) / the images between, by the compiler's memory
-analysis; "of plain" is its share of what it is without a policy. Beside few images a floor can hide it, weights in other
-forms (1 GB here, of the merger): take as many as a step will have. On a TPU "estimated s" is the compiler's estimate of
-what is no transfer. Where steps are run: medians of steps in turns, with the order reversed every other round, after
-loss and gradient norm of all policies have been found to agree.
+analysis; "of plain" is its share of what it is without a policy. Beside few images a floor can hide it, weights in
+other forms (1 GB here, the merger's): take as many as a step has. On a TPU "estimated s" is the compiler's estimate
+of what is no transfer. Where steps are run: medians of steps in turns, with the order reversed every other round,
+after loss and gradient norm of all policies have been found to agree.
 
 Prints one JSON line; with --out it is kept, and drawn beside it as .svg.
 """
