@@ -44,7 +44,7 @@ def choose(index: Any, query: Any, key: Any, top_k: int, interpret: bool = False
 
     index: `latent_attention.Index`; query, key: spans in order with slots. T and S are whole 128; J K too on a TPU.
     """
-    q, w, k = map(jax.lax.stop_gradient, index)
+    q, w, k = map(jax.lax.stop_gradient, index[:3])
     (B, T, J, K), S = q.shape, k.shape[1]
     bq, bk = min(queries_at_once(S), block(T, 128)), block(S)
     needed = reach(query.slots, bq, bk)

@@ -144,5 +144,5 @@ def test_what_layers_begin_with_waits_in_the_hosts_memory():
 
 def test_without_a_host_of_its_own_offload_is_full():
     assert remat.policy("offload") is remat.policy("full") and remat.policy("none") is None
-    with pytest.raises(UserError, match="choose none, full, dots, offload"):
+    with pytest.raises(UserError, match="choose none, full, attention, dots, offload"):
         remat.policy("offlaod")
