@@ -110,7 +110,9 @@ class Processor:
 
     @functools.cached_property
     def films(self) -> Films:
-        """Films to patches as the checkpoint's own processor cuts them."""
+        """Films to patches as the checkpoint's own processor cuts them. UserError where that is not known."""
+        if self.config.get("model_type") == "glm5_next":
+            raise UserError(f"{self.folder}: films of GLM-5.3-Flash are not supported; give pictures of their frames")
         said = read_json(self.folder / "processor_config.json", {}).get("video_processor")
         for name in ("video_preprocessor_config.json", "preprocessor_config.json"):
             said = read_json(self.folder / name, None) if said is None else said

@@ -194,3 +194,9 @@ def test_wrong_films_are_one_line(talking, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "OtherVideoProcessor"}')
     refused(str(talking[0].parent / "a.mp4"), "'OtherVideoProcessor' is not known", Processor(tmp_path))
+
+
+def test_a_family_whose_films_are_unknown_says_so(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "glm5_next", "vision_config": {}}))
+    with pytest.raises(UserError, match="films of GLM-5.3-Flash are not supported"):
+        _ = Processor(tmp_path).films

@@ -129,6 +129,7 @@ def test_what_does_not_go_with_it_is_named():
         (["accumulate=2"], "does not go with accumulate=2; set accumulate=1"),
         (["pipeline.ends=stages"], "does not go with pipeline.ends=stages; set pipeline.ends=rows"),
         (["data.slices=2"], "does not go with data.slices=2"),
+        (["model.patches_at_once=96"], "does not go with model.patches_at_once=96; set model.patches_at_once=0"),
         (["data.dispatch.patches=40"], "an image may have 48; raise it"),
     ):
         with pytest.raises(UserError, match=message):
