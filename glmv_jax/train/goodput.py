@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from glmv_jax.train.disk import disk_errors
+from glmv_jax.train.metrics import read_jsonl
 
 PARTS = {
     "steps": "training steps, and what the host does between them",
@@ -96,16 +97,7 @@ class Goodput:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a goodput.jsonl; what a kill cut off is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict) and row.keys() >= {"attempt", "step", "seconds"}:
-                rows.append(row)
-    return rows
+    return [row for row in read_jsonl(path) if row.keys() >= {"attempt", "seconds"}]
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
