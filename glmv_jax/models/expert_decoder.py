@@ -66,3 +66,21 @@ class ExpertDecoderConfig:
         return Runs(self)
 
     example = DecoderConfig.example
+
+
+class OfConfig:
+    """A unit of layers that `block.stack` repeats, whose numbers are those of its decoder, `cfg`."""
+
+    cfg: ExpertDecoderConfig
+
+    @property
+    def width(self) -> int:
+        return self.cfg.width
+
+    @property
+    def norm_eps(self) -> float:
+        return self.cfg.norm_eps
+
+    @property
+    def dtype(self) -> str:
+        return self.cfg.dtype

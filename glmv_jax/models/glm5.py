@@ -19,7 +19,7 @@ from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import LayerCache
-from glmv_jax.models.expert_decoder import ExpertDecoderConfig
+from glmv_jax.models.expert_decoder import ExpertDecoderConfig, OfConfig
 from glmv_jax.models.latent import LatentAttention
 from glmv_jax.models.layers import RMSNorm, SwiGLU
 from glmv_jax.models.moe import MoE
@@ -93,24 +93,12 @@ class GLM5Config(ExpertDecoderConfig):
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Unit(OfConfig):
     """Consecutive layers of which the first has an indexer and the others see what it selects. mlps: "dense" or "moe"
     for each."""
 
     cfg: GLM5Config
     mlps: tuple[str, ...]
-
-    @property
-    def width(self) -> int:
-        return self.cfg.width
-
-    @property
-    def norm_eps(self) -> float:
-        return self.cfg.norm_eps
-
-    @property
-    def dtype(self) -> str:
-        return self.cfg.dtype
 
     @property
     def layer(self) -> type[nn.Module]:

@@ -23,7 +23,7 @@ from glmv_jax.kernels.latent_attention import Index, Selection
 from glmv_jax.models.block import LayerCache
 from glmv_jax.models.decoder import Runs
 from glmv_jax.models.delta_attention import DeltaAttention, DeltaConfig
-from glmv_jax.models.expert_decoder import ExpertDecoderConfig
+from glmv_jax.models.expert_decoder import ExpertDecoderConfig, OfConfig
 from glmv_jax.models.hyper_connections import HyperConnection, StreamsConfig, joined
 from glmv_jax.models.latent import Indexer, LatentAttention
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, param, zeros
@@ -144,25 +144,13 @@ def _leaves(cache: Any) -> Iterator[tuple[str, jax.Array]]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Unit:
+class Unit(OfConfig):
     """Consecutive layers. layers: (letter of `GLM5NextConfig.kinds`, "dense" or "moe") of each. streams: around their
     branches; None: a plain residual sum."""
 
     cfg: GLM5NextConfig
     layers: tuple[tuple[str, str], ...]
     streams: StreamsConfig | None
-
-    @property
-    def width(self) -> int:
-        return self.cfg.width
-
-    @property
-    def norm_eps(self) -> float:
-        return self.cfg.norm_eps
-
-    @property
-    def dtype(self) -> str:
-        return self.cfg.dtype
 
     @property
     def layer(self) -> type[nn.Module]:
