@@ -59,8 +59,8 @@ class TrainStep:
     def __init__(self, stage, optimizer, placement: Placement, trainable: Params | None, seed: int) -> None:
         self.stage, self.optimizer, self.placement = stage, optimizer, placement
         self.trainable, self.seed = trainable, seed
-        platform = placement.mesh.devices.flat[0].platform
-        self.options = compiler.options((stage.cfg.get("xla", "auto"),), platform, "config.xla=")
+        self.platform = placement.mesh.devices.flat[0].platform
+        self.options = compiler.options((stage.cfg.get("xla", "auto"),), self.platform, "config.xla=")
         self.accumulate = stage.cfg.get("accumulate", 1)
         if self.accumulate < 1:
             raise UserError(f"accumulate={self.accumulate}: a batch has at least one piece")
@@ -103,7 +103,7 @@ class TrainStep:
             )
         program = self._compiled[signature] = self.lower(state, constants, batch).compile(self.options)
         between = program.memory_analysis()
-        if jax.default_backend() == "cpu" and between is not None and between.temp_size_in_bytes > ALONE:
+        if self.platform == "cpu" and between is not None and between.temp_size_in_bytes > ALONE:
             self._alone.add(signature)
         if self.traces != len(self._compiled):
             raise RecompileError(f"the step was traced {self.traces} times for {len(self._compiled)} batch shapes")
