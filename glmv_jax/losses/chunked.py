@@ -3,7 +3,9 @@
 Logits [B, T, V] and their gradient are the largest arrays of a step. Here a scan makes those of one chunk of tokens,
 takes from them what the loss and its metrics need, and adds up the gradient of the hidden states and of the head on the
 way (as the fused loss of Liger-Kernel does, arXiv 2410.10989). The loss being a weighted sum, the backward pass only
-has to scale it. So nothing is computed twice, where rematerialisation would pay one more product with the head.
+has to scale it. So nothing is computed twice, where rematerialisation would pay one more product with the head. Where
+one chunk holds all tokens, the gradient of its logits waits for the backward pass instead: it is no larger than what
+was there anyway, and the head's gradient is written once, not summed and then scaled.
 """
 
 from __future__ import annotations
@@ -113,42 +115,57 @@ def _pieces_loss(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC):
 
 
 def _forward(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC):
-    return _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient=True)
+    if len(hidden_nSCD) > 1:
+        return _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient=True)
+    head = _Head.of(head_DV, hidden_nSCD)
+    total, nll_SC, said_SC, d_SCV = _piece(z_loss, head, hidden_nSCD[0], targets_nSC[0], weight_nSC[0])
+    return (total, nll_SC[None], said_SC[None]), (hidden_nSCD, head_DV, d_SCV)
 
 
-def _backward(z_loss, gradients, given):
+def _backward(z_loss, kept, given):
     del z_loss
-    scaled = lambda g, like: (given[0] * g).astype(like)  # noqa: E731
-    (d_hidden_nSCD, d_head_DV), (hidden_dtype, head_dtype) = gradients
-    return scaled(d_hidden_nSCD, hidden_dtype.dtype), scaled(d_head_DV, head_dtype.dtype), None, None
+    if len(kept) == 2:
+        scaled = lambda g, like: (given[0] * g).astype(like)  # noqa: E731
+        (d_hidden_nSCD, d_head_DV), (hidden_dtype, head_dtype) = kept
+        return scaled(d_hidden_nSCD, hidden_dtype.dtype), scaled(d_head_DV, head_dtype.dtype), None, None
+    hidden_nSCD, head_DV, d_SCV = kept
+    head = _Head.of(head_DV, hidden_nSCD)
+    d_hidden_SCD, d_head = head.gradients(hidden_nSCD[0], (given[0] * d_SCV).astype(d_SCV.dtype))
+    return d_hidden_SCD[None], head.summed(d_head).astype(head_DV.dtype), None, None
 
 
 _pieces_loss.defvjp(_forward, _backward)
 
 
+def _piece(z_loss, head, h_SCD, target_SC, w_SC):
+    """Of one chunk: the sum of its losses, nll, what is said, and the gradient of the logits, in the dtype of h."""
+    V = head.head_DV.shape[1]
+    ids_V = jnp.arange(V, dtype=target_SC.dtype)
+    logits_SCV = head.logits(h_SCD)
+    lse_SC, top_SC1 = _logsumexp(logits_SCV)
+    is_target_SCV = ids_V == target_SC[..., None]
+    # A comparison instead of a gather, and a minimum instead of argmax: they are as good where V is split.
+    said_SC = jnp.where(logits_SCV == top_SC1, ids_V, V).min(-1)
+    nll_SC = lse_SC - jnp.where(is_target_SCV, logits_SCV, 0.0).sum(-1)
+    total = (w_SC * (nll_SC + z_loss * jnp.square(lse_SC))).sum()
+    p_SCV = jnp.exp(logits_SCV - lse_SC[..., None]) * (1 + 2 * z_loss * lse_SC[..., None])
+    d_SCV = (p_SCV - is_target_SCV) * w_SC[..., None]
+    return total, nll_SC, said_SC, d_SCV.astype(h_SCD.dtype)
+
+
 def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool):
     """((total, nll, said), ((gradient of hidden, of head), (empty arrays of their dtypes)) or None)."""
-    dtype, V = hidden_nSCD.dtype, head_DV.shape[1]
     head = _Head.of(head_DV, hidden_nSCD)
-    ids_V = jnp.arange(V, dtype=targets_nSC.dtype)
 
     def chunk(carry, piece):
         total, d_head = carry
-        h_SCD, target_SC, w_SC = piece
-        logits_SCV = head.logits(h_SCD)
-        lse_SC, top_SC1 = _logsumexp(logits_SCV)
-        is_target_SCV = ids_V == target_SC[..., None]
-        # A comparison instead of a gather, and a minimum instead of argmax: they are as good where V is split.
-        said_SC = jnp.where(logits_SCV == top_SC1, ids_V, V).min(-1)
-        nll_SC = lse_SC - jnp.where(is_target_SCV, logits_SCV, 0.0).sum(-1)
-        total = total + (w_SC * (nll_SC + z_loss * jnp.square(lse_SC))).sum()
+        h_SCD = piece[0]
+        more, nll_SC, said_SC, d_SCV = _piece(z_loss, head, *piece)
         out = nll_SC, said_SC
         if gradient:
-            p_SCV = jnp.exp(logits_SCV - lse_SC[..., None]) * (1 + 2 * z_loss * lse_SC[..., None])
-            d_SCV = ((p_SCV - is_target_SCV) * w_SC[..., None]).astype(dtype)
-            d_h_SCD, more = head.gradients(h_SCD, d_SCV)
-            d_head, out = d_head + more, (*out, d_h_SCD)
-        return (total, d_head), out
+            d_h_SCD, of_head = head.gradients(h_SCD, d_SCV)
+            d_head, out = d_head + of_head, (*out, d_h_SCD)
+        return (total + more, d_head), out
 
     sums = head.no_gradient() if gradient else None
     (total, d_head), (nll, said, *d_hidden) = jax.lax.scan(
@@ -156,7 +173,7 @@ def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool)
     )
     if not gradient:
         return (total, nll, said), None
-    dtypes = jnp.zeros((0,), dtype), jnp.zeros((0,), head_DV.dtype)
+    dtypes = jnp.zeros((0,), hidden_nSCD.dtype), jnp.zeros((0,), head_DV.dtype)
     return (total, nll, said), ((d_hidden[0], head.summed(d_head)), dtypes)
 
 

@@ -54,10 +54,11 @@ def test_chunks_equal_all_logits(chunk, z):
     close(got, jax.value_and_grad(all_at_once, **both)(*args, z))
 
 
-def test_the_gradient_is_that_of_what_the_loss_is_part_of():
+@pytest.mark.parametrize("chunk", [0, 7])
+def test_the_gradient_is_that_of_what_the_loss_is_part_of(chunk):
     args = case(seed=1)
     twist = lambda loss: lambda h, w: jnp.sin(3.0 * loss(h, w)[0])  # noqa: E731
-    got = jax.grad(twist(lambda h, w: by_chunks(h, w, *args[2:], 7)), argnums=(0, 1))(*args[:2])
+    got = jax.grad(twist(lambda h, w: by_chunks(h, w, *args[2:], chunk)), argnums=(0, 1))(*args[:2])
     want = jax.grad(twist(lambda h, w: all_at_once(h, w, *args[2:])), argnums=(0, 1))(*args[:2])
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
