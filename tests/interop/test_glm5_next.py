@@ -59,8 +59,6 @@ def hf_model(letters: str = LETTERS, **text):
                 p.sub_(3)  # a channel keeps four fifths at a position, not less than a tenth
             elif name.endswith("_hc.scale"):
                 p.add_(1)
-            elif "language_model.layers" in name and p.ndim > 1:
-                p.mul_(0.6)  # with larger weights rounding grows tenfold through a few layers, in both libraries alike
     return model
 
 
