@@ -69,7 +69,8 @@ finally:
 
 
 @pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf", "compile",
-                                     "generate", "eval", "report", "doctor", "show-config", "shapes"])  # fmt: skip
+                                     "generate", "eval", "report", "doctor", "show-config", "shapes",
+                                     "tasks"])  # fmt: skip
 def test_every_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])

@@ -43,6 +43,7 @@ _COMMANDS = {
     "show-config": _Command(inspection.show_config, inspection.show_config_options),
     "show-batch": _Command(inspection.show_batch, inspection.show_batch_options),
     "shapes": _Command(inspection.shapes, inspection.shapes_options),
+    "tasks": _Command(inspection.tasks, inspection.tasks_options),
 }
 
 _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, one recipe.

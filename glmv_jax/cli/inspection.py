@@ -1,4 +1,4 @@
-"""`glmv compile`, `doctor`, `show-config`, `show-batch`, `shapes`: what a machine has and what a run would be."""
+"""`glmv compile`, `doctor`, `show-config`, `show-batch`, `shapes`, `tasks`: what a machine has, what a run would be."""
 
 from __future__ import annotations
 
@@ -104,3 +104,49 @@ def show_batch_options(sub: argparse.ArgumentParser) -> None:
     config_options(sub)
     sub.add_argument("--step", type=int, default=1, metavar="N", help="of which step (default 1)")
     sub.add_argument("--html", metavar="FILE", help="write a page instead of printing")
+
+
+def tasks(args: argparse.Namespace) -> int:
+    """Lists the tasks of reinforcement learning: picture, prompt, gold answer, what it earns and what cheating earns.
+
+      glmv tasks
+      glmv tasks --task tabular --count 3 --seed 1
+      glmv tasks --html tasks.html --count 6 --split heldout
+
+    Without --task a line for each, of its first sample. Exit code 1 when a gold answer is not paid in full, or a wrong
+    one more than half.
+    """
+    from rich.console import Console
+
+    from glmv_jax.rl import showing
+    from glmv_jax.rl import tasks as lib
+
+    if args.count < 1:
+        raise UserError(f"--count {args.count} shows nothing; give 1 or more")
+    chosen = [lib.get(name) for name in args.task or lib.TASKS]
+    if args.html is None and args.task is None:
+        return 0 if showing.overview(chosen, Console(), args.split, args.seed) else 1
+    found: list = []
+    for task in chosen:
+        try:
+            found.append((task, showing.examples(task, args.count, args.split, args.seed)))
+        except UserError as error:
+            if args.task:
+                raise
+            found.append((task, str(error)))
+    if args.html is None:
+        for task, samples in found:
+            showing.detailed(task, samples, Console())
+    else:
+        with open(args.html, "w", encoding="utf-8") as file:
+            file.write(showing.page(found, f"{len(found)} tasks, {args.split}, seed {args.seed}"))
+        print(f"{len(found)} tasks in {args.html}")
+    return 0 if all(example.sound for _, some in found for example in some if not isinstance(some, str)) else 1
+
+
+def tasks_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--task", action="append", metavar="NAME", help="samples of this task; repeatable (default: all)")
+    sub.add_argument("--count", type=int, default=4, metavar="N", help="samples of each (default 4)")
+    sub.add_argument("--seed", type=int, default=0, metavar="S", help="other samples (default 0)")
+    sub.add_argument("--split", default="train", metavar="NAME", help="train (default) or heldout")
+    sub.add_argument("--html", metavar="PAGE", help="write a page instead of printing")

@@ -90,8 +90,12 @@ class DocumentBuilder:
         images = self._images(sample)
         writer = chat.Writer(self.tokenizer)
         writer.special("[gMASK]", "<sop>")
-        for merged in self._merged(images):
-            writer.image(merged)
+        merged = iter(self._merged(images))
+        for part in sample.parts()[:-1]:
+            if part["type"] == "image":
+                writer.image(next(merged))
+            else:
+                writer.ids(self.tokenizer.encode(part["text"]), self.prompt_weight)
         if sample.prompt:
             writer.ids(self.tokenizer.encode(sample.prompt + "\n"), self.prompt_weight)
         writer.ids(self.tokenizer.encode(sample.answer), 1.0)
@@ -104,13 +108,17 @@ class DocumentBuilder:
 
     def _conversation(self, sample: Sample, turns: list[dict]) -> Document:
         images = self._images(sample)
-        content = [{"type": "image"} for _ in images] + [{"type": "text", "text": sample.prompt}]
-        messages = [{"role": "user", "content": content}, *turns]
+        messages = [{"role": "user", "content": sample.parts()}, *turns]
         rendered = chat.render(messages, self.tokenizer, self._merged(images), generation_prompt=not turns)
         return self._checked(rendered, images, sample)
 
     def _images(self, sample: Sample) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
-        return tuple(self.patcher(image) for image in sample.images)
+        """The images as patches: those of a film, or several others, that are too many for a row share its budget."""
+        block, patcher = self.patcher.merge**2, self.patcher
+        share = self.max_patches // max(1, len(sample.images)) // block * block
+        if block <= share < patcher.max_patches:
+            patcher = dataclasses.replace(patcher, max_patches=share)
+        return tuple(patcher(image) for image in sample.images)
 
     def _merged(self, images: tuple[tuple[np.ndarray, np.ndarray], ...]) -> list[int]:
         return [len(patches) // self.patcher.merge**2 for patches, _ in images]

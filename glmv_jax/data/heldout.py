@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -113,9 +114,15 @@ def _collected(pairs: Sequence[Pair], concept: Sequence[int], kinds: Sequence[tu
         names={lang: [p.texts[lang][0] for p in pairs] for lang in dict(kinds)})
 
 
-def heldout_questions(kinds: Sequence[str], n: int, seed: int = 0) -> dict[str, list[Sample]]:
-    """`n` held-out samples of each kind."""
-    sources = {kind: questions.Questions((kind,), "heldout", seed) for kind in kinds}
+def _questions(kind: str, split: str, seed: int) -> questions.Questions:
+    return questions.Questions((kind,), split, seed)
+
+
+def heldout_questions(
+    kinds: Sequence[str], n: int, seed: int = 0, source: Callable[[str, str, int], Any] = _questions
+) -> dict[str, list[Sample]]:
+    """`n` held-out samples of each kind. source: (kind, split, seed) -> random access; `rl.tasks.source` has more."""
+    sources = {kind: source(kind, "heldout", seed) for kind in kinds}
     return {kind: [source[i] for i in range(n)] for kind, source in sources.items()}
 
 

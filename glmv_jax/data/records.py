@@ -17,6 +17,7 @@ class Sample:
     images:  PIL images in RGB.
     prompt:  user text without special tokens; "" for a bare caption or plain text.
     answer:  gold text without box tokens (the chat template adds them when `boxed`).
+    times:   seconds of each image when they are the frames of a film, () otherwise; each is written after its picture.
     more:    further questions about the same images with their answers, for training in several turns.
     boxed:   the answer is wrapped in <|begin_of_box|>...<|end_of_box|>.
     meta:    JSON-able facts that a verifier needs (gold boxes, tolerance, aliases, choices...).
@@ -30,6 +31,16 @@ class Sample:
     boxed: bool = True
     more: tuple[tuple[str, str], ...] = ()
     meta: dict[str, Any] = dataclasses.field(default_factory=dict)
+    times: tuple[float, ...] = ()
+
+    def parts(self) -> list[dict[str, Any]]:
+        """What the user says, as the parts of a message: the images, each frame of a film with its time, the prompt."""
+        shown: list[dict[str, Any]] = []
+        for n in range(len(self.images)):
+            shown.append({"type": "image"})
+            if self.times:
+                shown.append({"type": "text", "text": f"{self.times[n]:.1f} seconds"})
+        return [*shown, {"type": "text", "text": self.prompt}]
 
 
 @dataclasses.dataclass(frozen=True)

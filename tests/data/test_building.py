@@ -87,10 +87,19 @@ def test_several_images_keep_their_order():
     assert numbers == [0] * 8 + [1] * 8
 
 
+def test_several_images_share_the_budget_of_a_row():
+    long = dataclasses.replace(BUILDER, max_tokens=999)
+    for count, each in ((1, 32), (4, 32), (5, 20), (10, 8), (32, 4)):
+        document = long.chat(dataclasses.replace(QUESTION, images=(PICTURE,) * count))
+        sizes = {len(patches) for patches, _ in document.images}
+        assert len(sizes) == 1 and max(sizes) <= each and document.patches <= long.max_patches
+        assert max(sizes) == 32 or count > 4
+
+
 def test_too_long_is_a_user_error_with_the_numbers():
     with pytest.raises(UserError, match="tokens do not fit a row of 64"):
         BUILDER.chat(dataclasses.replace(QUESTION, answer="3" * 60))
-    with pytest.raises(UserError, match="160 patches do not fit a row of 128"):
-        dataclasses.replace(BUILDER, max_tokens=99).chat(dataclasses.replace(QUESTION, images=(PICTURE,) * 5))
+    with pytest.raises(UserError, match="1280 patches do not fit a row of 128"):
+        dataclasses.replace(BUILDER, max_tokens=999).chat(dataclasses.replace(QUESTION, images=(PICTURE,) * 40))
     with pytest.raises(UserError, match="prompt is empty"):
         BUILDER.chat(dataclasses.replace(QUESTION, prompt=""))

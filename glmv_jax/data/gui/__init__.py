@@ -111,12 +111,12 @@ def critic(rng: np.random.Generator, split: str) -> Record:
     lines, wrong = [described(window, element) for element in chosen], None
     if rng.random() < 0.5:
         at = int(rng.integers(len(chosen)))
-        wrong, lines[at] = lines[at], _mistaken(rng, window, chosen[at])
+        wrong, lines[at] = lines[at], mistaken(rng, window, chosen[at])
     answer = says["right"] if wrong is None else says["wrong"].format(wrong)
     return _asked(window, says["check"].format("\n" + "\n".join(lines)), answer)
 
 
-def _mistaken(rng: np.random.Generator, window: Window, element: Element) -> str:
+def mistaken(rng: np.random.Generator, window: Window, element: Element) -> str:
     """The element described with one mistake: its name, its state, or the box of another."""
     form = rng.integers(3)
     if form == 0 and element.kind == "checkbox":

@@ -16,7 +16,8 @@ from glmv_jax.data.records import Sample
 BEGIN_BOX = "<|begin_of_box|>"
 END_BOX = "<|end_of_box|>"
 MIN_REWARD = 0.0
-# No gold answer comes near this. A longer box is not an answer, and refusing it bounds the work of every rule.
+# No gold answer of words, numbers or boxes comes near this. A longer box is not an answer, and refusing it bounds the
+# work of every rule. Tasks whose answers are programs or pages say a bound of their own.
 MAX_CONTENT = 512
 
 
@@ -51,8 +52,8 @@ Rule: TypeAlias = Callable[[str, Sample], Score]
 Verifier: TypeAlias = Callable[[str, Sample], Grade]
 
 
-def extract_box(text: str) -> tuple[str, str]:
-    """The content of the one answer box of `text`.
+def extract_box(text: str, most: int = MAX_CONTENT) -> tuple[str, str]:
+    """The content of the one answer box of `text`, of up to `most` characters.
 
     Returns (content, flag). flag is "" when there is exactly one begin token followed by exactly one end token with
     something between them; otherwise content is "" and flag says what is wrong. Text around the box is allowed
@@ -67,21 +68,22 @@ def extract_box(text: str) -> tuple[str, str]:
     content = text[start:stop].strip()
     if not content:
         return "", "empty_box"
-    if len(content) > MAX_CONTENT:
+    if len(content) > most:
         return "", "long_box"
     return content, ""
 
 
-def boxed(rule: Rule, *, format_weight: float = 0.1) -> Verifier:
+def boxed(rule: Rule, *, format_weight: float = 0.1, most: int = MAX_CONTENT) -> Verifier:
     """A verifier from a rule: reward = format * (format_weight + (1 - format_weight) * score).
 
     The small reward for form alone gives an untrained policy a first slope; it is the most a wrong answer can get.
+    most: the longest content that the rule is shown, in characters; a longer one is badly formed.
     """
     if not 0.0 <= format_weight < 1.0:
         raise ValueError(f"format_weight={format_weight} must lie in [0, 1)")
 
     def verify(answer_text: str, sample: Sample) -> Grade:
-        content, flag = extract_box(answer_text)
+        content, flag = extract_box(answer_text, most)
         if flag:
             return Grade(MIN_REWARD, False, {"format": 0.0, "score": 0.0}, (flag,))
         score = rule(content, sample)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Sequence
 
 from glmv_jax.data.records import Sample
 from glmv_jax.rl.rewards.grade import RIGHT, WRONG, Rule, Score
@@ -24,8 +25,8 @@ def parse_number(text: str) -> float | None:
     return float(match.group().replace(",", "")) if match else None
 
 
-def edit_distance(a: str, b: str) -> int:
-    """Levenshtein distance in code points, O(len(a) * len(b)) time and O(min) memory."""
+def edit_distance(a: Sequence, b: Sequence) -> int:
+    """Levenshtein distance of two strings (in code points) or lists, O(len(a) * len(b)) time and O(min) memory."""
     if len(a) < len(b):
         a, b = b, a
     row = list(range(len(b) + 1))

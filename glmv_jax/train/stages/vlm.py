@@ -18,7 +18,6 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.encoding import Encoder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.partition import GROUP
-from glmv_jax.data.questions import Questions
 from glmv_jax.data.tokenizer import open_tokenizer
 from glmv_jax.losses.chunked import CHUNK, head_loss
 from glmv_jax.losses.cross_entropy import divide, per_source
@@ -198,9 +197,11 @@ class VLMStage(MeasuredVLM):
 
     # ------------------------------------------------------------------------------------------------- data
     def sources(self, split: str, seed: int) -> dict[str, Any]:
-        """Random-access samples by source name: the kinds of questions, and "text"."""
+        """Random-access samples by source name: kinds of questions, tasks, and "text"."""
+        from glmv_jax.rl import tasks  # which come with their graders
+
         return {
-            name: texts.Texts(split, seed) if name == "text" else Questions([name], split, seed)
+            name: texts.Texts(split, seed) if name == "text" else tasks.source(name, split, seed)
             for name in self.cfg.data.weights
         }
 

@@ -21,10 +21,15 @@ from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
 from glmv_jax.inference.speculative import SpeculativeSampler
 from glmv_jax.losses.select import behind_image
 from glmv_jax.models import cogvit, vlm
-from glmv_jax.rl import tasks
-from glmv_jax.rl.rewards import score
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.typing import Batch, Params
+
+
+def held_out(kinds: Sequence[str], n: int) -> dict[str, list]:
+    """`n` held-out samples of each kind of question or task."""
+    from glmv_jax.rl import tasks  # which come with their graders
+
+    return heldout.heldout_questions(list(kinds), n, source=tasks.source)
 
 
 class MeasuredVLM(Stage):
@@ -45,7 +50,7 @@ class MeasuredVLM(Stage):
     @functools.cached_property
     def questions(self) -> dict[str, list]:
         """Held-out questions by kind, the same in every stage."""
-        return heldout.heldout_questions(list(self.cfg.eval.kinds), self.cfg.eval.questions)
+        return held_out(self.cfg.eval.kinds, self.cfg.eval.questions)
 
     @functools.cached_property
     def greedy(self) -> Sampler:
@@ -57,6 +62,8 @@ class MeasuredVLM(Stage):
 
     @functools.cached_property
     def score(self) -> vlm_eval.Score:
+        from glmv_jax.rl import score, tasks
+
         return functools.partial(score, verifiers=tasks.verifiers(self.questions))
 
     def evaluate(self, params, extra, *, full: bool):
@@ -81,7 +88,7 @@ class MeasuredVLM(Stage):
 
     @functools.cached_property
     def _heldout(self) -> list[Batch]:
-        kinds = heldout.heldout_questions(list(self.cfg.eval.kinds), self.cfg.eval.documents)
+        kinds = held_out(self.cfg.eval.kinds, self.cfg.eval.documents)
         samples = [s for kind in zip(*kinds.values()) for s in kind]
         if "text" in self.names:
             source = texts.Texts("heldout", 1)
@@ -141,7 +148,7 @@ class MeasuredVLM(Stage):
     @functools.cached_property
     def _continued(self) -> dict[str, Prompts]:
         kinds, n = list(self.cfg.eval.kinds), self.cfg.eval.documents
-        asked = heldout.heldout_questions(kinds, -(-n // len(kinds))) if kinds else {}
+        asked = held_out(kinds, -(-n // len(kinds))) if kinds else {}
         pictures = [sample for kind in zip(*asked.values()) for sample in kind][:n]
         read = texts.Texts("heldout", 1)
         return drafts.continued([read[i] for i in range(n)], pictures, self.builder, self.form)
