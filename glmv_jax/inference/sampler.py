@@ -178,14 +178,14 @@ def choose(logits_NV: jax.Array, keys_N: jax.Array, sampling: Sampling) -> tuple
 
 def probabilities(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
     """What tokens are drawn with, [..., V] float32: temperature, suppression and top-p applied. Not for greedy ones."""
-    scaled_V = _without(logits_V.astype(jnp.float32) / sampling.temperature, sampling.suppress)
+    scaled_V = without(logits_V.astype(jnp.float32) / sampling.temperature, sampling.suppress)
     return jax.nn.softmax(nucleus(scaled_V, sampling.top_p), axis=-1)
 
 
 def likeliest(logits_V: jax.Array, sampling: Sampling) -> jax.Array:
     """The first largest of those not suppressed, int32 [...]: argmax, whose reduction of pairs is 10 times slower on a
     CPU."""
-    logits_V, V = _without(logits_V, sampling.suppress), logits_V.shape[-1]
+    logits_V, V = without(logits_V, sampling.suppress), logits_V.shape[-1]
     is_top_V = logits_V == logits_V.max(axis=-1, keepdims=True)
     return jnp.where(is_top_V, jnp.arange(V, dtype=jnp.int32), V - 1).min(axis=-1)
 
@@ -196,7 +196,8 @@ def logprobs_of(logits_V: jax.Array, token: jax.Array, sampling: Sampling) -> ja
     return jnp.take_along_axis(logprob_V, token[..., None], axis=-1)[..., 0]
 
 
-def _without(logits_V: jax.Array, suppress: tuple[int, ...]) -> jax.Array:
+def without(logits_V: jax.Array, suppress: tuple[int, ...]) -> jax.Array:
+    """Logits [..., V] with these tokens' set to NEVER."""
     return logits_V.at[..., jnp.array(suppress)].set(NEVER) if suppress else logits_V
 
 
@@ -225,9 +226,10 @@ def _invert(weight_NA: jax.Array, uniform_N: jax.Array) -> jax.Array:
     return index_N.astype(jnp.int32)
 
 
-def nucleus(logits_NV: jax.Array, top_p: float) -> jax.Array:
-    """Logits with all but the smallest set of tokens of probability >= top_p set to NEVER (arXiv 1904.09751)."""
-    if top_p >= 1:
+def nucleus(logits_NV: jax.Array, top_p: float | jax.Array) -> jax.Array:
+    """Logits with all but the smallest set of tokens of probability >= top_p set to NEVER (arXiv 1904.09751); top_p of
+    each row apart is [N, 1] and below 1."""
+    if isinstance(top_p, (int, float)) and top_p >= 1:
         return logits_NV
     sorted_NV = jnp.sort(logits_NV, axis=-1, descending=True)
     probability_NV = jax.nn.softmax(sorted_NV, axis=-1)

@@ -267,11 +267,17 @@ def judge(
     after all of them; later ones mean nothing. Greedy: a draft is kept if it is the likeliest token. Drawn from q: with
     probability min(1, p / q), and otherwise a token is drawn from max(p - q, 0), so that either way it has p.
     """
-    K = drafts_NK.shape[1]
     if sampling.temperature == 0:
         said_NJ = likeliest(logits_NJV, sampling)
-        return said_NJ, jnp.cumprod(said_NJ[:, :K] == drafts_NK, axis=1).sum(axis=1)
-    p_NJV = probabilities(logits_NJV, sampling)
+        return said_NJ, jnp.cumprod(said_NJ[:, :-1] == drafts_NK, axis=1).sum(axis=1)
+    return keep(probabilities(logits_NJV, sampling), drafts_NK, q_NKV, keys_N2)
+
+
+def keep(
+    p_NJV: jax.Array, drafts_NK: jax.Array, q_NKV: jax.Array, keys_N2: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """`judge` of drafts that were drawn with q, where the model draws with p."""
+    K = drafts_NK.shape[1]
     of_draft = lambda x_NKV: jnp.take_along_axis(x_NKV, drafts_NK[..., None], axis=2)[..., 0]  # noqa: E731
     uniform_NK = jax.vmap(lambda key: jax.random.uniform(key, (K,)))(keys_N2[:, 0])
     keep_NK = uniform_NK * of_draft(q_NKV) < of_draft(p_NJV[:, :K])

@@ -71,11 +71,18 @@ def step(
     cfg: vlm.VLMConfig, params: Params, h_BTD: jax.Array, tokens_BT: jax.Array, positions_BT3: jax.Array, cache: dict
 ) -> tuple[Draft, dict]:
     """The next T entries of each row, of text tokens beside h_BTD; the returned cache's length has grown by T."""
-    query, key = vlm.cached_spans(cache, tokens_BT.shape[1])
+    return entries(cfg, params, decoder.embed(params["decoder"], tokens_BT), h_BTD, positions_BT3, cache)
+
+
+def entries(
+    cfg: vlm.VLMConfig, params: Params, e_BTD: jax.Array, h_BTD: jax.Array, positions_BT3: jax.Array, cache: dict
+) -> tuple[Draft, dict]:
+    """As `step`, of what `mtp.OPTIONS` embeds in place of text tokens."""
+    T = e_BTD.shape[1]
+    query, key = vlm.cached_spans(cache, T)
     own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
-    e_BTD = decoder.embed(params["decoder"], tokens_BT)
     draft, own = _apply(cfg, params, e_BTD, h_BTD, positions_BT3, query, key, own)
-    return draft, cache | own | {"length": cache["length"] + tokens_BT.shape[1]}
+    return draft, cache | own | {"length": cache["length"] + T}
 
 
 def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, query: Span, key: Span, cache: dict):

@@ -111,11 +111,12 @@ def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: 
 
 
 def apply(
-    cfg: VLMConfig, params: Params, vision: VisionInput | Dispatched | None, tokens: TokenInput,
+    cfg: VLMConfig, params: Params, vision: VisionInput | Dispatched | jax.Array | None, tokens: TokenInput,
     cache: dict | None = None,
 ) -> VLMOutput:  # fmt: skip
     """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
 
+    vision: an array is of visual tokens as `encode_images` returned them.
     cache: the decoder's, "slots" [S], their numbers, and "length", the slots each row has filled, [B], or [1] for all
     rows alike (their keys are then written at once). Position t of row b takes slot length[b] + t and sees the slots up
     to its own; the returned length has grown by T. Of segments only 0 counts then. A caller that pads prompts on the
@@ -130,7 +131,8 @@ def apply(
     B, T = tokens.tokens.shape
     if cache is None:  # rows may be split: from here on in the devices' order, which the slots tell
         tokens = TokenInput(*map(context.dealt, tokens))
-    visual_BMD = None if vision is None else encode_images(cfg, params, vision)
+    encoded = vision is None or isinstance(vision, jax.Array)
+    visual_BMD = vision if encoded else encode_images(cfg, params, vision)
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
     if cache is None:
         slots_BT = context.dealt(jnp.broadcast_to(jnp.arange(T), (B, T)))
@@ -208,10 +210,15 @@ def layers_apart(cfg: VLMConfig, params: Params, cache: dict, rows: int) -> tupl
     counts = {name: cache[name] for name in ("slots", "length")}
     own = {name: x for name, x in cache.items() if name not in counts}
     decoder_params, own = cfg.decoder.layers_apart(params["decoder"], own)
-    params = params | {"decoder": decoder_params}
-    if 1 < rows <= MOST_ROWS:
-        head_VD = decoder.head(cfg.decoder, decoder_params).T
-        params |= {name: by_rows(params[name]) for name in ("decoder", "mtp") if name in params}
-        if head_VD.size >= LARGE:
-            params["decoder"]["head_VD"] = head_VD
-    return params, own | counts
+    return for_rows(cfg, params | {"decoder": decoder_params}, rows), own | counts
+
+
+def for_rows(cfg: VLMConfig, params: Params, rows: int) -> Params:
+    """Parameters with layers apart, their large matrices by rows if that is faster for steps of so many."""
+    if rules.device().platform != "cpu" or not 1 < rows <= MOST_ROWS:
+        return params
+    head_VD = decoder.head(cfg.decoder, params["decoder"]).T
+    params = params | {name: by_rows(params[name]) for name in ("decoder", "mtp") if name in params}
+    if head_VD.size >= LARGE:
+        params["decoder"]["head_VD"] = head_VD
+    return params
