@@ -1,21 +1,34 @@
-"""Sampling from a model: the cached sampler, with drafts of the MTP head or without, and one answer from a run."""
+"""Sampling from a model: the cached sampler, with drafts of the MTP head or without; the engine, for requests that come
+and go; and one answer from a run."""
 
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.front import Front
 from glmv_jax.inference.generate import Model, generate, generate_from_run, last_stage, question
+from glmv_jax.inference.requests import Busy, Completion, Prompt, Request, group
 from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
+from glmv_jax.inference.settings import Settings
 from glmv_jax.inference.speculative import Speculated, SpeculativeSampler
 from glmv_jax.inference.text import answer_text
 
 __all__ = [
+    "Busy",
+    "Completion",
+    "Engine",
+    "Front",
     "Generated",
     "Model",
+    "Prompt",
     "Prompts",
+    "Request",
     "Sampler",
     "Sampling",
+    "Settings",
     "Speculated",
     "SpeculativeSampler",
     "answer_text",
     "generate",
     "generate_from_run",
+    "group",
     "last_stage",
     "question",
 ]

@@ -39,8 +39,11 @@ def config(vocab: int = tiny_vlm.VOCAB, option: str = "image_token", h_prev: str
 def half_right(cfg: vlm.VLMConfig, context: float, seed: int = 0) -> dict:
     """Parameters whose next token depends mostly on the last one (context: the weight of the rest), which the head,
     that embeds it, can tell as well."""
-    params = tiny_vlm.params(cfg, seed)
-    width = cfg.decoder.width
+    return made_half_right(tiny_vlm.params(cfg, seed), cfg.decoder.width, context, seed)
+
+
+def made_half_right(params: dict, width: int, context: float, seed: int = 0) -> dict:
+    """`half_right`, of these parameters, which it changes."""
 
     def weaker(path, x):
         return context * x if "post_norm" in jax.tree_util.keystr(path) else x
@@ -100,9 +103,10 @@ def head(cfg, params, e_TD, h_TD, positions_T3, is_key_T):
     return pre[0], post[0], decoder.logits(cfg.decoder, params["decoder"], post)[0]
 
 
-def runs_by_hand(cfg, params, row, answer, drafts: int, suppress) -> list[list[int]]:
+def runs_by_hand(cfg, params, row, answer, drafts: int, suppress, first: int = 1) -> list[list[int]]:
     """The drafts of every pass of a greedy answer, from one pass over prompt and answer and the head without a cache:
-    entries of the tokens said so far, with the backbone's hidden states, and of the drafts, with its own."""
+    entries of the tokens said so far, with the backbone's hidden states, and of the drafts, with its own. first: how
+    much of the answer is there before the first pass."""
     whole = tiny_vlm.prompt_batch([tiny_vlm.extended(row, np.concatenate([answer, np.zeros(drafts, int)]))], 40, 16)
     vision = VisionInput(*(whole[name] for name in ("patches", "yx", "frame")))
     tokens = TokenInput(*(whole[name] for name in ("tokens", "positions", "segments", "image_row")))
@@ -113,7 +117,7 @@ def runs_by_hand(cfg, params, row, answer, drafts: int, suppress) -> list[list[i
         "embeddings": merged_BTD[0], "image_token": table_TD, "masked": np.where(is_image_T[:, None], 0.0, table_TD),
     }  # fmt: skip
     is_key_T = ~is_image_T[1:] if cfg.mtp.option == "masked" else np.ones(39, bool)
-    passes, n, start = [], 1, len(row["tokens"])
+    passes, n, start = [], first, len(row["tokens"])
     while n < len(answer):
         e_TD, h_TD, said = np.array(embedded[cfg.mtp.option][1:]), np.array(h_BTD[0, :39]), []
         for k in range(drafts):

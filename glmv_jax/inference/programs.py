@@ -1,0 +1,331 @@
+"""What the engine runs on devices: four programs over one cache of N rows that stays where it is (donated).
+
+    encode    pictures to visual tokens, into a table of them          one program a row length of patches
+    copy      a row of the cache over another                          one
+    prefill   the next tokens of a prompt into a row of the cache      one a chunk length
+    decode    some tokens more of every running row                    one
+
+A row of the cache holds the entries of a text's first tokens; its next token, which decoding reads, is known to the
+host, as is everything else about a row: few numbers, which go with every call. So a prompt's last token is read by
+decoding, and no program but that one has an output layer.
+
+The rows of the cache are split over the D data shards of a mesh, equal runs of them each. What concerns one row at a
+time is then done to D of them, one of each shard, and nothing passes between devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from glmv_jax.inference.sampler import Sampling, draw_index, likeliest, nucleus, without
+from glmv_jax.models import abstract_params, logical_axes, vlm
+from glmv_jax.parallel.mesh import data_axes, data_shards
+from glmv_jax.parallel.rules import Rules, preset, use
+from glmv_jax.typing import Params, TokenInput, VisionInput
+
+
+class Chunk(NamedTuple):
+    """The next C tokens of one text a shard, and the one behind them, which an MTP head embeds.
+
+    row:   [D] of those of the shard.      start: [D] the entry that the first token becomes.
+    tokens: [D, C + 1]; positions: [D, C + 1, 3]; picture: [D, C + 1] the token's place in the table of visual tokens,
+    or -1;  valid: [D, C] bool, padding comes last; a shard without work has nothing valid.
+    """
+
+    row: Any
+    start: Any
+    tokens: Any
+    positions: Any
+    picture: Any
+    valid: Any
+
+
+class Running(NamedTuple):
+    """All rows, [N] each, before a call of decode.
+
+    running: bool.       token: the next to be read; position: its rotary one; length: entries before it.
+    drawn: tokens of the answer so far; limit: when it ends.
+    key: [N, 2] uint32, of the seed; draw: see `requests.Request`.      temperature, top_p: float32.
+    """
+
+    running: Any
+    token: Any
+    position: Any
+    length: Any
+    drawn: Any
+    limit: Any
+    key: Any
+    draw: Any
+    temperature: Any
+    top_p: Any
+
+
+class Drawn(NamedTuple):
+    """tokens, logprobs: [N, steps, J], of which those are there that are new (bool), in their order; running: [N]
+    whether the answer goes on. J is 1 without drafts."""
+
+    tokens: jax.Array
+    logprobs: jax.Array
+    new: jax.Array
+    running: jax.Array
+
+
+class State(NamedTuple):
+    """Between steps of decoding. i: steps so far; token: [N] the next to be read; count: [N] tokens drawn."""
+
+    i: jax.Array
+    token: jax.Array
+    count: jax.Array
+    cache: dict
+    out: Drawn
+
+
+class Weights(NamedTuple):
+    """The same parameters as prefill and as decode read them (`vlm.layers_apart`)."""
+
+    prefill: Params
+    decode: Params
+
+
+class Programs:
+    """The programs of one model, for `slots` rows of `length` entries. `traces` counts compilations."""
+
+    width = 1  # tokens that a step reads of a row
+
+    def __init__(
+        self, cfg: vlm.VLMConfig, sampling: Sampling, slots: int, length: int, steps: int, pictures: int,
+        mesh: Mesh | None, rules: Rules | None,
+    ) -> None:  # fmt: skip
+        self.cfg, self.sampling, self.slots, self.length, self.steps = cfg, sampling, slots, length, steps
+        self.pictures, self.mesh, self.rules = pictures, mesh, rules or preset("data")
+        self.shards = data_shards(mesh)
+        self.traces = 0
+        # Which axis of each leaf of the cache holds its rows, one after the other (some have entries for every head).
+        self._axes = jax.tree.map(lambda a, b: next(i for i, n in enumerate(a.shape) if n != b.shape[i]),
+                                  self._shapes(1), self._shapes(2))  # fmt: skip
+        self._apart = self._jit(self._copied)
+        self._for_rows = self._jit(lambda params: vlm.for_rows(cfg, params, slots * self.width))
+        self.empty = self._jit(self._empty)
+        self.encode = self._jit(self._encode, donate=1)
+        self.copy = self._jit(self._copy, donate=0)
+        self.prefill = self._jit(self._prefill, donate=2)
+        self.decode = self._jit(self._decode, donate=1)
+
+    # --- parameters and memory ----------------------------------------------------------------------------------------
+
+    def weights(self, params: Params) -> Weights:
+        """A copy of the parameters, so that their owner may go on to change (donate) his, laid out."""
+        if self.mesh is not None:
+            where = self.rules.shardings(self.mesh, logical_axes(self.cfg), params)
+            params = jax.device_put(params, where)
+        apart = self._apart(params)
+        return Weights(apart, self._for_rows(apart))
+
+    def _copied(self, params: Params) -> Params:
+        params = jax.tree.map(jnp.copy, params)
+        return vlm.layers_apart(self.cfg, params, vlm.init_cache(self.cfg, 1, 1), 0)[0]
+
+    def _cache(self, params: Params, rows: int) -> dict:
+        cache = vlm.layers_apart(self.cfg, params, vlm.init_cache(self.cfg, rows, self.length), rows)[1]
+        return {"own": {name: x for name, x in cache.items() if name not in ("slots", "length")}}
+
+    def _shapes(self, rows: int) -> dict:
+        with self._in_force():
+            return jax.eval_shape(lambda params: self._cache(params, rows), abstract_params(self.cfg))
+
+    def _empty(self) -> tuple[dict, jax.Array | None]:
+        """An empty cache, and an empty table of visual tokens (None for a model of text alone)."""
+        cache = self._pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes(self.slots)))
+        merger = self.cfg.merger
+        return cache, None if merger is None else self._whole(jnp.zeros((self.pictures, merger.width), merger.dtype))
+
+    # --- programs -----------------------------------------------------------------------------------------------------
+
+    def _encode(self, params: Params, table_XD: jax.Array, vision: VisionInput, place_DM: jax.Array) -> jax.Array:
+        """The table with the visual tokens of these rows of pictures; a place out of bounds is for padding."""
+        visual_DMD = vlm.encode_images(self.cfg, params, vision)
+        visual_XD = visual_DMD.reshape(-1, visual_DMD.shape[-1]).astype(table_XD.dtype)
+        return self._whole(table_XD.at[place_DM.reshape(-1)].set(visual_XD, mode="drop"))
+
+    def _copy(self, cache: dict, source_D: jax.Array, target_D: jax.Array) -> dict:
+        """In each shard one row over another (or itself)."""
+        return self._pinned(self._put(cache, self._take(cache, source_D), target_D))
+
+    def _prefill(self, params: Params, table_XD: jax.Array | None, cache: dict, chunk: Chunk) -> dict:
+        rows = self._take(cache, chunk.row)
+        visual = None if table_XD is None else jnp.broadcast_to(table_XD, (self.shards, *table_XD.shape))
+        new = self._read(params, visual, rows, chunk)
+        if self.shards > 1:  # a shard without work keeps the row that was taken
+            works_D = chunk.valid.any(axis=1)
+            new = jax.tree.map(lambda a, b, axis: jnp.where(_along(works_D, a, axis), a, b), new, rows, self._axes)
+        return self._pinned(self._put(cache, new, chunk.row))
+
+    def _read(self, params: Params, visual: jax.Array | None, rows: dict, chunk: Chunk) -> dict:
+        """Rows of a cache with a chunk's tokens in them."""
+        return {"own": only(self._backbone(params, visual, rows, chunk).cache, rows["own"])}
+
+    def _backbone(self, params: Params, visual: jax.Array | None, rows: dict, chunk: Chunk) -> vlm.VLMOutput:
+        tokens = TokenInput(chunk.tokens[:, :-1], chunk.positions[:, :-1], chunk.valid.astype(jnp.int32),
+                            chunk.picture[:, :-1])  # fmt: skip
+        return vlm.apply(self.cfg, params, visual, tokens, rows["own"] | self._at(chunk.start))
+
+    def _decode(self, params: Params, cache: dict, rows: Running) -> tuple[dict, Drawn]:
+        shape = (self.slots, self.steps, self.width)
+        keys_N = jax.vmap(_key)(rows.key, rows.draw)
+
+        def step(s: State) -> State:
+            cache, said_NJ, logprob_NJ, new_NJ = self._advance(params, keys_N, rows, s)
+            count_N, running_N = s.count + new_NJ.sum(axis=1), s.out.running
+            ends_N = (self._is_stop(said_NJ) & new_NJ).any(axis=1) | (rows.drawn + count_N >= rows.limit)
+            put = lambda old, new: old.at[:, s.i].set(new)  # noqa: E731
+            out = Drawn(*map(put, s.out[:3], (said_NJ, logprob_NJ, new_NJ)), running_N & ~ends_N)
+            token_N = jnp.where(running_N, last_new(said_NJ, new_NJ)[:, 0], s.token)
+            return State(s.i + 1, token_N, count_N, cache, out)
+
+        none = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), rows.running)
+        state = State(jnp.int32(0), rows.token, jnp.zeros(self.slots, jnp.int32), cache, none)
+        state = jax.lax.while_loop(lambda s: (s.i < self.steps) & s.out.running.any(), step, state)
+        return self._pinned(state.cache), jax.tree.map(self._whole, state.out)
+
+    def _advance(
+        self, params: Params, keys_N: jax.Array, rows: Running, s: State
+    ) -> tuple[dict, jax.Array, jax.Array, jax.Array]:
+        """One step: the cache, and of J places a row the tokens said, their log-probabilities, and which are new."""
+        out, logits_NJV = self._step(params, rows, s, s.token[:, None])
+        probability_NV = probabilities(logits_NJV, rows, self.sampling)[:, 0]
+        token_N1 = draw_index(jax.vmap(jax.random.fold_in)(keys_N, rows.drawn + s.count), probability_NV)[:, None]
+        new_N1 = s.out.running[:, None]
+        return {"own": only(out.cache, s.cache["own"])}, token_N1, logprobs(logits_NJV, token_N1, rows), new_N1
+
+    def _step(self, params: Params, rows: Running, s: State, read_NJ: jax.Array) -> tuple[vlm.VLMOutput, jax.Array]:
+        """The backbone reads these tokens of every row; what it made of them, and its logits."""
+        N, J = read_NJ.shape
+        running_NJ = jnp.broadcast_to(s.out.running[:, None], (N, J)).astype(jnp.int32)
+        tokens = TokenInput(read_NJ, text_positions(rows.position + s.count, J), running_NJ, jnp.full((N, J), -1))
+        out = vlm.apply(self.cfg, params, None, tokens, s.cache["own"] | self._at(rows.length + s.count))
+        return out, vlm.logits(self.cfg, params, out.hidden)
+
+    def _at(self, length_N: jax.Array) -> dict:
+        """What a cache says beside its entries when rows have so many."""
+        return {"slots": jnp.arange(self.length), "length": length_N}
+
+    def _is_stop(self, tokens: jax.Array) -> jax.Array:
+        return (tokens[..., None] == jnp.array(self.sampling.stop, jnp.int32)).any(-1)
+
+    # --- rows of the cache --------------------------------------------------------------------------------------------
+
+    def _take(self, cache: dict, row_D: jax.Array) -> dict:
+        """One row of each shard, as a cache of D rows."""
+
+        def take(x, axis):
+            x, each = self._by_shard(x, axis)
+            cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * each, each, axis)  # noqa: E731
+            return _merged(jax.vmap(cut, (axis, 0), axis)(x, row_D), axis)
+
+        return jax.tree.map(take, cache, self._axes)
+
+    def _put(self, cache: dict, rows: dict, row_D: jax.Array) -> dict:
+        """The cache with these rows in place of one of each shard."""
+
+        def put(x, new, axis):
+            x, each = self._by_shard(x, axis)
+            new = _apart(new, axis, self.shards)
+            write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * each, axis)  # noqa: E731
+            return _merged(jax.vmap(write, (axis, axis, 0), axis)(x, new, row_D), axis)
+
+        return jax.tree.map(put, cache, rows, self._axes)
+
+    def _by_shard(self, x: jax.Array, axis: int) -> tuple[jax.Array, int]:
+        """The rows of each shard on an axis of their own, and how many entries of that axis are one row's."""
+        return _apart(x, axis, self.shards), x.shape[axis] // self.slots
+
+    # --- placement ----------------------------------------------------------------------------------------------------
+
+    def _pinned(self, cache: dict) -> dict:
+        """Rows over the data shards."""
+        if self.mesh is None:
+            return cache
+        spec = lambda axis: PartitionSpec(*[None] * axis, data_axes(self.mesh))  # noqa: E731
+        pin = lambda x, axis: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axis)))  # noqa: E731
+        return jax.tree.map(pin, cache, self._axes)
+
+    def _whole(self, x: jax.Array) -> jax.Array:
+        """On every device."""
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))
+
+    def _in_force(self) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext() if self.mesh is None else use(self.mesh, self.rules)
+
+    def _jit(self, function: Callable, donate: int | None = None) -> Callable:
+        def traced(*args):
+            self.traces += 1  # runs while tracing only
+            with self._in_force():
+                return function(*args)
+
+        return jax.jit(traced, donate_argnums=() if donate is None else donate)
+
+
+def probabilities(logits_NJV: jax.Array, rows: Running, sampling: Sampling) -> jax.Array:
+    """`sampler.probabilities` where every row has a temperature and a top_p of its own; greedy: all of it on one."""
+    top_p_N11 = rows.top_p[:, None, None]
+    scaled_NJV = without(_scaled(logits_NJV, rows), sampling.suppress)
+    cut = lambda x: jnp.where(top_p_N11 < 1, nucleus(x, top_p_N11), x)  # noqa: E731
+    drawn_NJV = jax.nn.softmax(jax.lax.cond((rows.top_p < 1).any(), cut, lambda x: x, scaled_NJV), axis=-1)
+    is_likeliest_NJV = likeliest(logits_NJV, sampling)[..., None] == jnp.arange(logits_NJV.shape[-1])
+    return jnp.where(rows.temperature[:, None, None] == 0, is_likeliest_NJV, drawn_NJV)
+
+
+def logprobs(logits_NJV: jax.Array, token_NJ: jax.Array, rows: Running) -> jax.Array:
+    """As `sampler.Generated.logprobs` defines them."""
+    logprob_NJV = jax.nn.log_softmax(_scaled(logits_NJV, rows), axis=-1)
+    return jnp.take_along_axis(logprob_NJV, token_NJ[..., None], axis=-1)[..., 0]
+
+
+def _scaled(logits_NJV: jax.Array, rows: Running) -> jax.Array:
+    temperature_N = jnp.where(rows.temperature == 0, 1.0, rows.temperature)
+    return logits_NJV.astype(jnp.float32) / temperature_N[:, None, None]
+
+
+def _key(words: jax.Array, draw: jax.Array) -> jax.Array:
+    """The key of row `draw` of a sampler that was given jax.random.key(seed)."""
+    return jax.random.fold_in(jax.random.wrap_key_data(words, impl="threefry2x32"), draw)
+
+
+def last_new(x_NJX: jax.Array, new_NJ: jax.Array) -> jax.Array:
+    """[N, 1, ...]: of each row what belongs to the last that is new (they come first)."""
+    at_N1 = jnp.maximum(new_NJ.sum(axis=1) - 1, 0)[:, None]
+    return jnp.take_along_axis(x_NJX, at_N1.reshape(*at_N1.shape, *[1] * (x_NJX.ndim - 2)), axis=1)
+
+
+def text_positions(first_N: jax.Array, count: int) -> jax.Array:
+    """[N, count, 3]: of text from these on."""
+    position_NJ = first_N[:, None] + jnp.arange(count)
+    return jnp.broadcast_to(position_NJ[..., None], (*position_NJ.shape, 3))
+
+
+def only(new: dict, old: dict) -> dict:
+    """The entries of a cache, without what `_at` says."""
+    return {name: new[name] for name in old}
+
+
+def _apart(x: jax.Array, axis: int, parts: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+
+
+def _merged(x: jax.Array, axis: int) -> jax.Array:
+    return x.reshape(*x.shape[:axis], math.prod(x.shape[axis : axis + 2]), *x.shape[axis + 2 :])
+
+
+def _along(x_D: jax.Array, like: jax.Array, axis: int) -> jax.Array:
+    """x_D repeated for the entries of each row on `axis` of `like`, to be broadcast over it."""
+    repeated = jnp.repeat(x_D, like.shape[axis] // len(x_D))
+    return repeated.reshape(*[1] * axis, -1, *[1] * (like.ndim - axis - 1))
