@@ -1,6 +1,7 @@
 """Sampling from a model: the cached sampler, with drafts of the MTP head or without; the engine, for requests that come
 and go; and one answer from a run."""
 
+from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front
 from glmv_jax.inference.generate import Model, generate, generate_from_run, last_stage, question
@@ -14,6 +15,7 @@ __all__ = [
     "Busy",
     "Completion",
     "Engine",
+    "EngineSampler",
     "Front",
     "Generated",
     "Model",

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front, Piece
 from glmv_jax.inference.requests import Busy, Completion, Prompt, Request, group
@@ -211,6 +212,21 @@ def compilations():
     return counter
 
 
+def test_an_engine_in_place_of_a_sampler(engine, params, wanted, monkeypatch):
+    """A batch as it is, with a row that only fills it; one prompt a time may wait."""
+    monkeypatch.setattr(engine, "settings", dataclasses.replace(SETTINGS, queue=1))
+    prompts = Prompts.of(batch())
+    out = EngineSampler(engine, GROUP)(params, prompts, jax.random.key(7))
+    same = jax.device_get(sampler()(params, prompts, jax.random.key(7)))
+    for got, want in zip(out, same):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    gap = prompts._replace(length=prompts.length * (np.arange(4) != 1))
+    out = EngineSampler(engine, GROUP)(params, gap, jax.random.key(7))
+    there = np.repeat(np.arange(4) != 1, GROUP)
+    np.testing.assert_array_equal(out.tokens, np.where(there[:, None], same.tokens, SAMPLING.pad))
+    assert not out.lengths[~there].any() and (out.lengths[there] > 0).all()
+
+
 def test_a_prompt_and_its_picture_are_read_once(engine, params):
     prompt = Prompt.of_row(batch(), 2)
     read, encoded, reused = engine.counts.read, engine.counts.encoded, engine.counts.reused
@@ -328,7 +344,7 @@ def test_drafts_of_the_mtp_head(params):
     """Greedy answers are the plain ones, drawn ones depend on nothing beside them, and some drafts are kept."""
     cfg = dataclasses.replace(CFG, mtp=MTPConfig(CFG.decoder))
     params = made_half_right(numbers(cfg), tiny_vlm.WIDTH, 0.08)
-    engine = Engine(cfg, params, SAMPLING, dataclasses.replace(SETTINGS, drafts=2, chunks=(4, 16)))
+    engine = Engine(cfg, params, SAMPLING, dataclasses.replace(SETTINGS, drafts=2, chunks=(4,)))
     asked = [*requests(temperature=0.0), *requests()]
     done, sizes = answers(engine, asked), {n: [] for n in range(24)}
     check_by_forward(cfg, params, done[:12], dataclasses.replace(SAMPLING, temperature=0.0))
@@ -370,7 +386,7 @@ def test_latent_caches():
     )  # fmt: skip
     cfg = VLMConfig(None, None, decoder)
     params = numbers(cfg)
-    engine = Engine(cfg, params, SAMPLING, dataclasses.replace(SETTINGS, chunks=(16,)))
+    engine = Engine(cfg, params, SAMPLING, dataclasses.replace(SETTINGS, chunks=(4,)))
     prompt = Prompt.of_ids(rows()[1]["tokens"])
     done = answers(engine, [*group(prompt, 6, seed=7), Request(prompt, temperature=0.0)])
     assert engine.counts.reused == 6 * 8 and len({tuple(x.tokens) for x in done}) > 3
