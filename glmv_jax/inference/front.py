@@ -197,5 +197,8 @@ def _future() -> Future:
 
 def _in_loop(loop: asyncio.AbstractEventLoop, what: Callable[[], None]) -> None:
     """In that event loop, unless it is over."""
-    if not loop.is_closed():
+    try:
         loop.call_soon_threadsafe(what)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise

@@ -404,7 +404,10 @@ def test_latent_caches():
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 (emulated) devices")
-def test_two_devices_are_as_one(params, wanted):
+def test_two_devices_are_as_one(params, wanted, monkeypatch):
+    """With layers stacked, as an accelerator has them."""
+    monkeypatch.setattr(vlm, "layers_apart", lambda cfg, params, cache, rows: (params, cache))
+    monkeypatch.setattr(vlm, "for_rows", lambda cfg, params, rows: params)
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
     engine = Engine(CFG, params, SAMPLING, SETTINGS, mesh=mesh)
     engine.warm()
