@@ -29,6 +29,7 @@ from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.typing import TokenInput, UserError
 from tests import tiny_vlm
 from tests.inference.test_speculative import kept, made_half_right, runs_by_hand
+from tests.parallel.collectives import collectives
 
 CFG = tiny_vlm.config()
 GROUP = 3
@@ -405,7 +406,7 @@ def test_latent_caches():
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 (emulated) devices")
 def test_two_devices_are_as_one(params, wanted, monkeypatch):
-    """With layers stacked, as an accelerator has them."""
+    """With layers stacked, as an accelerator has them. Reading prompts passes nothing between devices."""
     monkeypatch.setattr(vlm, "layers_apart", lambda cfg, params, cache, rows: (params, cache))
     monkeypatch.setattr(vlm, "for_rows", lambda cfg, params, rows: params)
     mesh = make_mesh({"data": 2}, jax.devices()[:2])
@@ -418,6 +419,9 @@ def test_two_devices_are_as_one(params, wanted, monkeypatch):
         check(completion, wanted[n])
     assert engine.traces == traces
     assert all(len(x.sharding.device_set) == 2 and not x.is_fully_replicated for x in jax.tree.leaves(engine._cache))
+    chunk = engine._chunk(SETTINGS.chunks[0])
+    prefill = engine._programs.prefill.lower(engine._weights.prefill, engine._visual, engine._cache, chunk).compile()
+    assert collectives(prefill) == []
 
 
 # --- asyncio ----------------------------------------------------------------------------------------------------------
