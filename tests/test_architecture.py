@@ -66,16 +66,20 @@ def imports(path: pathlib.Path, module: str) -> list[tuple[int, str]]:
 
     `from a import b` counts as `a.b`, as b may be a module.
     """
+    tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
+    return [(node.lineno, name) for node in ast.walk(tree) for name in names(node, path, module)]
+
+
+def names(node: ast.AST, path: pathlib.Path, module: str) -> list[str]:
+    """The dotted modules of an import statement of the file; none of any other node."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if not isinstance(node, ast.ImportFrom):
+        return []
     package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
-    found = []
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            found += [(node.lineno, alias.name) for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            base = package[: len(package) - node.level + 1] if node.level else []
-            source = ".".join([*base, *([node.module] if node.module else [])])
-            found += [(node.lineno, f"{source}.{alias.name}") for alias in node.names]
-    return found
+    base = package[: len(package) - node.level + 1] if node.level else []
+    source = ".".join([*base, *([node.module] if node.module else [])])
+    return [f"{source}.{alias.name}" for alias in node.names]
 
 
 def part_of(module: str) -> str:
@@ -107,6 +111,50 @@ def broken_imports(package: pathlib.Path) -> list[str]:
             elif top in WITHOUT.get(here, ()):
                 wrong.append(f"{place} {here} does without {top}")
     return wrong
+
+
+def at_import(path: pathlib.Path, module: str) -> set[str]:
+    """The modules that importing a file imports: not those in functions, nor under TYPE_CHECKING."""
+    found, todo = set(), list(ast.parse(path.read_text(encoding="utf-8"), str(path)).body)
+    while todo:
+        node = todo.pop()
+        found.update(names(node, path, module))
+        later = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if not later and not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)):
+            todo += [child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.ExceptHandler))]
+    return found
+
+
+def reached(package: pathlib.Path, start: str) -> dict[str, str]:
+    """Every module that importing `start` and all below it imports -> the module that asks for it."""
+    files = {}
+    for path in package.rglob("*.py"):
+        parts = path.relative_to(package.parent).with_suffix("").parts
+        files[".".join(parts[:-1] if path.name == "__init__.py" else parts)] = path
+    todo = [(name, "") for name in files if name == start or name.startswith(f"{start}.")]
+    found: dict[str, str] = {}
+    while todo:
+        module, by = todo.pop()
+        if module in found:
+            continue
+        parent = module.rpartition(".")[0]
+        if module in files:
+            todo += [(name, module) for name in at_import(files[module], module)]
+            todo += [(parent, module)] * bool(parent)
+        elif parent in files:  # a name inside a module
+            todo.append((parent, by))
+            continue
+        found[module] = by
+    return found
+
+
+def reaching(package: pathlib.Path, start: str, barred: set[str], allowed: set[str] = frozenset()) -> list[str]:
+    """What importing `start` imports of the barred modules, with the module that asks for each."""
+    return sorted(
+        f"{by} imports {module}"
+        for module, by in reached(package, start).items()
+        if module not in allowed and any(module == name or module.startswith(f"{name}.") for name in barred)
+    )
 
 
 def broken_experiments(folder: pathlib.Path) -> list[str]:
@@ -148,6 +196,25 @@ def broken_style(folder: pathlib.Path) -> list[str]:
 
 def test_imports():
     assert broken_imports(PACKAGE) == []
+
+
+# What the extras bring, and jax with those that bring it.
+EXTRAS = {"httpx", "math_verify", "sympy", "gymnasium", "reasoning_gym", "miniwob", "selenium", "starlette", "uvicorn",
+          "mcp", "ray"}  # fmt: skip
+TRAINERS = {"jax", "flax", "optax", "orbax", "grain", "chex", "glmv_jax.train", "glmv_jax.models", "glmv_jax.inference"}
+
+
+def test_the_trainer_is_imported_without_the_reward_package_and_without_extras():
+    """But for the record of a verdict, which both sides know, and which needs nothing."""
+    record = {"glmv_jax.rl.rewards", "glmv_jax.rl.rewards.grade", "glmv_jax.rl.rewards.runner"}
+    assert reaching(PACKAGE, "glmv_jax.train", {"glmv_jax.rl.rewards", "glmv_jax.rl.tasks"} | EXTRAS, record) == []
+    assert "glmv_jax.rl.batch" in reached(PACKAGE, "glmv_jax.train")
+
+
+def test_graders_are_imported_without_a_trainer():
+    assert reaching(PACKAGE, "glmv_jax.rl.rewards", TRAINERS | EXTRAS) == []
+    assert reaching(PACKAGE, "glmv_jax.rl.tasks", TRAINERS | EXTRAS) == []
+    assert "glmv_jax.data.records" in reached(PACKAGE, "glmv_jax.rl.rewards")
 
 
 def test_experiments_import_configs_only():
@@ -227,6 +294,22 @@ def test_right_imports_are_let_through(tmp_path):
     path.parent.mkdir(parents=True)
     path.write_text("import flax\nfrom . import b\nfrom ..block import x\nfrom glmv_jax import __version__\nimport jax")
     assert broken_imports(tmp_path / "glmv_jax") == []
+
+
+def test_what_an_import_reaches_is_seen(tmp_path):
+    package = tmp_path / "glmv_jax"
+    (package / "rl").mkdir(parents=True)
+    for name, text in {
+        "__init__": "", "rl/__init__": "from . import a", "rl/a": "import httpx.core\ndef f():\n    import sympy",
+        "train": "from typing import TYPE_CHECKING\ntry:\n    from glmv_jax.rl import b\nexcept E:\n    import ray\n"
+                 "if TYPE_CHECKING:\n    import mcp",
+        "rl/b": "class A:\n    from glmv_jax.rl.b import name",
+    }.items():  # fmt: skip
+        (package / f"{name}.py").write_text(text)
+    assert reaching(package, "glmv_jax.train", {"httpx", "sympy", "ray", "mcp", "glmv_jax.rl"}, {"glmv_jax.rl"}) == [
+        "glmv_jax.rl imports glmv_jax.rl.a", "glmv_jax.rl.a imports httpx.core", "glmv_jax.train imports glmv_jax.rl.b",
+        "glmv_jax.train imports ray",
+    ]  # fmt: skip
 
 
 def test_wrong_experiment_layout_and_style_are_seen(tmp_path):

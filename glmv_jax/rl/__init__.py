@@ -1,24 +1,31 @@
-"""Reinforcement learning with verifiable rewards: tasks, graders, rollouts as records, training rows."""
+"""Reinforcement learning with verifiable rewards: tasks, graders, rollouts as records, training rows.
 
-from glmv_jax.rl.batch import to_batch
-from glmv_jax.rl.metrics import by_source, pass_at_k
-from glmv_jax.rl.prompts import prompts
-from glmv_jax.rl.rewards import Grade, score
-from glmv_jax.rl.rollout import Rollout, image_hash, rollout
-from glmv_jax.rl.task import Task
-from glmv_jax.rl.tasks import TASKS, verifiers
+The public names are imported when first used: a process that grades answers imports no jax, and one that trains imports
+no grader. `rl.prompts` and `rl.rollout` are modules.
+"""
 
-__all__ = [
-    "TASKS",
-    "Grade",
-    "Rollout",
-    "Task",
-    "by_source",
-    "image_hash",
-    "pass_at_k",
-    "prompts",
-    "rollout",
-    "score",
-    "to_batch",
-    "verifiers",
-]
+from __future__ import annotations
+
+import importlib
+
+# public name -> module of this package it lives in
+_PUBLIC = {
+    "TASKS": "tasks",
+    "Grade": "rewards",
+    "Rollout": "rollout",
+    "Task": "task",
+    "by_source": "metrics",
+    "image_hash": "rollout",
+    "pass_at_k": "metrics",
+    "score": "rewards",
+    "to_batch": "batch",
+    "verifiers": "tasks",
+}
+
+__all__ = list(_PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'glmv_jax.rl' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"glmv_jax.rl.{_PUBLIC[name]}"), name)

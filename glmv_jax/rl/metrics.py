@@ -53,6 +53,6 @@ def _one(records: Sequence[Rollout]) -> dict[str, float]:
         "length": mean(len(r.answer) for r in records),
         "truncated": mean(r.truncated for r in records),
         "format": mean(r.grade.components.get("format", 0.0) for r in records),
-        "error": mean("error" in r.grade.flags for r in records),
+        "error": mean(r.grade.failed for r in records),
         "logprob": mean(x for r in records for x in r.logprobs) if any(len(r.answer) for r in records) else 0.0,
     }

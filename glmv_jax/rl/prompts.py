@@ -9,7 +9,6 @@ import grain
 
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.pipeline import Reading, prompt_batches
-from glmv_jax.rl import tasks
 
 
 def namespaced(namespace: str, seed: int) -> int:
@@ -35,6 +34,8 @@ def prompts(
     Stages that use other seeds or namespaces draw other questions; with
     the same ones they draw the same. Raises UserError for an unknown task.
     """
+    from glmv_jax.rl import tasks  # with their graders, which the trainer does not import
+
     sources = {name: tasks.get(name).source(split, namespaced(namespace, seed)) for name in weights}
     reading = Reading(seed=seed, workers=workers, ahead=ahead, faults=faults)
     return prompt_batches(sources, weights, builder, batch=batch, reading=reading)

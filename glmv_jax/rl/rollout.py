@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
 from glmv_jax.inference.sampler import Prompts, Sampler
 from glmv_jax.inference.text import answer_text
-from glmv_jax.rl.rewards import Grade, score
-from glmv_jax.rl.rewards.grade import Verifier
 from glmv_jax.typing import Batch, Params
+
+if TYPE_CHECKING:  # who trains on rollouts needs no grader; who makes them does, see `rollout`
+    from glmv_jax.rl.rewards.grade import Grade, Verifier
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,8 @@ def rollout(
     batch: of `rl.prompts` (arrays with one prompt a row, and "samples"). Returns B * group records, groups together.
     A grader that fails gives the lowest reward and the flag "error"; a source without a verifier raises UserError.
     """
+    from glmv_jax.rl.rewards import score
+
     out = jax.device_get(sampler(params, Prompts.of(batch), key))
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]
     answers = [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]

@@ -1,6 +1,6 @@
 """The graders against slow independent definitions, hostile strings and cheats.
 
-Not covered: a grader that never returns. The rules are bounded by MAX_CONTENT; outside verifiers will need processes.
+Not covered: graders that never return; these run in processes, see tests/rl/rewards.
 """
 
 from __future__ import annotations
@@ -223,8 +223,8 @@ def test_a_failing_grader_is_data(caplog):
 def test_rewards_out_of_range_are_failures():
     too_much = lambda answer, sample: boxed(text.exact)(answer, sample).__class__(7.0, True, {})  # noqa: E731
     not_a_number = lambda answer, sample: boxed(text.exact)(answer, sample).__class__(float("nan"), True, {})  # noqa: E731
-    for verifier in (too_much, not_a_number):
-        assert score([sample("red")], ["x"], {"s": verifier})[0].flags == ("error",)
+    for verifier, flag in ((too_much, "error"), (not_a_number, "nan")):
+        assert score([sample("red")], ["x"], {"s": verifier})[0].flags == (flag,)
 
 
 def test_a_source_without_a_verifier_stops_at_once():

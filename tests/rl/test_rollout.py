@@ -18,7 +18,8 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.inference.sampler import Sampler, Sampling
-from glmv_jax.rl.prompts import namespaced
+from glmv_jax.rl.prompts import namespaced, prompts
+from glmv_jax.rl.rollout import rollout
 from glmv_jax.typing import UserError
 from tests import tiny_vlm
 
@@ -32,7 +33,7 @@ SIZES = {"rows": (4, 6, 8), "tokens": 96, "patches": 32, "names": NAMES}
 
 @pytest.fixture(scope="module")
 def batch():
-    return next(rl.prompts(dict.fromkeys(NAMES, 1.0), BUILDER, batch=4, seed=0))
+    return next(prompts(dict.fromkeys(NAMES, 1.0), BUILDER, batch=4, seed=0))
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def params():
 @pytest.fixture(scope="module")
 def records(batch, params):
     sampler = Sampler(CFG, Sampling.chat(TOKENIZER, 6), GROUP)
-    return rl.rollout(sampler, params, batch, jax.random.key(0), TOKENIZER, rl.verifiers())
+    return rollout(sampler, params, batch, jax.random.key(0), TOKENIZER, rl.verifiers())
 
 
 def packed(records, batch, **changes):
@@ -166,7 +167,7 @@ def test_prompts_that_find_no_room_are_left_out_last_first(records, batch):
 
 
 def test_prompts_resume_and_do_not_meet_other_namespaces():
-    make = lambda **k: rl.prompts({"count": 0.5, "read": 0.5}, BUILDER, batch=2, **k)  # noqa: E731
+    make = lambda **k: prompts({"count": 0.5, "read": 0.5}, BUILDER, batch=2, **k)  # noqa: E731
     stream = make(seed=1)
     next(stream)
     state = json.loads(json.dumps(stream.get_state()))

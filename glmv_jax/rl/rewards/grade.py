@@ -8,7 +8,8 @@ or later, write every one of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from glmv_jax.data.records import Sample
@@ -19,6 +20,9 @@ MIN_REWARD = 0.0
 # No gold answer of words, numbers or boxes comes near this. A longer box is not an answer, and refusing it bounds the
 # work of every rule. Tasks whose answers are programs or pages say a bound of their own.
 MAX_CONTENT = 512
+# What a grader that failed leaves behind: it took too long, raised or broke, or its reward was not a number.
+FAILURES = ("timeout", "error", "nan")
+MAX_PARTS, MAX_NAME = 64, 80  # components of a grade, characters of a name or a flag
 
 
 class Score(NamedTuple):
@@ -36,16 +40,22 @@ RIGHT = Score(1.0, True)
 class Grade:
     """The verdict on one answer.
 
-    reward:     what the policy is trained on, in [0, 1].
+    reward:     what the policy is trained on, in [0, 1]; rewards given to a group at once may lie outside.
     correct:    what accuracy and pass@k count; never true for a badly formed answer.
     components: the parts of the reward by name ("format", "score"), each in [0, 1].
-    flags:      why something was refused: "no_box", "many_boxes", "empty_box", "long_box", "error".
+    flags:      why something was refused: "no_box", "many_boxes", "empty_box", "long_box", what a part of the reward
+                found, or one of FAILURES, after which the reward is the lowest.
     """
 
     reward: float
     correct: bool
     components: dict[str, float]
     flags: tuple[str, ...] = ()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the grader failed, whatever the answer was worth."""
+        return any(flag in FAILURES for flag in self.flags)
 
 
 Rule: TypeAlias = Callable[[str, Sample], Score]
@@ -91,3 +101,65 @@ def boxed(rule: Rule, *, format_weight: float = 0.1, most: int = MAX_CONTENT) ->
         return Grade(reward, score.correct, {"format": 1.0, "score": score.value})
 
     return verify
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """What is graded: an answer to a sample. Every object with these four attributes will do, an episode too.
+
+    sample: what was asked; None in an environment that grades for itself.
+    text:   the final answer, box tokens and all.
+    reward: the verdict of the environment it was given in; None where there is none.
+    source: the data-source tag; "" is that of the sample.
+    """
+
+    sample: Sample | None
+    text: str
+    reward: float | None = None
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            object.__setattr__(self, "source", self.sample.source)
+
+
+class BadGrade(ValueError):
+    """A verifier returned what is no grade; `flag` is "nan" or "error"."""
+
+    def __init__(self, flag: str, message: str):
+        super().__init__(message)
+        self.flag = flag
+
+
+def failure(flag: str, lowest: float = MIN_REWARD) -> Grade:
+    """The grade of an answer whose grader failed; flag: of FAILURES."""
+    return Grade(lowest, False, {}, (flag,))
+
+
+def _share(what: str, value: object) -> float:
+    if isinstance(value, str) or not hasattr(value, "__float__"):
+        raise BadGrade("error", f"{what} is {type(value).__name__}, not a number")
+    number = float(value)  # type: ignore[arg-type]
+    if not math.isfinite(number):
+        raise BadGrade("nan", f"{what} is {number}")
+    if not 0.0 <= number <= 1.0:
+        raise BadGrade("error", f"{what} {number} is outside [0, 1]")
+    return number
+
+
+def checked(result: object) -> Grade:
+    """What a verifier returned, as a Grade of plain numbers and short names; BadGrade when it is none.
+
+    It bounds what a verifier can hand on: no more than 64 components and flags, names of at most 80 characters.
+    """
+    if not isinstance(result, Grade):
+        raise BadGrade("error", f"a verifier returned {type(result).__name__}, not a Grade")
+    reward = _share("reward", result.reward)
+    if not isinstance(result.components, Mapping) or not isinstance(result.flags, tuple):
+        raise BadGrade("error", "components are a mapping and flags a tuple")
+    if len(result.components) > MAX_PARTS or len(result.flags) > MAX_PARTS:
+        raise BadGrade("error", f"more than {MAX_PARTS} components or flags")
+    if not all(isinstance(name, str) and len(name) <= MAX_NAME for name in (*result.components, *result.flags)):
+        raise BadGrade("error", f"names of components and flags are strings of at most {MAX_NAME} characters")
+    components = {name: _share(f"component {name}", value) for name, value in result.components.items()}
+    return Grade(reward, bool(result.correct), components, result.flags)

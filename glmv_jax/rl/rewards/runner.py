@@ -6,18 +6,19 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from glmv_jax.data.records import Sample
-from glmv_jax.rl.rewards.grade import MIN_REWARD, Grade, Verifier
+from glmv_jax.rl.rewards.grade import BadGrade, Grade, Verifier, checked, failure
 from glmv_jax.typing import UserError
 
 log = logging.getLogger(__name__)
 
 
 def score(samples: Sequence[Sample], answers: Sequence[str], verifiers: Mapping[str, Verifier]) -> list[Grade]:
-    """One grade an answer, by the verifier of its sample's source.
+    """One grade an answer, by the verifier of its sample's source, in this process.
 
-    A verifier that raises, or returns a reward outside [0, 1], gives Grade(0, False, {}, ("error",)) and a warning
-    with the sample's id; the rest of the batch is not touched. The rules are bounded in time (see MAX_CONTENT), so
-    they run in this process. Raises UserError for a source without a verifier, which no retry can mend.
+    A verifier that raises, or returns a reward outside [0, 1], gives Grade(0, False, {}, ("error",)), one that returns
+    no number the flag "nan", and a warning with the sample's id; the rest of the batch is not touched. The rules of
+    this package are bounded in time (see MAX_CONTENT); others run in processes, see `system.RewardSystem`.
+    Raises UserError for a source without a verifier, which no retry can mend.
     """
     if len(samples) != len(answers):
         raise ValueError(f"{len(samples)} samples but {len(answers)} answers")
@@ -29,10 +30,7 @@ def score(samples: Sequence[Sample], answers: Sequence[str], verifiers: Mapping[
 
 def _one(sample: Sample, answer: str, verify: Verifier) -> Grade:
     try:
-        grade = verify(answer, sample)
-        if not 0.0 <= grade.reward <= 1.0:
-            raise ValueError(f"reward {grade.reward} is outside [0, 1]")
-        return grade
+        return checked(verify(answer, sample))
     except Exception as error:  # whatever a grader does wrong, the other answers of the step must be trained on
         log.warning("grader of %s failed on sample %s: %s: %s", sample.source, sample.id, type(error).__name__, error)
-        return Grade(MIN_REWARD, False, {}, ("error",))
+        return failure(error.flag if isinstance(error, BadGrade) else "error")

@@ -22,7 +22,6 @@ from glmv_jax.losses.chunked import CHUNK, head_logprobs
 from glmv_jax.losses.cross_entropy import divide
 from glmv_jax.losses.select import predictors, select
 from glmv_jax.models import vlm
-from glmv_jax.rl import tasks
 from glmv_jax.rl.batch import to_batch
 from glmv_jax.rl.metrics import by_source
 from glmv_jax.rl.prompts import prompts
@@ -39,6 +38,8 @@ class RL(VLMStage):
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
+        from glmv_jax.rl import tasks  # graders are imported where answers are graded, not with the trainer
+
         r = cfg.rollout
         self.verifiers = tasks.verifiers(self.names)
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
