@@ -42,7 +42,7 @@ class FakeJudge:
         self.url = ""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        with contextlib.closing(writer), contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
             while head := await reader.readuntil(b"\r\n\r\n"):
                 length = int(re.search(rb"content-length: (\d+)", head.lower())[1])
                 body = json.loads(await reader.readexactly(length))
@@ -57,7 +57,6 @@ class FakeJudge:
                 lines = [f"HTTP/1.1 {status} X", f"content-length: {len(content)}", *headers]
                 writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + content)
                 await writer.drain()
-        writer.close()
 
     async def _content(self, body: dict, number: int) -> tuple[int, list[str], bytes]:
         reply = self.reply(body, number)
@@ -78,29 +77,23 @@ class FakeJudge:
 @contextlib.contextmanager
 def running(reply: Callable) -> Iterator[FakeJudge]:
     """A judge that serves in a thread of its own."""
-    judge, loop, up = FakeJudge(reply), asyncio.new_event_loop(), threading.Event()
+    judge, loop, up, down = FakeJudge(reply), asyncio.new_event_loop(), threading.Event(), asyncio.Event()
 
-    async def main() -> asyncio.Server:
-        server = await asyncio.start_server(judge.serve, "127.0.0.1", 0)
-        judge.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
-        up.set()
-        return server
-
-    def run() -> None:
-        server = loop.run_until_complete(main())
-        loop.run_forever()
-        server.close()
-        if tasks := asyncio.all_tasks(loop):
-            for task in tasks:
+    async def main() -> None:
+        async with await asyncio.start_server(judge.serve, "127.0.0.1", 0) as server:
+            judge.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            up.set()
+            await down.wait()
+            server.close()
+            for task in asyncio.all_tasks() - {asyncio.current_task()}:
                 task.cancel()
-            loop.run_until_complete(asyncio.wait(tasks))
-        loop.close()
 
-    thread = threading.Thread(target=run, daemon=True)
+    thread = threading.Thread(target=loop.run_until_complete, args=(main(),), daemon=True)
     thread.start()
     up.wait()
     try:
         yield judge
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        loop.call_soon_threadsafe(down.set)
         thread.join()
+        loop.close()
