@@ -36,6 +36,7 @@ from glmv_jax.rl.rewards.judge import Endpoint, Judging
 from glmv_jax.rl.rewards.rvpo import FORMS
 from glmv_jax.typing import UserError
 
+LONGEST_UNBOXED = 1000  # characters of an answer to a task that a model grades, which asks for a sentence
 DEFAULTS = {"workers": 2, "memory_gb": 4.0, "limit": 2.0, "judges": {}, "sources": {}}
 SOURCE = {"parts": {}, "gate": (), "how": "sum", "order": (), "weights": {}, "lowest": 0.0, "group": None}
 GROUP = {"comparator": None, "render": None, "render_args": None, "form": "algorithm1", "polish": False, "limit": None}
@@ -128,7 +129,20 @@ def judges(given: Mapping[str, Any]) -> dict[str, Endpoint]:
     return found
 
 
-def of_tasks(names: Iterable[str], **options: Any) -> dict[str, Any]:
-    """A configuration in which every task is graded by its own verifier; options: of the whole system."""
-    parts = lambda name: {"parts": {"task": {"kind": "rule", "rule": f"tasks/{name}"}}}  # noqa: E731
-    return {**options, "sources": {name: parts(name) for name in names}}
+def of_tasks(names: Iterable[str], judge: str = "", **options: Any) -> dict[str, Any]:
+    """A configuration in which every task is graded as it says: by its own verifier, or by a judge and its rubric.
+
+    judge: the name of that judge in options["judges"]; options: of the whole system. UserError for an unknown task, and
+    for one that a model grades when there is no judge.
+    """
+    from glmv_jax.rl import tasks  # which imports the rules of this package
+
+    def part(name: str) -> dict[str, Any]:
+        task = tasks.get(name)
+        if not task.rubric:
+            return {"kind": "rule", "rule": f"tasks/{name}"}
+        if not judge:
+            raise UserError(f"task {name} is graded by a model: name a judge, or leave the task out")
+        return {"kind": "judge", "judge": judge, "rubric": task.rubric, "box": False, "longest": LONGEST_UNBOXED}
+
+    return {**options, "sources": {name: {"parts": {"task": part(name)}} for name in names}}

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import importlib.util
 import threading
 import time
 
 import pytest
 from PIL import Image
 
+from glmv_jax.agents import browser, sandbox
 from glmv_jax.data.records import Sample
 from glmv_jax.rl import tasks
 from glmv_jax.rl.rewards import score
@@ -28,6 +30,7 @@ HERE = "tests.rl.rewards.hostile"
 VERDICT = {"kind": "rule", "rule": f"{HERE}:verdict"}
 # Math-Verify, issue 65: five to the five to the five to the five to the five
 TOWER = "\\dfrac{5^{\\left(5^{\\left(5^{\\left(5^5\\right)}\\right)} - 4\\right)} - 5}{16}"
+MISSING = {"code": sandbox.missing, "ui_code": browser.missing}
 PICTURE = Image.new("RGB", (8, 8))
 
 
@@ -162,6 +165,42 @@ def test_tasks_are_graded_as_by_their_own_verifiers():
     with RewardSystem(of_tasks(["count", "name", "ground"], workers=1)) as rewards:
         assert rewards.score(samples, texts) == score(samples, texts, tasks.verifiers())
     assert collections.Counter(g.reward for g in score(samples, texts, tasks.verifiers())) == {1.0: 6, 0.0: 6}
+
+
+def test_every_task_is_graded_in_workers_as_here():
+    """Gold answers of all tasks, and wrong ones; programs and pages in processes of the workers' own."""
+    names = [name for name in tasks.verifiers() if not MISSING.get(name, str)()]
+    if importlib.util.find_spec("reasoning_gym") is None:
+        names.remove("reasoning")
+    samples = [sample for name in names for sample in [tasks.source(name, "train", 5)[0]] * 2]
+    texts = [box(s.answer if i % 2 else s.answer[: len(s.answer) // 2]) for i, s in enumerate(samples)]
+    with RewardSystem(of_tasks(names, workers=1, limit=60.0)) as rewards:
+        grades = rewards.score(samples, texts)
+    assert [g for g, s in zip(grades[1::2], samples[1::2]) if not g.correct or g.reward != 1.0] == []
+    assert grades == score(samples, texts, tasks.verifiers())
+
+
+def test_a_task_for_a_judge_is_graded_by_its_rubric():
+    """The judge is given rubric, picture and reference; a box in an answer, or an endless one, costs it all."""
+    sample = tasks.source("captioning", "train", 0)[0]
+
+    def reply(body, number):
+        assert tasks.get("captioning").rubric in body["messages"][0]["content"]
+        assert between(body, "REFERENCE") == sample.answer and between(body, "QUESTION") == sample.prompt
+        kinds = [part["type"] for part in body["messages"][1]["content"]]
+        assert kinds == ["image_url"] * len(sample.images) + ["text"]
+        return f"VERDICT {word(body)} {len(between(body, 'ANSWER'))}"
+
+    texts = ["a circle", "a cat", box("a circle"), "a circle " * 200]
+    with running(reply) as judge:
+        with RewardSystem(of_tasks(["captioning", "count"], judge="main", judges=judges(judge), workers=1)) as rewards:
+            grades = rewards.score([sample] * 4, texts)
+        assert len(judge.bodies) == 2
+    assert [g.reward for g in grades] == [0.8, 0.5, 0.0, 0.0] and [g.correct for g in grades] == [True] + [False] * 3
+    with pytest.raises(UserError, match="task captioning is graded by a model: name a judge, or leave the task out"):
+        of_tasks(["count", "captioning"])
+    with pytest.raises(UserError, match="task 'cuont' does not exist; nearest: count"):
+        of_tasks(["cuont"])
 
 
 # --- groups -----------------------------------------------------------------------------------------------------------
