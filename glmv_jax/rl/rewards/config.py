@@ -132,15 +132,17 @@ def judges(given: Mapping[str, Any]) -> dict[str, Endpoint]:
 def of_tasks(names: Iterable[str], judge: str = "", **options: Any) -> dict[str, Any]:
     """A configuration in which every task is graded as it says: by its own verifier, or by a judge and its rubric.
 
-    judge: the name of that judge in options["judges"]; options: of the whole system. UserError for an unknown task, and
-    for one that a model grades when there is no judge.
+    judge: the name of that judge in options["judges"]; options: of the whole system. UserError for an unknown task, for
+    one that this machine cannot grade, and for one that a model grades when there is no judge.
     """
     from glmv_jax.rl import tasks  # which imports the rules of this package
 
     def part(name: str) -> dict[str, Any]:
         task = tasks.get(name)
+        if reason := task.missing():
+            raise UserError(reason)
         if not task.rubric:
-            return {"kind": "rule", "rule": f"tasks/{name}"}
+            return {"kind": "rule", "rule": f"tasks/{name}", "limit": task.seconds}
         if not judge:
             raise UserError(f"task {name} is graded by a model: name a judge, or leave the task out")
         return {"kind": "judge", "judge": judge, "rubric": task.rubric, "box": False, "longest": LONGEST_UNBOXED}
