@@ -33,10 +33,32 @@ def get_config(arg=None):
         "max_new_tokens": 14,
         "temperature": 1.0,
         "top_p": 1.0,
-        "advantage": "grpo",
-        "per": "rollout",
+        "advantage": "grpo",  # all of these and of the loss: glmv_jax/losses/policy
+        "components": (),  # of grades with their weights, for gdpo: (("score", 1.0), ("format", 0.5))
+        "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},  # tokens before max_new_tokens that cost reward
+        "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }
-    cfg.loss = {"clip_low": 0.2, "clip_high": 0.28, "chunk": 256 if nano else 1024}  # chunk: as in SFT
+    cfg.loss = {
+        "surrogate": "clip",
+        "clip_low": 0.2,
+        "clip_high": 0.28,
+        "dual_clip": 0.0,
+        "ratio_cap": 5.0,
+        "tv": 0.2,
+        "penalty": 0.0,
+        "aggregation": "seq-mean-token-mean",
+        "max_length": 0,
+        "kl": {"kind": "k3", "factor": 0.0},
+        "distil": {"kind": "none", "factor": 1.0, "top_k": 32},
+        "correction": {
+            "weight": "none", "outside": "clamp", "low": 0.0, "high": 2.0, "normalise": False, "veto": 0.0,
+            "reject": "none", "over": "token", "limit": 0.1,
+        },
+        "chunk": 256 if nano else 1024,  # as in SFT
+    }  # fmt: skip
+    # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
+    # pairs (source, folder) of teachers for loss.distil, "*" for every other source.
+    cfg.reference = {"policy": "", "teachers": ()}
     cfg.optim = {
         "lr": 1e-3 if nano else 1e-6,
         "clip": 1.0,

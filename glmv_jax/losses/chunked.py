@@ -11,7 +11,8 @@ was there anyway, and the head's gradient is written once, not summed and then s
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -75,6 +76,37 @@ def head_logprobs(
     return cut.back(logprob), jax.lax.stop_gradient(cut.back(entropy))
 
 
+@jax.named_scope("head")
+def head_map(
+    fn: Callable[..., Any],
+    hidden_BTD: jax.Array,
+    head_DV: jax.Array,
+    *given: jax.Array,
+    temperature: float = 1.0,
+    chunk: int = CHUNK,
+) -> Any:
+    """fn(log p [..., V], *given) of every token, p as in `head_logprobs`, for what needs more of p than one token's.
+
+    Args:
+      fn: from log-probabilities [S, C, V] float32 and what is `given` of these tokens, [S, C, ...], to a tree of arrays
+        [S, C, ...]; it takes each token by itself.
+      given: [B, T, ...] each, without a gradient. Other arguments as in `head_loss`.
+
+    Returns: the tree with arrays [B, T, ...]. The logits of a chunk are computed once more in the backward pass.
+    """
+    cut = _Cut.of(hidden_BTD, chunk)
+    pieces = cut(hidden_BTD), tuple(cut(jax.lax.stop_gradient(x)) for x in given)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(h_SCD, *given_SC):
+        # The head is cast in here: its gradient is then summed over chunks in the parameter's dtype.
+        logits_SCV = _Head.of(head_DV, pieces[0]).logits(h_SCD) / temperature
+        return fn(logits_SCV - _logsumexp(logits_SCV)[0][..., None], *given_SC)
+
+    _, out = jax.lax.scan(lambda _, piece: (None, one(piece[0], *piece[1])), None, pieces)
+    return jax.tree.map(cut.back, out)
+
+
 class _Cut(NamedTuple):
     """Rows [B, T, ...] as [n, S, C, ...]: n chunks of C tokens of each of S = rows x parts shards; the last one is
     filled up with zeros. rows: shards of B; parts: of T."""
@@ -105,8 +137,9 @@ class _Cut(NamedTuple):
 
     def back(self, x_nSC: jax.Array) -> jax.Array:
         B, T, R, N, n, C = self
-        x = jnp.moveaxis(x_nSC, 0, 1).reshape(R * N, n * C)[:, : B // R * (T // N)]
-        return x.reshape(R, N, B // R, T // N).swapaxes(1, 2).reshape(B, T)
+        rest = x_nSC.shape[3:]
+        x = jnp.moveaxis(x_nSC, 0, 1).reshape(R * N, n * C, *rest)[:, : B // R * (T // N)]
+        return x.reshape(R, N, B // R, T // N, *rest).swapaxes(1, 2).reshape(B, T, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -62,8 +62,11 @@ def rollout(
     key: jax.Array,
     tokenizer: Any,
     verifiers: Mapping[str, Verifier],
+    sampled: Callable[[], None] | None = None,
 ) -> list[Rollout]:
     """Samples `sampler.group` answers to every prompt of `batch` and grades them.
+
+    sampled: called when the answers are there and none has been graded.
 
     batch: of `rl.prompts` (arrays with one prompt a row, and "samples"). Returns B * group records, groups together.
     A grader that fails gives the lowest reward and the flag "error"; a source without a verifier raises UserError.
@@ -71,6 +74,8 @@ def rollout(
     from glmv_jax.rl.rewards import score
 
     out = jax.device_get(sampler(params, Prompts.of(batch), key))
+    if sampled is not None:
+        sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]
     answers = [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]
     texts = [answer_text(tokenizer, ids, sampler.sampling.stop) for ids in answers]

@@ -112,6 +112,9 @@ class Adapted(Stage):
     def whole(self, batch, pieces=1):
         return self.stage.whole(batch, pieces)
 
+    def finished(self, metrics):
+        return self.stage.finished(metrics)
+
     def counts(self, batch):
         return self.stage.counts(batch)
 

@@ -118,6 +118,7 @@ class TrainStep:
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)
 
         (loss, (metrics, extra)), grads = self._gradient(state.params, constants, state.extra, batch, key)
+        metrics = self.stage.finished(metrics)
         with jax.named_scope("update"):
             updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
             params, extra, more = self.stage.after_update(optax.apply_updates(state.params, updates), extra)

@@ -146,6 +146,10 @@ class Stage(abc.ABC):
         """
         raise UserError(f"accumulate={pieces}: the loss of stage {self.name} is one of whole batches; set accumulate=1")
 
+    def finished(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """The metrics of a whole batch, from those of `loss` that its pieces have added up. Jitted."""
+        return metrics
+
     def after_update(self, params: Params, extra: Params) -> tuple[Params, Params, dict[str, jax.Array]]:
         """What moves without a gradient once the optimiser has moved the rest: (params, extra, metrics). Jitted."""
         return params, extra, {}

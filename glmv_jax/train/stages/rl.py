@@ -1,14 +1,16 @@
 """Stage 5: GRPO on tasks with rule rewards (section 2.3 of the report), in its synchronous form.
 
-Each step: prompts -> a group of sampled answers each -> rewards -> advantages -> packed rows -> policy updates on
-minibatches of groups. Clip-higher 0.2 / 0.28, no KL and no entropy term (GLM-V, section 5.3). Old log-probabilities are
-the sampler's, which equal the trainer's.
+Each step: prompts -> a group of sampled answers each -> rewards -> advantages -> packed rows -> what other policies say
+of them -> policy updates on minibatches of groups. By default clip-higher 0.2 / 0.28, no KL and no entropy term (GLM-V,
+section 5.3); `losses.policy` has all else that cfg.loss can be. Old log-probabilities are the sampler's, which equal
+the trainer's; cfg.rollout.proximal has the trainer compute its own as well.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +20,19 @@ from ml_collections import ConfigDict
 from glmv_jax import optim
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.losses import policy
-from glmv_jax.losses.chunked import CHUNK, head_logprobs
-from glmv_jax.losses.cross_entropy import divide
-from glmv_jax.losses.select import predictors, select
+from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
+from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import vlm
 from glmv_jax.rl.batch import to_batch
 from glmv_jax.rl.metrics import by_source
 from glmv_jax.rl.prompts import prompts
-from glmv_jax.rl.rollout import rollout
+from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.train.stages import experts
+from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.vlm import VLMStage, inputs
+from glmv_jax.typing import Batch, Params, TokenInput, UserError
+
+NOT_OF_THE_OBJECTIVE = ("aux", "chunk", "mtp")  # keys of cfg.loss
 
 
 class RL(VLMStage):
@@ -48,7 +53,17 @@ class RL(VLMStage):
         self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
         self.rows = tuple(r.rows)
         self.shape_buckets = len(self.rows)
+        loss = {name: value for name, value in cfg.loss.items() if name not in NOT_OF_THE_OBJECTIVE}
+        self.objective = policy.Objective.of(loss)
+        if r.advantage == "gdpo" and (not r.components or r.overlong.buffer):
+            raise UserError("rollout.advantage=gdpo weighs parts of grades; set rollout.components, such as "
+                            "(('score', 1.0), ('format', 0.5)), and rollout.overlong.buffer=0")  # fmt: skip
+        self.others = Others(self)
         self._waiting: collections.deque = collections.deque()
+
+    def begin(self, placement, constants, extra, *, fresh):
+        self.others.begin(placement)
+        return extra
 
     def train_data(self):
         d, r = self.cfg.data, self.cfg.rollout
@@ -63,7 +78,8 @@ class RL(VLMStage):
         for rows in self.rows:
             sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
             empty, _ = to_batch((), prompts, np.zeros(0), **sizes)
-            yield {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty.items()}
+            shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty.items()}
+            yield shapes | self.others.shapes(rows, d.tokens)
 
     def next_batch(self, data, state):
         """One update's rows; a new set of rollouts when the last set's minibatches are used up.
@@ -78,22 +94,44 @@ class RL(VLMStage):
     def _rollouts(self, batch, state):
         r = self.cfg.rollout
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))
-        records = rollout(self.sampler, state.params, batch, key, self.tokenizer, self.verifiers)
+        records = rollout(
+            self.sampler, state.params, batch, key, self.tokenizer, self.verifiers, sampled=self.others.prefetch
+        )
         rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, r.group)
-        advantages_NG = np.asarray(policy.group_advantages(rewards_NG, r.advantage))
+        advantages_NG = self._advantages(records, rewards_NG)
         metrics = by_source(records)
         # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
         # Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
         # whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        differs_N = rewards_NG.max(1) > rewards_NG.min(1)  # the deviation of equal numbers may be 1e-17
-        differing = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if differs_N[g]]
-        for groups in (differing[i :: r.minibatches] for i in range(r.minibatches)):
-            part = [records[g * r.group + i] for g in groups for i in range(r.group)]
+        teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
+        teaches_N = teaches_N | (self.objective.distil.kind != "none")
+        teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
+        parts = []
+        for groups in (teaching[i :: r.minibatches] for i in range(r.minibatches)):
+            of = [g * r.group + i for g in groups for i in range(r.group)]
+            of = [n for n in of if not (r.overlong.drop and records[n].truncated)]
             rows, left_out = to_batch(
-                part, batch, advantages_NG[groups].reshape(-1), rows=self.rows, tokens=self.cfg.data.tokens,
-                patches=self.cfg.data.patches, targets=self.cfg.data.targets, names=self.names, per=r.per,
+                [records[n] for n in of], batch, advantages_NG.reshape(-1)[of], rows=self.rows,
+                tokens=self.cfg.data.tokens, patches=self.cfg.data.patches, targets=self.cfg.data.targets,
+                names=self.names, per="token",
             )  # fmt: skip
-            yield rows, metrics | {"left_out": left_out / max(1, len(part))}
+            parts.append((rows, {"left_out": left_out / max(1, len(of))}))
+        said = self.others.said_of([rows for rows, _ in parts], state.params)
+        for (rows, more), others in zip(parts, said):
+            yield rows | others, metrics | more
+
+    def _advantages(self, records: list[Rollout], rewards_NG: np.ndarray) -> np.ndarray:
+        """[N, G], of rewards from which long answers may lose something."""
+        r = self.cfg.rollout
+        if r.advantage == "gdpo":
+            names, weight_C = zip(*r.components)
+            parts = np.array([[x.grade.components.get(name, 0.0) for name in names] for x in records])
+            return np.asarray(policy.gdpo_advantages(parts.reshape(*rewards_NG.shape, -1), weight_C))
+        if r.overlong.buffer:
+            length_NG = np.array([len(x.answer) for x in records]).reshape(rewards_NG.shape)
+            lost_NG = policy.overlong(length_NG, r.max_new_tokens, r.overlong.buffer, r.overlong.penalty)
+            rewards_NG = rewards_NG + np.asarray(lost_NG)
+        return np.asarray(policy.group_advantages(rewards_NG, r.advantage))
 
     def counts(self, batch):
         """Samples are answers."""
@@ -107,23 +145,72 @@ class RL(VLMStage):
         spared = 0.0 if self.trains_encoder else 2 * B * self.model.vision.flops(P)
         return 3 * dataclasses.replace(self.model, mtp=None).flops(B * T, T / 2, B, P) - spared
 
-    def loss(self, params, constants, extra, batch, key):
+    # --- the update ---------------------------------------------------------------------------------------------------
+
+    @property
+    def head_settings(self) -> dict[str, float]:
+        return {"temperature": self.cfg.rollout.temperature, "chunk": self.cfg.loss.get("chunk", CHUNK)}
+
+    def drawn(self, tokens: TokenInput) -> Targets:
+        return select(tokens.tokens, tokens.segments, tokens.loss_weight, self.cfg.data.targets)
+
+    def learnt(self, params: Params, batch: Batch):
+        """(targets, hidden states that predict them [B, J, D], their weights [B, J], what blocks say)."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
-        targets = select(tokens.tokens, tokens.segments, tokens.loss_weight, self.cfg.data.targets)
-        hidden_BJD, weight_BJ = predictors(targets, out.hidden, tokens.segments, 1)
-        logprob_BJ, entropy_BJ = head_logprobs(
-            hidden_BJD, vlm.head(self.model, params), targets.tokens_BJ, temperature=self.cfg.rollout.temperature,
-            chunk=self.cfg.loss.get("chunk", CHUNK),
+        targets = self.drawn(tokens)
+        return targets, *predictors(targets, out.hidden, tokens.segments, 1), out.aux
+
+    def of_targets(self, params: Params, targets: Targets, hidden_BJD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Log-probability and entropy at each target, [B, J]."""
+        return head_logprobs(hidden_BJD, vlm.head(self.model, params), targets.tokens_BJ, **self.head_settings)
+
+    def whole(self, batch, pieces=1):
+        tokens = inputs(batch)[1]
+        targets = self.drawn(tokens)
+        weight_BJ = weights(targets, tokens.segments, 1)
+        old_BJ, proximal_BJ = (_at(batch, name, targets) for name in ("old_logprob", "proximal"))
+        found = policy.whole(self.objective, weight_BJ, _answers(batch, targets), old_BJ, proximal_BJ)
+        return super().whole(batch, pieces) | {"policy": found}
+
+    def loss(self, params, constants, extra, batch, key):
+        whole = batch.get("whole") or self.whole(batch)
+        targets, hidden_BJD, weight_BJ, aux = self.learnt(params, batch)
+        logprob_BJ, entropy_BJ = self.of_targets(params, targets, hidden_BJD)
+        at = functools.partial(_at, batch, targets=targets)
+        loss, metrics, off = policy.policy_loss(
+            self.objective, logprob_BJ, at("old_logprob"), at("advantage"), weight_BJ,
+            answers=_answers(batch, targets), proximal_BT=at("proximal"), reference_BT=at("reference"),
+            teacher_BT=at("teacher"), distil_BT=self._distance(params, hidden_BJD, at), entropy_BT=entropy_BJ,
+            of=whole["policy"],
         )  # fmt: skip
-        at = lambda x_BT: jnp.take_along_axis(x_BT, targets.at_BJ, axis=1)  # noqa: E731
-        weight = (batch.get("whole") or self.whole(batch))["weight_H"][0]
-        loss, metrics = policy.policy_loss(
-            logprob_BJ, at(batch["old_logprob"]), at(batch["advantage"]), weight_BJ,
-            how="token-mean", clip_low=self.cfg.loss.clip_low, clip_high=self.cfg.loss.clip_high,
-            entropy_BT=entropy_BJ, denominator=weight,
-        )  # fmt: skip
-        share = divide(weight_BJ.sum(), weight)  # 1, but of a piece of a batch
-        metrics = {name: x if name.endswith("_max") else share * x for name, x in metrics.items()}
-        extra = experts.counted(extra, experts.by_path(out.aux, (), shared=True))
+        metrics |= policy.mismatch_by_source(off, weight_BJ, at("source"), whole["source_N"], self.names)
+        extra = experts.counted(extra, experts.by_path(aux, (), shared=True))
         return loss, (metrics | {"cut": targets.cut}, extra)
+
+    def _distance(self, params: Params, hidden_BJD: jax.Array, at) -> jax.Array | None:
+        """[B, J]: divergence from the teacher over its likeliest tokens; None where the loss has none."""
+        ids_BJK, top_BJK = at("teacher_ids"), at("teacher_top")
+        if ids_BJK is None:
+            return None
+
+        def distance(logp_SCV, ids_SCK, top_SCK):
+            return policy.reverse_kl_top(jnp.take_along_axis(logp_SCV, ids_SCK, axis=-1), top_SCK)
+
+        return head_map(distance, hidden_BJD, vlm.head(self.model, params), ids_BJK, top_BJK, **self.head_settings)
+
+    def finished(self, metrics):
+        return policy.with_effective_sizes(metrics)
+
+
+def _at(batch: Batch, name: str, targets: Targets) -> jax.Array | None:
+    """An array [B, T, ...] of the batch at the targets, [B, J, ...]; None where it is not there."""
+    if name not in batch:
+        return None
+    x_BT = batch[name]
+    at_BJ = targets.at_BJ.reshape(*targets.at_BJ.shape, *[1] * (x_BT.ndim - 2))
+    return jnp.take_along_axis(x_BT, at_BJ, axis=1)
+
+
+def _answers(batch: Batch, targets: Targets) -> policy.Answers:
+    return policy.Answers.of(batch["segments"], batch.get("branches")).at(targets.at_BJ)

@@ -1,0 +1,132 @@
+"""What other policies say of the tokens that a step of stage 5 has drawn: the trainer before the update, the reference
+of a divergence, and teachers by data source (cfg.rollout.proximal, cfg.reference). It becomes arrays of the batch."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from glmv_jax.losses.chunked import head_map
+from glmv_jax.losses.select import Targets
+from glmv_jax.models import vlm
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.train import reference
+from glmv_jax.train.state import Placement
+from glmv_jax.typing import Batch, Params
+
+if TYPE_CHECKING:
+    from glmv_jax.train.stages.rl import RL
+
+
+class Others:
+    """The policies beside the trained one. They have its architecture, and wait in the host's memory."""
+
+    def __init__(self, stage: RL) -> None:
+        self.stage, self.exact = stage, stage.objective.distil.kind == "top_k"
+        self.roles = reference.roles(stage.cfg, stage.names)
+        self.parked: dict[str, reference.Parked] = {}
+        self._placement: Placement | None = None
+
+    def begin(self, placement: Placement) -> None:
+        """Reads their weights."""
+        self._placement = placement
+        if self.roles:
+            shapes = jax.eval_shape(self.stage.init_params, jax.random.key(0))
+            where = placement.rules.shardings(placement.mesh, self.stage.logical_axes(), shapes)
+            self.parked = {run: reference.Parked.of_run(run, shapes, where) for run in self.roles}
+
+    def shapes(self, rows: int, tokens: int) -> Batch:
+        """Of the arrays [B, T, ...] that they make, 0 but at learnt tokens: log-probabilities "proximal", "reference"
+        and "teacher" of the token that was drawn, or "teacher_ids" and "teacher_top" [B, T, K]: the teacher's likeliest
+        tokens and their log-probabilities."""
+        number = jax.ShapeDtypeStruct((rows, tokens), np.float32)
+        some = lambda dtype: jax.ShapeDtypeStruct((rows, tokens, self.stage.objective.distil.top_k), dtype)  # noqa: E731
+        found = {"proximal": number} if self.stage.cfg.rollout.proximal else {}
+        found |= {"reference": number} if any(role.kl for role in self.roles.values()) else {}
+        if any(role.sources for role in self.roles.values()):
+            exact = {"teacher_ids": some(np.int32), "teacher_top": some(np.float32)}
+            found |= exact if self.exact else {"teacher": number}
+        return found
+
+    def prefetch(self) -> None:
+        """Called when answers are drawn and their rewards are not known yet: the caches of the sampler are gone, and
+        the first policy is on its way while the host is busy."""
+        for parked in list(self.parked.values())[:1]:
+            parked.prefetch()
+
+    def said_of(self, batches: list[Batch], params: Params) -> list[Batch]:
+        """For each batch the arrays of `shapes`. params: the trained ones.
+
+        Each policy is on the devices for its turn; the next one is fetched meanwhile, so there may be two.
+        """
+        said: list[Batch] = [{} for _ in batches]
+        if not self.shapes(1, 1):
+            return said
+        place = self._placement
+        with rules_lib.use(place.mesh, place.rules) if place else contextlib.nullcontext():
+            placed = [place.batch(rows) if place else rows for rows in batches]
+            if self.stage.cfg.rollout.proximal:
+                for found, rows in zip(said, placed):
+                    found["proximal"] = self.logprobs(params, rows)
+            runs = list(self.parked)
+            for run, following in zip(runs, [*runs[1:], None]):
+                with self.parked[run].here() as theirs:
+                    if following:
+                        self.parked[following].prefetch()
+                    for found, rows in zip(said, placed):
+                        self._ask(self.roles[run], theirs, rows, found)
+                    jax.block_until_ready(said)
+        return said
+
+    def _ask(self, role: reference.Role, params: Params, rows: Batch, found: Batch) -> None:
+        """Adds to `found` what a policy is asked for; a teacher's word counts on its sources."""
+        drawn = self.logprobs(params, rows) if role.kl or not self.exact else None
+        if role.kl:
+            found["reference"] = drawn
+        if role.sources:
+            taught_BT = jnp.isin(rows["source"], jnp.array(role.sources))
+            for name, x in (self.likeliest(params, rows) if self.exact else {"teacher": drawn}).items():
+                mine = taught_BT.reshape(*taught_BT.shape, *[1] * (x.ndim - 2))
+                found[name] = jnp.where(mine, x, found.get(name, 0))
+
+    @functools.cached_property
+    def logprobs(self):
+        """(params, batch) -> [B, T]: of learnt tokens, 0 elsewhere; compiled."""
+
+        def logprobs(params, batch):
+            targets, hidden_BJD, _, _ = self.stage.learnt(params, batch)
+            logprob_BJ, _ = self.stage.of_targets(params, targets, hidden_BJD)
+            return _put_back(logprob_BJ, targets, batch["tokens"].shape[1])
+
+        return self._jitted(logprobs)
+
+    @functools.cached_property
+    def likeliest(self):
+        """(params, batch) -> {"teacher_ids", "teacher_top"}; compiled."""
+
+        def likeliest(params, batch):
+            targets, hidden_BJD, _, _ = self.stage.learnt(params, batch)
+            top = lambda logp_SCV: jax.lax.top_k(logp_SCV, self.stage.objective.distil.top_k)  # noqa: E731
+            head = vlm.head(self.stage.model, params)
+            top_BJK, ids_BJK = head_map(top, hidden_BJD, head, **self.stage.head_settings)
+            T = batch["tokens"].shape[1]
+            return {"teacher_ids": _put_back(ids_BJK, targets, T), "teacher_top": _put_back(top_BJK, targets, T)}
+
+        return self._jitted(likeliest)
+
+    def _jitted(self, fn):
+        if self._placement is None:
+            return jax.jit(fn)
+        return jax.jit(fn, out_shardings=rules_lib.batch_sharding(self._placement.mesh))
+
+
+def _put_back(x_BJ: jax.Array, targets: Targets, T: int) -> jax.Array:
+    """[B, T, ...]: what is known of the targets, where they are; 0 elsewhere."""
+    learnt_BJ = (targets.weight_BJ > 0).reshape(*targets.at_BJ.shape, *[1] * (x_BJ.ndim - 2))
+    put = lambda x_J, at_J: jnp.zeros((T, *x_J.shape[1:]), x_J.dtype).at[at_J].set(x_J)  # noqa: E731
+    return jax.vmap(put)(jnp.where(learnt_BJ, x_BJ, 0), targets.at_BJ)
