@@ -5,12 +5,14 @@ Not covered: speed (benchmarks), a head split over its rows.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmv_jax.losses.chunked import head_logprobs, head_loss
+from glmv_jax.losses.chunked import head_logprobs, head_loss, head_map
 from glmv_jax.losses.cross_entropy import cross_entropy, entropy, logprobs
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
@@ -105,6 +107,33 @@ def test_logprobs_by_chunks(chunk, sizes):
             got = jax.jit(jax.value_and_grad(few, **both))(hidden, head)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [None, {"data": 2, "tensor": 4}])
+def test_any_function_of_all_probabilities_by_chunks(sizes):
+    """Several results of several shapes, of arrays a token that have no gradient of their own; values and gradients."""
+    if sizes and jax.device_count() < 8:
+        pytest.skip("needs 8 (emulated) devices")
+    hidden, head, targets, weight = case(seed=4)
+    ids = jnp.stack([targets, (targets + 7) % 96], -1)
+
+    def fn(logp, ids, weight):
+        top, at = jax.lax.top_k(logp, 3)
+        return {"some": jnp.take_along_axis(logp, ids, axis=-1), "one": weight * (jnp.exp(logp) ** 2).sum(-1)}, top, at
+
+    def total(apply, h, w):
+        found, top, at = apply(h, w)
+        twist = jnp.sin(0.1 * found["some"]).sum() + (found["one"] * jnp.arange(9.0)).sum() + (top * jnp.arange(3)).sum()
+        return twist, (found, top, at)
+
+    by_chunks = lambda h, w: head_map(fn, h, w, ids, weight, temperature=0.7, chunk=5)  # noqa: E731
+    at_once = lambda h, w: fn(jax.nn.log_softmax(h @ w / 0.7), ids, weight)  # noqa: E731
+    run = lambda apply: jax.jit(jax.value_and_grad(functools.partial(total, apply), (0, 1), has_aux=True))(hidden, head)  # noqa: E731
+    want = run(at_once)
+    mesh = mesh_lib.make_mesh(sizes or {"data": 1}, jax.devices()[: 8 if sizes else 1])
+    with rules_lib.use(mesh, rules_lib.preset("tensor")):
+        got = run(by_chunks)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), got, want)
 
 
 def test_no_weight_no_loss_and_no_gradient():
