@@ -19,7 +19,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", metavar="FILE.py[:ARG=VALUE,FLAG]", help="the experiment")
     parser.add_argument("--topology", metavar="NAME", help="such as v5p:8x8x8, v5e:16x16, v6e:16x16, tpu7x:8x8x8")
     parser.add_argument("--slices", type=int, default=1, metavar="N", help="slices of that kind, over DCN (default 1)")
-    parser.add_argument("--program", default="step", metavar="NAME", help="step (default), prefill, decode or generate")
+    parser.add_argument("--program", default="step", help="step (default), reference, prefill, decode or generate")
     parser.add_argument("--xla", action="append", metavar="FLAG=VALUE", help="an option of XLA, or auto, async, none")
     parser.add_argument("--json", metavar="FILE", help="also write the report there")
     parser.add_argument("--html", metavar="FILE", help="and as a page there")

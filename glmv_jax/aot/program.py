@@ -1,6 +1,7 @@
 """The real programs of a run, lowered for devices that are described: shapes only, nothing is allocated or read.
 
 step       one training step of any stage, as `train.loop` compiles it
+reference  another policy, brought from the host's memory, on the drawn tokens of a step       (stage 5)
 prefill    one pass over a batch of prompts with their pictures, which fills the cache     (stages 3 to 5)
 generate   that, and the loop that draws `max_new_tokens` tokens                           (stages 3 to 5)
 decode     one turn of that loop, over caches of `prompt_tokens` + `max_new_tokens` slots  (stages 3 to 5)
@@ -26,14 +27,15 @@ from glmv_jax.inference import sampler
 from glmv_jax.models import vlm
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
-from glmv_jax.train import loop, lora, main, teachers
+from glmv_jax.train import loop, lora, main, reference, teachers
 from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.rl import RL
 from glmv_jax.train.stages.vlm import VLMStage
 from glmv_jax.train.state import Placement
 from glmv_jax.train.step import make_train_step
 from glmv_jax.typing import Batch, Params, TokenInput, UserError
 
-PROGRAMS = ("step", "prefill", "generate", "decode")
+PROGRAMS = ("step", "reference", "prefill", "generate", "decode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +74,11 @@ def of(cfg: Any, topology: Topology, name: str = "step") -> Program:
     placement, optimizer, trainable = loop.prepare(stage, _mesh(cfg, topology))
     made = functools.partial(Program, name, stage.name, mesh=placement.mesh, rules=cfg.get("rules", "data"),
                              params=placement.abstract.params)  # fmt: skip
-    if name != "step":
+    if name not in ("step", "reference"):
         return _inference(stage, placement, made, name)
     batch = placement.batch_shapes(_largest_batch(stage))
+    if name == "reference":
+        return _reference(stage, placement, made, batch)
     put = lambda x, s: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=s)  # noqa: E731
     constants = jax.tree.map(put, stage.constants(), placement.constants)
     step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
@@ -109,6 +113,23 @@ def _largest_batch(stage: Stage) -> Batch:
             "compile it without data.teacher_cache"
         )
     return max(shapes, key=lambda batch: sum(math.prod(x.shape) for x in batch.values()))
+
+
+def _reference(stage: Stage, placement: Placement, made: Callable[..., Program], batch: Batch) -> Program:
+    """Log-probabilities of a parked policy. The copies to the devices, which a run starts beforehand, are in it."""
+    if not isinstance(stage, RL):
+        raise UserError(f"stage {stage.name} asks no other policy what it says; --program reference is of stage 5")
+    params = placement.abstract.params
+    host = reference.on_host(params, jax.tree.map(lambda x: x.sharding, params))
+
+    def run(parked: Params, batch: Batch) -> jax.Array:
+        return stage.others.logprobs(jax.device_put(parked, jax.memory.Space.Device), batch)
+
+    def lower() -> jax.stages.Lowered:
+        with rules_lib.use(placement.mesh, placement.rules):
+            return jax.jit(run, out_shardings=rules_lib.batch_sharding(placement.mesh)).lower(host, batch)
+
+    return made(lower, batch=batch, flops=stage.flops(batch) / 3)
 
 
 def _inference(stage: Stage, placement: Placement, made: Callable[..., Program], name: str) -> Program:

@@ -31,7 +31,7 @@ class Parked:
     """Weights in the host's memory that come to the devices when asked."""
 
     def __init__(self, params: Params) -> None:
-        """params: in `pinned_host` memory (`shapes_on_host`)."""
+        """params: in `pinned_host` memory (`on_host`)."""
         self._parked = params
         self._where = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params)
         self._here: Params | None = None
@@ -39,8 +39,8 @@ class Parked:
     @classmethod
     def of_run(cls, run: str | Path, shapes: Params, shardings: Any) -> Parked:
         """Of a finished run's evaluated weights, an array at a time. UserError when they are of another model."""
-        arrays = weights.opened(run)
-        like = shapes_on_host(shapes, shardings)
+        _check_memory(shardings)
+        arrays, like = weights.opened(run), on_host(shapes, shardings)
         checkpoint.taken(run, dict(arrays), (), like)
         here = flatten(like)
         return cls(replaced(like, {path: put_like(array[()], here[path]) for path, array in arrays.items()}))
@@ -68,16 +68,20 @@ class Parked:
             self._here = None
 
 
-def shapes_on_host(shapes: Params, shardings: Any) -> Params:
-    """jax.ShapeDtypeStruct of parameters as they are parked. UserError where devices have no way to such memory."""
+def on_host(shapes: Params, shardings: Any) -> Params:
+    """jax.ShapeDtypeStruct of parameters as they are parked."""
+    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s.with_memory_kind(HOST))  # noqa: E731
+    return jax.tree.map(put, shapes, shardings)
+
+
+def _check_memory(shardings: Any) -> None:
+    """UserError where devices have no way to such memory."""
     device = next(iter(jax.tree.leaves(shardings)[0].device_set))
     if HOST not in (kinds := [memory.kind for memory in device.addressable_memories()]):
         raise UserError(
             f"reference: {device.device_kind} has no memory of the kind {HOST} ({', '.join(kinds)}) to park a policy "
             "in; train without reference.policy and reference.teachers"
         )
-    put = lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s.with_memory_kind(HOST))  # noqa: E731
-    return jax.tree.map(put, shapes, shardings)
 
 
 @dataclasses.dataclass(frozen=True)

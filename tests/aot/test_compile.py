@@ -178,6 +178,21 @@ def test_muon_is_a_loop_where_a_compiler_for_tpus_reads_it():
 
 
 @needs_libtpu
+def test_a_policy_that_waits_in_the_hosts_memory():
+    """Lowered: its weights come as arrays of the host, each is copied to the devices. Other stages have none."""
+    slice_ = topology.parse("v5e:2x2")
+    made = program.of(config.load("experiments/rl_grpo.py:size=nano"), slice_, "reference")
+    lowered = made.lower()
+    parked, batch = lowered.args_info[0]
+    text, many = lowered.as_text(), len(jax.tree.leaves(parked))
+    assert text.count('_xla_buffer_placement = "device"') == many + 1 > 20  # and the result
+    assert text.count('mhlo.memory_kind = "pinned_host"') == many
+    assert lowered.out_info.shape == batch["tokens"].shape == made.batch["tokens"].shape
+    with pytest.raises(UserError, match="stage sft asks no other policy"):
+        program.of(config.load("experiments/vlm_sft.py:size=nano"), slice_, "reference")
+
+
+@needs_libtpu
 @pytest.mark.parametrize("name", ["prefill", "generate", "decode"])
 def test_programs_that_answer(name):
     """Lowered, not compiled, which takes long. Stages 1 and 2 have none."""
