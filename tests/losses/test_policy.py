@@ -250,6 +250,17 @@ def test_the_mismatch_by_source():
     assert all(np.isnan(got[f"{key}/absent"]) for key in want) and got["mismatch_gap/absent_max"] == 0
 
 
+def test_corrections_have_no_gradient():
+    arrays, answers, _ = laid(drawn(), PACKED)
+    gap = jnp.asarray(arrays["proximal"] - arrays["old"])
+
+    def total(gap, c):
+        return sum(x.sum() for x in policy.mismatch(c, gap, arrays["weight"], answers))
+
+    for case in ("tis", "sequence tis", "geometric"):
+        assert not np.asarray(jax.grad(total)(gap, objective(case).correction)).any()
+
+
 def test_on_policy_gradient_is_the_policy_gradient():
     """At pi = pi_old = mu nothing is clipped, nothing is corrected, and the gradient is -A / denominator."""
     arrays, answers, _ = laid(drawn(5), PACKED)
