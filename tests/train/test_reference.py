@@ -188,6 +188,22 @@ def test_what_they_say_is_in_the_loss(asked):
     assert abs(loss(own, batch | own_word)["distil"]) < 1e-6
 
 
+def test_a_run_reads_its_reference_when_it_asks_for_data(tmp_path):
+    """And an evaluation, which asks for none, needs no such folder."""
+    shapes = jax.eval_shape(stage().init_params, jax.random.key(0))
+    run = saved(tmp_path / "run", jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes))
+    made = stage(f"reference.policy={run}")
+    mesh = mesh_lib.make_mesh({"data": 1}, jax.devices()[:1])
+    made.begin(state_lib.place(made, optax.sgd(1.0), mesh, rules_lib.preset("data")), {}, {}, fresh=True)
+    assert not made.others.parked
+    made.train_data().close()
+    (parked,) = made.others.parked.values()
+    assert kinds(parked._parked) == {"pinned_host"} and not parked.is_here
+    with parked.here() as params:
+        assert all(np.all(x == 1) for x in jax.tree.leaves(params))
+        assert jax.tree.structure(params) == jax.tree.structure(shapes)
+
+
 def test_settings_of_the_stage_that_are_wrong():
     with pytest.raises(UserError, match="set rollout.components"):
         stage("rollout.advantage=gdpo")

@@ -66,6 +66,7 @@ class RL(VLMStage):
         return extra
 
     def train_data(self):
+        self.others.read()
         d, r = self.cfg.data, self.cfg.rollout
         return prompts(
             dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
@@ -169,7 +170,7 @@ class RL(VLMStage):
         tokens = inputs(batch)[1]
         targets = self.drawn(tokens)
         weight_BJ = weights(targets, tokens.segments, 1)
-        old_BJ, proximal_BJ = (_at(batch, name, targets) for name in ("old_logprob", "proximal"))
+        old_BJ, proximal_BJ = (at_targets(batch, name, targets) for name in ("old_logprob", "proximal"))
         found = policy.whole(self.objective, weight_BJ, _answers(batch, targets), old_BJ, proximal_BJ)
         return super().whole(batch, pieces) | {"policy": found}
 
@@ -177,7 +178,7 @@ class RL(VLMStage):
         whole = batch.get("whole") or self.whole(batch)
         targets, hidden_BJD, weight_BJ, aux = self.learnt(params, batch)
         logprob_BJ, entropy_BJ = self.of_targets(params, targets, hidden_BJD)
-        at = functools.partial(_at, batch, targets=targets)
+        at = functools.partial(at_targets, batch, targets=targets)
         loss, metrics, off = policy.policy_loss(
             self.objective, logprob_BJ, at("old_logprob"), at("advantage"), weight_BJ,
             answers=_answers(batch, targets), proximal_BT=at("proximal"), reference_BT=at("reference"),
@@ -203,7 +204,7 @@ class RL(VLMStage):
         return policy.with_effective_sizes(metrics)
 
 
-def _at(batch: Batch, name: str, targets: Targets) -> jax.Array | None:
+def at_targets(batch: Batch, name: str, targets: Targets) -> jax.Array | None:
     """An array [B, T, ...] of the batch at the targets, [B, J, ...]; None where it is not there."""
     if name not in batch:
         return None

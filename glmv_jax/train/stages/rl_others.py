@@ -33,11 +33,15 @@ class Others:
         self._placement: Placement | None = None
 
     def begin(self, placement: Placement) -> None:
-        """Reads their weights."""
+        """Where the trained policy lives, and they too when it is their turn."""
         self._placement = placement
-        if self.roles:
+
+    def read(self) -> None:
+        """Reads the weights that have not been read, before a run asks for its data; an evaluation needs none."""
+        place, missing = self._placement, self.roles.keys() - self.parked.keys()
+        if place and missing:
             shapes = jax.eval_shape(self.stage.init_params, jax.random.key(0))
-            where = placement.rules.shardings(placement.mesh, self.stage.logical_axes(), shapes)
+            where = place.rules.shardings(place.mesh, self.stage.logical_axes(), shapes)
             self.parked = {run: reference.Parked.of_run(run, shapes, where) for run in self.roles}
 
     def shapes(self, rows: int, tokens: int) -> Batch:
