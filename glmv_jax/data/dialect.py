@@ -66,10 +66,17 @@ class Dialect:
         """The text of a conversation. Raises UserError for a role or a part that the dialect does not have."""
         last_user = last_of_user(messages)
         pieces = list(self.pieces(messages, tools, lambda n: n > last_user, "" if enable_thinking else self.suffix))
-        text = [piece.text for piece in pieces]
         if add_generation_prompt:
-            text.append("<|assistant|>" + (self.thinking if enable_thinking else self.line + "".join(self.no_thinking)))
-        return "".join(text)
+            pieces += self.opening(enable_thinking)
+        return "".join(piece.text for piece in pieces)
+
+    def opening(self, thinking: bool) -> Iterator[Piece]:
+        """The generation prompt: what a server writes before a turn that is to be said, with thinking or without."""
+        yield from _tags("<|assistant|>")
+        if thinking:
+            yield from _tags(*filter(None, [self.thinking]))
+        else:
+            yield from (Piece("text", self.line), *_tags(*self.no_thinking))
 
     def pieces(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]], keeps: Callable[[int], bool],

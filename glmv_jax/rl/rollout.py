@@ -27,6 +27,12 @@ class Rollout:
     logprobs: float32, of each answer id under the policy that sampled it (`sampler.Generated.logprobs`).
     text: the answer as the grader saw it.     truncated: no stop token came.
     image_hash: of the pixels the prompt was answered from (`image_hash`), "" without an image.
+
+    An episode of several turns (`rl.episodes`) is one answer, of which the environment said a part:
+    drawn: bool, which ids of the answer the policy drew; None for all. logprobs are 0 for the others.
+    images: (patches, yx) of every image of prompt and answer in reading order, whose hashes `image_hash` has, with
+    commas between them; () where the image is that of the prompt batch.
+    versions: int32, of the weights that drew each id; None where it was one version.
     """
 
     id: str
@@ -39,11 +45,14 @@ class Rollout:
     grade: Grade
     truncated: bool
     image_hash: str
+    drawn: np.ndarray | None = None
+    images: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
+    versions: np.ndarray | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The record as a JSON-able object, for logs."""
-        arrays = {name: getattr(self, name).tolist() for name in ("prompt", "answer", "logprobs")}
-        return {**vars(self), **arrays, "grade": dataclasses.asdict(self.grade)}
+        """The record without its pixels as a JSON-able object, for logs."""
+        said = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}
+        return {**said, "images": len(self.images), "grade": dataclasses.asdict(self.grade)}
 
 
 def image_hash(patches_PC: np.ndarray, yx_P2: np.ndarray) -> str:

@@ -88,19 +88,24 @@ def step(rng: np.random.Generator, split: str) -> Record:
     return _conversation([(window, instruction)], [[actions[done]]], closing="")
 
 
-def trajectory(rng: np.random.Generator, split: str) -> Record:
+def wanted(rng: np.random.Generator, split: str) -> tuple[Window, str, list[dict[str, Any]]]:
+    """A window, what is to be done in it, and the actions that do it, the last of them a press."""
     window = page.generate(rng, split)
     wishes = _wishes(rng, window)
     fillings, presses = ([wish for wish in wishes if wish[2] == last] for last in (False, True))
     order = rng.permutation(len(fillings))[: int(rng.integers(1, 3))]
     chosen = [*(fillings[n] for n in order), _any(rng, presses)]
-    says = SAYS[window.lang]
-    actions = [action for _, some, _ in chosen for action in some]
-    seen = [(window, says["and"].join(instruction for instruction, *_ in chosen))]
+    instruction = SAYS[window.lang]["and"].join(instruction for instruction, *_ in chosen)
+    return window, instruction, [action for _, some, _ in chosen for action in some]
+
+
+def trajectory(rng: np.random.Generator, split: str) -> Record:
+    window, instruction, actions = wanted(rng, split)
+    seen = [(window, instruction)]
     for action in actions:
         window = act(window, action)
         seen.append((window, ""))
-    return _conversation(seen, [[action] for action in actions], closing=says["done"])
+    return _conversation(seen, [[action] for action in actions], closing=SAYS[window.lang]["done"])
 
 
 def critic(rng: np.random.Generator, split: str) -> Record:

@@ -1,0 +1,79 @@
+"""reasoning-gym's data sets as environments of one turn, graded by their own `score_answer` (Apache-2.0,
+open-thought/reasoning-gym): about a hundred kinds of puzzles, all in words.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from typing import Any
+
+from glmv_jax.data.chat import parse_answer
+from glmv_jax.rl.envs.scoring import Scorer
+from glmv_jax.rl.gym import Action, Observation, Step, asked
+from glmv_jax.rl.rewards.grade import extract_box
+from glmv_jax.typing import UserError
+
+# Questions that come without an answer to be had from it (`answer` is None), or need others to be made of.
+UNANSWERED = ("boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour")
+COMPOSED = ("composite",)
+ASKS = "Put the answer alone, and nothing else, into an answer box."
+
+
+@functools.cache
+def scorer() -> Scorer:
+    """The process that grades for all environments that are not given one of their own."""
+    return Scorer()
+
+
+def names() -> list[str]:
+    """The data sets whose own answers can be graded."""
+    _package()
+    from reasoning_gym.factory import DATASETS
+
+    return sorted(set(DATASETS) - {*UNANSWERED, *COMPOSED})
+
+
+class Reasoning:
+    """name: of the data set.   config: of it, where its own defaults are not wanted; JSON-able.
+
+    entry: the question of the episode as reasoning-gym has it, with its answer, for a script.
+    """
+
+    def __init__(self, name: str, scorer: Scorer | None = None, **config: Any):
+        package = _package()
+        self.source = f"reasoning_gym/{name}"
+        self.name, self.config = name, config
+        self._scorer = scorer
+        try:
+            package.create_dataset(name, seed=0, size=1, **config)
+        except (ValueError, TypeError, AssertionError) as error:
+            raise UserError(f"reasoning_gym has no data set {name!r} of {config}: {error}") from None
+
+    def reset(self, seed: int) -> Observation:
+        self._seeded = self.config | {"seed": seed, "size": 1}
+        self.entry = _package().create_dataset(self.name, **self._seeded)[0]
+        return asked(f"{self.entry['question']}\n\n{ASKS}")
+
+    async def step(self, action: Action) -> Step:
+        """The score is that of the one box's content; without one, or with several, 0. info["error"]: why a grader
+        that raised, hung or died gave none."""
+        content, flag = extract_box(action.text)
+        if flag == "long_box":  # no limit here: answers may be whole boards
+            content, flag = parse_answer(action.text), ""
+        if flag:
+            return Step(Observation(), True, 0.0, {"flag": flag})
+        ask = self._scorer or scorer()
+        reward, error = await asyncio.to_thread(ask, self.name, self._seeded, self.entry, content)
+        return Step(Observation(), True, reward, {"error": error} if error else {})
+
+    def close(self) -> None:
+        """The grading process belongs to all."""
+
+
+def _package() -> Any:
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise UserError('reasoning-gym is not installed; run pip install "glmv_jax[rl]"') from None
+    return reasoning_gym
