@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import random
 import time
 
 import gymnasium
@@ -292,3 +293,15 @@ def test_actions_without_a_description_are_refused():
 
     with pytest.raises(UserError, match="have no description"):
         Classic(Steering, "steering")
+
+
+def test_a_question_is_its_seeds_also_where_a_data_set_draws_from_what_all_share():
+    """`list_functions` of reasoning-gym draws some of its numbers with `random.randint`."""
+    environment = envs.make("reasoning_gym/list_functions")
+    random.seed(1)
+    one = [environment.reset(seed) for seed in range(40)]
+    random.seed(2)
+    assert [environment.reset(seed) for seed in range(40)] == one
+    drawn = random.random()
+    random.seed(2)
+    assert random.random() == drawn, "and leaves no trace there"

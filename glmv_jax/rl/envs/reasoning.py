@@ -5,7 +5,11 @@ open-thought/reasoning-gym): about a hundred kinds of puzzles, all in words.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
+import random
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 from glmv_jax.data.chat import parse_answer
@@ -52,7 +56,8 @@ class Reasoning:
 
     def reset(self, seed: int) -> Observation:
         self._seeded = self.config | {"seed": seed, "size": 1}
-        self.entry = _package().create_dataset(self.name, **self._seeded)[0]
+        with _seeded_random(seed):
+            self.entry = _package().create_dataset(self.name, **self._seeded)[0]
         return asked(f"{self.entry['question']}\n\n{ASKS}")
 
     async def step(self, action: Action) -> Step:
@@ -69,6 +74,21 @@ class Reasoning:
 
     def close(self) -> None:
         """The grading process belongs to all."""
+
+
+_RANDOM = threading.Lock()
+
+
+@contextlib.contextmanager
+def _seeded_random(seed: int) -> Iterator[None]:
+    """The generator that all of Python shares, seeded for the while: `list_functions` draws from it too."""
+    with _RANDOM:
+        before = random.getstate()
+        random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(before)
 
 
 def _package() -> Any:
