@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from glmv_jax import rl
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.inference.sampler import Sampler, Sampling
@@ -57,23 +58,39 @@ def params():
     return tree
 
 
+def talked(policy, seed: int):
+    return asyncio.run(play(Talk(), policy, seed, FORM, Limits(turns=3, tokens=TOKENS, patches=PATCHES)))
+
+
+def recorded(talks) -> list[rl.Rollout]:
+    return [episodes.record(episode, episodes.verdict(episode), row) for row, episode in enumerate(talks)]
+
+
 @pytest.fixture(scope="module")
-def drawn(params):
-    """Two episodes. The engine may draw image tokens, as an engine without suppression would."""
-    sampling = Sampling(8, stop=tuple(TOKENIZER.stops))
-    sampler = Sampler(CFG, sampling)
+def talks():
+    """Two episodes of random words."""
+
+    async def policy(transcript, room):
+        rng = np.random.default_rng(len(transcript))
+        words = rng.integers(len(TOKENIZER.special), TOKENIZER.vocab_size, int(rng.integers(2, 7)))
+        return Turn.of([*words, TOKENIZER.special["<|user|>"]], rng.normal(size=len(words) + 1))
+
+    return [talked(policy, seed) for seed in (1, 2)]
+
+
+@pytest.fixture(scope="module")
+def records(talks):
+    return recorded(talks)
+
+
+def test_trained_log_probabilities_are_the_sampled_ones(params):
+    """To 1e-4 in float32: through prefills of three lengths, pictures that arrive later, packing, other positions.
+
+    The sampler may draw image tokens here, as an engine without suppression would.
+    """
+    sampler = Sampler(CFG, Sampling(8, stop=tuple(TOKENIZER.stops)))
     policy = lambda seed: sampled(sampler, params, jax.random.key(seed), tokens=TOKENS, patches=PATCHES)  # noqa: E731
-    limits = Limits(turns=3, tokens=TOKENS, patches=PATCHES)
-    return [asyncio.run(play(Talk(), policy(seed), seed, FORM, limits)) for seed in (1, 2)]
-
-
-@pytest.fixture(scope="module")
-def records(drawn):
-    return [episodes.record(episode, episodes.verdict(episode), row) for row, episode in enumerate(drawn)]
-
-
-def test_trained_log_probabilities_are_the_sampled_ones(drawn, records, params):
-    """To 1e-4 in float32: through prefills of three lengths, pictures that arrive later, packing, other positions."""
+    records = recorded([talked(policy(seed), seed) for seed in (1, 2)])
     rows, left_out = episodes.to_rows(records, np.array([1.0, -2.0]), **(SIZES | {"rows": (1,)}))
     logits = tiny_vlm.batch_logits(CFG, params, rows).astype(np.float64)
     logprob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -102,8 +119,8 @@ def drawn_ids(record) -> list[np.ndarray]:
     return [record.answer[a:b] for a, b in zip(edges[::2], edges[1::2])]
 
 
-def test_the_prompt_is_the_first_observation_and_the_record_is_told(records, drawn):
-    for record, episode in zip(records, drawn):
+def test_the_prompt_is_the_first_observation_and_the_record_is_told(records, talks):
+    for record, episode in zip(records, talks):
         text = TOKENIZER.decode(record.prompt, keep_special=True)
         assert text == f"[gMASK]<sop><|user|>Begin {episode.seed}.<|assistant|></think>"
         assert record.id == f"talk/{episode.seed}" and record.image_hash.count(",") == 2
@@ -111,7 +128,7 @@ def test_the_prompt_is_the_first_observation_and_the_record_is_told(records, dra
         assert json.loads(json.dumps(record.to_json()))["images"] == 3
 
 
-def test_an_image_token_that_the_model_draws_shows_nothing(params):
+def test_an_image_token_that_the_model_draws_shows_nothing():
     """It is there, learnt as any other, and takes no pixels from the image that is written behind it."""
 
     async def policy(transcript, room):
@@ -149,11 +166,11 @@ def test_rows_have_their_limits(records):
         episodes.to_rows(records, np.ones(2), **(SIZES | {"patches": 4}))
 
 
-def test_an_episode_without_an_answer_is_no_record(drawn):
-    nothing = dataclasses.replace(drawn[0], transcript=type(drawn[0].transcript)(FORM), ended="failed")
+def test_an_episode_without_an_answer_is_no_record(talks):
+    nothing = dataclasses.replace(talks[0], transcript=type(talks[0].transcript)(FORM), ended="failed")
     with pytest.raises(UserError, match="has no answer"):
         episodes.record(nothing, Grade(0.0, False, {}), 0)
-    assert episodes.verdict(dataclasses.replace(drawn[0], reward=None)).flags == ("no_reward",)
-    assert episodes.verdict(dataclasses.replace(drawn[0], reward=-1.0, ended="turns")) == Grade(
+    assert episodes.verdict(dataclasses.replace(talks[0], reward=None)).flags == ("no_reward",)
+    assert episodes.verdict(dataclasses.replace(talks[0], reward=-1.0, ended="turns")) == Grade(
         0.0, False, {"environment": 0.0}, ("turns",)
     )

@@ -128,6 +128,12 @@ def test_what_is_wrong_gets_nothing(name, wrong):
     assert ("ValueError" in episode.info.get("error", "")) == (name == "reasoning_gym/prime_factorization")
 
 
+def test_a_press_before_the_rest_is_done_is_a_failure():
+    environment = envs.make("windows")
+    episode = played(environment, lambda: oracles.call("click", **environment.solution[-1]["arguments"]))
+    assert (episode.ended, episode.reward, len(episode.actions)) == ("done", 0.0, 1)
+
+
 def test_a_grader_that_runs_what_the_answer_says_harms_nobody():
     """`spiral_matrix` calls eval on an answer in brackets: one that exits, one that never ends, then a good one."""
     ask, environment = Scorer(seconds=1.0), None
@@ -170,10 +176,14 @@ def test_a_turn_of_several_calls_is_answered_one_by_one():
 def test_a_crop_is_the_part_enlarged():
     environment = envs.make("desk/lookup")
     environment.reset(0)
-    whole = environment.pictures[0]
-    (part,) = environment.call("crop", {"x1": 500, "y1": 0, "x2": 1000, "y2": 500}).images
-    expected = whole.crop((96, 0, 192, 72)).resize(whole.size, Image.Resampling.BICUBIC)
+    whole, (x1, y1, x2, y2) = environment.pictures[0], environment.sample.meta["box"]
+    (part,) = environment.call("crop", {"x1": x1, "y1": y1, "x2": x2, "y2": y2}).images
+    left, top, right, bottom = round(x1 * 0.192), round(y1 * 0.144), round(x2 * 0.192), round(y2 * 0.144)
+    scale = min(192 / (right - left), 144 / (bottom - top), 8)
+    assert part.size == (round(scale * (right - left)), round(scale * (bottom - top)))
+    expected = whole.crop((left, top, right, bottom)).resize(part.size, Image.Resampling.BICUBIC)
     np.testing.assert_array_equal(np.asarray(part), np.asarray(expected))
+    assert np.asarray(part).std() > 20, "letters are in it"
     for box in ({"x1": 9, "x2": 3}, {"x1": 0, "x2": 5}, {"picture": 4}, {"x2": 3000}):
         reply = asyncio.run(environment.step(oracles.call("crop", **({"x1": 0, "y1": 0, "x2": 999, "y2": 999} | box))))
         assert "Not done" in reply.observation.messages[0]["content"][0]["text"] and not reply.observation.images

@@ -38,7 +38,24 @@ CLICK = {"name": "click", "arguments": {"x": 1, "y": 2}}
 
 def texts(rng: np.random.Generator, spaces: bool = True) -> str:
     """Letters, signs of the dialect spelled out, JSON, Chinese, line breaks."""
-    words = [*SPECIALS, "a", "5", "true", "null", '{"k": [1]}', "猫", "\n", "  ", '"', "\\", "é", "</", ">", "x y"]
+    words = [
+        *SPECIALS,
+        "a",
+        "5",
+        "true",
+        "null",
+        '{"k": [1]}',
+        "猫",
+        "\n",
+        "  ",
+        '"',
+        "\\",
+        "é",
+        "</",
+        ">",
+        "x y",
+        '"q"',
+    ]
     words = [word for word in words if "<|" not in word]  # answers with it come out as "< |", see `inference.text`
     text = unicodedata.normalize("NFKC", "".join(rng.choice(words, int(rng.integers(0, 6)))))
     return text if spaces else text.strip()
@@ -46,7 +63,8 @@ def texts(rng: np.random.Generator, spaces: bool = True) -> str:
 
 def value(rng: np.random.Generator, kind: str):
     return {
-        "s": texts(rng), "i": int(rng.integers(-5, 2000)), "n": float(rng.normal()), "b": bool(rng.integers(2)),
+        "s": [texts(rng), '"q"', "5", "null"][int(rng.integers(4))],
+        "i": int(rng.integers(-5, 2000)), "n": float(rng.normal()), "b": bool(rng.integers(2)),
         "a": [texts(rng), 1, None, [True]], "o": {texts(rng): texts(rng)}, "e": "down",
         "m": [7, "seven", "[1]"][int(rng.integers(3))], "x": [None, 3, {"k": "v"}][int(rng.integers(3))],
     }[kind]  # fmt: skip
@@ -226,9 +244,14 @@ def test_pictures_and_their_places_must_agree():
 
 
 def test_the_generation_prompt_is_the_dialects():
-    for dialect in (COMPACT, SPACED):
-        for thinking in (False, True):
-            transcript = Transcript(Form(TOKENIZER, FORM.patcher, thinking, dialect))
-            transcript.observe(asked("go"))
-            expected = dialect([said_by("user", "go")], enable_thinking=thinking)
-            assert TOKENIZER.decode(transcript.tokens, keep_special=True) == expected
+    opened = {
+        (COMPACT, False): "<|user|>go<|assistant|></think>",
+        (COMPACT, True): "<|user|>go<|assistant|><think>",
+        (SPACED, False): "<|user|>\ngo/nothink<|assistant|>\n<think></think>",
+        (SPACED, True): "<|user|>\ngo<|assistant|>",
+    }
+    for (dialect, thinking), text in opened.items():
+        transcript = Transcript(Form(TOKENIZER, FORM.patcher, thinking, dialect))
+        transcript.observe(asked("go"))
+        assert TOKENIZER.decode(transcript.tokens, keep_special=True) == "[gMASK]<sop>" + text
+        assert dialect([said_by("user", "go")], enable_thinking=thinking) == "[gMASK]<sop>" + text
