@@ -137,6 +137,8 @@ def to_batch(
     """
     if per not in ("token", "rollout"):
         raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
+    if any(record.drawn is not None for record in records):
+        raise ValueError("episodes of several turns are packed by rl.episodes.to_rows")
     if len(records) != len(advantages_N):
         raise ValueError(f"{len(records)} rollouts but {len(advantages_N)} advantages")
     new_row = functools.partial(_Row, tokens, patches, prompts["patches"], tokens if targets is None else targets)

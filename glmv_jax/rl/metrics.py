@@ -50,9 +50,9 @@ def _one(records: Sequence[Rollout]) -> dict[str, float]:
         "accuracy": mean(r.grade.correct for r in records),
         f"pass@{k}": mean(pass_at_k(len(g), sum(r.grade.correct for r in g), k) for g in groups.values()),
         "same": mean(max(group) == min(group) for group in rewards),
-        "length": mean(len(r.answer) for r in records),
+        "length": mean(len(r.said) for r in records),
         "truncated": mean(r.truncated for r in records),
         "format": mean(r.grade.components.get("format", 0.0) for r in records),
         "error": mean(r.grade.failed for r in records),
-        "logprob": mean(x for r in records for x in r.logprobs) if any(len(r.answer) for r in records) else 0.0,
+        "logprob": mean(x for r in records for x in r.said) if any(len(r.answer) for r in records) else 0.0,
     }

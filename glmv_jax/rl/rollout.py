@@ -49,6 +49,11 @@ class Rollout:
     images: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     versions: np.ndarray | None = None
 
+    @property
+    def said(self) -> np.ndarray:
+        """`logprobs` of what the policy drew."""
+        return self.logprobs if self.drawn is None else self.logprobs[self.drawn]
+
     def to_json(self) -> dict[str, Any]:
         """The record without its pixels as a JSON-able object, for logs."""
         said = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}

@@ -162,6 +162,8 @@ def test_rows_have_their_limits(records):
     assert len(rows["tokens"]) == 2 and not left_out
     rows, left_out = episodes.to_rows(records, np.ones(2), **(SIZES | {"patches": PATCHES, "rows": (1,)}))
     assert len(rows["tokens"]) == 1 and left_out == 1
+    with pytest.raises(ValueError, match="packed by rl.episodes"):
+        rl.to_batch(records, {}, np.ones(2), rows=(1,), tokens=1, patches=1, names=["talk"])
     with pytest.raises(UserError, match="do not fit a row"):
         episodes.to_rows(records, np.ones(2), **(SIZES | {"patches": 4}))
 
