@@ -1,11 +1,14 @@
-"""Policies for `play.play`: one that says what it is told to, and one that draws from a model turn by turn."""
+"""Policies for `play.play`: one that says what it is told to, one that draws from a model turn by turn, one that has
+an engine draw."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import jax
 
+from glmv_jax.data.building import Document
 from glmv_jax.data.packing import collate
 from glmv_jax.inference.sampler import Prompts, Sampler
 from glmv_jax.rl.gym import Action
@@ -36,5 +39,16 @@ def sampled(sampler: Sampler, params: Params, key: jax.Array, *, tokens: int, pa
         out = jax.device_get(sampler(params, Prompts.of(rows), turn_key))
         length = int(out.lengths[0])
         return Turn.of(out.tokens[0, :length], out.logprobs[0, :length])
+
+    return policy
+
+
+def served(complete: Callable[[Document, int, int], Awaitable[Any]]) -> Policy:
+    """Has an engine draw: `complete` of (the conversation so far, tokens that there is room for, number of the turn)
+    gives what has `tokens`, `logprobs` and `versions`, as a completion of `inference.engine` does."""
+
+    async def policy(transcript: Transcript, room: int) -> Turn:
+        answer = await complete(transcript.document(), room, transcript.turns)
+        return Turn.of(answer.tokens, answer.logprobs, answer.versions)
 
     return policy

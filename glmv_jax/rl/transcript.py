@@ -48,7 +48,8 @@ class Form:
 @dataclasses.dataclass(frozen=True)
 class Turn:
     """What a model drew: ids int32 [T], the stop token last unless it was cut; logprobs float32 [T], of each under the
-    policy that drew it; versions int32 [T], of the weights it was drawn with."""
+    policy that drew it; versions int32 [T], of the weights it was drawn with, -1 for a token that an engine put in, as
+    where it has the model answer: that one was not drawn."""
 
     ids: np.ndarray
     logprobs: np.ndarray
@@ -124,8 +125,10 @@ class Transcript:
         self.hashes += [image_hash(*image) for image in images]
 
     def draw(self, turn: Turn) -> None:
-        """Takes what the model drew."""
-        self._append(tokens=turn.ids, drawn=True, logprobs=turn.logprobs, versions=turn.versions, image_of_token=-1)
+        """Takes what the model drew, and what was put in between."""
+        drawn = turn.versions >= 0
+        logprobs, versions = np.where(drawn, turn.logprobs, 0.0), np.where(drawn, turn.versions, 0)
+        self._append(tokens=turn.ids, drawn=drawn, logprobs=logprobs, versions=versions, image_of_token=-1)
         self.turns += 1
 
     def ended(self) -> Transcript:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from glmv_jax.rl.envs.windows import Windows
 from glmv_jax.rl.episodes import to_rows, verdict
 from glmv_jax.rl.gym import Action
 from glmv_jax.rl.play import Limits
-from glmv_jax.rl.players import scripted
+from glmv_jax.rl.players import scripted, served
 from glmv_jax.rl.transcript import Form
 
 FORM = Form(Tokenizer(), Patcher(max_patches=64))
@@ -136,3 +137,24 @@ def test_records_become_metrics_and_rows():
         image=FORM.tokenizer.image, names=["windows"], per="token",
     )  # fmt: skip
     assert not left_out and (rows["loss_weight"] > 0).sum() == sum(r.drawn.sum() for r in records)
+
+
+def test_an_engine_draws_from_the_conversation_as_a_document():
+    asked = []
+
+    async def complete(document, room, turn):
+        asked.append((document, room, turn))
+        ids = FORM.tokenizer.encode("hm") + [FORM.tokenizer.eos]
+        return SimpleNamespace(tokens=ids, logprobs=-np.arange(len(ids)), versions=[5] * len(ids))
+
+    limits = Limits(turns=2, tokens=1500)
+    out = asyncio.run(collect(Windows, lambda *_: served(complete), graded, [1], FORM, group=1, limits=limits))
+    (record,) = out.records
+    (first, room, turn), (second, less, turn_2) = asked
+    np.testing.assert_array_equal(first.tokens, record.prompt)
+    np.testing.assert_array_equal(
+        second.tokens, [*record.prompt, *record.answer[: len(second.tokens) - len(first.tokens)]]
+    )
+    assert (turn, turn_2) == (0, 1) and room == 1500 - len(first.tokens) and less == 1500 - len(second.tokens)
+    assert len(first.images) == 1 and (record.versions[record.drawn] == 5).all()
+    np.testing.assert_array_equal(record.said, [*-np.arange(3.0), *-np.arange(3.0)][: len(record.said)])

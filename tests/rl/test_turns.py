@@ -225,6 +225,21 @@ def test_what_was_drawn_stays_whatever_it_was(drawn, before):
     assert transcript.drawn.tolist() == [start <= n < start + len(ids_of(drawn)) for n in range(len(transcript))]
 
 
+def test_what_an_engine_puts_in_was_not_drawn():
+    """As `</think>` at the end of a budget: it stands in the text, and is not learnt."""
+    transcript = Transcript(Form(TOKENIZER, FORM.patcher, thinking=True))
+    transcript.observe(asked("go"))
+    start = len(transcript)
+    ids = ids_of("hm</think>3<|endoftext|>")
+    forced = np.array(ids) == TOKENIZER.special["</think>"]
+    transcript.draw(Turn.of(ids, -2.0, np.where(forced, -1, 4)))
+    assert transcript.tokens[start:].tolist() == ids
+    np.testing.assert_array_equal(transcript.drawn[start:], ~forced)
+    np.testing.assert_array_equal(transcript.logprobs[start:], np.where(forced, 0, np.float32(-2)))
+    np.testing.assert_array_equal(transcript.versions[start:], np.where(forced, 0, 4))
+    assert transcript.form.parse(ids) == Action("3", "hm")
+
+
 def test_what_nobody_answered_is_not_in_the_record():
     transcript = Transcript(FORM)
     transcript.observe(asked("go", [picture(0)]))
