@@ -157,6 +157,16 @@ def test_pixels_that_are_not_those_it_was_drawn_from_raise(records):
         episodes.to_rows([cut], np.ones(1), **SIZES)
 
 
+def test_rows_are_those_of_answers_of_one_turn(records):
+    """In names, types and sizes, so that one compiled step takes both."""
+    rows, _ = episodes.to_rows(records, np.ones(2), **(SIZES | {"rows": (2,)}))
+    sizes = {name: SIZES[name] for name in ("tokens", "patches", "names")}
+    pixels = {"patches": np.zeros((1, 1, SIZES["channels"]), np.uint8)}
+    single, _ = rl.to_batch((), pixels, np.zeros(0), rows=(2,), **sizes)
+    told = lambda batch: {name: (x.shape, x.dtype) for name, x in batch.items()}  # noqa: E731
+    assert told(rows) == told(single)
+
+
 def test_rows_have_their_limits(records):
     rows, left_out = episodes.to_rows(records, np.ones(2), **(SIZES | {"patches": PATCHES}))
     assert len(rows["tokens"]) == 2 and not left_out

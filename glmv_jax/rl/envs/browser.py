@@ -137,6 +137,7 @@ class Browser(Acting):
         if reason := missing():
             raise UserError(reason)
         gymnasium = _package()
+        os.environ.setdefault("SE_OFFLINE", "true")  # nothing is looked for or fetched elsewhere
         os.environ.setdefault("MINIWOB_CHROME_BINARY", _program("chromium"))
         os.environ.setdefault("MINIWOB_CHROMEDRIVER", _program("chromedriver"))
         with _OPENING:
