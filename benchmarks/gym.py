@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import platform
 import statistics
+import sys
 import time
 
 from glmv_jax.data.chat import boxed
@@ -106,7 +108,8 @@ def main() -> None:
     parser.add_argument("--tasks", type=int, default=48, help="of the browser")
     args = parser.parse_args()
     start = time.perf_counter()
-    answer = of_reasoning(args.seeds) if args.what == "reasoning" else of_browser(args.tasks)
+    with contextlib.redirect_stdout(sys.stderr):  # some data sets print while they draw a question
+        answer = of_reasoning(args.seeds) if args.what == "reasoning" else of_browser(args.tasks)
     answer |= {"seconds": round(time.perf_counter() - start, 1), "python": platform.python_version()}
     print(json.dumps({"what": args.what} | answer))
 
