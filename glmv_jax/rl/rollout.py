@@ -32,7 +32,7 @@ class Rollout:
     drawn: bool, which ids of the answer the policy drew; None for all. logprobs are 0 for the others.
     images: (patches, yx) of every image of prompt and answer in reading order, whose hashes `image_hash` has, with
     commas between them; () where the image is that of the prompt batch.
-    versions: int32, of the weights that drew each id; None where it was one version.
+    versions: int32, of the weights that drew each id, -1 where none did; None where it was one version.
     """
 
     id: str

@@ -24,7 +24,7 @@ from glmv_jax.rl.rollout import image_hash
 from glmv_jax.rl.turns import parse, spoken
 
 HEAD = ("[gMASK]", "<sop>")  # what a conversation begins with
-_COLUMNS = ("tokens", "drawn", "logprobs", "versions", "image_of_token")
+_COLUMNS = ("tokens", "logprobs", "versions", "image_of_token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +70,9 @@ class Turn:
 class Transcript:
     """A conversation under way.
 
-    tokens, versions int32 [T], drawn bool [T], logprobs float32 [T] (0 where nothing was drawn), image_of_token int32
-    [T] (the image of an `<|image|>` that was written for it, else -1: one that the model drew shows nothing).
+    tokens int32 [T]; versions int32 [T], of the weights that drew each, -1 where none did; logprobs float32 [T], 0
+    there; image_of_token int32 [T], the image of an `<|image|>` that was written for it, else -1: one that the model
+    drew shows nothing.
     images: (patches uint8 [P, C], yx int32 [P, 2]) each; hashes: of each, taken when it was shown.
     turns: of the model, so far.
     """
@@ -79,7 +80,6 @@ class Transcript:
     def __init__(self, form: Form):
         self.form = form
         self.tokens = np.zeros(0, np.int32)
-        self.drawn = np.zeros(0, bool)
         self.logprobs = np.zeros(0, np.float32)
         self.versions = np.zeros(0, np.int32)
         self.image_of_token = np.zeros(0, np.int32)
@@ -89,6 +89,11 @@ class Transcript:
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def drawn(self) -> np.ndarray:
+        """bool [T], what the model drew."""
+        return self.versions >= 0
 
     @property
     def patches(self) -> int:
@@ -120,15 +125,14 @@ class Transcript:
         writer.pieces(dialect.opening(form.thinking), (), show)
         written = writer.done()
         of = np.where(written.image_of_token < 0, -1, written.image_of_token + len(self.images))
-        self._append(tokens=written.tokens, drawn=False, logprobs=0.0, versions=0, image_of_token=of)
+        self._append(tokens=written.tokens, logprobs=0.0, versions=-1, image_of_token=of)
         self.images += images
         self.hashes += [image_hash(*image) for image in images]
 
     def draw(self, turn: Turn) -> None:
         """Takes what the model drew, and what was put in between."""
-        drawn = turn.versions >= 0
-        logprobs, versions = np.where(drawn, turn.logprobs, 0.0), np.where(drawn, turn.versions, 0)
-        self._append(tokens=turn.ids, drawn=drawn, logprobs=logprobs, versions=versions, image_of_token=-1)
+        logprobs = np.where(turn.versions >= 0, turn.logprobs, 0.0)
+        self._append(tokens=turn.ids, logprobs=logprobs, versions=turn.versions, image_of_token=-1)
         self.turns += 1
 
     def ended(self) -> Transcript:

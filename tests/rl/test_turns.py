@@ -205,7 +205,7 @@ def test_a_transcript_is_what_supervised_training_reads():
         np.testing.assert_array_equal(transcript.image_of_token, expected.image_of_token)
         assert len(transcript.images) == 3 == len(set(transcript.hashes)) and transcript.turns == 3
         np.testing.assert_array_equal(transcript.logprobs, np.where(transcript.drawn, np.float32(-0.5), 0))
-        np.testing.assert_array_equal(transcript.versions, np.where(transcript.drawn, 7, 0))
+        np.testing.assert_array_equal(transcript.versions, np.where(transcript.drawn, 7, -1))
 
 
 @pytest.mark.parametrize("drawn, before", [
@@ -236,7 +236,7 @@ def test_what_an_engine_puts_in_was_not_drawn():
     assert transcript.tokens[start:].tolist() == ids
     np.testing.assert_array_equal(transcript.drawn[start:], ~forced)
     np.testing.assert_array_equal(transcript.logprobs[start:], np.where(forced, 0, np.float32(-2)))
-    np.testing.assert_array_equal(transcript.versions[start:], np.where(forced, 0, 4))
+    np.testing.assert_array_equal(transcript.versions[start:], np.where(forced, -1, 4))
     assert transcript.form.parse(ids) == Action("3", "hm")
 
 
