@@ -6,8 +6,10 @@ Not covered: the other tasks (benchmarks/gym.py plays more than forty of them).
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import signal
+import time
 
 import numpy as np
 import pytest
@@ -89,5 +91,19 @@ def test_a_dead_browser_is_one_failed_episode_and_leaves_nothing_behind(started)
 
     episode = played(environment, killed)
     assert episode.failed and "Exception" in episode.reason, episode
+    assert not browser._drivers()
+    assert played(environment, oracles.of_browser(environment)).reward == 1.0
+
+
+def test_a_browser_that_is_closed_while_it_starts_is_ended(started):
+    """As when time is over while it starts: the thread that starts it finds that nobody wants it any more."""
+    environment = started("click-test")
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        late = threads.submit(environment.reset, 0)
+        while environment._opening is None:
+            time.sleep(0.001)
+        environment.close()
+        with pytest.raises(RuntimeError, match="closed while its browser started"):
+            late.result()
     assert not browser._drivers()
     assert played(environment, oracles.of_browser(environment)).reward == 1.0

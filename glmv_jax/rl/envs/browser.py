@@ -17,6 +17,7 @@ import pathlib
 import shutil
 import signal
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -81,15 +82,15 @@ class Browser(Acting):
         self.source = f"miniwob/{task}"
         self._task, self._pause = task, pause
         self._env: Any = None
+        self._opening: object = None
         self._end: Callable[[], None] = lambda: None
         self.dom: Any = None
 
     def reset(self, seed: int) -> Observation:
-        if self._env is None:
-            self._open()
-        self._still()
-        seen, info = self._env.reset(seed=seed)
-        self._env.instance.driver.execute_script(_LATER)
+        env = self._env or self._open()
+        _still(env.instance)
+        seen, info = env.reset(seed=seed)
+        env.instance.driver.execute_script(_LATER)
         self.dom = info["root_dom"]
         picture = Image.fromarray(seen["screenshot"])
         self.size, self.utterance = picture.size, seen["utterance"]
@@ -109,7 +110,7 @@ class Browser(Acting):
         return Reply(images=(Image.fromarray(seen["screenshot"]),))
 
     def close(self) -> None:
-        self._env = self.dom = None
+        self._env = self._opening = self.dom = None
         self._end()
 
     # ------------------------------------------------------------------------------------------------------- actions
@@ -132,8 +133,9 @@ class Browser(Acting):
         return [self._action("PRESS_KEY", key=allowed.index(key))]
 
     # ------------------------------------------------------------------------------------------------------- process
-    def _open(self) -> None:
+    def _open(self) -> Any:
         """Starts a browser. One at a time, so that one whose start fails is told from those of others."""
+        self._opening = mine = object()
         if reason := missing():
             raise UserError(reason)
         gymnasium = _package()
@@ -149,20 +151,14 @@ class Browser(Acting):
                 _kill(_drivers() - before)
                 raise
             started = _drivers() - before
-        self._env = made.unwrapped
+        driver = made.unwrapped.instance.driver
         # Also when this object is forgotten, and when the program ends.
-        driver = self._env.instance.driver
-        self._end = weakref.finalize(self, _quit, driver, started, _folders(driver))
-
-    def _still(self) -> None:
-        """No button or key is held, and the pointer is where no page is."""
-        from selenium.webdriver.common.actions.action_builder import ActionBuilder
-
-        instance = self._env.instance
-        ActionBuilder(instance.driver).clear_actions()
-        pointer = ActionBuilder(instance.driver, duration=0)
-        pointer.pointer_action.move_to_location(instance.inner_width - 2, instance.inner_height - 2)
-        pointer.perform()
+        end = weakref.finalize(self, _quit, driver, started, _folders(driver))
+        if self._opening is not mine:
+            end()
+            raise RuntimeError("it was closed while its browser started")
+        self._env, self._end = made.unwrapped, end
+        return self._env
 
 
 _ACTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
@@ -177,6 +173,16 @@ _ACTIONS: dict[str, Callable[..., list[dict[str, Any]]]] = {
     "press": Browser._press,
     "wait": lambda self: [self._action("NONE")],
 }  # fmt: skip
+
+
+def _still(instance: Any) -> None:
+    """No button or key is held, and the pointer is where no page is."""
+    from selenium.webdriver.common.actions.action_builder import ActionBuilder
+
+    ActionBuilder(instance.driver).clear_actions()
+    pointer = ActionBuilder(instance.driver, duration=0)
+    pointer.pointer_action.move_to_location(instance.inner_width - 2, instance.inner_height - 2)
+    pointer.perform()
 
 
 def _package() -> Any:
@@ -227,7 +233,7 @@ def _drivers() -> set[int]:
 
 
 def _kill(drivers: Iterable[int]) -> None:
-    """Kills drivers of this process and all that they have started."""
+    """Kills drivers of this process and all that they have started; returns when they have ended."""
     processes = _processes()
     doomed = {pid for pid in drivers if processes.get(pid, ("", 0))[0] == "chromedriver"}
     while more := {pid for pid, (_, parent) in processes.items() if parent in doomed} - doomed:
@@ -237,10 +243,13 @@ def _kill(drivers: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    end = time.monotonic() + 5.0
+    while doomed & _processes().keys() and time.monotonic() < end:
+        time.sleep(0.01)
 
 
 def _processes() -> dict[int, tuple[str, int]]:
-    """(name, parent) of every process, by its id."""
+    """(name, parent) of every process that has not ended, by its id."""
     found = {}
     for folder in pathlib.Path("/proc").iterdir():
         if folder.name.isdigit():
@@ -248,5 +257,7 @@ def _processes() -> dict[int, tuple[str, int]]:
                 head, _, rest = (folder / "stat").read_text(encoding="utf-8", errors="replace").rpartition(")")
             except OSError:  # it has ended meanwhile
                 continue
-            found[int(folder.name)] = head.partition("(")[2], int(rest.split()[1])
+            state, parent = rest.split()[:2]
+            if state != "Z":
+                found[int(folder.name)] = head.partition("(")[2], int(parent)
     return found
