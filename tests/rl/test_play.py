@@ -124,7 +124,7 @@ def test_a_script_that_knows_wins_and_the_beginning_is_the_seeds(name):
 ])  # fmt: skip
 def test_what_is_wrong_gets_nothing(name, wrong):
     episode = played(envs.make(name), lambda: wrong)
-    assert not episode.reward and not episode.failed
+    assert episode.reward == 0.0 and not episode.failed, "a verdict of its own, also where a limit ended it"
     assert ("ValueError" in episode.info.get("error", "")) == (name == "reasoning_gym/prime_factorization")
 
 
@@ -171,6 +171,7 @@ def test_a_turn_of_several_calls_is_answered_one_by_one():
     text = FORM.tokenizer.decode(episode.transcript.tokens, keep_special=True)
     assert text.count("<|observation|>") == 1 and "picture 2</tool_response><tool_response>nothing was found" in text
     assert len(episode.transcript.images) == 2 and episode.text == "17" and episode.ended == "done"
+    assert episode.reward is None and episode.sample.source == "lookup", "that is for the reward system"
 
 
 def test_a_crop_is_the_part_enlarged():

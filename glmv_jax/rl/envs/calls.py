@@ -24,7 +24,7 @@ class Reply(NamedTuple):
     text: str = ""
     images: Sequence[Image.Image] = ()
     done: bool = False
-    reward: float | None = None
+    reward: float = 0.0
     info: Mapping[str, Any] = {}
 
 
@@ -51,10 +51,12 @@ class Acting:
     """An environment without its rules: a subclass has `source`, `reset`, `call` and perhaps `said` and `close`.
 
     tools: those of the episode that is played, announced with its first observation.
+    judges: whether it has a verdict of its own; then a step that earns nothing is worth 0.
     """
 
     source: str
     tools: Sequence[Mapping[str, Any]] = ()
+    judges = True
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Reply:
         """Carries out one call of a tool there is, with arguments of its schema. May block. Raises Refused."""
@@ -62,11 +64,11 @@ class Acting:
 
     def said(self, action: Action) -> Step:
         """The answer to a turn without a call."""
-        return Step(_told("user", f"Nothing was done. Call a tool: {names(self.tools)}."), False)
+        return self._nothing("user", f"Nothing was done. Call a tool: {names(self.tools)}.")
 
     async def step(self, action: Action) -> Step:
         if action.malformed:
-            return Step(_told("tool", f"Nothing was done: {action.malformed}."), False)
+            return self._nothing("tool", f"Nothing was done: {action.malformed}.")
         if not action.tool_calls:
             return self.said(action)
         return await asyncio.to_thread(self._carry_out, action)
@@ -83,13 +85,12 @@ class Acting:
                 reply = Reply(f"Not done: {reason}.")
             messages.append(said_by("tool", reply.text, reply.images))
             images += reply.images
-            rewards += [reply.reward] if reply.reward is not None else []
+            rewards.append(reply.reward)
             info.update(reply.info)
             if reply.done:
                 break
-        reward = sum(rewards) if rewards else None
+        reward = sum(rewards) if self.judges else None
         return Step(Observation(tuple(messages), tuple(images)), reply.done, reward, info)
 
-
-def _told(role: str, text: str) -> Observation:
-    return Observation((said_by(role, text),))
+    def _nothing(self, role: str, why: str) -> Step:
+        return Step(Observation((said_by(role, why),)), False, 0.0 if self.judges else None)

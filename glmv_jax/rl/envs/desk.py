@@ -43,6 +43,8 @@ class Desk(Acting):
     sample, search: the question of the episode and its index, for a script.
     """
 
+    judges = False
+
     def __init__(self, samples: Sequence[Sample], source: str):
         self.source = source
         self._samples = samples

@@ -46,4 +46,4 @@ class Windows(Acting):
         self.window = gui.act(self.window, {"name": name, "arguments": arguments})
         pressed = bool(self.window.pressed)
         reached = (self.window.pressed, self.window.elements) == (self.goal.pressed, self.goal.elements)
-        return Reply(images=(page.draw(self.window),), done=pressed, reward=float(reached) if pressed else None)
+        return Reply(images=(page.draw(self.window),), done=pressed, reward=float(pressed and reached))
