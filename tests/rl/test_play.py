@@ -121,6 +121,7 @@ def test_a_script_that_knows_wins_and_the_beginning_is_the_seeds(name):
     ("reasoning_gym/leg_counting", Action("without a box")),
     ("reasoning_gym/prime_factorization", Action(chat.boxed("zzz"))),  # its grader raises ValueError
     ("windows", oracles.call("click", x=999, y=999)),
+    ("windows", Action("I wonder.")),
 ])  # fmt: skip
 def test_what_is_wrong_gets_nothing(name, wrong):
     episode = played(envs.make(name), lambda: wrong)
