@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from glmv_jax.rl.rollout import Rollout
+
+Row: TypeAlias = Mapping[str, Any]
+
+# What may befall an answer, beside being trained on: counted by source.
+EVENTS = ("aborted", "failed", "dropped", "given_up", "filtered")
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -20,39 +28,94 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def by_source(records: Sequence[Rollout]) -> dict[str, float]:
-    """Means of a step, named "<metric>/<source>", and "<metric>/mean": the mean of the sources' values.
+def mismatch_kl(logprobs: np.ndarray, trained: np.ndarray) -> np.ndarray:
+    """rho - log rho - 1 of each token, rho = trainer / engine: an estimate, never below 0, of KL(engine || trainer).
 
-    reward, accuracy; pass@k with k the group size; same: share of groups whose rewards are all equal (they teach
-    nothing); length in tokens; truncated; format: share of well-formed answers; error: share of failed graders;
-    logprob: of the sampled tokens, per token (its negative estimates the entropy).
+    Args: logprobs: of the engine that drew the tokens; trained: of the trainer that is about to learn from them.
     """
-    metrics: dict[str, float] = {}
-    names = sorted({record.source for record in records})
-    for name in names:
-        for key, value in _one([r for r in records if r.source == name]).items():
-            metrics[f"{key}/{name}"] = value
-    for key in dict.fromkeys(name.split("/")[0] for name in metrics):
-        known = [metrics[f"{key}/{name}"] for name in names if f"{key}/{name}" in metrics]
-        metrics[f"{key}/mean"] = float(np.mean(known))
-    return metrics
+    gap = np.asarray(trained, np.float64) - np.asarray(logprobs, np.float64)
+    return np.expm1(gap) - gap
 
 
-def _one(records: Sequence[Rollout]) -> dict[str, float]:
-    groups: dict[int, list[Rollout]] = {}
-    for record in records:
-        groups.setdefault(record.row, []).append(record)
-    k = min(map(len, groups.values()))
-    rewards = [[r.grade.reward for r in group] for group in groups.values()]
-    mean = lambda values: float(np.mean(list(values)))  # noqa: E731
-    return {
-        "reward": mean(r.grade.reward for r in records),
-        "accuracy": mean(r.grade.correct for r in records),
-        f"pass@{k}": mean(pass_at_k(len(g), sum(r.grade.correct for r in g), k) for g in groups.values()),
-        "same": mean(max(group) == min(group) for group in rewards),
-        "length": mean(len(r.said) for r in records),
-        "truncated": mean(r.truncated for r in records),
-        "format": mean(r.grade.components.get("format", 0.0) for r in records),
-        "error": mean(r.grade.failed for r in records),
-        "logprob": mean(x for r in records for x in r.said) if any(len(r.answer) for r in records) else 0.0,
+def by_source(records: Sequence[Rollout]) -> dict[str, float]:
+    """`summary` of rollouts that are groups by their row."""
+    return summary(
+        {
+            "kind": "sample", "uid": r.row, "source": r.source, "reward": r.grade.reward, "correct": r.grade.correct,
+            "components": r.grade.components, "flags": r.grade.flags, "length": len(r.said),
+            "truncated": r.truncated, "logprobs": r.said,
+        }
+        for r in records
+    )  # fmt: skip
+
+
+def summary(rows: Iterable[Row], *, passes: Sequence[int] = (), threshold: float | None = None) -> dict[str, float]:
+    """Numbers of a step, named "<metric>/<source>", and "<metric>/mean": the mean of the sources' values.
+
+    reward, accuracy; pass@k for the k of `passes` that the smallest group allows, and for its size; same: share of
+    groups whose rewards are all equal (they teach nothing); length in tokens; truncated; format: share of well-formed
+    answers; component/<name>: mean over the answers that have it; error, timeout: shares of failed graders; logprob: of
+    the drawn tokens, per token (its negative estimates the entropy).
+    Where the rows tell: mismatch: KL between engine and trainer, per token; staleness: updates between a token's
+    policy and the one trained on it, mean, and staleness_max.
+    Where there are such rows: the events of EVENTS, each a count.
+
+    Args:
+      rows: of kind "sample" (or without a kind), an answer each: uid (its group), source, reward, correct, components,
+        flags, length, truncated, logprobs, and if known trained_logprobs, versions and trained_at; and of the kinds of
+        EVENTS: source.
+      threshold: the reward from which an answer counts as right in pass@k, for rewards that are not 0 or 1; None: what
+        the grader says.
+    """
+    samples: dict[str, list[Row]] = collections.defaultdict(list)
+    events: collections.Counter[tuple[str, str]] = collections.Counter()
+    for row in rows:
+        if row.get("kind", "sample") == "sample":
+            samples[row["source"]].append(row)
+        else:
+            events[row["kind"], row["source"]] += 1
+    found: dict[str, dict[str, float]] = collections.defaultdict(dict)  # metric -> source -> value
+    for name in sorted({*samples, *(source for _, source in events)}):
+        values = _one(samples[name], passes, threshold) if name in samples else {}
+        for key, value in (values | {kind: float(events[kind, name]) for kind in EVENTS if events}).items():
+            found[key][name] = value
+    metrics = {f"{key}/{name}": value for key, values in found.items() for name, value in values.items()}
+    return metrics | {f"{key}/mean": float(np.mean(list(values.values()))) for key, values in found.items()}
+
+
+def _one(rows: Sequence[Row], passes: Sequence[int], threshold: float | None) -> dict[str, float]:
+    groups: dict[Any, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row["uid"], []).append(row)
+    smallest = min(map(len, groups.values()))
+    rewards = [[r["reward"] for r in group] for group in groups.values()]
+    right = lambda r: r["correct"] if threshold is None else r["reward"] >= threshold  # noqa: E731
+    share = lambda k: _mean(pass_at_k(len(g), sum(map(right, g)), k) for g in groups.values())  # noqa: E731
+    found = {
+        "reward": _mean(r["reward"] for r in rows),
+        "accuracy": _mean(r["correct"] for r in rows),
+        **{f"pass@{k}": share(k) for k in sorted({*passes, smallest}) if k <= smallest},
+        "same": _mean(max(group) == min(group) for group in rewards),
+        "length": _mean(r["length"] for r in rows),
+        "truncated": _mean(r["truncated"] for r in rows),
+        "format": _mean(r["components"].get("format", 0.0) for r in rows),
+        "error": _mean(any(f in r["flags"] for f in ("error", "timeout", "nan")) for r in rows),
+        "timeout": _mean("timeout" in r["flags"] for r in rows),
+        "logprob": _per_token(rows, lambda r: r["logprobs"]) if any(len(r["logprobs"]) for r in rows) else 0.0,
     }
+    for name in sorted({name for r in rows for name in r["components"]} - {"format"}):
+        found[f"component/{name}"] = _mean(r["components"][name] for r in rows if name in r["components"])
+    if compared := [r for r in rows if r.get("trained_logprobs") is not None and r["length"]]:
+        found["mismatch"] = _per_token(compared, lambda r: mismatch_kl(r["logprobs"], r["trained_logprobs"]))
+    ages = [r["trained_at"] - v for r in rows if r.get("trained_at") is not None for v in r["versions"] if v >= 0]
+    if ages:
+        found |= {"staleness": _mean(ages), "staleness_max": float(max(ages))}
+    return found
+
+
+def _mean(values: Iterable[float]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _per_token(rows: Sequence[Row], of: Callable[[Row], Iterable[float]]) -> float:
+    return _mean(itertools.chain.from_iterable(map(of, rows)))
