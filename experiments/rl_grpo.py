@@ -36,6 +36,9 @@ def get_config(arg=None):
         "advantage": "grpo",  # all of these and of the loss: glmv_jax/losses/policy
         "components": (),  # of grades with their weights, for gdpo: (("score", 1.0), ("format", 0.5))
         "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},  # tokens before max_new_tokens that cost reward
+        "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
+        "staleness": 1,  # async: updates that a token may be old
+        "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
         "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }
     cfg.loss = {

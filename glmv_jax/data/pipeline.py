@@ -129,12 +129,20 @@ def prompt_batches(
     reading: Reading = ALONE,
 ) -> grain.DatasetIterator:
     """Questions to sample answers for, one a row, with the samples they come from."""
+    return reading.iterator(Stream(prompt_items(sources, weights, builder, batch=batch, reading=reading),
+                                   reading.workers))
+
+
+def prompt_items(
+    sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, batch: int,
+    reading: Reading = ALONE,
+) -> grain.MapDataset:
+    """Random access to the batches of `prompt_batches`."""
     names = list(sources)
     pairs = {name: reading.guarded(reading.endless(source), _Build(builder, "prompt", name, keep=True), name)
              for name, source in sources.items()}
     collated = functools.partial(_collate_prompts, builder=builder, names=names)
-    items = grain.MapDataset.source(Mixture(pairs, weights)).batch(batch, drop_remainder=True, batch_fn=collated)
-    return reading.iterator(Stream(items, reading.workers))
+    return grain.MapDataset.source(Mixture(pairs, weights)).batch(batch, drop_remainder=True, batch_fn=collated)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import grain
 
 from glmv_jax.data.building import DocumentBuilder
-from glmv_jax.data.pipeline import Reading, prompt_batches
+from glmv_jax.data.pipeline import Reading, prompt_batches, prompt_items
 
 
 def namespaced(namespace: str, seed: int) -> int:
@@ -34,8 +35,25 @@ def prompts(
     Stages that use other seeds or namespaces draw other questions; with
     the same ones they draw the same. Raises UserError for an unknown task.
     """
+    reading = Reading(seed=seed, workers=workers, ahead=ahead, faults=faults)
+    return prompt_batches(_sources(weights, split, namespace, seed), weights, builder, batch=batch, reading=reading)
+
+
+def prompt_rows(
+    weights: Mapping[str, float],
+    builder: DocumentBuilder,
+    *,
+    seed: int = 0,
+    namespace: str = "rl",
+    split: str = "train",
+    faults: str | None = None,
+) -> grain.MapDataset:
+    """Random access to the prompts of `prompts`, in the same order: a batch of one row each."""
+    reading = Reading(seed=seed, faults=faults)
+    return prompt_items(_sources(weights, split, namespace, seed), weights, builder, batch=1, reading=reading)
+
+
+def _sources(names: Iterable[str], split: str, namespace: str, seed: int) -> dict[str, Any]:
     from glmv_jax.rl import tasks  # with their graders, which the trainer does not import
 
-    sources = {name: tasks.get(name).source(split, namespaced(namespace, seed)) for name in weights}
-    reading = Reading(seed=seed, workers=workers, ahead=ahead, faults=faults)
-    return prompt_batches(sources, weights, builder, batch=batch, reading=reading)
+    return {name: tasks.get(name).source(split, namespaced(namespace, seed)) for name in names}

@@ -61,7 +61,8 @@ class Trace:
         return sum(e - b for b, e, stages in levels if stages > 1) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """The trace event format: a process a stage, and in it as many rows as it had spans at once."""
+        """The trace event format: a process a stage, and in it as many rows as it had spans at once; beside it the
+        overlap and the seconds of each stage."""
         zero = min((span.begin for span in self.spans), default=0.0)
         events: list[dict[str, Any]] = []
         for pid, stage in enumerate(STAGES, 1):
@@ -73,7 +74,11 @@ class Trace:
                 times = {"ts": 1e6 * (span.begin - zero), "dur": 1e6 * (span.end - span.begin)}
                 events.append({"ph": "X", "name": span.name, "cat": stage, "pid": pid, "tid": row, **times,
                                "args": span.facts})  # fmt: skip
-        return {"traceEvents": events, "displayTimeUnit": "ms"}
+        numbers = {
+            "overlap": round(self.overlap(), 4),
+            **{f"{k}_seconds": round(v, 3) for k, v in self.seconds().items()},
+        }
+        return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": numbers}
 
     def save(self, path: Path) -> None:
         """Writes it, whole or not at all."""

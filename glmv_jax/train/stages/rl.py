@@ -8,9 +8,11 @@ the trainer's; cfg.rollout.proximal has the trainer compute its own as well.
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import functools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +26,11 @@ from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
 from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import vlm
 from glmv_jax.rl.batch import to_batch
-from glmv_jax.rl.metrics import by_source
-from glmv_jax.rl.prompts import prompts
+from glmv_jax.rl.metrics import by_source, summary
+from glmv_jax.rl.pipeline import Scheduler, Settings
+from glmv_jax.rl.pipeline.background import Background, Parts
+from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts, rule_grader
+from glmv_jax.rl.prompts import prompt_rows, prompts
 from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.rl_others import Others
@@ -60,6 +65,11 @@ class RL(VLMStage):
                             "(('score', 1.0), ('format', 0.5)), and rollout.overlong.buffer=0")  # fmt: skip
         self.others = Others(self)
         self._waiting: collections.deque = collections.deque()
+        if r.get("pipeline", "sync") not in ("sync", "async"):
+            raise UserError(f"rollout.pipeline={r.pipeline!r} is not known; choose sync or async")
+        if r.get("pipeline", "sync") == "async" and r.minibatches != 1:
+            raise UserError(f"rollout.minibatches={r.minibatches}: with rollout.pipeline='async' every batch of groups "
+                            "is one update; set minibatches=1, and fewer prompts")  # fmt: skip
 
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
@@ -68,6 +78,8 @@ class RL(VLMStage):
     def train_data(self):
         self.others.read()
         d, r = self.cfg.data, self.cfg.rollout
+        if r.get("pipeline", "sync") == "async":
+            return self._pipeline()
         return prompts(
             dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
             faults=self.cfg.faults or None,
@@ -88,26 +100,51 @@ class RL(VLMStage):
         Rollouts that wait belong to the policy of at most cfg.rollout.minibatches - 1 updates ago; the ratio corrects.
         A resume in between samples them anew from the prompts that follow.
         """
+        if isinstance(data, Background):
+            # A copy, as the engine draws with it while the step that follows takes the memory of the state.
+            taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), int(state.step))
+            rows, left_out = taken.batch
+            return rows | self.others.said_of([rows], state.params)[0], summary(drawn) | left_out
         if not self._waiting:
             self._waiting.extend(self._rollouts(next(data), state))
         return self._waiting.popleft()
 
+    def _pipeline(self) -> Background:
+        """Rollouts, rewards and rows made beside the training, in threads (`rl.pipeline`)."""
+        d, r = self.cfg.data, self.cfg.rollout
+        settings = Settings(r.prompts, r.group, staleness=r.staleness, late=r.late)
+        rows = Rows(prompt_rows(dict(d.weights), self.asker, seed=self.data_seed, faults=self.cfg.faults or None))
+        engine = SamplerEngine(self.sampler, rows, r.prompts, jax.random.key(self.cfg.seed), self.tokenizer)
+
+        async def build(step, groups):
+            del step
+            records, batch = rollouts(groups, rows)
+            return next(iter(await asyncio.to_thread(lambda: list(self._packed(records, batch)))))
+
+        parts = Parts(functools.partial(Scheduler, rows, settings), engine, rule_grader(rows, self.verifiers), build)
+        return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
+
     def _rollouts(self, batch, state):
-        r = self.cfg.rollout
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))
         records = rollout(
             self.sampler, state.params, batch, key, self.tokenizer, self.verifiers, sampled=self.others.prefetch
         )
+        parts, metrics = list(self._packed(records, batch)), by_source(records)
+        said = self.others.said_of([rows for rows, _ in parts], state.params)
+        for (rows, left_out), others in zip(parts, said):
+            yield rows | others, metrics | left_out
+
+    def _packed(self, records, batch):
+        """The rows of each minibatch, and how much found no room in them."""
+        r = self.cfg.rollout
         rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, r.group)
         advantages_NG = self._advantages(records, rewards_NG)
-        metrics = by_source(records)
         # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
         # Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
         # whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
         teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
         teaches_N = teaches_N | (self.objective.distil.kind != "none")
         teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
-        parts = []
         for groups in (teaching[i :: r.minibatches] for i in range(r.minibatches)):
             of = [g * r.group + i for g in groups for i in range(r.group)]
             of = [n for n in of if not (r.overlong.drop and records[n].truncated)]
@@ -116,10 +153,7 @@ class RL(VLMStage):
                 tokens=self.cfg.data.tokens, patches=self.cfg.data.patches, targets=self.cfg.data.targets,
                 names=self.names, per="token",
             )  # fmt: skip
-            parts.append((rows, {"left_out": left_out / max(1, len(of))}))
-        said = self.others.said_of([rows for rows, _ in parts], state.params)
-        for (rows, more), others in zip(parts, said):
-            yield rows | others, metrics | more
+            yield rows, {"left_out": left_out / max(1, len(of))}
 
     def _advantages(self, records: list[Rollout], rewards_NG: np.ndarray) -> np.ndarray:
         """[N, G], of rewards from which long answers may lose something."""
