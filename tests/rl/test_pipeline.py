@@ -62,6 +62,19 @@ def test_stages_overlap_and_a_step_takes_as_long_as_the_longest():
     assert alone.trace.overlap() < 0.2
 
 
+@pytest.mark.parametrize("late", ["wait", "drop", "abort"])
+def test_a_heavy_tail_costs_less_than_step_by_step(late):
+    """The same engine of 32 slots and trainer, the same number of updates on batches of the same size."""
+
+    def seconds(**changes) -> float:
+        w = world(Settings(8, 4, **changes), heavy_tail(4, longest=600), engine={"slots": 32}, reward=0.02, update=0.1)
+        simulated.run(w.train(40))
+        assert all(len(taken.groups) == 8 for taken in w.trained) and w.engine.most <= 32
+        return w.times[-1]
+
+    assert seconds(staleness=4, late=late, in_flight=12) <= 0.6 * seconds(staleness=0)
+
+
 def test_the_trace_is_one_that_perfetto_reads(tmp_path):
     w = world(
         Settings(2, 2, staleness=2), lambda r: 30 + 20 * r.member, reward=0.01, batch=0.02, push=0.01, update=0.02
