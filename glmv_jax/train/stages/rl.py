@@ -112,7 +112,9 @@ class RL(VLMStage):
     def _pipeline(self) -> Background:
         """Rollouts, rewards and rows made beside the training, in threads (`rl.pipeline`)."""
         d, r = self.cfg.data, self.cfg.rollout
-        settings = Settings(r.prompts, r.group, staleness=r.staleness, late=r.late)
+        settings = Settings(
+            r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
+        )
         rows = Rows(prompt_rows(dict(d.weights), self.asker, seed=self.data_seed, faults=self.cfg.faults or None))
         engine = SamplerEngine(self.sampler, rows, r.prompts, jax.random.key(self.cfg.seed), self.tokenizer)
 
