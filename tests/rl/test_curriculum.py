@@ -42,9 +42,9 @@ def test_more_groups_teach_something_than_when_all_prompts_are_drawn_alike():
     items = [Item(i, "s") for i in range(len(RATES))]
     rng = np.random.default_rng(0)
     alike = share_useful(rolled(Curriculum(items, {"s": 1.0}, w_min=1.0), rng, 60))
-    learnt = share_useful(rolled(Curriculum(items, {"s": 1.0}), rng, 100)[40:])
+    learnt = share_useful(rolled(Curriculum(items, {"s": 1.0}), rng, 60)[30:])
     exact = np.mean(1 - RATES**SIZE - (1 - RATES) ** SIZE)
-    assert alike == pytest.approx(exact, abs=0.03), "uniform sampling is what it should be"
+    assert alike == pytest.approx(exact, abs=0.04), "uniform sampling is what it should be"
     assert learnt >= 1.5 * alike, (learnt, alike)
     # Pass rates that are known beforehand help from the first step.
     known = Curriculum([Item(i, "s", float(p)) for i, p in enumerate(RATES)], {"s": 1.0})
@@ -54,7 +54,7 @@ def test_more_groups_teach_something_than_when_all_prompts_are_drawn_alike():
 def test_sources_keep_their_share_and_no_tier_dies():
     items = [Item(i, "easy" if i >= 50 else "mixed", float(p)) for i, p in enumerate(RATES)]
     curriculum = Curriculum(items, {"mixed": 3.0, "easy": 1.0})
-    counts = collections.Counter(g.prompt.source for b in rolled(curriculum, np.random.default_rng(1), 60) for g in b)
+    counts = collections.Counter(g.prompt.source for b in rolled(curriculum, np.random.default_rng(1), 40) for g in b)
     assert counts["mixed"] / counts.total() == pytest.approx(0.75, abs=0.03)
     p = curriculum.probabilities()
     assert p.sum() == pytest.approx(1.0) and (p > 0).all() and p[:30].max() < 0.2 * p[36:44].min()

@@ -68,7 +68,7 @@ def test_a_heavy_tail_costs_less_than_step_by_step(late):
 
     def seconds(**changes) -> float:
         w = world(Settings(8, 4, **changes), heavy_tail(4, longest=600), engine={"slots": 32}, reward=0.02, update=0.1)
-        simulated.run(w.train(40))
+        simulated.run(w.train(25))
         assert all(len(taken.groups) == 8 for taken in w.trained) and w.engine.most <= 32
         return w.times[-1]
 
@@ -125,6 +125,14 @@ def test_count_stops_at_n_of_m_and_the_rest_goes_on_first_with_what_it_had():
     np.testing.assert_array_equal(drawn.tokens[:120], second[2].prefix.tokens)
 
 
+def test_what_is_complete_beyond_a_batch_counts_in_the_next_step():
+    notes: list = []
+    w = world(Settings(4, 1, staleness=2, late="abort", in_flight=7), lambda r: 10, notes)
+    simulated.run(w.train(20))
+    assert not any(n["kind"] == "dropped" for n in notes) and sorted(w.uids) == list(range(80))
+    assert len(w.engine.submitted) <= 80 + 3 * 7, "no more is asked than there is room for"
+
+
 def test_an_answer_that_spans_an_update_says_which_version_drew_each_token():
     w = world(Settings(1, 1, staleness=2, late="drop", in_flight=3), lambda r: 40 + 40 * r.prompt.uid, update=0.02)
     simulated.run(w.train(2))
@@ -173,15 +181,15 @@ def test_a_time_limit_shortens_the_slowest_steps():
     """A long answer waits for no one: with a limit it goes on over several steps, from where it was."""
 
     def steps(**changes) -> tuple[float, World]:
-        w = world(Settings(8, 2, staleness=8, **changes), heavy_tail(2), update=0.02)
+        w = world(Settings(8, 2, staleness=16, **changes), heavy_tail(2, longest=1000), update=0.02)
         simulated.run(w.train(200))
         return float(np.quantile(np.diff([0.0, *w.times]), 0.99)), w
 
     slow, _ = steps(late="abort")
-    quick, w = steps(late="abort", seconds=0.15)
+    quick, w = steps(late="abort", seconds=0.15, in_flight=24)
     assert quick <= 0.6 * slow, (quick, slow)
     longest = max((m for t in w.trained for g in t.groups for m in g.members), key=lambda m: m.aborts)
-    assert longest.aborts >= 3 and len(longest.answer.drawn) == 2000 and len(set(longest.answer.drawn.versions)) > 3
+    assert longest.aborts >= 3 and len(longest.answer.drawn) == 1000 and len(set(longest.answer.drawn.versions)) > 3
 
 
 # --- staleness (requirement 5) ----------------------------------------------------------------------------------------
@@ -299,7 +307,7 @@ def test_no_trained_token_is_too_old_in_10_000_random_schedules():
     batches = aborted = dropped = 0
     for seed in range(10_000):
         world = Schedule(seed)
-        for _ in range(60):
+        for _ in range(45):
             world.step()
         assert world.oldest <= world.settings.staleness, f"seed {seed}"
         assert not world.doubled and world.trained | world.left() == set(range(world.scheduler.prompts.drawn)), seed
@@ -310,7 +318,7 @@ def test_no_trained_token_is_too_old_in_10_000_random_schedules():
         batches += world.trained_batches
         aborted += kinds.count("aborted")
         dropped += kinds.count("dropped")
-    assert batches > 5_000 and aborted > 1_000 and dropped > 2_000, (batches, aborted, dropped)
+    assert batches > 5_000 and aborted > 500 and dropped > 1_000, (batches, aborted, dropped)
 
 
 @pytest.mark.parametrize("late", ["wait", "drop"])

@@ -42,7 +42,7 @@ class Background:
         self._log: SampleLog | None = None
         self._took: tuple[int, float] | None = None  # the batch that is trained on, and since when
         self._params: Any = None
-        self.trace = Trace(time.monotonic, keep=50_000)
+        self.trace = Trace(time.monotonic, keep=20_000)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="pipeline", daemon=True)
         self._thread.start()

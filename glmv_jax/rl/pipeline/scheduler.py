@@ -62,7 +62,7 @@ class Scheduler:
         self._judged: dict[int, tuple[Group, int, Completion]] = {}  # the same, of answers that wait for their verdict
         self._idle: list[tuple[Group, int]] = []  # to be asked for
         self._stops: list[int] = []  # requests that the engine has to end
-        self._closing, self._begun = False, 0  # "abort": the step is over; groups that began in it
+        self._closing, self._begun = False, 0  # "abort": the step is over; groups it has
         self._requests, self._given_up = 0, 0
 
     # --- what to do now -----------------------------------------------------------------------------------------------
@@ -237,7 +237,7 @@ class Scheduler:
     def _reopen(self) -> None:
         """The next step may begin when everything of this one is in."""
         if self._closing and not self.open:
-            self._closing, self._begun = False, 0
+            self._closing, self._begun = False, len(self.ready)  # what was complete beyond the batch begins the next
 
     def _drop_stale(self) -> None:
         """What could no longer be trained on in the next batch is drawn again."""

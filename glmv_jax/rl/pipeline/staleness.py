@@ -12,7 +12,8 @@ Three things can be done about answers that take long (`Settings.late`):
            (j + 1) n, at n groups a batch. `pick` keeps that true, as earliest-deadline-first scheduling does.
     drop   the trainer takes the first n that are complete; what has become too old is drawn again.
     abort  a batch ends the step for all: what is not complete is stopped, kept with what was drawn, and goes on first
-           thing in the next step. A step may have a time limit as well, and then a smaller batch.
+           thing in the next step. A step may have a time limit as well, and then a smaller batch. k must allow for the
+           steps that the longest answers take: what is too old to go on from begins anew.
 
 k = 0 with as many groups as a batch takes is synchronous reinforcement learning.
 """
@@ -35,8 +36,8 @@ class Settings:
     staleness: k, how many updates old a token may be.
     late:      what is done about groups that take long, one of LATE.
     in_flight: m, groups that are written at a time, at least n ("abort": in a step); 0 for n (k + 1), and n if "abort".
-    seconds:   of a step, for "abort": whatever is complete then is the batch (the first to complete, if none is); None
-               for no limit.
+    seconds:   of a step, for "abort": whatever is complete then is the batch (the first to complete, if none is, so let
+               m be larger than n: groups that go on must not be all there are); None for no limit.
     patience:  seconds after which a request that gave no sign counts as failed, or None.
     attempts:  how often an answer may fail before its prompt is given up.
     ahead:     batches that are made before the trainer asks for them, at most.

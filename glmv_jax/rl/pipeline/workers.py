@@ -72,18 +72,17 @@ class Workers:
         """The number of the actor that has the least to do."""
         return int(np.argmin(self._busy))
 
-    async def call(self, method: str, *args: Any, worker: int | None = None) -> Any:
-        """What the role's method returns, from whichever process is left in the end; worker: which to ask first.
+    async def call(self, method: str, *args: Any, choose: Callable[[], int] | None = None) -> Any:
+        """What the role's method returns, from whichever process is left in the end; choose: whom to ask (again), by
+        default who has the least to do.
 
         Raises what the method raises, and WorkerLost when `attempts` processes died over it.
         """
         for _ in range(self._attempts):
-            at = self.least_busy() if worker is None else worker
             try:
-                return await self.call_once(at, method, *args)
+                return await self.call_once((choose or self.least_busy)(), method, *args)
             except WorkerLost:
                 self.again += 1
-                worker = None
         raise WorkerLost(f"{self._attempts} processes died over {method}")
 
     async def call_once(self, at: int, method: str, *args: Any) -> Any:
@@ -102,6 +101,10 @@ class Workers:
             raise error.cause if isinstance(error.cause, Exception) else error from None
         finally:
             self._busy[at] -= 1
+
+    def share(self, value: Any) -> Any:
+        """A reference to it, which roles get as the value: it travels once to a machine, not once to a call."""
+        return self._ray.put(value)
 
     async def tell(self, method: str, *args: Any) -> None:
         """Calls it in all of them, and first of all in every process that takes the place of one. The last call of a
@@ -135,7 +138,7 @@ class RemoteEngine:
         self._tasks: set[asyncio.Task] = set()
 
     def submit(self, request: Request, on_done: OnDone) -> None:
-        group = self._groups.setdefault(request.prompt.uid, [self._workers.least_busy(), 0])
+        group = self._groups.setdefault(request.prompt.uid, [self._freest(), 0])
         group[1] += 1
         self._at[request.id] = group[0]
         self._keep(self._complete(request, on_done))
@@ -146,11 +149,19 @@ class RemoteEngine:
 
     async def set_params(self, params: Any, version: int) -> None:
         """Hands the weights over once; each worker fetches them, between two of its steps."""
-        await self._workers.tell("set_params", self._workers._ray.put(params), version)
+        await self._workers.tell("set_params", self._workers.share(params), version)
 
     async def _complete(self, request: Request, on_done: OnDone) -> None:
+        asked: list[int] = []
+
+        def choose() -> int:
+            if asked:
+                self._at[request.id] = self._workers.least_busy()
+            asked.append(self._at[request.id])
+            return asked[-1]
+
         try:
-            completion = await self._workers.call("complete", request, worker=self._at[request.id])
+            completion = await self._workers.call("complete", request, choose=choose)
         except Exception as error:  # the answer failed, which is data
             nothing = Drawn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
             completion = Completion(nothing, "failed", {"error": f"{type(error).__name__}: {error}"})
@@ -160,6 +171,13 @@ class RemoteEngine:
         if not group[1]:
             del self._groups[request.prompt.uid]
         on_done(completion)
+
+    def _freest(self) -> int:
+        """The worker with the fewest requests, those that were handed over at this very moment included."""
+        load = [0] * len(self._workers)
+        for at, count in self._groups.values():
+            load[at] += count
+        return load.index(min(load))
 
     async def _abort(self, id: int) -> None:
         with contextlib.suppress(WorkerLost):  # whoever waits for the request hears of it as well
