@@ -21,7 +21,6 @@ from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.rl import envs, rewards, tasks
 from glmv_jax.rl.envs import desk, oracles, search
 from glmv_jax.rl.envs.classic import Classic
-from glmv_jax.rl.envs.scoring import Scorer
 from glmv_jax.rl.gym import Action, Observation, Step, asked, said_by
 from glmv_jax.rl.play import Limits, play
 from glmv_jax.rl.players import scripted
@@ -137,16 +136,12 @@ def test_a_press_before_the_rest_is_done_is_a_failure():
 
 def test_a_grader_that_runs_what_the_answer_says_harms_nobody():
     """`spiral_matrix` calls eval on an answer in brackets: one that exits, one that never ends, then a good one."""
-    ask, environment = Scorer(seconds=1.0), None
-    try:
-        environment = envs.make("reasoning_gym/spiral_matrix", scorer=ask)
-        for answer, error in (("[exit()]", "SystemExit"), ("[__import__('time').sleep(1e6)]", "TimeoutError")):
-            episode = played(environment, lambda answer=answer: Action(chat.boxed(answer)))
-            assert episode.reward == 0.0 and error in episode.info["error"]
-        ask.seconds = 60.0
-        assert played(environment, oracles.of_reasoning(environment)).reward == 1.0
-    finally:
-        ask.close()
+    environment = envs.make("reasoning_gym/spiral_matrix", limit=1.0)
+    for answer, error in (("[exit()]", "SystemExit"), ("[__import__('time').sleep(1e6)]", "TimeoutError")):
+        episode = played(environment, lambda answer=answer: Action(chat.boxed(answer)))
+        assert episode.reward == 0.0 and error in episode.info["error"]
+    patient = envs.make("reasoning_gym/spiral_matrix", limit=60.0)
+    assert played(patient, oracles.of_reasoning(patient)).reward == 1.0
 
 
 def test_bad_calls_are_answered_counted_and_survived():
