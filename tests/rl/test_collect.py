@@ -11,7 +11,7 @@ import pytest
 
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
-from glmv_jax.rl import metrics
+from glmv_jax.rl import envs, metrics
 from glmv_jax.rl.collect import collect
 from glmv_jax.rl.envs import oracles
 from glmv_jax.rl.envs.windows import Windows
@@ -19,6 +19,7 @@ from glmv_jax.rl.episodes import to_rows, verdict
 from glmv_jax.rl.gym import Action
 from glmv_jax.rl.play import Limits
 from glmv_jax.rl.players import scripted, served
+from glmv_jax.rl.rewards.system import RewardSystem
 from glmv_jax.rl.transcript import Form
 
 FORM = Form(Tokenizer(), Patcher(max_patches=64))
@@ -158,3 +159,30 @@ def test_an_engine_draws_from_the_conversation_as_a_document():
     assert (turn, turn_2) == (0, 1) and room == 1500 - len(first.tokens) and less == 1500 - len(second.tokens)
     assert len(first.images) == 1 and (record.versions[record.drawn] == 5).all()
     np.testing.assert_array_equal(record.said, [*-np.arange(3.0), *-np.arange(3.0)][: len(record.said)])
+
+
+def test_the_reward_system_grades_episodes_as_they_are():
+    """By the environment's verdict, or by a rule from what was asked and answered, in its own processes."""
+    table = {"sources": {
+        "windows": {"parts": {"done": {"kind": "environment"}}},
+        "desk/lookup": {"parts": {"price": {"kind": "rule", "rule": "number"}}},
+    }}  # fmt: skip
+
+    def solving(name, oracle):
+        environments = {}
+
+        def policy(seed, member):
+            environments[member] = envs.make(name)
+            environments[member].reset(seed)
+            right = oracle(environments[member])
+            return scripted(right if member == 0 else lambda: oracles.call("answer", text="-1"))
+
+        return policy
+
+    with RewardSystem(table) as system:
+        for name, oracle in (("windows", oracles.of_windows), ("desk/lookup", oracles.of_lookup)):
+            out = asyncio.run(collect(
+                lambda name=name: envs.make(name), solving(name, oracle), system.grade, [4, 5], FORM, group=2,
+                limits=LIMITS))  # fmt: skip
+            assert [r.grade.correct for r in out.records] == [True, False] * 2
+            assert [r.grade.reward for r in out.records][::2] == [1.0, 1.0]
