@@ -59,22 +59,22 @@ def choose(index: Any, query: Any, key: Any, top_k: int, interpret: bool = False
         [of_query(J * K), of_query(J), pl.BlockSpec((None, bk, K), of_key), of_query(1),
          pl.BlockSpec((None, 1, bk), lambda b, i, j, reach: (b, 0, last_needed(reach, i, j))), of_query(1)],
         [of_query(S), of_query(1), of_query(1), of_query(1)],
-        [shape(S, jnp.int32), shape(1, jnp.int32), shape(1, jnp.int32), shape(1, jnp.float32)], [],
+        [shape(S, jnp.int32), shape(1, jnp.int32), shape(1, jnp.int32), shape(1, jnp.float32)], [(bq, bk)],
         estimate(1, q[:, :, :1].swapaxes(1, 2), k[:, None], J * K, given, shape(S, jnp.int32)), interpret,
         "index_choose",
     )(needed, *given)  # fmt: skip
     return Chosen(*found)
 
 
-def _choose(reach, q, w, k, q_segment, k_segment, slot, order, last, cut, total, *, top_k, J, K, S, bk):
+def _choose(reach, q, w, k, q_segment, k_segment, slot, order, last, cut, total, sums, *, top_k, J, K, S, bk):
     i, j = pl.program_id(1), pl.program_id(2)
     here = pl.ds(pl.multiple_of(j * bk, bk), bk)
 
     @pl.when(j < reach[i])
     def _():
-        sums = _scores_of(q, w, k, J, K)
-        bits = jax.lax.bitcast_convert_type(jnp.where(sums == 0, 0.0, sums), jnp.int32)  # of two zeros one
-        at = j * bk + jax.lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+        found = _scores_of(q, w, k, sums, J, K)
+        bits = jax.lax.bitcast_convert_type(jnp.where(found == 0, 0.0, found), jnp.int32)  # of two zeros one
+        at = j * bk + jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
         visible = (q_segment[...] == k_segment[...]) & (at <= slot[...])
         order[:, here] = jnp.where(visible, ordered(bits), UNSEEN)
 
@@ -87,12 +87,30 @@ def _choose(reach, q, w, k, q_segment, k_segment, slot, order, last, cut, total,
         last[...], cut[...], total[...] = _threshold(order, reach[i], top_k, S, bk)
 
 
-def _scores_of(q, w, k, J: int, K: int) -> jax.Array:
-    """[bq, bk]: sum_j w_j relu(q_j k) / sqrt(J K)."""
-    sums = 0.0
-    for j in range(J):
-        sums += w[:, j : j + 1] * jnp.maximum(dot_t(q[:, j * K : (j + 1) * K], k[...]), 0.0)
-    return sums * (J * K) ** -0.5
+def _scores_of(q, w, k, sums, J: int, K: int) -> jax.Array:
+    """[bq, bk]: sum_j w_j relu(q_j k) / sqrt(J K). sums: room for it."""
+    sums[...] = jnp.zeros_like(sums)
+
+    def add(j, _):
+        sums[...] += _column(w, j) * jnp.maximum(dot_t(q[:, _of_head(j, K)], k[...]), 0.0)
+
+    # A loop, here and in the gradient: what XLA takes to compile a kernel grows with its operations, and 32 heads one
+    # after the other were most of it, in every layer that is compiled.
+    jax.lax.fori_loop(0, J, add, None)
+    return sums[...] * (J * K) ** -0.5
+
+
+def _of_head(j: jax.Array, width: int) -> Any:
+    return pl.ds(pl.multiple_of(j * width, width), width)
+
+
+def _column(ref, j: jax.Array) -> jax.Array:
+    """[n, 1]: column j. Columns cannot be numbered while a kernel runs, unless in whole 128."""
+    return jnp.where(_is_column(ref, j), ref[...], 0.0).sum(-1, keepdims=True)
+
+
+def _is_column(ref, j: jax.Array) -> jax.Array:
+    return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 1) == j
 
 
 def _threshold(order, blocks, top_k: int, S: int, bk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -263,17 +281,19 @@ def _gradient_of_block(
         @pl.when(h == H - 1)
         def _():
             shares = jnp.exp(jnp.minimum(scores(order[...]) - index_total[...], 0.0))
-            ds = jnp.where(seen, (shares - target[...]) * given[...], 0.0) * (J * C) ** -0.5
+            target[...] = jnp.where(seen, (shares - target[...]) * given[...], 0.0) * (J * C) ** -0.5
             here = pl.ds(pl.multiple_of(j * bk, bk), bk)
-            dk_block = 0.0
-            for n in range(J):
-                of_head = slice(n * C, (n + 1) * C)
+
+            def add(n, _):
+                of_head, ds = _of_head(n, C), target[...]
                 logits = dot_t(iq[:, of_head], ik[...])
-                dw[:, n : n + 1] += (ds * jnp.maximum(logits, 0.0)).sum(-1, keepdims=True)
-                d_logits = jnp.where(logits > 0, ds * iw[:, n : n + 1], 0.0).astype(ik.dtype)
+                sums = (ds * jnp.maximum(logits, 0.0)).sum(-1, keepdims=True)
+                dw[...] += jnp.where(_is_column(dw, n), sums, 0.0)
+                d_logits = jnp.where(logits > 0, ds * _column(iw, n), 0.0).astype(ik.dtype)
                 acc[:, of_head] += dot(d_logits, ik[...])
-                dk_block += dot(d_logits.T, iq[:, of_head])
-            dk[here, :] += dk_block
+                dk[here, :] += dot(d_logits.T, iq[:, of_head])
+
+            jax.lax.fori_loop(0, J, add, None)
 
     @pl.when((j == pl.num_programs(2) - 1) & (h == H - 1))
     def _():

@@ -25,7 +25,7 @@ B, T, H, N, R, C, V, J, K = 2, 8192, 4, 192, 64, 512, 256, 32, 128  # GLM-5's wi
 @needs_libtpu
 def test_no_scores_in_memory():
     """On each device five kernels, whose authors' FLOPs are those of the pairs on and under the diagonal, and no array
-    as large as the scores of all heads. Half a minute of one core: most of it is the indexer's 32 heads, unrolled."""
+    as large as the scores of all heads."""
     mesh = make_mesh({"data": 2}, topology.parse("v5p:2x2x1").devices[:2])
     with use(mesh, preset("data")):
 
