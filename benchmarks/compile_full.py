@@ -179,7 +179,7 @@ def _resident(pid: int) -> int:
 # --- what they say ----------------------------------------------------------------------------------------------------
 
 HEADER = ("step", "on", "fits", "memory a device", "a host", "estimated compute", "of peak", "sent a device",
-          "asynchronous", "compiled in")  # fmt: skip
+          "asynchronous", "bound by", "compiled in")  # fmt: skip
 
 
 def table(found: list[tuple[Run, Report]]) -> str:
@@ -191,17 +191,17 @@ def table(found: list[tuple[Run, Report]]) -> str:
 def _row(run: Run, r: Report) -> tuple[str, ...]:
     first = run.program.title + (" *" if r.get("digest") != run.digest() else ""), str(run.topology)
     if "stopped" in r:
-        return *first, r["stopped"], *[""] * 7
-    took = f"{r['compile_seconds']:.0f} s, {r['compile_memory_bytes'] / 1e9:.1f} GB"
+        return *first, r["stopped"], *[""] * 8
+    took = f"{r.get('cpu_seconds', r['compile_seconds']):.0f} s, {r['compile_memory_bytes'] / 1e9:.1f} GB"
     peak = r["peak_hbm_bytes"]
     used = "" if peak is None else f"{peak / 1e9:.1f} GB, {peak / r['hbm_limit_bytes']:.0%}"
     if r["flops"] is None:
-        return *first, "no", used, *[""] * 5, took
+        return *first, "no", used, *[""] * 6, took
     share = lambda x: "" if x is None else f"{x:.1%}" if x < 0.1 else f"{x:.0%}"  # noqa: E731
     return (
         *first, "yes" if r["fits"] else "no", used, f"{r['host_bytes'] / 1e9:.1f} GB",
         _seconds(r["estimated_compute_seconds"]), share(r["fraction_of_peak"]), f"{r['wire_bytes'] / 1e9:.3g} GB",
-        share(r["async_wire_fraction"]), took,
+        share(r["async_wire_fraction"]), bound(r), took,
     )  # fmt: skip
 
 
@@ -215,8 +215,21 @@ BARS = {"estimated compute": "#3b6fb6", "transfers, all links": "#d08a2e", "tran
 
 
 def times(report: Report) -> dict[str, float]:
-    """Seconds of a step by what may bound it."""
-    return {name: report["roofline"].get(name, report["estimated_compute_seconds"]) for name in BARS}
+    """Seconds of a step by what may bound it; of transfers only where the links' speed is published."""
+    found = {"estimated compute": report["estimated_compute_seconds"], **report["roofline"]}
+    return {name: found[name] for name in BARS if name in found}
+
+
+def bound(report: Report) -> str:
+    """What a step takes longest for: transfers where even all links at once need more time than the compiler thinks
+    that work does, compute where the links of one axis need less; and of compute the largest part."""
+    work, *wire = times(report).values()
+    kinds = report["estimated_seconds"]
+    most = max(kinds, key=kinds.get)
+    inside = f"{most} {kinds[most] / work:.0%}"
+    if wire and wire[0] > work:
+        return "transfers"
+    return f"compute ({inside})" if not wire or wire[1] < work else f"compute ({inside}) or transfers"
 
 
 def plot(found: dict[str, list[tuple[Run, Report]]]) -> str:

@@ -14,6 +14,7 @@ from glmv_jax.parallel.scopes import part
 
 _SCORES = 32 << 20  # bytes from which a matrix of attention scores is worth a word
 _PAYLOAD = 1 << 20  # bytes from which a transfer is
+SHOWN = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,8 +29,13 @@ class Known:
 
 
 def warnings(found: Schedule, moved: list[Transfer], known: Known) -> list[str]:
-    """One line a hazard, the dearest of a kind first."""
-    lines = [line for check in CHECKS for line in check(found, moved, known)]
+    """One line a hazard, the dearest of a kind first and at most `SHOWN` of a kind."""
+    lines = []
+    for check in CHECKS:
+        of_kind = list(check(found, moved, known))
+        lines += of_kind[:SHOWN]
+        if len(of_kind) > SHOWN:
+            lines.append(f"and {len(of_kind) - SHOWN} more like these")
     if found.seldom:
         names = ", ".join(sorted({part(name)[0] for name in found.seldom}))
         lines.append(f"{len(found.seldom)} loops are taken as not run, as with even loads ({names})")

@@ -29,26 +29,30 @@ class Slices(NamedTuple):
     got: jax.Array
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def exchange(x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int) -> jax.Array:
-    """[rows, D]: what the devices along `axis` put here; rows that nobody put are zero.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def exchange(
+    x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int, home: bool
+) -> jax.Array:
+    """[rows, D]: what the devices along `axis` put here.
 
     Args:
       x_RD: this device's rows. Its gradient is what `back` brings home.
       there, back: the way, and the way back of the same rows.
       rows: of the result.
       most: rows that one device sends another at most.
+      home: whether this is the second way of rows that were sent out. Then rows that nobody put are zero; on the way
+        out they may be anything, as nobody looks at them. The gradient goes the other way.
     """
-    return ragged(x_RD, there, axis, rows) if supported() else padded(x_RD, there, axis, rows, most)
+    return ragged(x_RD, there, back, axis, rows, home) if supported() else padded(x_RD, there, axis, rows, most)
 
 
-def _forward(x_RD, there, back, axis, rows, most):
-    return exchange(x_RD, there, back, axis, rows, most), (there, back, x_RD.shape[0])
+def _forward(x_RD, there, back, axis, rows, most, home):
+    return exchange(x_RD, there, back, axis, rows, most, home), (there, back, x_RD.shape[0])
 
 
-def _backward(axis, rows, most, saved, g_RD):
+def _backward(axis, rows, most, home, saved, g_RD):
     there, back, own = saved
-    return exchange(g_RD, back, there, axis, own, most), None, None
+    return exchange(g_RD, back, there, axis, own, most, not home), None, None
 
 
 exchange.defvjp(_forward, _backward)
@@ -60,10 +64,18 @@ def supported() -> bool:
     return device.platform == "tpu" and not device.device_kind.startswith(("TPU v2", "TPU v3"))
 
 
-def ragged(x_RD: jax.Array, there: Slices, axis: str, rows: int) -> jax.Array:
-    """The fast path."""
-    nothing = jnp.zeros((rows, x_RD.shape[1]), x_RD.dtype)
-    return jax.lax.ragged_all_to_all(x_RD, nothing, *there, axis_name=axis)
+def ragged(x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, home: bool) -> jax.Array:
+    """The fast path. Rows come into memory as it was found: by the compiler's estimate zeros, in the layout that is
+    sent, took 47 of the 117 ms of a layer of GLM-5's experts, forward and backward."""
+    found_RD = jax.lax.empty((rows, x_RD.shape[1]), x_RD.dtype)
+    got_RD = jax.lax.ragged_all_to_all(x_RD, found_RD, *there, axis_name=axis)
+    return jnp.where(put(back, rows)[:, None], got_RD, 0) if home else got_RD
+
+
+def put(back: Slices, rows: int) -> jax.Array:
+    """[rows] bool: which rows there are, of those that the way back begins with."""
+    at_R1 = jnp.arange(rows)[:, None]
+    return ((at_R1 >= back.start) & (at_R1 < back.start + back.size)).any(1)
 
 
 def padded(x_RD: jax.Array, there: Slices, axis: str, rows: int, most: int) -> jax.Array:

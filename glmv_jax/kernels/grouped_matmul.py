@@ -21,14 +21,20 @@ from glmv_jax.parallel import rules
 _MEGABLOX_ROWS, _MEGABLOX_WIDTH = (512, 256, 128), 1024
 
 
-def grouped_matmul(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0) -> jax.Array:
+def grouped_matmul(
+    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, rest: bool = True
+) -> jax.Array:
     """[M, N]: row r of group g times w[g], in x's dtype; rows after the last group are zero.
 
     sizes_G: int32, how many rows each group has, in order; they sum to at most M.
     expected: how much that is on average, which tiles are made for; 0: M.
+    rest: False where nobody looks at rows after the last group, of the product and of x's gradient: they may be
+      anything, and need not be written.
     """
     if supported(x_MK, w_GKN):
-        return megablox(x_MK, w_GKN, sizes_G, expected)
+        return megablox(x_MK, w_GKN, sizes_G, expected, rest)
+    if not rest:  # the gradient multiplies whole tiles, with zeros where a group has ended
+        x_MK = jnp.where(jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum(), x_MK, 0)
     return tiled(x_MK, w_GKN, sizes_G, tile_rows(expected or x_MK.shape[0], len(sizes_G)))
 
 
@@ -39,7 +45,8 @@ def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
 
 
 def megablox(
-    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, interpret: bool = False
+    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, rest: bool = True,
+    interpret: bool = False,
 ) -> jax.Array:
     """The fast path on TPUs. interpret: run by the interpreter, for tests elsewhere."""
     from jax.experimental.pallas.ops.tpu.megablox import ops
@@ -47,11 +54,14 @@ def megablox(
     most = (expected or x_MK.shape[0]) // (5 * len(sizes_G))  # as `tile_rows`: a group ends within a tile
     rows = next((n for n in _MEGABLOX_ROWS if n <= most and x_MK.shape[0] % n == 0), _MEGABLOX_ROWS[-1])
     tiling = (rows, *(min(_MEGABLOX_WIDTH, n) for n in w_GKN.shape[1:]))
-    # Rows after the last group are written neither forward nor backward: what lies there must not come out.
+    product = functools.partial(ops.gmm, interpret=interpret)
+    if not rest:
+        return product(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling)
+    # Rows after the last group are written neither forward nor backward: what lies there must not come out. They take
+    # part in nothing else, as the kernels leave them out of an expert's gradient.
     real_M1 = jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum()
     x_MK = jnp.where(real_M1, x_MK, 0)
-    y_MN = ops.gmm(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling, interpret=interpret)
-    return jnp.where(real_M1, y_MN, 0)
+    return jnp.where(real_M1, product(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling), 0)
 
 
 def plain(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
@@ -59,6 +69,7 @@ def plain(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
     ends_G = jnp.cumsum(sizes_G)
     rows_M1 = jnp.arange(x_MK.shape[0])[:, None]
     mine_MG = (rows_M1 >= ends_G - sizes_G) & (rows_M1 < ends_G)
+    x_MK = jnp.where(mine_MG.any(1, keepdims=True), x_MK, 0)
     return jnp.einsum("mg,mk,gkn->mn", mine_MG.astype(x_MK.dtype), x_MK, w_GKN.astype(x_MK.dtype))
 
 

@@ -146,7 +146,7 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, form: For
         sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
         x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
     if split is None:
-        y_RD = _mlp(form, 0, x_RD, experts, sizes_E)
+        y_RD = _mlp(form, x_RD, experts, sizes_E)
     else:
         sizes_SE = jax.lax.all_gather(sizes_E, split.axis)
         y_RD = _sent(split, form, x_RD, experts, sizes_SE)
@@ -157,8 +157,8 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, form: For
 
 
 @jax.named_scope("products")
-def _mlp(form: Form, expected: int, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array) -> jax.Array:
-    product = plain if form.dense else functools.partial(grouped_matmul, expected=expected)
+def _mlp(form: Form, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
+    product = plain if form.dense else functools.partial(grouped_matmul, **about)
     gate_RF, up_RF = (product(x_RD, w, sizes_E) for w in experts[:2])
     return product(gated(gate_RF, up_RF, form.limit), experts.down, sizes_E)
 
@@ -210,10 +210,10 @@ def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD: jax.Array, e
     R = len(x_RD)
     with jax.named_scope("dispatch"):
         there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
-        x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most)
-    y_CD = _mlp(form, R, x_CD, experts, mine_E)
+        x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most, False)
+    y_CD = _mlp(form, x_CD, experts, mine_E, expected=R, rest=False)  # rows that nobody sent are not sent home
     with jax.named_scope("combine"):
-        return exchange(y_CD, back, there, split.axis, R, split.most)
+        return exchange(y_CD, back, there, split.axis, R, split.most, True)
 
 
 def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices, Slices, jax.Array]:
@@ -235,28 +235,31 @@ def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices,
 
 
 # --- gathers with gathers as their gradients: XLA's own gradient of a gather is a scatter, one row at a time ----------
+# Their indices are all within: with "fill" XLA would go through the rows once more to see.
+
+_rows = functools.partial(jnp.take, axis=0, mode="clip")
 
 
 @jax.custom_vjp
 def _permute(x_RD: jax.Array, order_R: jax.Array, back_R: jax.Array) -> jax.Array:
     """x[order]; `back` is the inverse permutation."""
-    return jnp.take(x_RD, order_R, axis=0)
+    return _rows(x_RD, order_R)
 
 
 _permute.defvjp(
     lambda x, order, back: (_permute(x, order, back), back),
-    lambda back, g: (jnp.take(g, back, axis=0), None, None),
+    lambda back, g: (_rows(g, back), None, None),
 )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _spread(x_ND: jax.Array, order_R: jax.Array, back_R: jax.Array, copies: int) -> jax.Array:
     """Row r is token order[r] // copies."""
-    return jnp.take(x_ND, order_R // copies, axis=0)
+    return _rows(x_ND, order_R // copies)
 
 
 def _collect(copies: int, back_R: jax.Array, g_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    return jnp.take(g_RD, back_R, axis=0).reshape(-1, copies, g_RD.shape[-1]).sum(1), None, None
+    return _rows(g_RD, back_R).reshape(-1, copies, g_RD.shape[-1]).sum(1), None, None
 
 
 _spread.defvjp(lambda x, order, back, copies: (_spread(x, order, back, copies), back), _collect)

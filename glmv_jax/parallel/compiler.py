@@ -12,7 +12,8 @@ from glmv_jax.typing import UserError
 
 _ASYNC = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collective_fusion_fuse_all_gather",
           "xla_tpu_enable_async_collective_fusion_multiple_steps", "xla_tpu_overlap_compute_collective_tc",
-          "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all")  # fmt: skip
+          "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all",
+          "xla_tpu_enable_async_ragged_all_to_all")  # fmt: skip
 SETS: dict[str, dict[str, str]] = {"none": {}, "async": dict.fromkeys(_ASYNC, "true")}
 BY_PLATFORM = {"tpu": ("async",)}  # what a config's xla="auto" is
 

@@ -11,7 +11,7 @@ how far the loader of a process sees (`data.encoding`); what it decides are numb
 
 Two implementations with one result. "ragged" sends each piece as long as it is (`jax.lax.ragged_all_to_all`, which XLA
 has for TPUs and GPUs); "padded" sends all pieces at the length of the longest one allowed, which runs anywhere. A
-step that is compiled for TPUs with `ASYNC` can compute while patches travel.
+step that is compiled for TPUs with XLA's options `async` (`parallel.compiler`) can compute while patches travel.
 """
 
 from __future__ import annotations
@@ -34,10 +34,6 @@ from glmv_jax.parallel.mesh import DATA_AXES, data_axes, data_shards
 from glmv_jax.typing import UserError
 
 IMPLS = ("ragged", "padded")
-
-# A compiler option for TPUs: without it a program waits for each ragged transfer. With it, of the three of a small step
-# (patches, features, their gradient) all are asynchronous on v5e, and one on v5p (libtpu 0.0.42).
-ASYNC = {"xla_tpu_enable_async_ragged_all_to_all": True}
 
 
 class Way(NamedTuple):

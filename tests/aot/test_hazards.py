@@ -31,6 +31,12 @@ def test_a_gradient_that_is_summed_whole():
     assert said(other) == []  # split over data, summed over fsdp
 
 
+def test_of_many_the_dearest_are_shown():
+    sums = [SUM.replace("%g", "%x").replace("%r", f"%r{n}") for n in range(hazards.SHOWN + 2)]
+    *shown, rest = said("".join(sums))
+    assert len(shown) == hazards.SHOWN and all("meant" in line for line in shown) and rest == "and 2 more like these"
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_gather_written_as_a_sum(fused):
     update = """  %zero = f32[] constant(0)

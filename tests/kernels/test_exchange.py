@@ -75,10 +75,20 @@ def test_the_gradient_goes_the_way_back():
     g = jnp.array(np.random.default_rng(9).normal(size=(4, 48, 5)), jnp.float32)
 
     def pulled(x, g, *ways):
-        go = lambda x: lib.exchange(x, lib.Slices(*ways[:4]), lib.Slices(*ways[4:]), "expert", 48, 12)  # noqa: E731
+        go = lambda x: lib.exchange(x, lib.Slices(*ways[:4]), lib.Slices(*ways[4:]), "expert", 48, 12, True)  # noqa: E731
         return jax.vjp(go, x)[1](g)[0]
 
     got = over(4, pulled, x, g, *there, *back)
     eye = np.eye(4 * 40, dtype=np.float32).reshape(4, 40, -1)
     matrix = by_loop(there, eye, 48).reshape(4 * 48, 4 * 40)
     np.testing.assert_allclose(got.reshape(160, 5), matrix.T @ np.asarray(g).reshape(192, 5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_which_rows_were_put(seed):
+    """Of what the ragged form leaves as it found it the rest is told apart, on either way."""
+    there, back, x = drawn(seed=seed)
+    for way, own, rows in ((there, back, 48), (back, there, 40)):
+        there_are = by_loop(way, np.ones((4, 48, 1)), rows)[..., 0] > 0
+        mine = [lib.Slices(*(field[d] for field in own)) for d in range(4)]
+        np.testing.assert_array_equal([lib.put(one, rows) for one in mine], there_are)

@@ -51,6 +51,20 @@ def test_megablox_in_the_interpreter():
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
+def test_megablox_leaves_the_rest_alone():
+    """What lies in rows after the last group gets into no other, nor into an expert's gradient."""
+    sizes = [70, 0, 100]
+    x, w, g = inputs(sizes, M=256, K=128, N=128)
+    want = by_loop(x, w, g, sizes)
+    x[170:] = g[170:] = np.nan
+    f32 = [jnp.array(a, jnp.float32) for a in (x, w, g)]
+    product = functools.partial(lib.megablox, sizes_G=jnp.array(sizes, jnp.int32), rest=False, interpret=True)
+    y, pull = jax.vjp(product, *f32[:2])
+    dx, dw = pull(f32[2])
+    for got, right in zip((y[:170], dx[:170], dw), (want[0][:170], want[1][:170], want[2])):
+        np.testing.assert_allclose(got, right, atol=1e-3)
+
+
 def test_half_precision_sums_weight_gradients_in_float32():
     sizes = [300, 0, 212]
     x, w, g = inputs(sizes, M=512)

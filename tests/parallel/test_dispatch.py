@@ -199,7 +199,8 @@ TPU = """
 import functools, re, jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec as P
-from glmv_jax.parallel.dispatch import ASYNC, dispatch
+from glmv_jax.parallel.compiler import SETS
+from glmv_jax.parallel.dispatch import dispatch
 from glmv_jax.parallel.mesh import make_mesh
 devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4").devices
 mesh = make_mesh({"data": 2, "fsdp": 4}, devices)
@@ -214,7 +215,7 @@ def loss(weight, other, patches, text, counts):
 args = (shape((588, 256), jnp.bfloat16, everywhere), shape((1024, 4096), jnp.bfloat16, everywhere),
         shape((8 * 1024, 588), jnp.uint8, rows),
         shape((8 * 4096, 1024), jnp.bfloat16, rows), shape((8, 8), jnp.int32, everywhere))
-hlo = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile(compiler_options=ASYNC).as_text()
+hlo = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(*args).compile(compiler_options=SETS["async"]).as_text()
 for name in ("ragged-all-to-all-start", "ragged-all-to-all", "all-gather", "all-to-all"):
     print(name, len(re.findall(rf" {name}\\(", hlo)))
 """
