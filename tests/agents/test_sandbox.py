@@ -100,7 +100,8 @@ def test_a_machine_without_namespaces_is_told_what_to_do():
             "ctypes.CDLL(None).prctl(24, 21, 0, 0, 0)\n"
             f"print(runpy.run_path({sandbox.__file__!r})['missing']())\n")  # fmt: skip
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert "gives none (no namespaces: Operation not permitted)" in told and "CAP_SYS_ADMIN, or leave the task out" in told
+    assert "gives none (no namespaces: Operation not permitted)" in told
+    assert "CAP_SYS_ADMIN, or leave the task out" in told
 
 
 def test_what_is_printed_is_no_result():
