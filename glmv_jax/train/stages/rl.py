@@ -138,24 +138,32 @@ class RL(VLMStage):
 
     def _packed(self, records, batch):
         """The rows of each minibatch, and how much found no room in them."""
-        r = self.cfg.rollout
-        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, r.group)
+        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, self.cfg.rollout.group)
         advantages_NG = self._advantages(records, rewards_NG)
-        # Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
-        # Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
-        # whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
-        teaches_N = teaches_N | (self.objective.distil.kind != "none")
-        teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
-        for groups in (teaching[i :: r.minibatches] for i in range(r.minibatches)):
-            of = [g * r.group + i for g in groups for i in range(r.group)]
-            of = [n for n in of if not (r.overlong.drop and records[n].truncated)]
+        for of in self._minibatches(records, rewards_NG, advantages_NG):
             rows, left_out = to_batch(
                 [records[n] for n in of], batch, advantages_NG.reshape(-1)[of], rows=self.rows,
                 tokens=self.cfg.data.tokens, patches=self.cfg.data.patches, targets=self.cfg.data.targets,
                 names=self.names, per="token",
             )  # fmt: skip
             yield rows, {"left_out": left_out / max(1, len(of))}
+
+    def _minibatches(self, records: list[Rollout], rewards_NG: np.ndarray, advantages_NG: np.ndarray):
+        """The rollouts of each update, by their place in `records`: a list of lists.
+
+        Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
+        Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
+        whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
+        """
+        r = self.cfg.rollout
+        teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
+        teaches_N = teaches_N | (self.objective.distil.kind != "none")
+        teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
+        dropped = lambda n: r.overlong.drop and records[n].truncated  # noqa: E731
+        return [
+            [n for g in teaching[i :: r.minibatches] for n in range(g * r.group, (g + 1) * r.group) if not dropped(n)]
+            for i in range(r.minibatches)
+        ]
 
     def _advantages(self, records: list[Rollout], rewards_NG: np.ndarray) -> np.ndarray:
         """[N, G], of rewards from which long answers may lose something."""
