@@ -112,6 +112,8 @@ def source(name: str, given: Mapping[str, Any], judges: Iterable[str]) -> Source
     elif not parts:
         raise UserError(f"{what}: it has neither parts nor a group")
     for key, (kind, options) in (parts | ({"comparator": group[1:]} if group else {})).items():
+        if kind == "environment" and not options["low"] < options["high"]:
+            raise UserError(f"{what}, {key}: low={options['low']} is not below high={options['high']}")
         if kind == "judge" and options["judge"] not in judges:
             raise UserError(f"{what}, {key}: no judge {options['judge']!r}{nearest(options['judge'], judges)}")
     return SourceConfig(parts, combination, group)

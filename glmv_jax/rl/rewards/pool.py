@@ -108,18 +108,20 @@ class _State:
 
 
 class _Process:
-    """One worker. The thread that starts it has to outlive it: the kernel ends it with that thread."""
+    """One worker, and the process that keeps it (`worker._keep`)."""
 
     def __init__(self) -> None:
         self._connection, theirs = socket.socketpair()
+        lifeline, self._lifeline = os.pipe()
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _COMMAND, str(theirs.fileno()), str(os.getpid())],
-                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(),),
+                [sys.executable, "-c", _COMMAND, str(theirs.fileno()), str(lifeline)],
+                stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=(theirs.fileno(), lifeline),
                 env=os.environ | _ENVIRONMENT | {"PYTHONPATH": path},
                 start_new_session=True,  # Ctrl-C is for the parent, and what a rule has started dies with the rule
             )  # fmt: skip
+        os.close(lifeline)
         self.pid = self._process.pid
         self._lock = threading.Lock()
 
@@ -159,6 +161,7 @@ class _Process:
                     os.killpg(self.pid, signal.SIGKILL)
                 self._process.wait()
                 self._connection.close()
+                os.close(self._lifeline)
 
 
 def _serve(state: _State) -> None:

@@ -6,7 +6,6 @@ holds no device, no lock and no second copy of the weights.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import json
@@ -23,7 +22,6 @@ from typing import Any, NamedTuple
 
 _HEAD = struct.Struct("<Q")
 MAX_REPLY = 64 * 2**20  # bytes
-_PDEATHSIG = 1
 
 
 class Spec(NamedTuple):
@@ -80,9 +78,11 @@ def _left(deadline: float | None) -> float | None:
     return left
 
 
-def main(fd: int, parent: int) -> None:
-    """Serves the socket with the descriptor `fd` for the process `parent`, and ends with it."""
-    _end_with(parent)
+def main(fd: int, lifeline: int) -> None:
+    """Serves the socket with the descriptor `fd`; the pipe `lifeline` closes when the process that holds it ends."""
+    if os.fork() == 0:
+        _keep(fd, lifeline)
+    os.close(lifeline)
     connection = socket.socket(fileno=fd)
     memory, specs = receive(connection)
     if memory and sys.platform == "linux":  # of data, not of addresses: browsers reserve far more than they use
@@ -123,12 +123,12 @@ def _told(error: BaseException) -> str:
         return type(error).__name__
 
 
-def _end_with(parent: int) -> None:
-    """Has the kernel kill this process when its parent is gone, even in the middle of a call that holds the GIL.
+def _keep(fd: int, lifeline: int) -> None:
+    """A process beside the worker that ends it, and all that its rules have started, once the pool's process is gone.
 
-    Elsewhere than on Linux a worker ends when it next looks at its socket, which is after the call in hand.
+    The worker itself may be in the middle of a call that never lets go of the interpreter.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:  # it went before we asked
-        os._exit(1)
+    os.close(fd)
+    while os.read(lifeline, 1):  # returns nothing, at the end
+        pass
+    os.killpg(0, signal.SIGKILL)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import subprocess
 import sys
 import time
 
@@ -72,6 +73,10 @@ def fixed(value):
 
 def pid(*_):
     return os.getpid()
+
+
+def child():
+    return subprocess.Popen(["sleep", "60"]).pid
 
 
 def nap(seconds):

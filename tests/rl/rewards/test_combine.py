@@ -104,6 +104,7 @@ RULE = {"kind": "rule", "rule": "number"}
     ({"parts": {"a": RULE, "b": RULE}, "weights": {"a": 0.5}}, "for each of a, b"),
     ({"parts": {"a": RULE, "b": RULE}, "weights": {"a": 0.5, "b": 0.6}}, "add up to 1"),
     ({"parts": {"a": RULE, "b": RULE}, "weights": {"a": 1.5, "b": -0.5}}, "not negative"),
+    ({"parts": {"a": {"kind": "environment", "low": 1}}}, "a: low=1 is not below high=1.0"),
     ({}, "neither parts nor a group"), ({"parts": 3}, "int"),
     ({"group": {"form": "algorithm1"}}, "'comparator' has to be given"),
     ({"group": {"comparator": {"kind": "rule", "rule": "a:b"}, "form": "equation8"}}, "nearest: equation9"),

@@ -1,6 +1,6 @@
-"""Workers that are killed: every accident a verifier can have costs its own call and nothing else.
+"""Workers that are killed: every accident that a verifier can have costs its own call and nothing else.
 
-Not covered: other systems than Linux, where a worker whose parent was killed ends only after the call in hand.
+Not covered: other systems than Linux.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from glmv_jax.typing import UserError
 HERE = "tests.rl.rewards.hostile"
 VERDICT = rules.spec(f"{HERE}:verdict")
 PID, NAP = rules.function(f"{HERE}:pid"), rules.function(f"{HERE}:nap")
+CHILD = rules.function(f"{HERE}:child")
 IMPORTED = rules.spec(f"{HERE}:imported")
 FAILS = rules.function(f"{HERE}:fails_to_build", {})
 SAMPLE = Sample("s/0", "s", (), "?", "1")
@@ -125,27 +126,42 @@ KILLED = """
     import time
     from glmv_jax.rl.rewards import rules
     from glmv_jax.rl.rewards.pool import Pool
-    verdict, pid = (rules.spec("tests.rl.rewards.hostile:verdict"), rules.function("tests.rl.rewards.hostile:pid"))
-    pool = Pool([verdict, pid], workers=1)
-    print(pool.submit(pid, limit=60).result(), flush=True)
+    where = "tests.rl.rewards.hostile"
+    verdict, pid, child = rules.spec(f"{where}:verdict"), *(rules.function(f"{where}:{n}") for n in ("pid", "child"))
+    pool = Pool([verdict, pid, child], workers=1)
+    print(pool.submit(pid, limit=60).result(), pool.submit(child, limit=60).result(), flush=True)
     pool.submit(verdict, "power", None, limit=600)
     time.sleep(60)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's word to a process that its parent has died")
-def test_no_worker_outlives_a_parent_that_is_killed(tmp_path):
-    """The worker is inside a call that never lets go of the interpreter. The script has no guard for `__main__`."""
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_nothing_outlives_a_parent_that_is_killed(tmp_path):
+    """Not a worker inside a call that never lets go of the interpreter, nor what an earlier call has started.
+
+    The script has no guard for `__main__`, and needs none.
+    """
     (tmp_path / "run.py").write_text(textwrap.dedent(KILLED))
     environment = os.environ | {"PYTHONPATH": str(pathlib.Path(__file__).parents[3])}
     run = subprocess.Popen([sys.executable, tmp_path / "run.py"], stdout=subprocess.PIPE, env=environment, text=True)
-    worker = int(run.stdout.readline())
+    worker, child = map(int, run.stdout.readline().split())
     deadline = time.monotonic() + 10
     while "R" not in pathlib.Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0]:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     time.sleep(0.1)
-    assert alive(worker)
+    assert alive(worker) and alive(child)
     run.send_signal(signal.SIGKILL)
     run.wait()
-    assert gone([worker])
+    assert gone([worker, child])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_what_a_rule_has_started_ends_with_its_worker():
+    with Pool([VERDICT, CHILD], workers=1) as pool:
+        first = pool.submit(CHILD, limit=60).result()
+        with pytest.raises(RuleError):
+            pool.submit(VERDICT, "die", SAMPLE, limit=60).result()
+        second = pool.submit(CHILD, limit=60).result()
+        assert gone([first]) and alive(second)
+    assert gone([second])
