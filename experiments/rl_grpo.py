@@ -40,6 +40,7 @@ def get_config(arg=None):
         "staleness": 1,  # async: updates that a token may be old
         "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
         "in_flight": 0,  # async: groups that are written at a time; 0: as many as can be trained in time
+        "dynamic": False,  # async: other groups in place of those whose rewards are all equal
         "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
         "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import sys
+import threading
 
 import numpy as np
 import pytest
@@ -91,6 +93,25 @@ def test_the_trace_is_one_that_perfetto_reads(tmp_path):
         spans.sort()
         assert all(a[1] <= b[0] + 1e-3 for a, b in zip(spans, spans[1:]))
     assert sum(e["cat"] == "train" for e in events if e["ph"] == "X") == 6
+
+
+def test_a_trace_may_be_read_while_it_is_written():
+    trace, going = Trace(keep=500), True
+
+    def write() -> None:
+        while going:
+            trace.add("reward", "", 0.0)
+
+    writer, interval = threading.Thread(target=write), sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # the threads take turns often enough to get in each other's way
+    writer.start()
+    try:
+        sizes = [len(trace.to_json()["traceEvents"]) for _ in range(20)]
+    finally:
+        going = False
+        writer.join()
+        sys.setswitchinterval(interval)
+    assert max(sizes) <= 505 and len(trace.spans) <= 500
 
 
 def test_overlap_is_the_time_two_stages_work():
@@ -411,6 +432,14 @@ def test_groups_that_teach_nothing_are_filtered_and_replaced():
         assert all(differ(g) for t in w.trained for g in t.groups) and not filtered & set(w.uids)
         assert 0.3 < len(filtered) / (len(filtered) + len(w.uids)) < 0.7, "two coins are equal half of the time"
         notes.clear()
+
+
+def test_a_run_of_groups_that_teach_nothing_ends_with_a_reason():
+    w = world(Settings(4, 2, staleness=1), lambda r: 5, keep=lambda group: False)
+    with pytest.raises(
+        UserError, match="1000 groups in a row taught nothing .the last of 'a', rewards .* train on all"
+    ):
+        simulated.run(w.train(1))
 
 
 def test_a_groups_answers_are_compared_once_all_are_there():

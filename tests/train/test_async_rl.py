@@ -104,6 +104,17 @@ def test_a_restart_goes_on_with_what_was_not_trained_on(tmp_path):
             wrong.close()
 
 
+def test_groups_whose_rewards_are_equal_are_replaced(tmp_path):
+    stage = build(tmp_path, "rollout.pipeline=async", "rollout.dynamic=true")
+    data = stage.train_data()
+    try:
+        batch, metrics = stage.next_batch(data, types.SimpleNamespace(params=policies(stage, 1)[0], step=0))
+    finally:
+        data.close()
+    assert metrics["same/mean"] == 0.0 and metrics["filtered/mean"] > 0
+    assert stage.counts(batch)["samples"] + round(metrics["left_out"] * 24) == 24
+
+
 def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
     with pytest.raises(UserError, match="'asynch' is not known; choose sync or async"):
         build(tmp_path, "rollout.pipeline=asynch")

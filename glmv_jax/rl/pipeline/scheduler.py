@@ -29,6 +29,7 @@ from glmv_jax.typing import UserError
 if TYPE_CHECKING:
     from glmv_jax.rl.rewards.grade import Grade
 
+FILTERED = 1000  # groups in a row that nobody wants to train on: the run would go on for ever and learn nothing
 GIVEN_UP = 50  # prompts in a row whose answers keep failing: what makes them is broken, and the run should say so
 
 
@@ -63,7 +64,7 @@ class Scheduler:
         self._idle: list[tuple[Group, int]] = []  # to be asked for
         self._stops: list[int] = []  # requests that the engine has to end
         self._closing, self._begun = False, 0  # "abort": the step is over; groups it has
-        self._requests, self._given_up = 0, 0
+        self._requests = self._given_up = self._filtered = 0
 
     # --- what to do now -----------------------------------------------------------------------------------------------
 
@@ -217,14 +218,24 @@ class Scheduler:
             del self.open[uid]
             self._given_up = 0
             if self._keep is None or self._keep(group):
-                self.ready[uid] = group
+                self.ready[uid], self._filtered = group, 0
             else:
-                self._begun -= 1
-                self._tell("filtered", group)
+                self._filter_out(group)
         elif self._closing and all(member.request is None for member in group.members):
             del self.open[uid]
             self.cache.put(group)
         self._reopen()
+
+    def _filter_out(self, group: Group) -> None:
+        """Another prompt takes its place."""
+        self._begun -= 1
+        self._filtered += 1
+        self._tell("filtered", group)
+        if self._filtered >= FILTERED:
+            raise UserError(
+                f"{FILTERED} groups in a row taught nothing (the last of {group.prompt.source!r}, rewards "
+                f"{sorted(set(group.rewards.tolist()))[:4]}); choose easier or harder prompts, or train on all groups"
+            )
 
     def _close(self) -> None:
         """Ends the step for everything that is written."""

@@ -7,6 +7,7 @@ import contextlib
 import heapq
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -26,20 +27,28 @@ class Span(NamedTuple):
 
 
 class Trace:
-    """The newest `keep` spans of a run; safe to add to from any thread.
+    """The newest `keep` spans of a run; any thread may use it.
 
     clock: seconds, by default of `time.monotonic`.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, keep: int = 200_000) -> None:
         self.clock = clock
-        self.spans: collections.deque[Span] = collections.deque(maxlen=keep)
+        self._spans: collections.deque[Span] = collections.deque(maxlen=keep)
+        self._lock = threading.Lock()
+
+    @property
+    def spans(self) -> list[Span]:
+        """Those there are now, in order of their ends."""
+        with self._lock:
+            return list(self._spans)
 
     def add(self, stage: str, name: str, begin: float, end: float | None = None, **facts: Any) -> None:
         """Records work that has ended (now, by default). ValueError for a stage that does not exist."""
         if stage not in STAGES:
             raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
-        self.spans.append(Span(stage, name, begin, self.clock() if end is None else end, facts))
+        with self._lock:
+            self._spans.append(Span(stage, name, begin, self.clock() if end is None else end, facts))
 
     @contextlib.contextmanager
     def span(self, stage: str, name: str, **facts: Any) -> Iterator[None]:
@@ -52,7 +61,8 @@ class Trace:
 
     def seconds(self) -> dict[str, float]:
         """By stage, the time in which it had work under way, however much at once."""
-        return {stage: sum(e - b for b, e, _ in _levels(s for s in self.spans if s.stage == stage)) for stage in STAGES}
+        spans = self.spans
+        return {stage: sum(e - b for b, e, _ in _levels(s for s in spans if s.stage == stage)) for stage in STAGES}
 
     def overlap(self) -> float:
         """Of the time in which any stage worked, the share in which two or more different ones did. 0 without spans."""
@@ -63,12 +73,13 @@ class Trace:
     def to_json(self) -> dict[str, Any]:
         """The trace event format: a process a stage, and in it as many rows as it had spans at once; beside it the
         overlap and the seconds of each stage."""
-        zero = min((span.begin for span in self.spans), default=0.0)
+        spans = self.spans
+        zero = min((span.begin for span in spans), default=0.0)
         events: list[dict[str, Any]] = []
         for pid, stage in enumerate(STAGES, 1):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": stage}})
             free: list[tuple[float, int]] = []  # (until when it is taken, row)
-            for span in sorted((s for s in self.spans if s.stage == stage), key=lambda s: s.begin):
+            for span in sorted((s for s in spans if s.stage == stage), key=lambda s: s.begin):
                 row = heapq.heappop(free)[1] if free and free[0][0] <= span.begin else len(free) + 1
                 heapq.heappush(free, (span.end, row))
                 times = {"ts": 1e6 * (span.begin - zero), "dur": 1e6 * (span.end - span.begin)}

@@ -26,6 +26,7 @@ from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
 from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import vlm
 from glmv_jax.rl.batch import to_batch
+from glmv_jax.rl.curriculum import useful
 from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
@@ -123,7 +124,8 @@ class RL(VLMStage):
             records, batch = rollouts(groups, rows)
             return next(iter(await asyncio.to_thread(lambda: list(self._packed(records, batch)))))
 
-        parts = Parts(functools.partial(Scheduler, rows, settings), engine, rule_grader(rows, self.verifiers), build)
+        scheduler = functools.partial(Scheduler, rows, settings, keep=useful if r.dynamic else None)
+        parts = Parts(scheduler, engine, rule_grader(rows, self.verifiers), build)
         return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
 
     def _rollouts(self, batch, state):
