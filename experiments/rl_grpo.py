@@ -38,6 +38,7 @@ def get_config(arg=None):
         "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},  # tokens before max_new_tokens that cost reward
         "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
         "staleness": 1,  # async: updates that a token may be old
+        "slots": 0,  # async: answers that are written at a time, one by one; 0: by whole batches
         "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
         "in_flight": 0,  # async: groups that are written at a time; 0: as many as can be trained in time
         "dynamic": False,  # async: other groups in place of those whose rewards are all equal

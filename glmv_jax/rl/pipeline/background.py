@@ -19,7 +19,8 @@ from glmv_jax.rl.pipeline.trace import Trace
 
 @dataclasses.dataclass
 class Parts:
-    """What a pipeline is made of. engine: an `Engine` with `set_params(params, version)` and `close()`.
+    """What a pipeline is made of. engine: an `Engine` with `set_params(params, version)`, which
+    may return a future of the moment when the engine has them, and `close()`.
     scheduler: gets the function that notes take; see `Scheduler`."""
 
     scheduler: Callable[[Callable[[dict[str, Any]], None]], Scheduler]
@@ -89,7 +90,7 @@ class Background:
 
     async def _exchange(self, version: int) -> Taken:
         if self._pipeline is None:
-            self._begin(version)
+            await self._begin(version)
         else:
             await self._pipeline.publish(version)
         return await self._pipeline.next()
@@ -98,9 +99,10 @@ class Background:
         return self._pipeline.scheduler.state()
 
     async def _push(self, version: int) -> None:
-        self._parts.engine.set_params(self._params, version)
+        if (done := self._parts.engine.set_params(self._params, version)) is not None:
+            await asyncio.wrap_future(done)
 
-    def _begin(self, version: int) -> None:
+    async def _begin(self, version: int) -> None:
         parts, state = self._parts, self._state
         scheduler = parts.scheduler(lambda row: self._notes.append(row))
         if state is not None:
@@ -109,5 +111,5 @@ class Background:
             raise ValueError(f"the weights are of version {version}, the state of the pipeline of {scheduler.step}")
         if self._folder is not None:
             self._log = SampleLog(self._folder / "samples.jsonl", state and state["samples"])
-        parts.engine.set_params(self._params, version)
+        await self._push(version)
         self._pipeline = Pipeline(scheduler, parts.engine, parts.grade, parts.build, self._push, self.trace)

@@ -21,6 +21,7 @@ from glmv_jax.inference.sampler import Sampler
 from glmv_jax.inference.text import answer_text
 from glmv_jax.rl.pipeline.group import Group
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, GradeAnswer, OnDone, Prompt, Request
+from glmv_jax.rl.pipeline.together import Together
 from glmv_jax.rl.rollout import Rollout, image_hash
 from glmv_jax.typing import Batch, Params
 
@@ -93,7 +94,7 @@ class SamplerEngine:
             for entries in (self._new, self._waiting):
                 entries[:] = [entry for entry in entries if entry[0].id != id]
         for request, on_done in found:
-            on_done(Completion(request.prefix or _nothing(), "aborted"))
+            on_done(Completion(request.prefix or nothing(), "aborted"))
 
     def close(self) -> None:
         """Ends the thread when its call is over."""
@@ -123,7 +124,7 @@ class SamplerEngine:
                 done = self._sample([request for request, _ in asked], params, version, call)
             except Exception as error:
                 log.exception("sampling of %d answers failed", len(asked))
-                done = [Completion(_nothing(), "failed", {"error": f"{type(error).__name__}: {error}"})] * len(asked)
+                done = [Completion(nothing(), "failed", {"error": f"{type(error).__name__}: {error}"})] * len(asked)
             for (_, on_done), completion in zip(asked, done):
                 on_done(completion)
 
@@ -144,7 +145,8 @@ class SamplerEngine:
         return done
 
 
-def _nothing() -> Drawn:
+def nothing() -> Drawn:
+    """No token."""
     return Drawn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
@@ -155,6 +157,23 @@ def rule_grader(rows: Rows, verifiers: Mapping[str, Any]) -> GradeAnswer:
     async def grade(request: Request, completion: Completion):
         sample = rows.row(request.prompt.key)["samples"][0]
         return (await asyncio.to_thread(score, [sample], [completion.facts["text"]], verifiers))[0]
+
+    return grade
+
+
+def system_grader(rows: Rows, system: Any, size: int) -> GradeAnswer:
+    """Grades by a `rewards.system.RewardSystem`; where it compares answers, all `size` of a group together."""
+    from glmv_jax.rl.rewards import Answered
+
+    answered = lambda request, completion: Answered(  # noqa: E731
+        rows.row(request.prompt.key)["samples"][0], completion.facts["text"]
+    )
+    together = Together(lambda answers: system.grade_group([answered(*answer) for answer in answers]), size)
+
+    async def grade(request: Request, completion: Completion):
+        if system.needs_group(request.prompt.source):
+            return await together(request, completion)
+        return await system.grade(answered(request, completion))
 
     return grade
 

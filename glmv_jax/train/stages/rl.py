@@ -20,7 +20,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import optim
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.front import Front
 from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.settings import Settings as EngineSettings
 from glmv_jax.losses import policy
 from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
 from glmv_jax.losses.select import Targets, predictors, select, weights
@@ -31,6 +34,7 @@ from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts, rule_grader
+from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompt_rows, prompts
 from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.train.stages import experts
@@ -117,7 +121,10 @@ class RL(VLMStage):
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
         rows = Rows(prompt_rows(dict(d.weights), self.asker, seed=self.data_seed, faults=self.cfg.faults or None))
-        engine = SamplerEngine(self.sampler, rows, r.prompts, jax.random.key(self.cfg.seed), self.tokenizer)
+        if r.get("slots", 0):
+            engine = SlotEngine(self._front, rows, self.cfg.seed, self.tokenizer)
+        else:
+            engine = SamplerEngine(self.sampler, rows, r.prompts, jax.random.key(self.cfg.seed), self.tokenizer)
 
         async def build(step, groups):
             del step
@@ -127,6 +134,17 @@ class RL(VLMStage):
         scheduler = functools.partial(Scheduler, rows, settings, keep=useful if r.dynamic else None)
         parts = Parts(scheduler, engine, rule_grader(rows, self.verifiers), build)
         return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
+
+    def _front(self, params, version: int) -> Front:
+        """The inference engine in a thread of its own."""
+        r, longest, patches = self.cfg.rollout, self.asker.max_tokens, self.asker.max_patches
+        sizes = EngineSettings(
+            slots=r.slots, length=longest + r.max_new_tokens, chunks=(min(64, longest), longest), patches=(patches,),
+            pictures=r.prompts * patches // 4, queue=4 * r.slots,
+        )  # fmt: skip
+        engine = Engine(self.model, params, self.sampler.sampling, sizes, version=version)
+        engine.warm()
+        return Front(engine)
 
     def _rollouts(self, batch, state):
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))

@@ -1,0 +1,72 @@
+"""The inference engine as the pipeline's: answers come and go one by one, aborted ones go on from what they had."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import numpy as np
+
+from glmv_jax.inference import requests
+from glmv_jax.inference.front import Front, Ticket
+from glmv_jax.inference.text import answer_text
+from glmv_jax.rl.pipeline.local import Rows, nothing
+from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
+from glmv_jax.typing import Params
+
+
+class SlotEngine:
+    """An `Engine` over `inference.front.Front`.
+
+    make: (params, version) -> the front; called with the first weights.   rows: where prompts are found.   seed: of all
+    random numbers: an answer depends on (seed, uid, attempt, member), and on the weights that draw it.
+    """
+
+    def __init__(self, make: Callable[[Params, int], Front], rows: Rows, seed: int, tokenizer: Any) -> None:
+        self._make, self._rows, self._seed, self._tokenizer = make, rows, seed, tokenizer
+        self._front: Front | None = None
+        self._tickets: dict[int, Ticket] = {}
+
+    def set_params(self, params: Params, version: int) -> Future | None:
+        """Of all tokens drawn from then on; rows that run go on. The future is done when the engine has its copy."""
+        if self._front is not None:
+            return self._front.set_params(params, version)
+        self._front = self._make(params, version)
+        return None
+
+    def submit(self, request: Request, on_done: OnDone) -> None:
+        row, prefix = self._rows.row(request.prompt.key), request.prefix
+        begun = None
+        if prefix is not None and len(prefix):
+            begun = requests.Completion(prefix.tokens, prefix.logprobs, prefix.versions, "aborted")
+        asked = requests.Request(
+            requests.Prompt.of_row(row, 0), seed=seed_of(self._seed, request), draw=request.member, begun=begun
+        )
+        self._tickets[request.id] = ticket = self._front.submit(asked)
+        ticket.done.add_done_callback(lambda done: self._ended(request, done, row["samples"][0].id, on_done))
+
+    def abort(self, id: int) -> None:
+        if (ticket := self._tickets.get(id)) is not None:
+            ticket.abort()
+
+    def close(self) -> None:
+        if self._front is not None:
+            self._front.close()
+
+    def _ended(self, request: Request, done: Future, sample: str, on_done: OnDone) -> None:
+        self._tickets.pop(request.id, None)
+        if (error := done.exception()) is not None:
+            on_done(Completion(nothing(), "failed", {"error": f"{type(error).__name__}: {error}"}))
+            return
+        got = done.result()
+        text = answer_text(self._tokenizer, got.tokens, self._front.engine.sampling.stop)
+        drawn = Drawn(np.asarray(got.tokens), np.asarray(got.logprobs), np.asarray(got.versions))
+        on_done(Completion(drawn, got.reason, {"id": sample, "text": text}))
+
+
+def seed_of(seed: int, request: Request) -> int:
+    """31 bits from the run's seed, the prompt and the attempt."""
+    facts = f"{seed}/{request.prompt.uid}/{request.attempt}".encode()
+    return int.from_bytes(hashlib.blake2b(facts, digest_size=4).digest(), "big") >> 1
