@@ -113,6 +113,7 @@ class RewardSystem:
         if self._pool is not None:
             self._pool.close()
         self._start(self._shut()).result()
+        self._start(self._loop.shutdown_default_executor()).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
