@@ -63,6 +63,7 @@ def get_config(arg=None):
         },
         "chunk": 256 if nano else 1024,  # as in SFT
     }  # fmt: skip
+    cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' rules, in this process
     # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
     # pairs (source, folder) of teachers for loss.distil, "*" for every other source.
     cfg.reference = {"policy": "", "teachers": ()}

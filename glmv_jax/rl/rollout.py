@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +15,8 @@ from glmv_jax.inference.text import answer_text
 from glmv_jax.typing import Batch, Params
 
 if TYPE_CHECKING:  # who trains on rollouts needs no grader; who makes them does, see `rollout`
-    from glmv_jax.rl.rewards.grade import Grade, Verifier
+    from glmv_jax.data.records import Sample
+    from glmv_jax.rl.rewards.grade import Grade
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def rollout(
     batch: Batch,
     key: jax.Array,
     tokenizer: Any,
-    verifiers: Mapping[str, Verifier],
+    score: Callable[[Sequence[Sample], Sequence[str]], list[Grade]],
     sampled: Callable[[], None] | None = None,
 ) -> list[Rollout]:
     """Samples `sampler.group` answers to every prompt of `batch` and grades them.
@@ -83,17 +84,15 @@ def rollout(
     sampled: called when the answers are there and none has been graded.
 
     batch: of `rl.prompts` (arrays with one prompt a row, and "samples"). Returns B * group records, groups together.
-    A grader that fails gives the lowest reward and the flag "error"; a source without a verifier raises UserError.
+    score: samples and answers, groups together, to grades; what it raises passes through.
     """
-    from glmv_jax.rl.rewards import score
-
     out = jax.device_get(sampler(params, Prompts.of(batch), key))
     if sampled is not None:
         sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]
     answers = [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]
     texts = [answer_text(tokenizer, ids, sampler.sampling.stop) for ids in answers]
-    grades = score(samples, texts, verifiers)
+    grades = score(samples, texts)
     hashes = []
     for patches, yx, frame in zip(batch["patches"], batch["yx"], batch["frame"]):
         hashes.append(image_hash(patches[frame > 0], yx[frame > 0]))

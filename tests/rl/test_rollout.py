@@ -6,6 +6,7 @@ Not covered: that training on the rows improves a policy (the recipe's own numbe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -47,7 +48,8 @@ def params():
 @pytest.fixture(scope="module")
 def records(batch, params):
     sampler = Sampler(CFG, Sampling.chat(TOKENIZER, 6), GROUP)
-    return rollout(sampler, params, batch, jax.random.key(0), TOKENIZER, rl.verifiers())
+    score = functools.partial(rl.score, verifiers=rl.verifiers())
+    return rollout(sampler, params, batch, jax.random.key(0), TOKENIZER, score)
 
 
 def packed(records, batch, **changes):

@@ -79,7 +79,7 @@ def _rollouts(stage, prompts):
     from glmv_jax.rl.rollout import rollout
 
     params = stage.init_params(jax.random.key(0))
-    return rollout(stage.sampler, params, prompts, jax.random.key(1), stage.tokenizer, stage.verifiers)
+    return rollout(stage.sampler, params, prompts, jax.random.key(1), stage.tokenizer, stage.grading.score)
 
 
 def update(stage, batch, sizes: dict[str, int], rules: str):

@@ -21,12 +21,13 @@ from glmv_jax.rl.pipeline.trace import Trace
 class Parts:
     """What a pipeline is made of. engine: an `Engine` with `set_params(params, version)`, which
     may return a future of the moment when the engine has them, and `close()`.
-    scheduler: gets the function that notes take; see `Scheduler`."""
+    scheduler: gets the function that notes take; see `Scheduler`.   close: called when all is over."""
 
     scheduler: Callable[[Callable[[dict[str, Any]], None]], Scheduler]
     engine: Any
     grade: GradeAnswer
     build: Build
+    close: Callable[[], None] = lambda: None
 
 
 class Background:
@@ -78,6 +79,7 @@ class Background:
         if self._pipeline is not None:
             self._run(self._pipeline.close())
         self._parts.engine.close()
+        self._parts.close()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

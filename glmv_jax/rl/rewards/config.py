@@ -27,7 +27,7 @@ The order of keys means nothing (configurations are kept sorted): `gate` and `or
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.config import nearest
@@ -129,6 +129,28 @@ def judges(given: Mapping[str, Any]) -> dict[str, Endpoint]:
             raise UserError(f"judge {name}: it needs a url and a model")
         found[name] = Endpoint(**table)
     return found
+
+
+def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Endpoint], dict[str, SourceConfig]]:
+    """The table of a whole system with its defaults, its judges and its sources; UserError for what makes no sense."""
+    table = filled("rewards", given, DEFAULTS)
+    endpoints = judges(table["judges"])
+    sources = _table("rewards, sources", table["sources"])
+    return table, endpoints, {name: source(name, sources[name], endpoints) for name in sources.keys()}
+
+
+def of_run(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """`given` for a run that trains on the tasks of these names: those that it says nothing of are graded as they say.
+
+    UserError for a source that is none of them, and as `of_tasks`.
+    """
+    table = {key: given[key] for key in _table("rewards", given).keys()}
+    sources = _table("rewards, sources", table.get("sources", {}))
+    for name in sources.keys():
+        if name not in names:
+            raise UserError(f"rewards.sources.{name}: the run has no such data source{nearest(name, names)}")
+    own = of_tasks(name for name in names if name not in sources.keys())["sources"]
+    return table | {"sources": own | {name: sources[name] for name in sources.keys()}}
 
 
 def of_tasks(names: Iterable[str], judge: str = "", **options: Any) -> dict[str, Any]:

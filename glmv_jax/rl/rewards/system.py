@@ -41,10 +41,7 @@ class RewardSystem:
     """
 
     def __init__(self, cfg: Mapping[str, Any]):
-        table = config.filled("rewards", cfg, config.DEFAULTS)
-        endpoints = config.judges(table["judges"])
-        given = table["sources"]
-        self._sources = {name: config.source(name, given[name], endpoints) for name in given.keys()}
+        table, endpoints, self._sources = config.read(cfg)
         self._limit = float(table["limit"])
         self._specs: list[Spec] = []
         self._counts = {name: collections.Counter[str]() for name in self._sources}

@@ -33,11 +33,12 @@ from glmv_jax.rl.curriculum import useful
 from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
-from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts, rule_grader
+from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompt_rows, prompts
 from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.train.stages import experts
+from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.vlm import VLMStage, inputs
 from glmv_jax.typing import Batch, Params, TokenInput, UserError
@@ -56,7 +57,8 @@ class RL(VLMStage):
         from glmv_jax.rl import tasks  # graders are imported where answers are graded, not with the trainer
 
         r = cfg.rollout
-        self.verifiers = tasks.verifiers(self.names)
+        self.verifiers = {} if cfg.get("rewards") else tasks.verifiers(self.names)
+        self.grading = Grading(self)
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
         self.sampler = Sampler(self.model, sampling, r.group)
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
@@ -85,10 +87,12 @@ class RL(VLMStage):
         d, r = self.cfg.data, self.cfg.rollout
         if r.get("pipeline", "sync") == "async":
             return self._pipeline()
-        return prompts(
+        data = prompts(
             dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
             faults=self.cfg.faults or None,
         )  # fmt: skip
+        self.grading.open()
+        return Closing(data, self.grading.close)
 
     def batch_shapes(self):
         d = self.cfg.data
@@ -109,7 +113,8 @@ class RL(VLMStage):
             # A copy, as the engine draws with it while the step that follows takes the memory of the state.
             taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), int(state.step))
             rows, left_out = taken.batch
-            return rows | self.others.said_of([rows], state.params)[0], summary(drawn) | left_out
+            others = self.others.said_of([rows], state.params)[0]
+            return rows | others, summary(drawn) | left_out | self.grading.metrics()
         if not self._waiting:
             self._waiting.extend(self._rollouts(next(data), state))
         return self._waiting.popleft()
@@ -121,6 +126,7 @@ class RL(VLMStage):
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
         rows = Rows(prompt_rows(dict(d.weights), self.asker, seed=self.data_seed, faults=self.cfg.faults or None))
+        self.grading.open()
         if r.get("slots", 0):
             engine = SlotEngine(self._front, rows, self.cfg.seed, self.tokenizer)
         else:
@@ -132,7 +138,7 @@ class RL(VLMStage):
             return next(iter(await asyncio.to_thread(lambda: list(self._packed(records, batch)))))
 
         scheduler = functools.partial(Scheduler, rows, settings, keep=useful if r.dynamic else None)
-        parts = Parts(scheduler, engine, rule_grader(rows, self.verifiers), build)
+        parts = Parts(scheduler, engine, self.grading.answers(rows), build, self.grading.close)
         return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
 
     def _front(self, params, version: int) -> Front:
@@ -149,9 +155,9 @@ class RL(VLMStage):
     def _rollouts(self, batch, state):
         key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))
         records = rollout(
-            self.sampler, state.params, batch, key, self.tokenizer, self.verifiers, sampled=self.others.prefetch
+            self.sampler, state.params, batch, key, self.tokenizer, self.grading.score, sampled=self.others.prefetch
         )
-        parts, metrics = list(self._packed(records, batch)), by_source(records)
+        parts, metrics = list(self._packed(records, batch)), by_source(records) | self.grading.metrics()
         said = self.others.said_of([rows for rows, _ in parts], state.params)
         for (rows, left_out), others in zip(parts, said):
             yield rows | others, metrics | left_out

@@ -101,3 +101,17 @@ def nearer(sample, a, b):
         raise ValueError("comparator")
     near = lambda c: -abs(c.picture.getpixel((0, 0))[0] - int(sample.answer)) if c.picture else -abs(int(c.text))  # noqa: E731
     return near(a), near(b)
+
+
+def parity(answer, sample):
+    """Pays for texts of odd length, as no model does on purpose: some answers of a random one differ in it."""
+    value = float(len(answer) % 2)
+    return Grade(value, value == 1.0, {"format": 1.0, "score": value})
+
+
+def loops(answer, sample):
+    loop()
+
+
+def longer(sample, a, b):
+    return len(a.text), len(b.text)
