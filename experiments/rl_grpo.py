@@ -38,11 +38,16 @@ def get_config(arg=None):
         "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},  # tokens before max_new_tokens that cost reward
         "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
         "staleness": 1,  # async: updates that a token may be old
-        "slots": 0,  # async: answers that are written at a time, one by one; 0: by whole batches
+        "slots": 0,  # async, episodes: answers that are written at a time, one by one; 0: by whole batches
         "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
         "in_flight": 0,  # async: groups that are written at a time; 0: as many as can be trained in time
         "dynamic": False,  # async: other groups in place of those whose rewards are all equal
         "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
+        "environments": (),  # pairs (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0)
+        # sync: rows of an update for episodes; their limits, 0: what a row holds; how many are played at a time; tries.
+        "episodes": {
+            "rows": 8, "turns": 8, "tokens": 0, "patches": 0, "seconds": 300.0, "parallel": 8, "tries": 2,
+        },
         "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }
     cfg.loss = {
@@ -63,7 +68,7 @@ def get_config(arg=None):
         },
         "chunk": 256 if nano else 1024,  # as in SFT
     }  # fmt: skip
-    cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' rules, in this process
+    cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' own rules, here
     # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
     # pairs (source, folder) of teachers for loss.distil, "*" for every other source.
     cfg.reference = {"policy": "", "teachers": ()}

@@ -23,6 +23,9 @@ from glmv_jax.data.tokenizer import BOX
 from glmv_jax.inference.text import answer_text
 from glmv_jax.rl.gym import Action
 
+# The special tokens that a turn may hold, beside those that end it.
+DRAWN = (*BOX, "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+
 # What JSON calls the types that `json` makes; a bool is no number.
 _IS = {
     "string": lambda x: isinstance(x, str),

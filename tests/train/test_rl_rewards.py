@@ -97,7 +97,7 @@ def test_graders_that_hang_or_raise_and_a_judge_end_no_step(drawn, monkeypatch):
     table["sources"]["name"]["parts"] = {"judge": {"kind": "judge", "judge": "main", "box": False, "images": False}}
     with running(lambda body, n: 0.0 if n else "yes") as judge:
         table["judges"] = {"main": {"url": judge.url, "model": "m"}}
-        ((_, metrics),) = steps(build(table, "rollout.prompts=12"), fresh(drawn), 1)
+        ((_, metrics),) = steps(build(table), drawn, 1)
     flags = {name: [metrics[f"grading/{what}/{name}"] for what in ("graded", "timeout", "error")]
              for name in ("count", "point", "name")}  # fmt: skip
     (counted, hung, _), (pointed, _, raised), (named, *failed) = flags.values()
@@ -106,18 +106,13 @@ def test_graders_that_hang_or_raise_and_a_judge_end_no_step(drawn, monkeypatch):
     assert metrics["grading/requests/judge main"] == named + 1, "the first asks whether it is there"
 
 
-def fresh(drawn):
-    """The same way of drawing, to be compiled for other shapes."""
-    return Sampler(drawn[0].cfg, drawn[0].sampling, drawn[0].group), drawn[1]
-
-
 def test_answers_of_a_group_are_compared_in_both_forms(drawn):
     """Of G answers that can be compared each earns 1 and a point for every other that is worse, half for a tie: in the
     mean 1 + (G - 1) / 2, whatever they are."""
     group = {"comparator": {"kind": "rule", "rule": "tests.rl.rewards.hostile:longer"}}
     table = {"sources": {name: {"parts": {}, "group": group} for name in build({}).names}, "workers": 1}
-    (sync, metrics), = steps(build(table), drawn, 1)
-    (beside, others), = steps(build(table, ASYNC), drawn, 1)
+    ((sync, metrics),) = steps(build(table), drawn, 1)
+    ((beside, others),) = steps(build(table, ASYNC), drawn, 1)
     equal(beside, sync)
     for found in (metrics, others):
         earned = {name: x for name, x in found.items() if name.startswith("reward/")}

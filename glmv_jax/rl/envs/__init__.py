@@ -17,6 +17,7 @@ from typing import Any
 from glmv_jax.rl import tasks
 from glmv_jax.rl.envs import browser, classic, desk, reasoning, single, windows
 from glmv_jax.rl.gym import Environment
+from glmv_jax.rl.rewards import config
 from glmv_jax.typing import UserError
 
 
@@ -61,3 +62,14 @@ FAMILIES: dict[str, Callable[..., Environment]] = {
     "miniwob": lambda name, split, seed, **options: browser.Browser(name, **options),
     "gymnasium": _gymnasium,
 }
+
+
+def part(name: str) -> dict[str, Any]:
+    """The part of a reward system (`rewards.config`) that grades an environment's episodes as it says: the verifier of
+    the question that is asked, or the environment's own verdict. UserError for a question that nothing here grades."""
+    family, _, member = name.partition("/")
+    if family == "desk" and member == "lookup":
+        return {"kind": "rule", "rule": "number"}  # as `desk.lookup_verifier`
+    if family in ("task", "desk"):
+        return config.of_tasks([member])["sources"][member]["parts"]["task"]
+    return {"kind": "environment"}

@@ -139,17 +139,22 @@ def read(given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Endpoint],
     return table, endpoints, {name: source(name, sources[name], endpoints) for name in sources.keys()}
 
 
-def of_run(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+def of_run(
+    given: Mapping[str, Any], names: Sequence[str], episodes: Mapping[str, Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
     """`given` for a run that trains on the tasks of these names: those that it says nothing of are graded as they say.
 
-    UserError for a source that is none of them, and as `of_tasks`.
+    episodes: the parts that grade those of environments, by data source.
+    UserError for a source that the run has not, and as `of_tasks`.
     """
     table = {key: given[key] for key in _table("rewards", given).keys()}
-    sources = _table("rewards, sources", table.get("sources", {}))
+    sources, episodes = _table("rewards, sources", table.get("sources", {})), episodes or {}
+    known = [*names, *episodes]
     for name in sources.keys():
-        if name not in names:
-            raise UserError(f"rewards.sources.{name}: the run has no such data source{nearest(name, names)}")
-    own = of_tasks(name for name in names if name not in sources.keys())["sources"]
+        if name not in known:
+            raise UserError(f"rewards.sources.{name}: the run has no such data source{nearest(name, known)}")
+    own = {name: {"parts": {"episode": part}} for name, part in episodes.items()}
+    own |= of_tasks(name for name in names if name not in sources.keys())["sources"]
     return table | {"sources": own | {name: sources[name] for name in sources.keys()}}
 
 

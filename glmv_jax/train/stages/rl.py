@@ -12,6 +12,7 @@ import asyncio
 import collections
 import dataclasses
 import functools
+import math
 from pathlib import Path
 
 import jax
@@ -38,6 +39,7 @@ from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompt_rows, prompts
 from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.train.stages import experts
+from glmv_jax.train.stages.rl_episodes import Episodes, Mixed
 from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.vlm import VLMStage, inputs
@@ -57,13 +59,16 @@ class RL(VLMStage):
         from glmv_jax.rl import tasks  # graders are imported where answers are graded, not with the trainer
 
         r = cfg.rollout
-        self.verifiers = {} if cfg.get("rewards") else tasks.verifiers(self.names)
+        self.episodes = Episodes(self) if r.get("environments", ()) else None
+        if self.episodes:
+            self.names = list(dict.fromkeys([*self.names, *self.episodes.parts]))
+        self.verifiers = {} if cfg.get("rewards") else tasks.verifiers(cfg.data.weights)
         self.grading = Grading(self)
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
         self.sampler = Sampler(self.model, sampling, r.group)
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
         self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
-        self.rows = tuple(r.rows)
+        self.rows = tuple(r.rows) if self.episodes is None or self.episodes.questions else (0,)  # of questions
         self.shape_buckets = len(self.rows)
         loss = {name: value for name, value in cfg.loss.items() if name not in NOT_OF_THE_OBJECTIVE}
         self.objective = policy.Objective.of(loss)
@@ -87,17 +92,21 @@ class RL(VLMStage):
         d, r = self.cfg.data, self.cfg.rollout
         if r.get("pipeline", "sync") == "async":
             return self._pipeline()
-        data = prompts(
-            dict(d.weights), self.asker, batch=r.prompts, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
+        questions = functools.partial(
+            prompts, builder=self.asker, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
             faults=self.cfg.faults or None,
         )  # fmt: skip
         self.grading.open()
-        return Closing(data, self.grading.close)
+        if self.episodes is None:
+            return Closing(questions(dict(d.weights), batch=r.prompts), self.grading.close)
+        episodes, asked = self.episodes, self.episodes.questions
+        data = Mixed(questions(episodes.weights, batch=asked) if asked else None, episodes.groups)
+        return Closing(data, episodes.close, self.grading.close)
 
     def batch_shapes(self):
         d = self.cfg.data
         prompts = {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
-        for rows in self.rows:
+        for rows in (n + (self.cfg.rollout.episodes.rows if self.episodes else 0) for n in self.rows):
             sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
             empty, _ = to_batch((), prompts, np.zeros(0), **sizes)
             shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty.items()}
@@ -153,26 +162,40 @@ class RL(VLMStage):
         return Front(engine)
 
     def _rollouts(self, batch, state):
-        key = jax.random.fold_in(jax.random.key(self.cfg.seed), int(state.step))
-        records = rollout(
-            self.sampler, state.params, batch, key, self.tokenizer, self.grading.score, sampled=self.others.prefetch
-        )
-        parts, metrics = list(self._packed(records, batch)), by_source(records) | self.grading.metrics()
+        step, played, told = int(state.step), [], {}
+        if self.episodes:
+            played, told = self.episodes.play(batch["episodes"], state.params, step)
+        if "tokens" in batch:
+            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
+            score, prefetch = self.grading.score, self.others.prefetch
+            records = rollout(self.sampler, state.params, batch, key, self.tokenizer, score, sampled=prefetch)
+        else:
+            records = []
+            self.others.prefetch()
+        parts = list(self._packed(records, batch)) if records else []
+        if self.episodes:
+            parts = _side_by_side(parts, self.episodes.rows(played))
+        metrics = (by_source([*records, *played]) or {self.headline: math.nan}) | told | self.grading.metrics()
         said = self.others.said_of([rows for rows, _ in parts], state.params)
         for (rows, left_out), others in zip(parts, said):
             yield rows | others, metrics | left_out
 
     def _packed(self, records, batch):
         """The rows of each minibatch, and how much found no room in them."""
-        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, self.cfg.rollout.group)
-        advantages_NG = self._advantages(records, rewards_NG)
-        for of in self._minibatches(records, rewards_NG, advantages_NG):
+        updates, advantages_NG = self.chosen(records, self.cfg.rollout.group)
+        for of in updates:
             rows, left_out = to_batch(
                 [records[n] for n in of], batch, advantages_NG.reshape(-1)[of], rows=self.rows,
                 tokens=self.cfg.data.tokens, patches=self.cfg.data.patches, targets=self.cfg.data.targets,
                 names=self.names, per="token",
             )  # fmt: skip
             yield rows, {"left_out": left_out / max(1, len(of))}
+
+    def chosen(self, records: list[Rollout], size: int) -> tuple[list[list[int]], np.ndarray]:
+        """The rollouts of each update, by their place, and the advantages [N, G] of groups of `size`."""
+        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, size)
+        advantages_NG = self._advantages(records, rewards_NG)
+        return self._minibatches(records, rewards_NG, advantages_NG), advantages_NG
 
     def _minibatches(self, records: list[Rollout], rewards_NG: np.ndarray, advantages_NG: np.ndarray):
         """The rollouts of each update, by their place in `records`: a list of lists.
@@ -181,13 +204,13 @@ class RL(VLMStage):
         Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
         whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
         """
-        r = self.cfg.rollout
+        r, size = self.cfg.rollout, rewards_NG.shape[1]
         teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
         teaches_N = teaches_N | (self.objective.distil.kind != "none")
         teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
         dropped = lambda n: r.overlong.drop and records[n].truncated  # noqa: E731
         return [
-            [n for g in teaching[i :: r.minibatches] for n in range(g * r.group, (g + 1) * r.group) if not dropped(n)]
+            [n for g in teaching[i :: r.minibatches] for n in range(g * size, (g + 1) * size) if not dropped(n)]
             for i in range(r.minibatches)
         ]
 
@@ -272,6 +295,15 @@ class RL(VLMStage):
 
     def finished(self, metrics):
         return policy.with_effective_sizes(metrics)
+
+
+def _side_by_side(parts, played) -> list[tuple[Batch, dict[str, float]]]:
+    """For each update the rows of its questions, where there are any, and those of its episodes behind them."""
+    found = []
+    for (rows, left_out), (episodes, without_room) in zip(parts or [({}, {})] * len(played), played):
+        both = {name: np.concatenate([rows[name], x]) if rows else x for name, x in episodes.items()}
+        found.append((both, left_out | {"left_out/episodes": without_room}))
+    return found
 
 
 def at_targets(batch: Batch, name: str, targets: Targets) -> jax.Array | None:

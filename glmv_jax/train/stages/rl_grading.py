@@ -4,15 +4,20 @@ run's own (`rl.rewards.config`), whose workers and judges are there from the fir
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+from glmv_jax.rl.episodes import verdict
 from glmv_jax.rl.pipeline.local import Rows, rule_grader, system_grader
-from glmv_jax.rl.rewards.grade import FAILURES, Grade
+from glmv_jax.rl.rewards.grade import FAILURES, MIN_REWARD, Grade
+from glmv_jax.typing import UserError
 
 if TYPE_CHECKING:
     from glmv_jax.data.records import Sample
     from glmv_jax.rl.pipeline.protocols import GradeAnswer
+    from glmv_jax.rl.play import Episode
+    from glmv_jax.rl.rewards.grade import Verifier
     from glmv_jax.rl.rewards.system import RewardSystem
     from glmv_jax.train.stages.rl import RL
 
@@ -24,11 +29,20 @@ class Grading:
         self._stage, self._table = stage, None
         self.system: RewardSystem | None = None
         self._told: dict[str, dict[str, float]] = {}
+        self._verifiers: dict[str, Verifier] = {}  # of episodes
+        parts = stage.episodes.parts if stage.episodes else {}
         if stage.cfg.get("rewards"):
-            from glmv_jax.rl.rewards import config  # graders are imported where there are some, not with the trainer
+            from glmv_jax.rl.rewards import config  # graders are imported where there are any, not with the trainer
 
-            self._table = config.of_run(stage.cfg.rewards, stage.names)
-            config.read(self._table)  # what is wrong is said now, before weights are read and workers start
+            self._table = config.of_run(stage.cfg.rewards, list(stage.cfg.data.weights), parts)
+            _, _, sources = config.read(self._table)  # what is wrong is said now, before workers start
+            if compared := [name for name in parts if sources[name].group]:
+                raise UserError(f"rewards.sources.{compared[0]}.group: episodes are graded one by one, not compared")
+        elif parts:
+            from glmv_jax.rl.rewards import rules
+
+            named = {name: part["rule"] for name, part in parts.items() if part["kind"] == "rule"}
+            self._verifiers = {name: rules.verifier(rule) for name, rule in named.items()}
 
     def open(self) -> None:
         """Starts the reward system, if there is to be one. UserError for a judge that cannot be used."""
@@ -56,6 +70,19 @@ class Grading:
         from glmv_jax.rl.rewards import score
 
         return score(samples, answers, self._stage.verifiers)
+
+    async def episode(self, episode: Episode) -> Grade:
+        """The grade of an episode. One that met a limit before there was an answer to grade earns nothing."""
+        if episode.ended != "done" and episode.sample is None and episode.reward is None:
+            return Grade(MIN_REWARD, False, {}, (episode.ended,))
+        if self.system is not None:
+            return await self.system.grade(episode)
+        if (verifier := self._verifiers.get(episode.source)) is None:
+            return verdict(episode)
+        from glmv_jax.rl.rewards import score
+
+        by = {episode.sample.source: verifier}
+        return (await asyncio.to_thread(score, [episode.sample], [episode.text], by))[0]
 
     def answers(self, rows: Rows) -> GradeAnswer:
         """What grades in the asynchronous form."""

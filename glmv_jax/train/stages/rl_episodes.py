@@ -1,0 +1,224 @@
+"""Episodes in stage 5 (cfg.rollout.environments): the groups that a step plays beside its questions, or in their place.
+
+Each group plays one episode of one environment; `rl.collect` has them played side by side, and what they say becomes
+rows behind those of the questions (`rl.episodes`). An episode that its environment spoils is counted, played again, and
+then left out of its group.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from glmv_jax.rl.collect import Collected, collect
+from glmv_jax.rl.episodes import to_rows
+from glmv_jax.rl.play import Episode, Limits
+from glmv_jax.rl.prompts import namespaced
+from glmv_jax.rl.rollout import Rollout
+from glmv_jax.rl.transcript import Form
+from glmv_jax.train.stages.rl_players import Players, number
+from glmv_jax.typing import Batch, Params, UserError
+
+if TYPE_CHECKING:
+    from glmv_jax.train.stages.rl import RL
+
+
+class Episodes:
+    """Of one stage that has environments.
+
+    parts: by data source what grades its episodes (`envs.part`).   weights: of the questions by task.
+    groups, questions: of a step, in all cfg.rollout.prompts.
+    Raises UserError for an environment that cannot be made here, and for limits that rows do not hold.
+    """
+
+    def __init__(self, stage: RL) -> None:
+        from glmv_jax.rl import envs  # with their graders, which the trainer does not import
+
+        self._stage = stage
+        d, r, e = stage.cfg.data, stage.cfg.rollout, stage.cfg.rollout.episodes
+        share = {name: float(weight) for name, weight in r.environments}
+        if min(share.values()) <= 0:
+            raise UserError(f"rollout.environments={r.environments}: weights are above 0; leave others out")
+        self._names, self._share = list(share), np.array(list(share.values())) / sum(share.values())
+        seed = namespaced("rl", stage.data_seed)
+        self.make: dict[str, Callable[[], Any]] = {n: functools.partial(envs.make, n, "train", seed) for n in share}
+        self.parts = {_source(make): envs.part(name) for name, make in self.make.items()}
+        self.weights = {name: weight for name, weight in d.weights.items() if weight}
+        self.groups = _groups(r.prompts, sum(share.values()), sum(self.weights.values()))
+        self.questions = r.prompts - self.groups
+        self.limits = Limits(e.turns, e.tokens or d.tokens, e.patches or d.patches, e.seconds)
+        self._check()
+        self._form = Form(stage.tokenizer, stage.asker.patcher)
+        self._players = Players(stage, self.limits)
+
+    def _check(self) -> None:
+        d, r, limits = self._stage.cfg.data, self._stage.cfg.rollout, self.limits
+        if r.get("pipeline", "sync") != "sync":
+            raise UserError("rollout.environments are played by the synchronous form; set rollout.pipeline=sync")
+        if r.overlong.buffer:
+            raise UserError("rollout.overlong counts the tokens of one answer, and episodes have many; set "
+                            "rollout.overlong.buffer=0 with rollout.environments")  # fmt: skip
+        if r.episodes.rows < 1:
+            raise UserError("rollout.episodes.rows=0: episodes need rows of an update to be trained on; give some")
+        if limits.tokens > d.tokens or limits.patches > d.patches:
+            raise UserError(f"episodes of {limits.tokens} tokens and {limits.patches} patches do not fit rows of "
+                            f"{d.tokens} and {d.patches}; raise data.tokens, data.patches")  # fmt: skip
+        if (drawn := limits.turns * r.max_new_tokens) > d.targets:
+            raise UserError(f"episodes of {limits.turns} turns of {r.max_new_tokens} tokens are {drawn}, and rows "
+                            f"learn {d.targets}; raise data.targets or lower rollout.episodes.turns")  # fmt: skip
+
+    def close(self) -> None:
+        """Ends the engine, if there is one."""
+        self._players.close()
+
+    # --- playing ------------------------------------------------------------------------------------------------------
+
+    def play(self, first: int, params: Params, step: int) -> tuple[list[Rollout], dict[str, float]]:
+        """The records of a step's groups, whose numbers in the run begin with `first`; and metrics by source, see
+        `_told`. Their rows count on from the questions'."""
+        played: list[Episode] = []
+
+        async def graded(episode: Episode):
+            played.append(episode)
+            return await self._stage.grading.episode(episode)
+
+        async def all_groups() -> list[Collected]:
+            return await asyncio.gather(*(self._collect(name, seeds, graded) for name, seeds in self._drawn(first)))
+
+        self._players.begin(params, step)
+        try:
+            found = asyncio.run(all_groups())
+        except BaseExceptionGroup as errors:  # of tasks: the first says what has to be mended
+            raise _first(errors) from errors
+        finally:
+            self._players.end()
+        return _numbered(found, self.questions), self._told(played, found)
+
+    def _drawn(self, first: int) -> list[tuple[str, list[int]]]:
+        """The seeds of a step's groups, by environment."""
+        seeds: dict[str, list[int]] = collections.defaultdict(list)
+        for n in range(first, first + self.groups):
+            name = np.random.default_rng((self._stage.data_seed, n)).choice(self._names, p=self._share)
+            seeds[str(name)].append(number(f"{self._stage.data_seed}/{n}"))
+        return list(seeds.items())
+
+    async def _collect(self, name: str, seeds: Sequence[int], graded) -> Collected:
+        r = self._stage.cfg.rollout
+        return await collect(
+            self.make[name], self._players, graded, seeds, self._form, group=r.group, parallel=r.episodes.parallel,
+            tries=r.episodes.tries, limits=self.limits,
+        )  # fmt: skip
+
+    def _told(self, played: Sequence[Episode], found: Sequence[Collected]) -> dict[str, float]:
+        """By source, counts: failed (those that were played again too), silent (over before the model said anything);
+        means of a graded episode: turns, malformed ones among them, and limited, the share that met a limit."""
+        metrics = {}
+        for source in self.parts:
+            of = lambda episodes: [episode for episode in episodes if episode.source == source]  # noqa: B023, E731
+            metrics[f"failed/{source}"] = float(sum(len(of(one.failed)) for one in found))
+            metrics[f"silent/{source}"] = float(sum(len(of(one.silent)) for one in found))
+            if mine := of(played):
+                metrics[f"turns/{source}"] = float(np.mean([len(episode.actions) for episode in mine]))
+                metrics[f"malformed/{source}"] = float(np.mean([episode.malformed for episode in mine]))
+                metrics[f"limited/{source}"] = float(np.mean([episode.ended != "done" for episode in mine]))
+        return metrics
+
+    # --- rows ---------------------------------------------------------------------------------------------------------
+
+    def rows(self, records: Sequence[Rollout]) -> list[tuple[Batch, float]]:
+        """The rows of each update, and the share of its episodes that found no room in them."""
+        stage, d, r = self._stage, self._stage.cfg.data, self._stage.cfg.rollout
+        updates, advantages_N = self._learnt(records)
+        made = []
+        for of in updates:
+            batch, left_out = to_rows(
+                [records[n] for n in of], advantages_N[of], rows=(r.episodes.rows,), tokens=d.tokens,
+                patches=d.patches, channels=stage.asker.patcher.channels, image=stage.tokenizer.image,
+                names=stage.names, targets=d.targets, per="token",
+            )  # fmt: skip
+            made.append((batch, left_out / max(1, len(of))))
+        return made
+
+    def _learnt(self, records: Sequence[Rollout]) -> tuple[list[list[int]], np.ndarray]:
+        """The records of each update, by their place, and the advantage of each. Groups that lost some of their
+        episodes are smaller; one that is left alone has nothing to be compared with."""
+        groups: dict[int, list[int]] = collections.defaultdict(list)
+        for n, record in enumerate(records):
+            groups[record.row].append(n)
+        by_size: dict[int, list[list[int]]] = collections.defaultdict(list)
+        for group in groups.values():
+            by_size[len(group)].append(group)
+        updates: list[list[int]] = [[] for _ in range(self._stage.cfg.rollout.minibatches)]
+        advantages_N = np.zeros(len(records), np.float32)
+        for size in sorted(by_size.keys() - {1}, reverse=True):
+            at_NG = np.array(by_size[size])
+            chosen, advantages_NG = self._stage.chosen([records[n] for n in at_NG.flat], size)
+            advantages_N[at_NG] = advantages_NG
+            for update, of in zip(updates, chosen):
+                update += at_NG.reshape(-1)[of].tolist()
+        return updates, advantages_N
+
+
+class Mixed:
+    """The data of steps with episodes: a batch of questions, where there are any, and under "episodes" the number in
+    the run of the step's first group of episodes."""
+
+    def __init__(self, questions: Any | None, groups: int) -> None:
+        self._questions, self._groups, self._first = questions, groups, 0
+
+    def __next__(self) -> Batch:
+        batch = {} if self._questions is None else next(self._questions)
+        first, self._first = self._first, self._first + self._groups
+        return {**batch, "episodes": first}
+
+    def get_state(self) -> dict[str, Any]:
+        questions = None if self._questions is None else self._questions.get_state()
+        return {"episodes": self._first, "questions": questions}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._first = state["episodes"]
+        if self._questions is not None:
+            self._questions.set_state(state["questions"])
+
+    def close(self) -> None:
+        if self._questions is not None:
+            self._questions.close()
+
+
+def _source(make: Callable[[], Any]) -> str:
+    environment = make()
+    try:
+        return environment.source
+    finally:
+        environment.close()
+
+
+def _groups(prompts: int, episodes: float, questions: float) -> int:
+    """How many of a step's prompts are episodes: their share by weight, and at least one of each where both are."""
+    if not questions:
+        return prompts
+    if prompts < 2:
+        raise UserError("rollout.prompts=1 cannot be shared by questions and episodes; raise it")
+    return min(max(1, round(prompts * episodes / (episodes + questions))), prompts - 1)
+
+
+def _numbered(found: Sequence[Collected], row: int) -> list[Rollout]:
+    """All records, their groups numbered from `row` on."""
+    records = []
+    for one in found:
+        rows = {old: row + n for n, old in enumerate(dict.fromkeys(record.row for record in one.records))}
+        records += [dataclasses.replace(record, row=rows[record.row]) for record in one.records]
+        row += len(rows)
+    return records
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

@@ -1,0 +1,90 @@
+"""Who draws the turns of stage 5's episodes: the sampler, one after another, each from the whole conversation; with
+cfg.rollout.slots the inference engine, which is handed the weights of each step."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.front import Front
+from glmv_jax.inference.requests import Prompt, Request
+from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.settings import Settings
+from glmv_jax.rl.play import Limits, Policy
+from glmv_jax.rl.players import sampled, served
+from glmv_jax.rl.turns import DRAWN
+from glmv_jax.typing import Params
+
+if TYPE_CHECKING:
+    from glmv_jax.train.stages.rl import RL
+
+KEY = 1 << 30  # of a step's random key: what its questions fold into it are numbers of answers
+
+
+class Players:
+    """Of one stage. limits: of its episodes."""
+
+    def __init__(self, stage: RL, limits: Limits) -> None:
+        r = stage.cfg.rollout
+        self._stage, self._limits = stage, limits
+        self._sampling = Sampling.chat(
+            stage.tokenizer, r.max_new_tokens, allow=DRAWN, temperature=r.temperature, top_p=r.top_p
+        )
+        self._sampler = Sampler(stage.model, self._sampling)
+        self._front: Front | None = None
+        self._key: jax.Array | None = None
+        self._params: Params | None = None
+
+    def begin(self, params: Params, step: int) -> None:
+        """The weights that turns are drawn with from now on, after `step` updates."""
+        if not self._stage.cfg.rollout.get("slots", 0):
+            self._params = params
+            self._key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._stage.cfg.seed), step), KEY)
+        elif self._front is None:
+            self._front = self._started(params, step)
+        else:
+            self._front.set_params(params, step).result()
+
+    def end(self) -> None:
+        """Lets go of the weights: the step that follows takes their memory (an engine has its copy)."""
+        self._params = None
+
+    def __call__(self, seed: int, member: int) -> Policy:
+        """The policy of one episode."""
+        if self._front is None:
+            own = jax.random.fold_in(jax.random.fold_in(self._key, seed), member)
+            return sampled(self._sampler, self._params, own, tokens=self._limits.tokens, patches=self._limits.patches)
+        front, cfg = self._front, self._stage.cfg
+
+        async def complete(document, room: int, turn: int) -> Any:
+            own = number(f"{cfg.seed}/{front.engine.version}/{seed}/{member}/{turn}")
+            most = min(room, cfg.rollout.max_new_tokens)
+            return await front.complete(Request(Prompt.of_document(document), own, max_new_tokens=most))
+
+        return served(complete)
+
+    def _started(self, params: Params, version: int) -> Front:
+        """The engine, in a thread of its own, with room for a whole conversation in each slot."""
+        r, limits = self._stage.cfg.rollout, self._limits
+        chunks = tuple(sorted({min(n, limits.tokens) for n in (64, 512)}))
+        sizes = Settings(
+            slots=r.slots, length=limits.tokens, chunks=chunks, patches=(self._stage.asker.max_patches,),
+            pictures=r.slots * limits.patches // 4, queue=4 * r.slots,
+        )  # fmt: skip
+        engine = Engine(self._stage.model, params, self._sampling, sizes, version=version)
+        engine.warm()
+        return Front(engine)
+
+    def close(self) -> None:
+        """Ends the engine."""
+        front, self._front = self._front, None
+        if front is not None:
+            front.close()
+
+
+def number(facts: str) -> int:
+    """31 bits that look random and depend on `facts` alone."""
+    return int.from_bytes(hashlib.blake2b(facts.encode(), digest_size=4).digest(), "big") >> 1

@@ -1,0 +1,194 @@
+"""Stage 5 with environments: groups of episodes beside questions or alone, drawn by the sampler or by the engine.
+
+Windows here pay for what is said too, as an untrained policy presses nothing: groups without differences would not be
+trained on. Not covered: that training on episodes improves a policy, and a browser.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from glmv_jax import config
+from glmv_jax.rl import envs
+from glmv_jax.rl.envs.windows import Windows
+from glmv_jax.train import main
+from glmv_jax.typing import UserError
+from tests.random_params import switched_on
+
+PAIRS = (("windows", 2.0), ("desk/count", 2.0), ("broken", 2.0))
+SMALL = ["model.vision.depth=1", "model.decoder.depth=1", "rollout.prompts=12", "rollout.group=3",
+         "rollout.max_new_tokens=8", "rollout.rows=(2,)", "rollout.episodes.rows=4", "rollout.episodes.turns=3",
+         "data.tokens=1024", "data.patches=192", "data.targets=96", "data.ahead=0",
+         f"rollout.environments={PAIRS!r}"]  # fmt: skip
+ALONE = [f"data.weights.{name}=0.0" for name in ("count", "name", "attribute", "spatial", "point", "chart")]
+RULE = {"parts": {"rule": {"kind": "rule", "rule": "tests.rl.rewards.hostile:parity"}}}
+
+
+class Paid(Windows):
+    async def step(self, action):
+        step = await super().step(action)
+        return dataclasses.replace(step, reward=step.reward + len(action.text) % 2 / 4)
+
+
+class Broken(Paid):
+    """Fails where what is said has a length that 3 divides, however often it is tried."""
+
+    source = "broken"
+
+    async def step(self, action):
+        if len(action.text) % 3 == 0:
+            raise ConnectionError("gone")
+        return await super().step(action)
+
+
+def register(patch):
+    patch.setitem(envs.FAMILIES, "windows", lambda name, split, seed: Paid(split, seed))
+    patch.setitem(envs.FAMILIES, "broken", lambda name, split, seed: Broken(split, seed))
+
+
+@pytest.fixture(autouse=True)
+def families(monkeypatch):
+    register(monkeypatch)
+
+
+def build(*more: str, rewards: dict | None = None):
+    cfg = config.load("experiments/rl_grpo.py:size=nano")
+    cfg.rewards = rewards or {}
+    made = main.stage_class("rl")(config.override(cfg, [*SMALL, *more]))
+    fresh = made.init_params
+    made.init_params = lambda key: switched_on(fresh(key))
+    return made
+
+
+@pytest.fixture(scope="module")
+def learn():
+    """(parameters, batch) -> (metrics, parameters after an update of the decoder), compiled once: all stages here have
+    one objective, the same sources and, in all, six rows."""
+    with pytest.MonkeyPatch.context() as patch:
+        register(patch)
+        made = build()
+
+    @jax.jit
+    def learn(params, batch):
+        def loss(decoder):
+            return made.loss(params | {"decoder": decoder}, {}, made.init_extra(), batch, jax.random.key(0))
+
+        (_, (metrics, _)), grads = jax.value_and_grad(loss, has_aux=True)(params["decoder"])
+        return metrics, params | {"decoder": jax.tree.map(lambda x, g: x - 0.05 * g, params["decoder"], grads)}
+
+    return learn
+
+
+def two_updates(made, learn):
+    """[(batch, metrics of the rollouts, metrics of the loss)] of two updates, and the parameters before each."""
+    params, found, before = made.init_params(jax.random.key(0)), [], []
+    data = made.train_data()
+    try:
+        for step in range(2):
+            batch, told = made.next_batch(data, types.SimpleNamespace(params=params, step=step))
+            before.append(params)
+            metrics, params = jax.device_get(learn(params, batch))
+            found.append((batch, told, metrics))
+    finally:
+        data.close()
+    return found, before
+
+
+def drawn_by_these_weights(found, before, learn, sources):
+    """The trainer finds the log-probabilities that the tokens were drawn with, of all these sources; other weights do
+    not."""
+    seen = set()
+    for _, _, metrics in found:
+        present = {name for name in sources if np.isfinite(metrics[f"mismatch_kl/{name}"])}
+        assert all(metrics[f"mismatch_gap/{name}_max"] < 1e-4 for name in present)
+        assert all(0 <= metrics[f"mismatch_kl/{name}"] < 1e-8 for name in present)
+        seen |= present
+    assert seen == set(sources)
+    stale, _ = jax.device_get(learn(before[0], found[1][0]))
+    assert max(stale[f"mismatch_gap/{name}_max"] for name in sources) > 1e-3
+
+
+def test_episodes_and_questions_train_together(learn):
+    """By the reward system; an environment that fails costs its own episodes and nothing else."""
+    questions = list(config.load("experiments/rl_grpo.py:size=nano").data.weights)
+    table = {"workers": 1, "sources": {name: RULE for name in (*questions, "desk/count")}}
+    made = build(rewards=table)
+    assert made.names[-3:] == ["windows", "desk/count", "broken"]
+    assert (made.episodes.groups, made.episodes.questions) == (6, 6)
+    (shape,) = made.batch_shapes()
+    found, before = two_updates(made, learn)
+    drawn_by_these_weights(found, before, learn, ["windows", "desk/count"])
+    failed = episodes = 0
+    for batch, told, _ in found:
+        assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+            name: (x.shape, x.dtype) for name, x in shape.items()
+        }
+        assert told["failed/windows"] == told["failed/desk/count"] == told["silent/windows"] == 0.0
+        failed += told["failed/broken"]
+        graded = sum(told[f"grading/graded/{name}"] for name in made.names[-3:])
+        assert graded + told["failed/broken"] / made.cfg.rollout.episodes.tries == 6 * 3
+        assert sum(told[f"grading/graded/{name}"] for name in questions) == 6 * 3
+        assert told["error/mean"] == 0.0
+        episodes += graded
+    assert failed > 0 and episodes > 20
+    told = {name: x for _, metrics, _ in found for name, x in metrics.items()}
+    assert told["turns/windows"] == 3.0 and told["limited/windows"] == 1.0 and told["turns/desk/count"] >= 1.0
+    assert 0 < told["reward/windows"] < 1 and 0 < told["length/windows"] <= 24
+    assert made.grading.system is None
+
+
+def test_episodes_alone_are_drawn_by_the_engine_with_the_weights_of_each_step(learn):
+    """And graded in this process: by the environment's verdict, or as the task says."""
+    made = build(*ALONE, "rollout.slots=4", "rollout.episodes.rows=6", "rollout.prompts=6")
+    assert made.episodes.questions == 0 and made.episodes.groups == 6
+    found, before = two_updates(made, learn)
+    drawn_by_these_weights(found, before, learn, ["windows"])
+    for batch, told, _ in found:
+        assert batch["tokens"].shape == (6, 1024) and not any("/count" in name for name in told if "desk" not in name)
+        assert told.get("reward/desk/count", 0.0) == 0.0
+    assert made.episodes._players._front is None, "closed with the data"
+
+
+def test_a_restart_plays_the_episodes_that_come_next():
+    made = build(*ALONE)
+    data = made.train_data()
+    groups = [made.episodes._drawn(next(data)["episodes"]) for _ in range(3)]
+    seeds = [seed for step in groups for _, each in step for seed in each]
+    assert len(set(seeds)) == 3 * 12 and {name for step in groups for name, _ in step} == {"windows", "desk/count",
+                                                                                           "broken"}  # fmt: skip
+    again = made.train_data()
+    for _ in range(2):
+        next(again)
+    state = again.get_state()
+    other = made.train_data()
+    other.set_state(state)
+    assert made.episodes._drawn(next(other)["episodes"]) == groups[2]
+    mixed = build()
+    data = mixed.train_data()
+    first, state, second = next(data), data.get_state(), next(data)
+    data.set_state(state)
+    np.testing.assert_array_equal(next(data)["tokens"], second["tokens"])
+    assert first["tokens"].shape[0] == 6 and (first["episodes"], second["episodes"]) == (0, 6)
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["rollout.pipeline=async", "rollout.minibatches=1"], "played by the synchronous form"),
+        (["rollout.episodes.rows=0"], "episodes need rows"),
+        (["rollout.episodes.turns=20"], "20 turns of 8 tokens are 160, and rows learn 96"),
+        (["rollout.episodes.tokens=4096"], "raise data.tokens"),
+        (["rollout.environments=(('windw', 1.0),)"], "of no family that there is"),
+        (["rollout.environments=(('windows', 0.0),)"], "weights are above 0"),
+        (["rollout.overlong.buffer=4"], "rollout.overlong.buffer=0"),
+        (["rollout.prompts=1"], "cannot be shared"),
+    ],
+)
+def test_settings_that_do_not_go_with_episodes_are_refused(more, message):
+    with pytest.raises(UserError, match=message):
+        build(*more)
