@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from glmv_jax import config
-from glmv_jax.rl import envs
+from glmv_jax.rl import Grade, envs
 from glmv_jax.rl.envs.windows import Windows
 from glmv_jax.train import main
 from glmv_jax.typing import UserError
@@ -129,6 +129,7 @@ def test_episodes_and_questions_train_together(learn):
             name: (x.shape, x.dtype) for name, x in shape.items()
         }
         assert told["failed/windows"] == told["failed/desk/count"] == told["silent/windows"] == 0.0
+        assert (batch["advantage"][2:] != 0).any(), "episodes are behind the questions, and teach"
         failed += told["failed/broken"]
         graded = sum(told[f"grading/graded/{name}"] for name in made.names[-3:])
         assert graded + told["failed/broken"] / made.cfg.rollout.episodes.tries == 6 * 3
@@ -152,6 +153,22 @@ def test_episodes_alone_are_drawn_by_the_engine_with_the_weights_of_each_step(le
         assert batch["tokens"].shape == (6, 1024) and not any("/count" in name for name in told if "desk" not in name)
         assert told.get("reward/desk/count", 0.0) == 0.0
     assert made.episodes._players._front is None, "closed with the data"
+
+
+def test_groups_that_lost_episodes_are_compared_among_what_is_left():
+    """Rewards of three groups, of which one is whole, one lost a member and one two: nobody is compared with that."""
+    rewards = {0: [1.0, 0.0, 0.5], 1: [0.25, 0.75], 2: [1.0]}
+    records = [
+        types.SimpleNamespace(row=row, grade=Grade(reward, False, {}), truncated=False, answer=np.zeros(4))
+        for row, group in rewards.items()
+        for reward in group
+    ]
+    updates, advantages = build("rollout.minibatches=2").episodes._learnt([records[n] for n in (3, 0, 5, 1, 4, 2)])
+    assert [sorted(of) for of in updates] == [[1, 3, 5], [0, 4]]
+    compared = [np.array(group) for group in rewards.values() if len(group) > 1]
+    wanted = np.concatenate([(x - x.mean()) / (x.std(ddof=1) + 1e-6) for x in compared])
+    np.testing.assert_allclose(advantages[[1, 3, 5, 0, 4]], wanted, rtol=1e-5)
+    assert advantages[2] == 0.0
 
 
 def test_a_restart_plays_the_episodes_that_come_next():

@@ -160,7 +160,7 @@ class Episodes:
             at_NG = np.array(by_size[size])
             chosen, advantages_NG = self._stage.chosen([records[n] for n in at_NG.flat], size)
             advantages_N[at_NG] = advantages_NG
-            for update, of in zip(updates, chosen):
+            for update, of in zip(sorted(updates, key=len), chosen):  # the first has the most
                 update += at_NG.reshape(-1)[of].tolist()
         return updates, advantages_N
 
