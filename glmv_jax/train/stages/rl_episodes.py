@@ -11,6 +11,7 @@ import asyncio
 import collections
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
     from glmv_jax.train.stages.rl import RL
+
+log = logging.getLogger(__name__)
 
 
 class Episodes:
@@ -127,6 +130,12 @@ class Episodes:
                 metrics[f"turns/{source}"] = float(np.mean([len(episode.actions) for episode in mine]))
                 metrics[f"malformed/{source}"] = float(np.mean([episode.malformed for episode in mine]))
                 metrics[f"limited/{source}"] = float(np.mean([episode.ended != "done" for episode in mine]))
+            elif silent := metrics[f"silent/{source}"]:
+                log.warning(
+                    "%s: all %d episodes of this step ended before the model could say anything, so nothing is learnt "
+                    "from it; raise data.tokens, data.patches (and rollout.episodes.tokens, .patches) until a first "
+                    "observation and an answer fit", source, silent,
+                )  # fmt: skip
         return metrics
 
     # --- rows ---------------------------------------------------------------------------------------------------------
