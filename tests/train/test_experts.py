@@ -31,6 +31,13 @@ def batch():
         data.close()
 
 
+@pytest.fixture(scope="module")
+def said(batch):
+    """What the blocks of the first parameters say of the batch."""
+    stage = build()
+    return jax.jit(stage.supervised)(stage.init_params(jax.random.key(0)), batch)[2]
+
+
 def build(*overrides: str):
     cfg = config.override(config.load(NANO), [*SMALL, *overrides])
     return main.stage_class(cfg.stage)(cfg)
@@ -48,12 +55,11 @@ def step(stage, batch, sizes=None, rules="data", rate=1e-3):
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch):
+def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch, said):
     """The head's loads are those of both depths; each valid token chooses `chosen` experts a layer."""
     stage = build(f"accumulate={pieces}")
     before, after, extra, metrics = step(stage, batch)
     _, tokens = inputs(batch)
-    _, _, said = jax.jit(stage.supervised)(before, batch)
     valid = int((np.asarray(tokens.segments) > 0).sum())
     c, rate = stage.model.decoder, stage.cfg.experts.bias_rate
     loads = {path: np.asarray(x) for path, x in said.items() if path.endswith("/load")}
