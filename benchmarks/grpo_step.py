@@ -148,6 +148,7 @@ class Ours:
     def packed(self, asked, answers, logprobs, advantages) -> dict[str, np.ndarray]:
         """A row for each prompt with its group."""
         from glmv_jax.rl.batch import to_batch
+        from glmv_jax.rl.integrity import checked
         from glmv_jax.rl.rewards import Grade
         from glmv_jax.rl.rollout import Rollout
 
@@ -162,7 +163,7 @@ class Ours:
             tokens=self.prompt + GROUP * (self.answer + 1), targets=GROUP * self.answer,
         )  # fmt: skip
         assert not left_out
-        return rows
+        return checked(rows)
 
     def steps(self, n: int) -> list[dict[str, float]]:
         """Seconds of each of n steps, on the clock and of a core."""

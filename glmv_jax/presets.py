@@ -112,8 +112,9 @@ def documents(size: str, weights: dict[str, float], seed: int, **more: Any) -> C
     """The `data` of stages 3 to 5: shares of the sources, and the rows they are packed into.
 
     sizing: of pictures, "naflex" (each fills image_patches) or "smart" (its own size where it can, as GLM-OCR).
+    images: of a row at most, 0 for any number; a row's tokens and patches are its other limits.
     """
-    rest = {"vocabulary": "", "sizing": "naflex"}
+    rest = {"vocabulary": "", "sizing": "naflex", "images": 0}
     return ConfigDict({"weights": weights, "seed": seed, **rest, **_pick(DOCUMENTS, size), **more})
 
 

@@ -17,7 +17,7 @@ Arguments that functions share:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -29,11 +29,12 @@ TOLERANCE = 0.01  # rows within a hundredth of the mean are even
 
 def place(
     loads_ND: np.ndarray, limits_D: np.ndarray, rows: int, filled_RD: np.ndarray | None = None, late: int = 0,
-    even: int | None = None,
+    even: int | None = None, tight: bool = False,
 ) -> np.ndarray:
     """The row of each document, int [N]; -1 for one that found no room.
 
     filled_RD: what the rows hold already.   late: the first so many documents take their places before all others.
+    tight: a document goes to the row that it leaves least room in (best fit), which is less even and holds more.
     """
     loads_ND = np.asarray(loads_ND, np.float64)
     filled_DR = np.zeros((loads_ND.shape[1], rows)) if filled_RD is None else np.array(filled_RD, np.float64).T
@@ -41,9 +42,13 @@ def place(
     mean_D = _or_one((loads_ND.sum(0) + filled_DR.sum(1)) / rows)
     share_ND = loads_ND / mean_D
     weighed_ND = (share_ND / mean_D)[:, :even]
+    limited_D = np.isfinite(limits_D)
     row_N = np.full(len(loads_ND), -1)
     for n in np.lexsort((-share_ND.max(1, initial=0), np.arange(len(loads_ND)) >= late)):
-        score_R = weighed_ND[n] @ filled_DR[:even]
+        if tight:
+            score_R = (free_DR[limited_D] / np.asarray(limits_D)[limited_D, None]).sum(0)
+        else:
+            score_R = weighed_ND[n] @ filled_DR[:even]
         score_R[(free_DR < loads_ND[n][:, None]).any(0)] = np.inf
         row = int(score_R.argmin())
         if score_R[row] < np.inf:
@@ -199,15 +204,51 @@ def bins(loads_ND: np.ndarray, limits_D: np.ndarray, even: int | None = None) ->
     UserError: a document is larger than a row.
     """
     loads_ND, limits_D = np.asarray(loads_ND, np.float64), np.asarray(limits_D, np.float64)
-    if (loads_ND > limits_D).any():
-        n = int(np.argmax((loads_ND > limits_D).any(1)))
-        raise UserError(f"document {n} with loads {loads_ND[n].tolist()} does not fit a row of {limits_D.tolist()}; "
-                        "leave it out or lengthen the row")
+    _check_sizes(loads_ND, limits_D)
     row_N, rows = np.full(len(loads_ND), -1), 0
     while len(rest := np.flatnonzero(row_N < 0)):
         rows += max(1, int(np.ceil((loads_ND[rest].sum(0) / limits_D).max() - 1e-9)))
         row_N[rest] = place(loads_ND[rest], limits_D, rows, totals(row_N, loads_ND, rows), even=even)
     return evened(row_N, loads_ND, limits_D, rows, even)
+
+
+def of_counts(
+    loads_ND: np.ndarray, limits_D: np.ndarray, counts: Sequence[int], even: int | None = None
+) -> tuple[np.ndarray, int]:
+    """Even rows for all of the documents where there may only be so many: the row of each, int [N], and how many rows.
+
+    counts: allowed numbers of rows; the least is taken that holds everything. Where none does it is the largest, and
+    then the first documents matter most: as many of them as go in, and of those behind them what fills the gaps; -1
+    for the others.   UserError: a document is larger than a row.
+    """
+    loads_ND, limits_D = np.asarray(loads_ND, np.float64), np.asarray(limits_D, np.float64)
+    _check_sizes(loads_ND, limits_D)
+    for rows in sorted(counts):
+        if (loads_ND.sum(0) > limits_D * rows).any():
+            continue
+        for tight in (False, True):
+            row_N = place(loads_ND, limits_D, rows, even=even, tight=tight)
+            if (row_N >= 0).all():
+                return evened(row_N, loads_ND, limits_D, rows, even), rows
+    row_N, low, high = np.full(len(loads_ND), -1), 0, due(loads_ND, limits_D, rows) + 1
+    while high - low > 1:  # the first `low` go in, the first `high` do not
+        middle = (low + high) // 2
+        tried = place(loads_ND[:middle], limits_D, rows, tight=True)
+        if (tried >= 0).all():
+            row_N[:middle], low = tried, middle
+        else:
+            high = middle
+    for n in range(low, len(loads_ND)):
+        row_N[n] = place(loads_ND[n : n + 1], limits_D, rows, totals(row_N, loads_ND, rows), tight=True)[0]
+    return evened(row_N, loads_ND, limits_D, rows, even), rows
+
+
+def _check_sizes(loads_ND: np.ndarray, limits_D: np.ndarray) -> None:
+    """UserError for a document that is larger than a row."""
+    if (loads_ND > limits_D).any():
+        n = int(np.argmax((loads_ND > limits_D).any(1)))
+        raise UserError(f"document {n} with loads {loads_ND[n].tolist()} does not fit a row of {limits_D.tolist()}; "
+                        "leave it out or lengthen the row")
 
 
 # --------------------------------------------------------------------------------------- rows and patches to ranks

@@ -53,7 +53,7 @@ class Document:
 class DocumentBuilder:
     """Sample -> Document. `max_tokens` and `max_patches` are those of a row: what is longer raises UserError.
 
-    max_targets: how many tokens of a row may be learnt, None for all.
+    max_targets: how many tokens of a row may be learnt, None for all.   max_images: of a row, None for any number.
     per: what weighs the same in the loss: "token" (long answers count most), "document" (its tokens share a weight of
         one), or "sqrt" between them, one over the root of the learnt tokens (InternVL3, arXiv 2504.10479, "square
         averaging").
@@ -68,6 +68,7 @@ class DocumentBuilder:
     prompt_weight: float = 0.0
     max_targets: int | None = None
     per: str = "token"
+    max_images: int | None = None
 
     def __post_init__(self) -> None:
         if self.per not in POWERS:
@@ -143,4 +144,6 @@ class DocumentBuilder:
             return f"{document.patches} patches do not fit a row of {self.max_patches}; raise the budget"
         if self.max_targets is not None and document.targets > self.max_targets:
             return f"{document.targets} learnt tokens do not fit a row of {self.max_targets}; raise it"
+        if self.max_images is not None and len(document.images) > self.max_images:
+            return f"{len(document.images)} images do not fit a row of {self.max_images}; raise it"
         return ""

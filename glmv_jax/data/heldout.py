@@ -132,7 +132,7 @@ def packed_batches(samples: Sequence[Sample], builder: DocumentBuilder, form: st
     documents = [getattr(builder, form)(sample) for sample in samples]
     return list(iter(PackIterDataset(
         Stream(documents), tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=names, log=FaultLog(), targets=builder.max_targets)))
+        rows=batch, names=names, log=FaultLog(), targets=builder.max_targets, images=builder.max_images)))
 
 
 def prompt_chunks(samples: Sequence[Sample], builder: DocumentBuilder, batch: int, names: Sequence[str]

@@ -18,6 +18,7 @@ rows of the encoder's own (`encoding`), and a document is placed where both it a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -60,21 +61,29 @@ class Loads(NamedTuple):
     tokens: int
     patches: int
     targets: int
+    images: float
+
+    @classmethod
+    def of_row(cls, tokens: int, patches: int, targets: int | None = None, images: int | None = None) -> Loads:
+        """Limits; None for all tokens, and for any number of images."""
+        return cls(tokens, patches, tokens if targets is None else targets, math.inf if images is None else images)
 
 
 def loads(document: Document) -> Loads:
     """What a document takes of a row."""
-    return Loads(len(document.tokens), document.patches, document.targets)
+    return Loads(len(document.tokens), document.patches, document.targets, len(document.images))
 
 
 class Row:
     """A row under construction, or `collate`'s row of a single document.
 
-    targets: how many tokens of the row may be learnt (loss weight > 0), None for all.
+    targets: how many tokens of the row may be learnt (loss weight > 0), None for all.   images: None for any number.
     """
 
-    def __init__(self, tokens: int, patches: int, channels: int, targets: int | None = None):
-        self.limits = Loads(tokens, patches, tokens if targets is None else targets)
+    def __init__(
+        self, tokens: int, patches: int, channels: int, targets: int | None = None, images: int | None = None
+    ):
+        self.limits = Loads.of_row(tokens, patches, targets, images)
         self.channels = channels
         self.text: dict[str, np.ndarray] = {
             "tokens": np.zeros(tokens, np.int32),  # <pad> is 0
@@ -91,8 +100,8 @@ class Row:
         self.trimmed: list[str] = []  # of each document that was, how
 
     def fits(self, document: Document) -> bool:
-        """Whether the document's tokens, patches and targets all have room."""
-        filled, more = (self.tokens, self.patches, self.targets), loads(document)
+        """Whether the document's tokens, patches, targets and images all have room."""
+        filled, more = (self.tokens, self.patches, self.targets, len(self.images)), loads(document)
         return all(have + load <= limit for have, load, limit in zip(filled, more, self.limits))
 
     def room(self) -> float:
@@ -191,14 +200,15 @@ class PackIterDataset(grain.IterDataset):
     """
 
     def __init__(self, parent: grain.IterDataset, *, tokens: int, patches: int, channels: int, rows: int,
-                 names: Sequence[str], log: FaultLog, targets: int | None = None, fit: str = "first", ahead: int = 0,
+                 names: Sequence[str], log: FaultLog, targets: int | None = None, images: int | None = None,
+                 fit: str = "first", ahead: int = 0,
                  trimmed: bool = False, slices: partition.Slices = partition.WHOLE,
                  encoder: encoding.Encoder | None = None):
         super().__init__(parent)
         if fit not in FITS:
             raise UserError(f"data.fit={fit!r} is not known; use one of {', '.join(FITS)}")
         partition.cut([], slices.ranks, patches)  # slices that are none are said now
-        self.shape = (tokens, patches, channels, targets)
+        self.shape = (tokens, patches, channels, targets, images)
         self.rows, self.names, self.log, self.fit, self.ahead = rows, list(names), log, fit, ahead
         self.trimmed = TRIMMED if trimmed else ()
         self.slices, self.encoder = slices, encoder

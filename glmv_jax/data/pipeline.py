@@ -38,6 +38,7 @@ import numpy as np
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.encoding import Encoder
 from glmv_jax.data.faults import FaultLog, Guarded
+from glmv_jax.data.hashes import image_hash
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.packing import PackIterDataset, collate
 from glmv_jax.data.records import Sample
@@ -114,7 +115,8 @@ def vlm_batches(
     stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
     return reading.iterator(PackIterDataset(
         stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=names, log=reading.log, targets=builder.max_targets, encoder=encoder))
+        rows=batch, names=names, log=reading.log, targets=builder.max_targets, images=builder.max_images,
+        encoder=encoder))
 
 
 def guarded_documents(sources: Mapping[str, Any], builder: DocumentBuilder, form: str, reading: Reading
@@ -128,7 +130,8 @@ def prompt_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, batch: int,
     reading: Reading = ALONE,
 ) -> grain.DatasetIterator:
-    """Questions to sample answers for, one a row, with the samples they come from."""
+    """Questions to sample answers for, one a row, with "samples", which they come from, and "hashes", of their images
+    (`hashes.image_hash`), which what learns from the answers is held against."""
     return reading.iterator(Stream(prompt_items(sources, weights, builder, batch=batch, reading=reading),
                                    reading.workers))
 
@@ -161,8 +164,9 @@ class _Build:
 
 def _collate_prompts(pairs: Sequence[tuple[Sample, Document]], *, builder: DocumentBuilder, names: Sequence[str]
                      ) -> dict[str, Any]:
+    hashes = [tuple(image_hash(*image) for image in document.images) for _, document in pairs]
     return collate_documents([document for _, document in pairs], builder, names) | {
-        "samples": [sample for sample, _ in pairs]}
+        "samples": [sample for sample, _ in pairs], "hashes": hashes}
 
 
 def collate_documents(documents: Sequence[Document], builder: DocumentBuilder, names: Sequence[str]) -> Rows:

@@ -15,7 +15,7 @@ _PUBLIC = {
     "Rollout": "rollout",
     "Task": "task",
     "by_source": "metrics",
-    "image_hash": "rollout",
+    "image_hash": "integrity",
     "pass_at_k": "metrics",
     "score": "rewards",
     "to_batch": "batch",

@@ -11,12 +11,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from glmv_jax.data import balancing
 from glmv_jax.data.building import Document
-from glmv_jax.data.packing import Row
-from glmv_jax.rl.batch import MERGE
+from glmv_jax.data.packing import Loads, Row, loads
+from glmv_jax.rl.batch import EVEN, stacked
+from glmv_jax.rl.integrity import MERGE, Shown
 from glmv_jax.rl.play import Episode
 from glmv_jax.rl.rewards.grade import MIN_REWARD, Grade
-from glmv_jax.rl.rollout import Rollout, image_hash
+from glmv_jax.rl.rollout import Rollout
 from glmv_jax.typing import Batch, UserError
 
 
@@ -72,6 +74,7 @@ def to_rows(
     image: int,
     names: Sequence[str],
     targets: int | None = None,
+    images: int | None = None,
     per: str = "rollout",
 ) -> tuple[Batch, int]:
     """Packed rows as `batch.to_batch` makes them, each record one text; and how many records found no room.
@@ -81,24 +84,19 @@ def to_rows(
       UserError: a record is longer than a row.
       ValueError: a row would not show a record's images, pixel for pixel and in order.
     """
-    packed: list[_Row] = []
-    left_out = 0
-    for rollout, advantage in zip(records, advantages_N, strict=True):
-        text = document(rollout, image, per)
-        row = next((row for row in packed if row.row.fits(text)), None)
-        if row is None and len(packed) == max(rows):
-            left_out += 1
-            continue
-        if row is None:
-            packed.append(row := _Row(Row(tokens, patches, channels, targets)))
-            if not row.row.fits(text):
-                raise UserError(f"rollout {rollout.id}: {len(text.tokens)} tokens, {text.patches} patches and "
-                                f"{text.targets} drawn ones do not fit a row; enlarge it")  # fmt: skip
-        row.add(rollout, text, float(advantage), names.index(rollout.source))
-    count = min(n for n in rows if n >= len(packed))
-    packed += [_Row(Row(tokens, patches, channels, targets)) for _ in range(count - len(packed))]
-    made = [row.arrays() for row in packed]
-    return {name: np.stack([arrays[name] for arrays in made]) for name in made[0]}, left_out
+    texts = [document(rollout, image, per) for rollout in records]
+    shape = (tokens, patches, channels, targets, images)
+    for text in texts:
+        if not Row(*shape).fits(text):
+            raise UserError(f"rollout {text.id}: {len(text.tokens)} tokens, {text.patches} patches, {text.targets} "
+                            f"drawn ones and {len(text.images)} images do not fit a row; enlarge it")  # fmt: skip
+    loads_ND = np.reshape([loads(text) for text in texts], (len(texts), len(Loads._fields)))
+    row_N, count = balancing.of_counts(loads_ND, Row(*shape).limits, rows, even=EVEN)
+    made = [_Row(Row(*shape)) for _ in range(count)]
+    for rollout, text, advantage, row in zip(records, texts, advantages_N, row_N, strict=True):
+        if row >= 0:
+            made[row].add(rollout, text, float(advantage), names.index(rollout.source))
+    return stacked([row.arrays() for row in made], [row.shown for row in made]), int((row_N < 0).sum())
 
 
 class _Row:
@@ -112,7 +110,7 @@ class _Row:
             "advantage": np.zeros(length, np.float32),
             "old_logprob": np.zeros(length, np.float32),
         }
-        self._placed: list[tuple[Rollout, slice]] = []
+        self.shown: list[Shown] = []
 
     def add(self, rollout: Rollout, text: Document, advantage: float, source: int) -> None:
         start = self.row.tokens
@@ -122,25 +120,7 @@ class _Row:
         self._more["branches"][whole] = self.row.documents
         self._more["advantage"][said] = np.where(rollout.drawn, advantage, 0.0)
         self._more["old_logprob"][said] = rollout.logprobs
-        self._placed.append((rollout, whole))
+        self.shown.append(Shown(rollout, slice(start, start), whole))
 
     def arrays(self) -> Batch:
-        arrays = self.row.arrays() | self._more
-        for rollout, whole in self._placed:
-            _check_pixels(arrays, rollout, whole)
-        return arrays
-
-
-def _check_pixels(arrays: Batch, rollout: Rollout, whole: slice) -> None:
-    """ValueError unless the row shows, image for image, what the model saw when it drew."""
-    shown = arrays["image_row"][whole]
-    merged = shown[shown >= 0]
-    patches = (merged[:, None] * MERGE + np.arange(MERGE)).reshape(-1)
-    frames = arrays["frame"][patches]
-    cuts = np.flatnonzero(np.diff(frames)) + 1
-    hashes = [image_hash(arrays["patches"][at], arrays["yx"][at]) for at in np.split(patches, cuts) if len(at)]
-    if ",".join(hashes) != rollout.image_hash:
-        raise ValueError(
-            f"rollout {rollout.id}: the training row shows image {','.join(hashes) or 'none'} but the answer was drawn "
-            f"from image {rollout.image_hash or 'none'}; keep a record's images with it"
-        )
+        return self.row.arrays() | self._more

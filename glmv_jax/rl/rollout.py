@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +11,7 @@ import numpy as np
 
 from glmv_jax.inference.sampler import Prompts, Sampler
 from glmv_jax.inference.text import answer_text
+from glmv_jax.rl.integrity import check_prompt
 from glmv_jax.typing import Batch, Params
 
 if TYPE_CHECKING:  # who trains on rollouts needs no grader; who makes them does, see `rollout`
@@ -27,12 +27,11 @@ class Rollout:
     prompt, answer: int32 ids; the answer ends with the stop token unless truncated.
     logprobs: float32, of each answer id under the policy that sampled it (`sampler.Generated.logprobs`).
     text: the answer as the grader saw it.     truncated: no stop token came.
-    image_hash: of the pixels the prompt was answered from (`image_hash`), "" without an image.
+    image_hash: of each image that was seen, as it was made (`data.hashes.image_hash`), with commas between them.
 
     An episode of several turns (`rl.episodes`) is one answer, of which the environment said a part:
     drawn: bool, which ids of the answer the policy drew; None for all. logprobs are 0 for the others.
-    images: (patches, yx) of every image of prompt and answer in reading order, whose hashes `image_hash` has, with
-    commas between them; () where the image is that of the prompt batch.
+    images: (patches, yx) of every image of prompt and answer in reading order; () where they are the prompt batch's.
     versions: int32, of the weights that drew each id, -1 where none did; None where it was one version.
     """
 
@@ -51,23 +50,21 @@ class Rollout:
     versions: np.ndarray | None = None
 
     @property
+    def own(self) -> np.ndarray:
+        """bool, which ids of the answer the policy drew: what is learnt."""
+        if self.drawn is not None:
+            return self.drawn
+        return np.ones(len(self.answer), bool) if self.versions is None else self.versions >= 0
+
+    @property
     def said(self) -> np.ndarray:
         """`logprobs` of what the policy drew."""
-        return self.logprobs if self.drawn is None else self.logprobs[self.drawn]
+        return self.logprobs[self.own]
 
     def to_json(self) -> dict[str, Any]:
         """The record without its pixels as a JSON-able object, for logs."""
         said = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}
         return {**said, "images": len(self.images), "grade": dataclasses.asdict(self.grade)}
-
-
-def image_hash(patches_PC: np.ndarray, yx_P2: np.ndarray) -> str:
-    """Hash of the patches of a prompt and their coordinates, padding left out; "" when there are none."""
-    if not len(patches_PC):
-        return ""
-    digest = hashlib.blake2b(np.ascontiguousarray(patches_PC), digest_size=8)
-    digest.update(np.ascontiguousarray(yx_P2, np.int32))
-    return digest.hexdigest()
 
 
 def rollout(
@@ -83,9 +80,12 @@ def rollout(
 
     sampled: called when the answers are there and none has been graded.
 
-    batch: of `rl.prompts` (arrays with one prompt a row, and "samples"). Returns B * group records, groups together.
-    score: samples and answers, groups together, to grades; what it raises passes through.
+    batch: of `rl.prompts` (arrays with one prompt a row, "samples" and "hashes"). Returns B * group records, groups
+    together.   score: samples and answers, groups together, to grades; what it raises passes through.
+    ValueError: a row does not show its prompt's images (`integrity.check_prompt`).
     """
+    hashes = [check_prompt(batch, row) for row in range(len(batch["samples"]))]
+    asked = [np.array(ids[:length]) for ids, length in zip(batch["tokens"], batch["length"])]
     out = jax.device_get(sampler(params, Prompts.of(batch), key))
     if sampled is not None:
         sampled()
@@ -93,16 +93,13 @@ def rollout(
     answers = [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]
     texts = [answer_text(tokenizer, ids, sampler.sampling.stop) for ids in answers]
     grades = score(samples, texts)
-    hashes = []
-    for patches, yx, frame in zip(batch["patches"], batch["yx"], batch["frame"]):
-        hashes.append(image_hash(patches[frame > 0], yx[frame > 0]))
     records = []
     for n, (sample, answer, text, grade) in enumerate(zip(samples, answers, texts, grades)):
         row = n // sampler.group
         records.append(
             Rollout(
                 id=sample.id, source=sample.source, row=row,
-                prompt=np.asarray(batch["tokens"][row][: batch["length"][row]]), answer=answer,
+                prompt=asked[row], answer=answer,
                 logprobs=out.logprobs[n, : len(answer)], text=text, grade=grade,
                 truncated=not out.finished[n], image_hash=hashes[row],
             )

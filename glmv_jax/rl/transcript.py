@@ -18,9 +18,9 @@ import numpy as np
 from glmv_jax.data.building import Document
 from glmv_jax.data.chat import Writer
 from glmv_jax.data.dialect import COMPACT, Dialect, Piece
+from glmv_jax.data.hashes import image_hash
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.rl.gym import Action, Observation
-from glmv_jax.rl.rollout import image_hash
 from glmv_jax.rl.turns import parse, spoken
 
 HEAD = ("[gMASK]", "<sop>")  # what a conversation begins with

@@ -15,7 +15,7 @@ from glmv_jax import rl
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.inference.sampler import Sampler, Sampling
-from glmv_jax.rl import Grade, episodes
+from glmv_jax.rl import Grade, episodes, integrity
 from glmv_jax.rl.gym import Observation, Step, asked, said_by
 from glmv_jax.rl.play import Limits, play
 from glmv_jax.rl.players import sampled
@@ -155,6 +155,32 @@ def test_pixels_that_are_not_those_it_was_drawn_from_raise(records):
     cut = dataclasses.replace(record, answer=record.answer[:-60], drawn=record.drawn[:-60])
     with pytest.raises(ValueError, match="drop it whole"):
         episodes.to_rows([cut], np.ones(1), **SIZES)
+
+
+def test_pixels_that_change_behind_the_packing_raise(records):
+    """An image that is deleted, swapped for another of the conversation, or cut; and two that would see each other."""
+
+    def changed(name, change):
+        rows, _ = episodes.to_rows(records, np.ones(2), **(SIZES | {"rows": (2,)}))
+        shown = rows["frame"][0, rows["image_row"][0][rows["image_row"][0] >= 0] * 4]
+        change(rows[name][0], *(np.flatnonzero(rows["frame"][0] == n) for n in np.unique(shown)[:2]))
+        return rows
+
+    def swap(patches, a, b):
+        patches[a], patches[b] = patches[b].copy(), patches[a].copy()
+
+    integrity.checked(changed("patches", lambda *_: None))
+    shows = "rollout talk/.: the training row shows image"
+    for name, change, message in (
+        ("patches", swap, shows),
+        ("patches", lambda x, a, b: x.__setitem__(a, 0), shows),
+        ("image_row", lambda x, a, b: x.__setitem__(np.isin(x, a // 4), -1), shows),
+        ("image_row", lambda x, a, b: x.__setitem__(x == a[-1] // 4, -1), shows),
+        ("frame", lambda x, a, b: x.__setitem__(b, x[a[0]]), shows),
+        ("frame", lambda x, a, b: x.__setitem__(x > x[b[0]], x[a[0]]), "have one frame number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            integrity.checked(changed(name, change))
 
 
 def test_rows_are_those_of_answers_of_one_turn(records):

@@ -143,7 +143,7 @@ def test_another_picture_or_none_raises(records, batch):
         packed(records, {**batch, "patches": pixel})
     with pytest.raises(ValueError, match="shows image none"):
         packed(records, {**batch, "image_row": np.full_like(batch["image_row"], -1)})
-    with pytest.raises(ValueError, match="holds another prompt"):
+    with pytest.raises(ValueError, match="other tokens than were asked and drawn"):
         packed(records, {**batch, "tokens": batch["tokens"][::-1]})
 
 
@@ -155,12 +155,9 @@ def test_row_counts_come_from_the_list(records, batch):
 
 
 def test_prompts_that_find_no_room_are_left_out_last_first(records, batch):
-    """The rows that are there hold what they held with room for all; the prompts left out have no rollout in them."""
+    """The first prompt is there; the prompts left out have no rollout in the rows."""
     numbers = np.arange(len(records)) + 1.0
-    whole, _ = rl.to_batch(records, batch, numbers, **(SIZES | {"rows": (8,)}))
     few, left_out = rl.to_batch(records, batch, numbers, **(SIZES | {"rows": (1,)}))
-    for name, array in few.items():
-        np.testing.assert_array_equal(array[0], whole[name][0], err_msg=name)
     there = np.unique(few["advantage"][few["advantage"] > 0]).astype(int) - 1
     with_answer = [n for n, record in enumerate(records) if len(record.answer)]
     assert 0 < len(there) < len(with_answer) and there[0] == with_answer[0]

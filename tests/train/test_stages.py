@@ -23,6 +23,7 @@ from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl import Grade
 from glmv_jax.rl.batch import to_batch
+from glmv_jax.rl.integrity import checked
 from glmv_jax.train import main
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.stages.vlm import inputs
@@ -72,7 +73,7 @@ def one_batch(stage):
         records, prompts, advantages, rows=(16,), tokens=d.tokens, patches=d.patches, names=stage.names
     )
     assert not left_out
-    return rows
+    return checked(rows)
 
 
 def _rollouts(stage, prompts):

@@ -61,8 +61,8 @@ def batches(
     stream = Stream(Mixture(documents, shares(files, sizes, weights, power)), reading.workers, chunk=8)
     return reading.iterator(PackIterDataset(
         Parts(stream), tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=list(documents), log=log, targets=builder.max_targets, fit=packing.fit, ahead=packing.ahead,
-        trimmed=True, slices=packing.slices, encoder=packing.encoder))
+        rows=batch, names=list(documents), log=log, targets=builder.max_targets, images=builder.max_images,
+        fit=packing.fit, ahead=packing.ahead, trimmed=True, slices=packing.slices, encoder=packing.encoder))
 
 
 def shares(files: Mapping[str, local.Source], sizes: Mapping[str, int], weights: Mapping[str, float], power: float

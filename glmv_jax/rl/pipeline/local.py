@@ -19,10 +19,11 @@ import numpy as np
 from glmv_jax.inference.sampler import Prompts as Asked
 from glmv_jax.inference.sampler import Sampler
 from glmv_jax.inference.text import answer_text
+from glmv_jax.rl.integrity import check_handed, check_prompt, handed, seen
 from glmv_jax.rl.pipeline.group import Group
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, GradeAnswer, OnDone, Prompt, Request
 from glmv_jax.rl.pipeline.together import Together
-from glmv_jax.rl.rollout import Rollout, image_hash
+from glmv_jax.rl.rollout import Rollout
 from glmv_jax.typing import Batch, Params
 
 log = logging.getLogger(__name__)
@@ -54,11 +55,12 @@ class Rows:
     def batch(self, keys: Sequence[int], size: int | None = None) -> Batch:
         """One prompt batch of these rows; with `size`, of so many, the last of them without a prompt."""
         rows = [self.row(key) for key in keys]
-        arrays = [name for name in rows[0] if name != "samples"]
+        lists = ("samples", "hashes")
+        arrays = [name for name in rows[0] if name not in lists]
         empty = {name: np.zeros_like(rows[0][name]) for name in arrays}
         padded = rows + [empty] * ((size or len(rows)) - len(rows))
         batch = {name: np.concatenate([row[name] for row in padded]) for name in arrays}
-        return batch | {"samples": [row["samples"][0] for row in rows]}
+        return batch | {name: [row[name][0] for row in rows] for name in lists}
 
 
 class SamplerEngine:
@@ -133,16 +135,22 @@ class SamplerEngine:
         batch = self._rows.batch(keys, self._prompts)
         key = jax.random.fold_in(self._key, version)
         out = jax.device_get(self._sampler(params, Asked.of(batch), jax.random.fold_in(key, call) if call else key))
-        done = []
+        done, told = [], [_handed(batch, row) for row in range(len(keys))]
         for request in requests:
             row = keys.index(request.prompt.key)
             n = row * self._sampler.group + request.member
             ids = out.tokens[n, : out.lengths[n]]
             drawn = Drawn(ids, out.logprobs[n, : len(ids)], np.full(len(ids), version, np.int32))
             text = answer_text(self._tokenizer, ids, self._sampler.sampling.stop)
-            facts = {"id": batch["samples"][row].id, "text": text}
+            facts = {"id": batch["samples"][row].id, "text": text, **told[row]}
             done.append(Completion(drawn, "stop" if out.finished[n] else "length", facts))
         return done
+
+
+def _handed(batch: Batch, row: int) -> dict[str, str]:
+    length = batch["length"][row]
+    vision = {name: batch[name][row] for name in ("patches", "yx", "frame")}
+    return handed(batch["tokens"][row][:length], seen(batch["image_row"][row][:length], vision))
 
 
 def nothing() -> Drawn:
@@ -179,20 +187,25 @@ def system_grader(rows: Rows, system: Any, size: int) -> GradeAnswer:
 
 
 def rollouts(groups: Sequence[Group], rows: Rows) -> tuple[list[Rollout], Batch]:
-    """The records of complete groups, group by group, and the prompt batch that their rows count in."""
+    """The records of complete groups, group by group, and the prompt batch that their rows count in.
+
+    ValueError: an answer was drawn from another prompt than the batch has, or from other images.
+    """
     batch = rows.batch([group.prompt.key for group in groups])
     records = []
     for row, group in enumerate(groups):
-        shown = batch["frame"][row] > 0
-        seen = image_hash(batch["patches"][row][shown], batch["yx"][row][shown])
+        sample, asked = batch["samples"][row], np.array(batch["tokens"][row][: batch["length"][row]])
+        wanted = handed(asked, check_prompt(batch, row))
         for member in group.members:
-            answer, sample = member.answer, batch["samples"][row]
+            answer = member.answer
+            check_handed(sample.id, answer.facts, wanted)
             records.append(
                 Rollout(
                     id=sample.id, source=sample.source, row=row,
-                    prompt=np.asarray(batch["tokens"][row][: batch["length"][row]]), answer=answer.drawn.tokens,
+                    prompt=asked, answer=answer.drawn.tokens,
                     logprobs=answer.drawn.logprobs, text=answer.facts["text"], grade=member.grade,
-                    truncated=answer.reason != "stop", image_hash=seen, versions=answer.drawn.versions,
+                    truncated=answer.reason != "stop", image_hash=wanted["images"],
+                    versions=answer.drawn.versions,
                 )
             )  # fmt: skip
     return records, batch

@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from glmv_jax.data.hashes import image_hash
 from glmv_jax.inference import requests
 from glmv_jax.inference.front import Front, Ticket
 from glmv_jax.inference.text import answer_text
+from glmv_jax.rl.integrity import handed
 from glmv_jax.rl.pipeline.local import Rows, nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
 from glmv_jax.typing import Params
@@ -41,11 +43,12 @@ class SlotEngine:
         begun = None
         if prefix is not None and len(prefix):
             begun = requests.Completion(prefix.tokens, prefix.logprobs, prefix.versions, "aborted")
-        asked = requests.Request(
-            requests.Prompt.of_row(row, 0), seed=seed_of(self._seed, request), draw=request.member, begun=begun
-        )
+        prompt = requests.Prompt.of_row(row, 0)
+        asked = requests.Request(prompt, seed=seed_of(self._seed, request), draw=request.member, begun=begun)
         self._tickets[request.id] = ticket = self._front.submit(asked)
-        ticket.done.add_done_callback(lambda done: self._ended(request, done, row["samples"][0].id, on_done))
+        images = ",".join(image_hash(picture.patches, picture.yx) for picture in prompt.pictures)
+        facts = {"id": row["samples"][0].id, **handed(prompt.tokens, images)}
+        ticket.done.add_done_callback(lambda done: self._ended(request, done, facts, on_done))
 
     def abort(self, id: int) -> None:
         if (ticket := self._tickets.get(id)) is not None:
@@ -55,7 +58,7 @@ class SlotEngine:
         if self._front is not None:
             self._front.close()
 
-    def _ended(self, request: Request, done: Future, sample: str, on_done: OnDone) -> None:
+    def _ended(self, request: Request, done: Future, facts: dict[str, str], on_done: OnDone) -> None:
         self._tickets.pop(request.id, None)
         if (error := done.exception()) is not None:
             on_done(Completion(nothing(), "failed", {"error": f"{type(error).__name__}: {error}"}))
@@ -63,7 +66,7 @@ class SlotEngine:
         got = done.result()
         text = answer_text(self._tokenizer, got.tokens, self._front.engine.sampling.stop)
         drawn = Drawn(np.asarray(got.tokens), np.asarray(got.logprobs), np.asarray(got.versions))
-        on_done(Completion(drawn, got.reason, {"id": sample, "text": text}))
+        on_done(Completion(drawn, got.reason, {**facts, "text": text}))
 
 
 def seed_of(seed: int, request: Request) -> int:

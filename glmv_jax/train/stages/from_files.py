@@ -121,7 +121,7 @@ class FromFiles(VLMStage):
         b = self.builder
         return list(iter(packing.PackIterDataset(
             Stream(documents), tokens=b.max_tokens, patches=b.max_patches, channels=b.patcher.channels,
-            rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets,
+            rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets, images=b.max_images,
         )))  # fmt: skip
 
     def evaluate(self, params, extra, *, full: bool):

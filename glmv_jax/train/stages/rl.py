@@ -29,8 +29,10 @@ from glmv_jax.losses import policy
 from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
 from glmv_jax.losses.select import Targets, predictors, select, weights
 from glmv_jax.models import vlm
-from glmv_jax.rl.batch import to_batch
+from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.rl.batch import for_ranks, to_batch
 from glmv_jax.rl.curriculum import useful
+from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
@@ -75,7 +77,7 @@ class RL(VLMStage):
         if r.advantage == "gdpo" and (not r.components or r.overlong.buffer):
             raise UserError("rollout.advantage=gdpo weighs parts of grades; set rollout.components, such as "
                             "(('score', 1.0), ('format', 0.5)), and rollout.overlong.buffer=0")  # fmt: skip
-        self.others = Others(self)
+        self.others, self.ranks = Others(self), 1  # devices that this process' rows are shared out to
         self._waiting: collections.deque = collections.deque()
         if r.get("pipeline", "sync") not in ("sync", "async"):
             raise UserError(f"rollout.pipeline={r.pipeline!r} is not known; choose sync or async")
@@ -85,6 +87,8 @@ class RL(VLMStage):
 
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
+        shared = rules_lib.batch_sharding(placement.mesh).shard_shape((placement.mesh.size,))[0]
+        self.ranks = max(1, placement.mesh.size // shared // jax.process_count())
         return extra
 
     def train_data(self):
@@ -109,24 +113,27 @@ class RL(VLMStage):
         for rows in (n + (self.cfg.rollout.episodes.rows if self.episodes else 0) for n in self.rows):
             sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
             empty, _ = to_batch((), prompts, np.zeros(0), **sizes)
-            shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in empty.items()}
+            shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in checked(empty).items()}
             yield shapes | self.others.shapes(rows, d.tokens)
 
     def next_batch(self, data, state):
         """One update's rows; a new set of rollouts when the last set's minibatches are used up.
 
         Rollouts that wait belong to the policy of at most cfg.rollout.minibatches - 1 updates ago; the ratio corrects.
-        A resume in between samples them anew from the prompts that follow.
+        A resume in between samples them anew from the prompts that follow. ValueError when the rows are not those that
+        were drawn (`integrity.checked`).
         """
         if isinstance(data, Background):
             # A copy, as the engine draws with it while the step that follows takes the memory of the state.
             taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), int(state.step))
             rows, left_out = taken.batch
+            rows = for_ranks(rows, self.ranks)
             others = self.others.said_of([rows], state.params)[0]
-            return rows | others, summary(drawn) | left_out | self.grading.metrics()
+            return checked(rows) | others, summary(drawn) | left_out | self.grading.metrics()
         if not self._waiting:
             self._waiting.extend(self._rollouts(next(data), state))
-        return self._waiting.popleft()
+        rows, others, metrics = self._waiting.popleft()
+        return checked(rows) | others, metrics
 
     def _pipeline(self) -> Background:
         """Rollouts, rewards and rows made beside the training, in threads (`rl.pipeline`)."""
@@ -176,9 +183,10 @@ class RL(VLMStage):
         if self.episodes:
             parts = _side_by_side(parts, self.episodes.rows(played))
         metrics = (by_source([*records, *played]) or {self.headline: math.nan}) | told | self.grading.metrics()
+        parts = [(for_ranks(rows, self.ranks), left_out) for rows, left_out in parts]
         said = self.others.said_of([rows for rows, _ in parts], state.params)
         for (rows, left_out), others in zip(parts, said):
-            yield rows | others, metrics | left_out
+            yield rows, others, metrics | left_out
 
     def _packed(self, records, batch):
         """The rows of each minibatch, and how much found no room in them."""
@@ -187,7 +195,7 @@ class RL(VLMStage):
             rows, left_out = to_batch(
                 [records[n] for n in of], batch, advantages_NG.reshape(-1)[of], rows=self.rows,
                 tokens=self.cfg.data.tokens, patches=self.cfg.data.patches, targets=self.cfg.data.targets,
-                names=self.names, per="token",
+                images=self.cfg.data.get("images", 0) or None, names=self.names, per="token",
             )  # fmt: skip
             yield rows, {"left_out": left_out / max(1, len(of))}
 

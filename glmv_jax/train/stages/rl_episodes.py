@@ -149,7 +149,7 @@ class Episodes:
             batch, left_out = to_rows(
                 [records[n] for n in of], advantages_N[of], rows=(r.episodes.rows,), tokens=d.tokens,
                 patches=d.patches, channels=stage.asker.patcher.channels, image=stage.tokenizer.image,
-                names=stage.names, targets=d.targets, per="token",
+                names=stage.names, targets=d.targets, images=d.get("images", 0) or None, per="token",
             )  # fmt: skip
             made.append((batch, left_out / max(1, len(of))))
         return made

@@ -73,7 +73,8 @@ class Others:
             return said
         place = self._placement
         with rules_lib.use(place.mesh, place.rules) if place else contextlib.nullcontext():
-            placed = [place.batch(rows) if place else rows for rows in batches]
+            arrays = [{name: x for name, x in rows.items() if name != "shown"} for rows in batches]
+            placed = [place.batch(rows) if place else rows for rows in arrays]
             if self.stage.cfg.rollout.proximal:
                 for found, rows in zip(said, placed):
                     found["proximal"] = self.logprobs(params, rows)

@@ -88,7 +88,10 @@ class VLMStage(MeasuredVLM):
         v, d = self.model.vision, cfg.data
         policy = d.get("sizing", "naflex")
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=d.image_patches, policy=policy)
-        self.builder = DocumentBuilder(self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per)
+        self.builder = DocumentBuilder(
+            self.tokenizer, patcher, d.tokens, d.patches, max_targets=d.targets, per=d.per,
+            max_images=d.get("images", 0) or None,
+        )  # fmt: skip
         self.asker = DocumentBuilder(self.tokenizer, patcher, d.prompt_tokens, d.image_patches)  # one question a row
         self.names = list(d.weights)
         dispatching.size(cfg)  # what does not go with it is said now

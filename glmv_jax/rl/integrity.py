@@ -1,0 +1,137 @@
+"""Nothing is trained on but the very ids that were drawn and the very pixels they were drawn from.
+
+Training on an answer with another image, or none, runs without a sign of trouble, so it must not start. An image gets
+its hash where its pixels are made: a question's in the loader beside its patches (`data.pipeline`), an observation's as
+it is written into the conversation (`transcript`). The hash goes with the record. It is looked at
+
+    where a prompt is handed to the engine       `check_prompt`
+    where records are packed                     `check_row`
+    where an update is handed to the devices     `checked`, which takes "shown" off
+
+and what is looked at are the arrays that go there: pixels by `image_row`, as the model finds them. All of it is done on
+the host; the step's is a hash of its pixels, 1 ms a megabyte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from glmv_jax.data.hashes import image_hash
+from glmv_jax.typing import Batch
+
+if TYPE_CHECKING:
+    from glmv_jax.rl.rollout import Rollout
+
+MERGE = 4  # patches of a merged visual token
+
+
+class Shown(NamedTuple):
+    """Where a rollout stands in a row: tokens it shares with others, with their images, and its own behind them."""
+
+    rollout: Rollout
+    shared: slice
+    own: slice
+
+
+def column(rows: Sequence[Sequence[Shown]]) -> np.ndarray:
+    """The array "shown", object [B], of the tuples of `Shown` of each row."""
+    shown = np.empty(len(rows), object)
+    shown[:] = [tuple(row) for row in rows]
+    return shown
+
+
+def seen(image_row: np.ndarray, vision: Mapping[str, np.ndarray]) -> str:
+    """The hashes of the images at these tokens, in their order, with commas between them; "" for none.
+
+    image_row: int [T], of one row or a part of it. vision: that row's patches, yx and frame.
+    """
+    merged = image_row[image_row >= 0]
+    patches = (merged[:, None] * MERGE + np.arange(MERGE)).reshape(-1)
+    frames = vision["frame"][patches]
+    images = np.split(patches, np.flatnonzero(np.diff(frames)) + 1)
+    return ",".join(image_hash(vision["patches"][at], vision["yx"][at]) for at in images if len(at))
+
+
+def ids_hash(ids: np.ndarray) -> str:
+    """Of token ids."""
+    return hashlib.blake2b(np.ascontiguousarray(ids, np.int32), digest_size=8).hexdigest()
+
+
+def check_prompt(batch: Batch, row: int) -> str:
+    """The hashes of the images of a prompt, of a batch with "samples" and "hashes"; ValueError where the row's arrays
+    would show others."""
+    born, vision = ",".join(batch["hashes"][row]), {name: batch[name][row] for name in ("patches", "yx", "frame")}
+    found = seen(batch["image_row"][row][: batch["length"][row]], vision)
+    if found != born:
+        raise ValueError(
+            f"prompt {batch['samples'][row].id}: its row shows image {found or 'none'} but it was made with image "
+            f"{born or 'none'}; keep rows and samples of a prompt batch together"
+        )
+    return born
+
+
+def handed(prompt: np.ndarray, images: str) -> dict[str, str]:
+    """What an engine says of a prompt that it was handed, for `check_handed`. images: see `seen`."""
+    return {"prompt": ids_hash(prompt), "images": images}
+
+
+def check_handed(id: str, said: Mapping[str, str], wanted: Mapping[str, str]) -> None:
+    """ValueError unless an engine was `handed` the prompt that would be trained on. id: of the prompt."""
+    if wrong := [name for name, value in wanted.items() if said[name] != value]:
+        name = wrong[0]
+        raise ValueError(
+            f"prompt {id}: the engine was handed {name} {said[name] or 'none'} but {wanted[name] or 'none'} would be "
+            "trained on; the engine's rows and the trainer's have to be the same"
+        )
+
+
+def check_row(row: Mapping[str, np.ndarray], shown: Sequence[Shown]) -> None:
+    """ValueError, with the id of the rollout, unless a row of an update shows exactly these: ids that were drawn or
+    asked, learnt where they were drawn, and every image that they were drawn from, in order and whole."""
+    there = np.zeros(len(row["tokens"]), bool)
+    pixels: dict[tuple[int, int], str] = {}  # what shared tokens show
+    for rollout, shared, own in shown:
+        whole, place = np.concatenate([rollout.prompt, rollout.answer]), (shared.start, shared.stop)
+        ids = np.concatenate([row["tokens"][shared], row["tokens"][own]])
+        if not np.array_equal(ids, whole):
+            raise ValueError(
+                f"rollout {rollout.id}: the training row holds other tokens than were asked and drawn; pass the prompt "
+                "batch that the rollouts were made from, and change nothing behind the packing"
+            )
+        if not np.array_equal(row["loss_weight"][own.stop - len(rollout.answer) : own.stop] > 0, rollout.own):
+            raise ValueError(f"rollout {rollout.id}: what is learnt of it is not what was drawn; see rl.integrity")
+        if place not in pixels:
+            pixels[place] = seen(row["image_row"][shared], row)
+        found = ",".join(filter(None, (pixels[place], seen(row["image_row"][own], row))))
+        if found != rollout.image_hash:
+            raise ValueError(
+                f"rollout {rollout.id}: the training row shows image {found or 'none'} but the answer was drawn from "
+                f"image {rollout.image_hash or 'none'}; pass the prompt batch that the rollouts were made from, and "
+                "keep a record's images with it"
+            )
+        there[shared] = there[own] = True
+    _check_rest(row, there, [rollout.id for rollout, _, _ in shown])
+
+
+def _check_rest(row: Mapping[str, np.ndarray], there: np.ndarray, ids: Sequence[str]) -> None:
+    """ValueError for learnt tokens and pixels of nobody, and for two images that would see each other."""
+    own = row["image_row"][there]
+    if (row["loss_weight"][~there] != 0).any() or (own >= 0).sum() * MERGE != (row["frame"] > 0).sum():
+        raise ValueError(f"a training row has tokens or pixels of none of its rollouts ({', '.join(ids) or 'none'})")
+    merged = own[own >= 0]
+    frames = row["frame"][merged * MERGE]
+    starts = np.flatnonzero(np.diff(frames, prepend=0))
+    if len(np.unique(frames[starts])) != len(starts):
+        raise ValueError(f"two images of a training row have one frame number; its rollouts are {', '.join(ids)}")
+
+
+def checked(batch: Batch) -> dict[str, Any]:
+    """The arrays of an update for the devices, without "shown", after `check_row` of each row: ValueError."""
+    arrays = {name: x for name, x in batch.items() if name != "shown"}
+    for b, shown in enumerate(batch["shown"]):
+        check_row({name: x[b] for name, x in arrays.items()}, shown)
+    return arrays
