@@ -56,6 +56,49 @@ def test_random_sets_go_into_few_rows_and_none_is_over_a_limit():
         assert len(filled) <= max(1.15 * bound, bound + 1) and len(filled) <= in_turn(loads, limits)
 
 
+def test_where_only_some_numbers_of_rows_are_allowed_the_first_documents_go_in():
+    """The least number that holds all; else the largest, with more of the first than first fit in turn places."""
+    limits, rng = np.append(LIMITS, 20), np.random.default_rng(1)
+    whole, in_turns = 0, 0
+    for seed in range(12):
+        loads = trace(int(rng.integers(1, 120)), seed)
+        loads = np.concatenate([loads, (loads[:, 1:] > 0).astype(int)], 1)
+        needed = balancing.bins(loads, limits, even=2).max() + 1
+        row_N, rows = balancing.of_counts(loads, limits, [64, 2, needed, 4], even=2)
+        assert (row_N >= 0).all() and rows == min(n for n in (2, 4, needed, 64) if n >= needed)
+        row_N, rows = balancing.of_counts(loads, limits, [max(1, needed // 2)], even=2)
+        filled = balancing.totals(row_N, loads, rows)
+        assert rows == max(1, needed // 2) and (filled <= limits).all()
+        left = np.flatnonzero(row_N < 0)
+        assert len(left) == 0 or needed > 1 and (filled + loads[left][:, None] > limits).any(2).any(1).all()
+        whole += int(left.min(initial=len(loads)))  # so many of the first are all there
+        in_turns += max(n for n in range(len(loads) + 1) if in_turn(loads[:n], limits) <= rows)
+    assert whole >= in_turns > 100
+    none, rows = balancing.of_counts(np.zeros((0, 3)), limits, [4, 8])
+    assert rows == 4 and not len(none)
+    with pytest.raises(UserError, match="does not fit a row"):
+        balancing.of_counts(np.array([[9000, 0, 0]]), limits, [4])
+
+
+def test_512_samples_are_even_over_8_ranks_and_peaks_are_lower_than_by_tokens_alone():
+    """In a step's work, attention too: linear and squared tokens and patches at the rates of a large model."""
+    for seed in range(3):
+        loads = trace(512, 50 + seed)
+        limits = np.array([8192, int(1.05 * 8192 * loads[:, 1].sum() / loads[:, 0].sum())])
+        row_N, rows = balancing.of_counts(loads, limits, range(8, 800, 8))
+        filled = balancing.totals(row_N, loads, rows)
+        assert (row_N >= 0).all() and (filled <= limits).all()
+        cost_N = (loads + loads.astype(float) ** 2 / 8192).sum(1)
+        cost_K = np.bincount(balancing.assign(filled, 8)[row_N], cost_N)
+        assert cost_K.max() <= 1.05 * cost_K.mean()
+        emptiest, alone = np.zeros(rows), np.zeros(rows)  # the same number of rows, even in tokens
+        for n in np.argsort(-loads[:, 0]):
+            r = emptiest.argmin()
+            emptiest[r] += loads[n, 0]
+            alone[r] += loads[n, 1]
+        assert filled[:, 1].max() <= 0.9 * alone.max()
+
+
 def test_small_sets_are_as_even_as_any_assignment():
     """All 3^7 assignments of seven documents to three rows tried: the fullest row is within a twelfth of the best."""
     none = np.full(2, np.inf)

@@ -19,6 +19,8 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.rl.batch import for_ranks
+from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.prompts import namespaced, prompts
 from glmv_jax.rl.rollout import rollout
 from glmv_jax.typing import UserError
@@ -150,8 +152,30 @@ def test_another_picture_or_none_raises(records, batch):
 def test_row_counts_come_from_the_list(records, batch):
     counts = [len(packed(records[:n], batch)["tokens"]) for n in (1, len(records))]
     assert counts[0] == 4 and counts[1] in (4, 6, 8)
-    with pytest.raises(UserError, match="do not fit a row of 15 and 32"):
+    with pytest.raises(UserError, match="do not fit a row of 15, 32"):
         packed(records, batch, tokens=15)
+
+
+def test_a_bound_on_images_holds(records, batch):
+    sizes = {"tokens": 400, "patches": 96, "rows": (2, 4)}
+    free, bound = packed(records, batch, **sizes), packed(records, batch, images=1, **sizes)
+    assert free["frame"].max() > 1 == bound["frame"].max() and len(bound["frame"]) == 4
+    with pytest.raises(UserError, match="1 images do not fit a row of 96, 32, 96, 0"):
+        packed(records, batch, images=0)
+
+
+def test_rows_are_dealt_out_to_ranks_evenly_and_whole(records, batch):
+    rows = packed(records, batch, rows=(8,))
+    dealt = for_ranks(rows, 2)
+    assert for_ranks(rows, 3) is rows, "eight rows do not divide by three"
+    checked(dealt)
+    order = [next(i for i in range(8) if (dealt["tokens"][b] == rows["tokens"][i]).all()
+                  and (dealt["advantage"][b] == rows["advantage"][i]).all()) for b in range(8)]  # fmt: skip
+    for name, x in dealt.items():
+        np.testing.assert_array_equal(x, rows[name][order], err_msg=name)
+    used = (dealt["segments"] > 0).sum(1).reshape(2, 4).sum(1)
+    every = [sum(c) for c in itertools.combinations((rows["segments"] > 0).sum(1), 4)]
+    assert max(used) <= min(max(n, sum(used) - n) for n in every) * 1.1
 
 
 def test_prompts_that_find_no_room_are_left_out_last_first(records, batch):
