@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from glmv_jax.inference.sampler import Prompts, Sampler
+from glmv_jax.inference.sampler import Generated, Prompts, Sampler
 from glmv_jax.inference.text import answer_text
 from glmv_jax.rl.integrity import check_prompt
 from glmv_jax.typing import Batch, Params
@@ -17,6 +17,9 @@ from glmv_jax.typing import Batch, Params
 if TYPE_CHECKING:  # who trains on rollouts needs no grader; who makes them does, see `rollout`
     from glmv_jax.data.records import Sample
     from glmv_jax.rl.rewards.grade import Grade
+
+
+PROMPT = Prompts._fields[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +70,37 @@ class Rollout:
         return {**said, "images": len(self.images), "grade": dataclasses.asdict(self.grade)}
 
 
+@dataclasses.dataclass(frozen=True)
+class Long:
+    """Kinds whose answers are written apart, in rows of their own: those of the others need not wait for them.
+
+    sampler: of the same group, with answers as long as these kinds need. prompts: how many it takes at a time.
+    """
+
+    sampler: Sampler
+    kinds: frozenset[str]
+    prompts: int
+
+
+def drawn(sampler: Sampler, long: Long, params: Params, batch: Batch, key: jax.Array) -> Generated:
+    """What `sampler` gives for a batch of prompts (arrays of the host), but for the kinds of `long` what its gives."""
+    (chosen,) = np.nonzero([sample.source in long.kinds for sample in batch["samples"]])
+    others = batch | {"length": np.where(np.isin(np.arange(len(batch["length"])), chosen), 0, batch["length"])}
+    found = jax.device_get(sampler(params, Prompts.of(others), key))
+    width = ((0, 0), (0, long.sampler.sampling.max_new_tokens - sampler.sampling.max_new_tokens))
+    tokens = np.pad(found.tokens, width, constant_values=sampler.sampling.pad)
+    whole = Generated(tokens, np.pad(found.logprobs, width), np.array(found.lengths), np.array(found.finished))
+    for n in range(0, len(chosen), long.prompts):
+        at = chosen[n : n + long.prompts]
+        rows = {name: batch[name][np.resize(at, long.prompts)] for name in ("patches", "yx", "frame", *PROMPT)}
+        rows["length"][len(at) :] = 0  # these only fill
+        part = jax.device_get(long.sampler(params, Prompts.of(rows), jax.random.fold_in(key, 1 + n)))
+        to = (at[:, None] * sampler.group + np.arange(sampler.group)).reshape(-1)
+        for into, new in zip(whole, part):
+            into[to] = new[: len(to)]
+    return whole
+
+
 def rollout(
     sampler: Sampler,
     params: Params,
@@ -75,10 +109,11 @@ def rollout(
     tokenizer: Any,
     score: Callable[[Sequence[Sample], Sequence[str]], list[Grade]],
     sampled: Callable[[], None] | None = None,
+    long: Long | None = None,
 ) -> list[Rollout]:
     """Samples `sampler.group` answers to every prompt of `batch` and grades them.
 
-    sampled: called when the answers are there and none has been graded.
+    sampled: called when the answers are there and none has been graded. long: kinds that are written apart.
 
     batch: of `rl.prompts` (arrays with one prompt a row, "samples" and "hashes"). Returns B * group records, groups
     together.   score: samples and answers, groups together, to grades; what it raises passes through.
@@ -86,7 +121,10 @@ def rollout(
     """
     hashes = [check_prompt(batch, row) for row in range(len(batch["samples"]))]
     asked = [np.array(ids[:length]) for ids, length in zip(batch["tokens"], batch["length"])]
-    out = jax.device_get(sampler(params, Prompts.of(batch), key))
+    if long is None:
+        out = jax.device_get(sampler(params, Prompts.of(batch), key))
+    else:
+        out = drawn(sampler, long, params, batch, key)
     if sampled is not None:
         sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]

@@ -39,7 +39,7 @@ from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompt_rows, prompts
-from glmv_jax.rl.rollout import Rollout, rollout
+from glmv_jax.rl.rollout import Long, Rollout, rollout
 from glmv_jax.train.stages import experts
 from glmv_jax.train.stages.rl_episodes import Episodes, Mixed
 from glmv_jax.train.stages.rl_grading import Closing, Grading
@@ -68,6 +68,7 @@ class RL(VLMStage):
         self.grading = Grading(self)
         sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
         self.sampler = Sampler(self.model, sampling, r.group)
+        self.long = self._long()
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
         self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
         self.rows = tuple(r.rows) if self.episodes is None or self.episodes.questions else (0,)  # of questions
@@ -84,6 +85,25 @@ class RL(VLMStage):
         if r.get("pipeline", "sync") == "async" and r.minibatches != 1:
             raise UserError(f"rollout.minibatches={r.minibatches}: with rollout.pipeline='async' every batch of groups "
                             "is one update; set minibatches=1, and fewer prompts")  # fmt: skip
+
+    def _long(self) -> Long | None:
+        """The kinds of cfg.rollout.long, whose answers are written apart."""
+        r = self.cfg.rollout
+        if not r.get("long") or not r.long.kinds:
+            return None
+        if unknown := set(r.long.kinds) - set(self.cfg.data.weights):
+            raise UserError(f"rollout.long.kinds: {min(unknown)!r} is no source of data.weights; leave it out")
+        if r.get("pipeline", "sync") != "sync":
+            raise UserError("rollout.long is of rollout.pipeline='sync'; with 'async', rollout.slots=N writes answers "
+                            "of all lengths side by side")  # fmt: skip
+        if r.overlong.buffer:
+            raise UserError("rollout.overlong.buffer counts from one length of all answers, and rollout.long gives "
+                            "some kinds another; set one of the two")  # fmt: skip
+        if r.long.max_new_tokens < r.max_new_tokens:
+            raise UserError(f"rollout.long.max_new_tokens={r.long.max_new_tokens} is below rollout.max_new_tokens="
+                            f"{r.max_new_tokens}; exchange them, or leave rollout.long.kinds empty")  # fmt: skip
+        sampling = dataclasses.replace(self.sampler.sampling, max_new_tokens=r.long.max_new_tokens)
+        return Long(Sampler(self.model, sampling, r.group), frozenset(r.long.kinds), r.long.prompts)
 
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
@@ -174,8 +194,8 @@ class RL(VLMStage):
             played, told = self.episodes.play(batch["episodes"], state.params, step)
         if "tokens" in batch:
             key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
-            score, prefetch = self.grading.score, self.others.prefetch
-            records = rollout(self.sampler, state.params, batch, key, self.tokenizer, score, sampled=prefetch)
+            more = {"sampled": self.others.prefetch, "long": self.long}
+            records = rollout(self.sampler, state.params, batch, key, self.tokenizer, self.grading.score, **more)
         else:
             records = []
             self.others.prefetch()
