@@ -239,7 +239,8 @@ def test_the_jobset_hangs_together():
     assert config.load(str(REPO / env["EXPERIMENT"])).stage == "pretrain"
     text, zero = container["args"]
     assert container["command"] == ["bash", "-euc"] and "exec glmv train" in text and zero == "glmv"
-    assert text.rstrip().endswith("train --config \"$EXPERIMENT\" --workdir \"/bucket/runs/$RUN\" \"$@\"")
+    assert text.rstrip().endswith("--config \"$EXPERIMENT\" --workdir \"/bucket/runs/$RUN\" \"$@\"")
+    assert "--on-term 143" in text  # a pod that was stopped has not succeeded: it has to come again
     checked = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
     assert checked.returncode == 0, checked.stderr
 

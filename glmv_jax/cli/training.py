@@ -24,6 +24,9 @@ def train(args: argparse.Namespace) -> int:
     What follows the colon are the file's own arguments; --config.KEY=VALUE changes any value of the config
     (`glmv show-config` lists them). A misspelt name stops at once and names the nearest.
 
+    Ctrl-C or SIGTERM: the step ends, a checkpoint is written, and the exit code is 130, or 0 after SIGTERM. For a
+    supervisor that starts again only what failed, choose another one for SIGTERM: --on-term 143.
+
     On the machines of a TPU slice, in GKE and under SLURM the same command on each of them is one run. --profile 10:14
     writes a trace of those steps into the work directory, and says what they spent their time on.
     """
@@ -38,8 +41,12 @@ def train(args: argparse.Namespace) -> int:
         raise UserError(f"--workdir {workdir} cannot be made ({error.strerror}); give another folder") from None
     with folders.alone_in(workdir) if multihost.is_first() else contextlib.nullcontext():
         from glmv_jax.train import main as train_main
+        from glmv_jax.train.signals import Interrupted
 
-        train_main.run(cfg, workdir, args.profile)
+        try:
+            train_main.run(cfg, workdir, args.profile)
+        except Interrupted as stopped:
+            return stopped.code or args.on_term
     return 0
 
 
@@ -47,6 +54,7 @@ def train_options(sub: argparse.ArgumentParser) -> None:
     config_options(sub)
     sub.add_argument("--workdir", required=True, metavar="DIR", help="the run's own folder, made if missing")
     sub.add_argument("--profile", metavar="FIRST:LAST", help="steps to trace, both of them included")
+    sub.add_argument("--on-term", type=int, default=0, metavar="CODE", help="exit code after SIGTERM (0)")
     multihost.options(sub)
 
 

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import shutil
@@ -41,6 +40,7 @@ from glmv_jax.train import goodput as goodput_lib
 from glmv_jax.train import profile as profile_lib
 from glmv_jax.train import state as state_lib
 from glmv_jax.train.disk import write_json
+from glmv_jax.train.nonfinite import Suspects, words
 from glmv_jax.train.signals import Interrupted, Signals
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.step import make_train_step
@@ -73,200 +73,272 @@ def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str,
     profiled: steps to trace, as `profile.Profile` has them. Of several processes the first one writes what is not a
     checkpoint.
 
-    Raises: UserError for what a person can mend, and Interrupted (exit code 130) after SIGINT or SIGTERM, when a
-      checkpoint has been written.
+    Raises: UserError for what a person can mend, and Interrupted after SIGINT or SIGTERM, when a checkpoint has been
+      written.
     """
+    run = _Run(stage, workdir)
+    if (results := run.restore()) is not None:
+        return results
+    run.make_ready(profiled)
+    try:
+        run.evaluate_untrained()
+        run.steps()
+        return run.finish()
+    except Interrupted:
+        run.leave()
+        raise
+    finally:
+        run.close()
+
+
+class _Run:
+    """The run of a stage in a work directory: `train` says what of it is called when.
+
+    Attributes: state: all that a step changes.   step: of the state.   saved_step: of the newest checkpoint.
+    """
+
     # ------------------------------------------------------------------------------------------------------------------
     # Where everything lives. Shapes first: nothing is allocated before we know that the config makes sense.
     # ------------------------------------------------------------------------------------------------------------------
-    began_at, first = time.monotonic(), multihost.is_first()
-    goodput = goodput_lib.Goodput(workdir / "goodput.jsonl", writes=first)
-    cfg = stage.cfg
-    total, max_seconds = cfg.steps, cfg.get("max_seconds", 0)
-    log_every, eval_every, save_every = cfg.get("log_every", 10), cfg.get("eval_every", 0), cfg.get("save_every", 100)
-    wait = "rollouts" if stage.on_policy else "data wait"
-    progress = metrics.Progress(workdir.name, total, headline=stage.headline, wait=wait, quiet=not first)
 
-    placement, optimizer, trainable = prepare(stage)
-    train_step = make_train_step(stage, optimizer, placement, trainable=trainable, seed=cfg.seed)
-    learning_rates = optim.learning_rates(optim.plan(cfg), total)
+    def __init__(self, stage: Stage, workdir: Path) -> None:
+        self.began_at, self.first = time.monotonic(), multihost.is_first()
+        self.goodput = goodput_lib.Goodput(workdir / "goodput.jsonl", writes=self.first)
+        self.stage, self.workdir, self.cfg = stage, workdir, stage.cfg
+        cfg = self.cfg
+        self.total, self.max_seconds = cfg.steps, cfg.get("max_seconds", 0)
+        self.log_every, self.eval_every = cfg.get("log_every", 10), cfg.get("eval_every", 0)
+        self.save_every = cfg.get("save_every", 100)
+        self.wait = "rollouts" if stage.on_policy else "data wait"
+        self.progress = metrics.Progress(
+            workdir.name, self.total, headline=stage.headline, wait=self.wait, quiet=not self.first
+        )
+        self.placement, self.optimizer, trainable = prepare(stage)
+        self.train_step = make_train_step(stage, self.optimizer, self.placement, trainable=trainable, seed=cfg.seed)
+        self.learning_rates = optim.learning_rates(optim.plan(cfg), self.total)
 
     # ------------------------------------------------------------------------------------------------------------------
     # The state. The order matters: 1. a checkpoint of this very run, 2. the parameters of another run, 3. from nothing.
     # ------------------------------------------------------------------------------------------------------------------
-    checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", cfg.get("keep", 2), progress.say)
-    restored = checkpoints.restore(placement.abstract)
-    if restored is not None:
-        state, host = restored
-        step, totals = int(state.step), Totals(**host["totals"])
-        if results := _finished(workdir, step, total, totals, max_seconds):
-            progress.say(f"already finished ({step} steps); delete {workdir} to train it again")
-            checkpoints.close()
+
+    def restore(self) -> dict[str, Any] | None:
+        """Finds the state; the results, if the run has nothing left to do."""
+        cfg, say = self.cfg, self.progress.say
+        self.checkpoints = checkpoint.Checkpoints(self.workdir / "checkpoints", cfg.get("keep", 2), say)
+        restored = self.checkpoints.restore(self.placement.abstract)
+        if restored is None:
+            self.state, self.host = _initial_state(self.stage, self.optimizer, self.placement), None
+            self.step, self.totals, self.saved_step = 0, Totals(), None
+            say(f"{_count(self.state.params)} parameters, {self.total} steps{_origin(cfg)}")
+            return None
+        self.state, self.host = restored
+        self.step, self.totals = int(self.state.step), Totals(**self.host["totals"])
+        self.saved_step = self.step
+        if results := _finished(self.workdir, self.step, self.total, self.totals, self.max_seconds):
+            say(f"already finished ({self.step} steps); delete {self.workdir} to train it again")
+            self.checkpoints.close()
             return results
-        progress.say(f"resuming from step {step} of {total}")
-    else:
-        state, host, step, totals = _initial_state(stage, optimizer, placement), None, 0, Totals()
-        progress.say(f"{_count(state.params)} parameters, {total} steps{_origin(cfg)}")
-    checkpoints.check_space(state)
-    profile = profile_lib.Profile(profiled, workdir / "profile", step, total)
-    constants = jax.device_put(stage.constants(), placement.constants)
-    state = state._replace(extra=stage.begin(placement, constants, state.extra, fresh=restored is None))
-    for shapes in map(placement.batch_shapes, stage.batch_shapes()):
-        progress.say(f"compiling the step for {_shapes(shapes)}")
-        with goodput.spent_on("compile"):
-            train_step.compile(state, constants, shapes)
-    data = stage.train_data()
-    if host is not None:
-        data.set_state(host["data"])
+        say(f"resuming from step {self.step} of {self.total}")
+        return None
 
-    # From here on the folder says "not finished", also when it had been and the config now asks for more steps.
-    results_file, untrained_file = workdir / "results.json", workdir / "untrained.json"
-    results_file.unlink(missing_ok=True)
-    evaluated_before = untrained_file.exists()
-    log = metrics.MetricsLog(workdir, step if evaluated_before else -1, final_step=total, writes=first)
-    clock = _Clock(began_at, max(totals.seconds, log.wall))
-    devices = list(placement.mesh.devices.flat)
-    peak, runs_when_called = chips.peak(devices), devices[0].platform == "cpu"
-    recorder = metrics.StepRecorder(log, progress, clock, log_every, totals.skipped, peak)
-    signals = Signals(progress.say, interrupts=jax.process_count() == 1)
-    saved_step = None if restored is None else step
+    def make_ready(self, profiled: str | None) -> None:
+        """Compiles what can be, puts the data where they were, and opens the records."""
+        stage, workdir, progress = self.stage, self.workdir, self.progress
+        self.checkpoints.check_space(self.state)
+        self.profile = profile_lib.Profile(profiled, workdir / "profile", self.step, self.total)
+        self.constants = jax.device_put(stage.constants(), self.placement.constants)
+        extra = stage.begin(self.placement, self.constants, self.state.extra, fresh=self.host is None)
+        self.state = self.state._replace(extra=extra)
+        for shapes in map(self.placement.batch_shapes, stage.batch_shapes()):
+            self._compile(shapes, shapes)
+        self.data = stage.train_data()
+        if self.host is not None:
+            self.data.set_state(self.host["data"])
 
-    def save() -> None:
-        """A checkpoint of this moment. The row of its step comes first: a resume removes rows and never adds one."""
-        nonlocal saved_step
-        recorder.flush()
-        totals.seconds, totals.skipped = clock(), recorder.skipped
-        with goodput.spent_on("checkpoint"):
-            checkpoints.save(step, state, {"data": data.get_state(), "totals": dataclasses.asdict(totals)})
-        goodput.row(step)
-        saved_step = step
+        # From here on the folder says "not finished", also when it had been and the config now asks for more steps.
+        self.results_file, self.untrained_file = workdir / "results.json", workdir / "untrained.json"
+        self.results_file.unlink(missing_ok=True)
+        self.evaluated_before = self.untrained_file.exists()
+        since = self.step if self.evaluated_before else -1
+        self.log = metrics.MetricsLog(workdir, since, final_step=self.total, writes=self.first)
+        self.clock = _Clock(self.began_at, max(self.totals.seconds, self.log.wall))
+        devices = list(self.placement.mesh.devices.flat)
+        self.runs_when_called = devices[0].platform == "cpu"
+        self.suspects = Suspects(workdir / "nonfinite", progress.say)
+        self.recorder = metrics.StepRecorder(
+            self.log, progress, self.clock, self.log_every, self.totals.skipped, chips.peak(devices),
+            on_skip=self.suspects.keep,
+        )  # fmt: skip
+        self.signals = Signals(progress.say, interrupts=jax.process_count() == 1)
 
-    def evaluate(*, full: bool) -> dict[str, float]:
-        with goodput.spent_on("evaluation"), signals.interruptible():
-            return stage.evaluate(state_lib.evaluated(cfg, state), state.extra, full=full)
+    # ------------------------------------------------------------------------------------------------------------------
+    # The untrained evaluation. Written before the first step, so that a run that was resumed still has it.
+    # ------------------------------------------------------------------------------------------------------------------
 
-    def stopping() -> bool:
-        """Whether a signal asks for it. Several processes look at each other's now and then: all stop at one step."""
-        alone = jax.process_count() == 1
-        return signals.requested if alone else step % log_every == 0 and multihost.agreed(signals.requested)
+    def evaluate_untrained(self) -> None:
+        self.goodput.row(self.step)  # this attempt goes on from here
+        if self.step == 0 and not multihost.agreed(self.evaluated_before):
+            self.progress.say("evaluating before training")
+            numbers = self._evaluate(full=True)
+            if self.first:
+                write_json(self.untrained_file, numbers)
+        self.goodput.turn("steps")
 
-    try:
-        # --------------------------------------------------------------------------------------------------------------
-        # The untrained evaluation. Written before the first step, so that a run that was resumed still has it.
-        # --------------------------------------------------------------------------------------------------------------
-        goodput.row(step)  # this attempt goes on from here
-        if step == 0 and not multihost.agreed(evaluated_before):
-            progress.say("evaluating before training")
-            numbers = evaluate(full=True)
-            log.write(0, clock(), "eval", numbers)
-            if first:
-                write_json(untrained_file, numbers)
-        goodput.turn("steps")
+    # ------------------------------------------------------------------------------------------------------------------
+    # The loop. DO NOT CHANGE THE ORDER within a step:
+    #   batch   while the devices are still busy with the step before, so that data cost nothing if they can; one
+    #           that needs the new state has to wait for it, and that wait is not its own
+    #   step    is only started here; it takes the memory of the old state
+    #   log     of the step BEFORE: waiting for this one would leave the devices idle
+    #   eval    of the new state, before the save: a resume from there does not repeat it
+    #   save    last, when the data have given this step's batch and not the next: a resume goes on right there
+    # ------------------------------------------------------------------------------------------------------------------
 
-        # --------------------------------------------------------------------------------------------------------------
-        # The loop. DO NOT CHANGE THE ORDER within a step:
-        #   batch   while the devices are still busy with the step before, so that data cost nothing if they can; one
-        #           that needs the new state has to wait for it, and that wait is not its own
-        #   step    is only started here; it takes the memory of the old state
-        #   log     of the step BEFORE: waiting for this one would leave the devices idle
-        #   eval    of the new state, before the save: a resume from there does not repeat it
-        #   save    last, when the data have given this step's batch and not the next: a resume goes on right there
-        # --------------------------------------------------------------------------------------------------------------
-        out_of_time = _is_over(totals, max_seconds)
-        while step < total and not out_of_time:
-            step_began = time.monotonic()
-            if profile.begins(step + 1):
-                recorder.flush()
-                progress.say(profile.start())
-            if stage.on_policy:
-                recorder.flush()
-            asked = time.monotonic()
-            with goodput.spent_on("rollouts" if stage.on_policy else "data wait"), TraceAnnotation(wait):
-                batch, host_metrics = _next_batch(stage, data, state)
-            waited = time.monotonic() - asked
-            if recorder.computing and not stage.on_policy:
-                goodput.move(waited, "data wait", "steps")  # the devices had work all the while
-
-            placed = placement.batch(batch)
-            if train_step.is_new(placed):
-                recorder.flush()
-                progress.say(f"compiling the step for {_shapes(batch)}")
-                with goodput.spent_on("compile"):
-                    train_step.compile(state, constants, placed)
-                recorder.meter.reset()
-            called = time.monotonic()
-            with StepTraceAnnotation("train", step_num=step + 1):
-                state, values = train_step(state, constants, placed)
-            called = time.monotonic() - called if runs_when_called else 0.0
-            step += 1
-
-            counts, flops = _of_all_processes(stage.counts(batch), stage.flops(batch))
-            totals.add(counts, flops)
-            recorder.started(step, values | host_metrics | learning_rates(step - 1), waited, counts, flops, called)
-            if recorder.skipped_in_a_row >= MAX_SKIPPED:
-                raise UserError(
-                    f"{workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {step}); lower optim.lr or "
-                    f"set optim.clip, and delete {workdir}"
-                )
-            goodput.row(step, due=step % log_every == 0)
-            asked_to_stop = stopping()
-            evaluates = eval_every and step % eval_every == 0 and step < total
-            saves = step % save_every == 0 or step == total or asked_to_stop
-            if evaluates or saves or profile.ends(step):
-                recorder.flush()  # here, so that the time of the step is counted as the step's
-            totals.train_seconds += time.monotonic() - step_began
-            out_of_time = bool(max_seconds) and multihost.agreed(_is_over(totals, max_seconds))
-            if max_seconds:
-                progress.seconds_left = max_seconds - totals.train_seconds
-
-            if profile.ends(step):
-                for line in profile.stop(train_step.texts):
-                    progress.say(line)
-                recorder.meter.reset()
-
+    def steps(self) -> None:
+        out_of_time = _is_over(self.totals, self.max_seconds)
+        while self.step < self.total and not out_of_time:
+            began = time.monotonic()
+            batch, told, waited = self._next_batch()
+            self._start(batch, told, waited)
+            stops = self._stopping()
+            evaluates = self.eval_every and self.step % self.eval_every == 0 and self.step < self.total
+            saves = self.step % self.save_every == 0 or self.step == self.total or stops
+            traced = self.profile.ends(self.step)
+            if evaluates or saves or traced:
+                self.recorder.flush()  # here, so that the time of the step is counted as the step's
+            self.totals.train_seconds += time.monotonic() - began
+            if self.max_seconds:
+                out_of_time = multihost.agreed(_is_over(self.totals, self.max_seconds))
+                self.progress.seconds_left = self.max_seconds - self.totals.train_seconds
+            if traced:
+                for line in self.profile.stop(self.train_step.texts):
+                    self.progress.say(line)
             if evaluates:
-                numbers = evaluate(full=False)
-                log.write(step, clock(), "eval", numbers)
-                recorder.meter.reset()
-
+                self._evaluate(full=False)
             if saves or out_of_time:
-                save()
-                recorder.meter.reset()
-            if asked_to_stop:
-                raise Interrupted
+                self._save()
+            if traced or evaluates or saves or out_of_time:
+                self.recorder.meter.reset()
+            if stops:
+                raise Interrupted(self.signals.number)
 
-        # --------------------------------------------------------------------------------------------------------------
-        # The final evaluation and the results. Written last: results.json says that the stage is finished.
-        # --------------------------------------------------------------------------------------------------------------
-        with goodput.spent_on("checkpoint"):
-            checkpoints.wait()
-        progress.close()
-        progress.say("evaluating after training")
-        numbers = evaluate(full=True)
-        with goodput.spent_on("evaluation"), signals.interruptible():
-            _write_samples(stage, state, workdir / "samples", first)
-        log.write(step, clock(), "eval", numbers)
-        totals.seconds = clock()
-        goodput.row(step)
-        found = goodput.summary()
-        progress.say(goodput_lib.line(found))
-        results = _results(stage, untrained_file, numbers, step, totals)
-        results |= {"step_memory": train_step.memory, "goodput": found}
-        if first:
-            write_json(results_file, results)
+    def _next_batch(self) -> tuple[dict[str, Any], dict[str, float], float]:
+        """The batch, what was measured while it was made, and the seconds that it took to come."""
+        if self.profile.begins(self.step + 1):
+            self.recorder.flush()
+            self.progress.say(self.profile.start())
+        on_policy = self.stage.on_policy
+        if on_policy:
+            self.recorder.flush()
+        asked = time.monotonic()
+        with self.goodput.spent_on(self.wait), TraceAnnotation(self.wait):
+            try:
+                batch, told = self.stage.next_batch(self.data, self.state)
+            except StopIteration:
+                raise UserError(
+                    f"{self.stage.name}: the training data ended; make them repeat, or lower steps"
+                ) from None
+        waited = time.monotonic() - asked
+        if self.recorder.computing and not on_policy:
+            self.goodput.move(waited, "data wait", "steps")  # the devices had work all the while
+        return batch, told, waited
+
+    def _start(self, batch: dict[str, Any], told: dict[str, float], waited: float) -> None:
+        """Starts the step on this batch, and logs the one before."""
+        placed = self.placement.batch(batch)
+        if self.train_step.is_new(placed):
+            self.recorder.flush()
+            self._compile(placed, batch)
+            self.recorder.meter.reset()
+        called = time.monotonic()
+        with StepTraceAnnotation("train", step_num=self.step + 1):
+            self.state, values = self.train_step(self.state, self.constants, placed)
+        called = time.monotonic() - called if self.runs_when_called else 0.0
+        self.step += 1
+        self.suspects.started(self.step, batch)
+
+        counts, flops = _of_all_processes(self.stage.counts(batch), self.stage.flops(batch))
+        self.totals.add(counts, flops)
+        values |= told | self.learning_rates(self.step - 1)
+        self.recorder.started(self.step, values, waited, counts, flops, called)
+        if self.recorder.skipped_in_a_row >= MAX_SKIPPED:
+            self._give_up(placed)
+        self.goodput.row(self.step, due=self.step % self.log_every == 0)
+
+    def _give_up(self, placed: dict[str, Any]) -> None:
+        self.recorder.flush()
+        names = self.train_step.nonfinite(self.state, self.constants, placed)
+        raise UserError(
+            f"{self.workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {self.step}); {words(names)}; "
+            f"batches are in {self.suspects.folder}; lower optim.lr or set optim.clip, and delete {self.workdir}"
+        )
+
+    def _stopping(self) -> bool:
+        """Whether a signal asks for it. Several processes look at each other's now and then: all stop at one step."""
+        if jax.process_count() == 1:
+            return self.signals.requested
+        return self.step % self.log_every == 0 and multihost.agreed(self.signals.requested)
+
+    # ------------------------------------------------------------------------------------------------------------------
+    # The final evaluation and the results. Written last: results.json says that the stage is finished.
+    # ------------------------------------------------------------------------------------------------------------------
+
+    def finish(self) -> dict[str, Any]:
+        with self.goodput.spent_on("checkpoint"):
+            self.checkpoints.wait()
+        self.progress.close()
+        self.progress.say("evaluating after training")
+        numbers = self._evaluate(full=True)
+        with self.goodput.spent_on("evaluation"), self.signals.interruptible():
+            _write_samples(self.stage, self.state, self.workdir / "samples", self.first)
+        self.totals.seconds = self.clock()
+        self.goodput.row(self.step)
+        found = self.goodput.summary()
+        self.progress.say(goodput_lib.line(found))
+        results = _results(self.stage, self.untrained_file, numbers, self.step, self.totals)
+        results |= {"step_memory": self.train_step.memory, "goodput": found}
+        if self.first:
+            write_json(self.results_file, results)
         return results
-    except Interrupted:
-        if saved_step != step:
-            save()
-        with goodput.spent_on("checkpoint"):
-            checkpoints.wait()
-        progress.say(f"stopped at step {step} of {total}, saved; run the same command to go on")
-        raise
-    finally:
+
+    def leave(self) -> None:
+        """Saves, as it was asked to stop."""
+        if self.saved_step != self.step:
+            self._save()
+        with self.goodput.spent_on("checkpoint"):
+            self.checkpoints.wait()
+        self.progress.say(f"stopped at step {self.step} of {self.total}, saved; run the same command to go on")
+
+    def close(self) -> None:
         with contextlib.ExitStack() as leaving:  # all of them, also when one fails on a full disk
-            ends = (checkpoints, data, log, progress, profile)
-            for close in (*(part.close for part in ends), signals.restore, functools.partial(goodput.row, step)):
+            ends = (self.checkpoints, self.data, self.log, self.progress, self.profile)
+            for close in (*(part.close for part in ends), self.signals.restore):
                 leaving.callback(close)
+            leaving.callback(self.goodput.row, self.step)
+
+    # --- parts of the above -------------------------------------------------------------------------------------------
+
+    def _compile(self, placed: Any, shown: dict[str, Any]) -> None:
+        self.progress.say(f"compiling the step for {_shapes(shown)}")
+        with self.goodput.spent_on("compile"):
+            self.train_step.compile(self.state, self.constants, placed)
+
+    def _evaluate(self, *, full: bool) -> dict[str, float]:
+        """Of the state, and its row in the log."""
+        with self.goodput.spent_on("evaluation"), self.signals.interruptible():
+            numbers = self.stage.evaluate(state_lib.evaluated(self.cfg, self.state), self.state.extra, full=full)
+        self.log.write(self.step, self.clock(), "eval", numbers)
+        return numbers
+
+    def _save(self) -> None:
+        """A checkpoint of this moment. The row of its step comes first: a resume removes rows and never adds one."""
+        self.recorder.flush()
+        self.totals.seconds, self.totals.skipped = self.clock(), self.recorder.skipped
+        with self.goodput.spent_on("checkpoint"):
+            host = {"data": self.data.get_state(), "totals": dataclasses.asdict(self.totals)}
+            self.checkpoints.save(self.step, self.state, host)
+        self.goodput.row(self.step)
+        self.saved_step = self.step
 
 
 def prepare(stage: Stage, mesh: Any = None) -> tuple[state_lib.Placement, Any, Any]:
@@ -296,13 +368,6 @@ class _Clock:
 
     def __call__(self) -> float:
         return time.monotonic() - self._zero
-
-
-def _next_batch(stage: Stage, data: Any, state: state_lib.TrainState) -> tuple[dict[str, Any], dict[str, float]]:
-    try:
-        return stage.next_batch(data, state)
-    except StopIteration:
-        raise UserError(f"{stage.name}: the training data ended; make them repeat, or lower steps") from None
 
 
 def _of_all_processes(counts: dict[str, int], flops: float) -> tuple[dict[str, int], float]:

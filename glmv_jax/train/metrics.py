@@ -119,15 +119,17 @@ class StepRecorder:
     In a step that was not skipped nan is the mean of nothing, as of a source that is not in the batch: it is left out.
 
     Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts. peak: as for `Meter`.
+      on_skip: gets the number of a step whose update was left out, as soon as that is known.
     Attributes: meter: rates of the steps that are done. skipped, skipped_in_a_row: updates left out because the
       gradient was not finite.
     """
 
     def __init__(
         self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int,
-        peak: float = 0.0,
+        peak: float = 0.0, on_skip: Callable[[int], None] = lambda step: None,
     ) -> None:  # fmt: skip
         self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
+        self._on_skip = on_skip
         self.meter = Meter(peak)
         self.skipped, self.skipped_in_a_row = skipped, 0
         self._pending: tuple[int, dict[str, Any], tuple, float] | None = None
@@ -168,6 +170,8 @@ class StepRecorder:
             said = {name: x for name, x in values.items() if values["skipped"] or not math.isnan(x)}
             self._log.write(step, self._clock(), "train", said | rates)
         self._progress.update(step, values, rates, last=last)
+        if values["skipped"]:
+            self._on_skip(step)
 
 
 class Meter:

@@ -113,6 +113,25 @@ class TrainStep:
         with rules_lib.use(self.placement.mesh, self.placement.rules):
             return self._jitted.lower(state, constants, batch)
 
+    def nonfinite(self, state: TrainState, constants: Params, batch: Batch) -> list[str]:
+        """Names of what is not finite in the step that gave this state and was skipped, computed once more, in the
+        order in which a step comes by it: batch, parameters, extra, loss, metrics, gradient.
+
+        A metric may be nan in a good step as well, where it is the mean of nothing.
+        """
+
+        def look(state: TrainState, constants: Params, batch: Batch) -> list[dict[str, jax.Array]]:
+            key = jax.random.fold_in(jax.random.key(self.seed), state.step - 1)
+            (loss, (metrics, extra)), grads = self._gradient(state.params, constants, state.extra, batch, key)
+            parts = [{"batch": batch}, {"params": state.params}, {"extra": state.extra}, {"loss": loss},
+                     {"metrics": metrics}, {"gradient": grads}, {"new extra": extra}]  # fmt: skip
+            number = lambda x: jnp.issubdtype(x.dtype, jnp.inexact)  # noqa: E731
+            return [{n: jnp.isfinite(x).all() for n, x in flatten(part).items() if number(x)} for part in parts]
+
+        with rules_lib.use(self.placement.mesh, self.placement.rules):
+            parts = jax.device_get(jax.jit(look, out_shardings=self.placement.replicated)(state, constants, batch))
+        return [name for part in parts for name, finite in part.items() if not finite]
+
     def _step(self, state: TrainState, constants: Params, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         self.traces += 1  # runs when traced, not when executed
         key = jax.random.fold_in(jax.random.key(self.seed), state.step)

@@ -105,11 +105,11 @@ def test_killed_in_the_middle_it_goes_on_and_ends_bitwise_equal(whole, tmp_path,
     assert [row["wall"] for row in rows] == sorted(row["wall"] for row in rows)  # time goes on where it stopped
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_asked_to_stop_it_saves_and_leaves_with_130(whole, tmp_path, number, capsys):
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
+def test_asked_to_stop_it_saves_and_leaves(whole, tmp_path, number, code, capsys):
     with pytest.raises(SystemExit) as error:
         main.run(config(signal=(6, int(number)), save_every=100), tmp_path)
-    assert error.value.code == 130
+    assert error.value.code == code
     said = capsys.readouterr().out
     assert "stopping after this step" in said and "stopped at step 6 of 12, saved" in said
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
@@ -202,17 +202,30 @@ def test_declared_shapes_are_compiled_once_each(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out.count("compiling the step") == 2
 
 
-def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path):
+def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, capsys):
     assert main.run(config(poison=(3,)), tmp_path)["skipped"] == 1
     rows = {row["step"]: row for row in read_jsonl(tmp_path / "metrics.jsonl") if row["kind"] == "train"}
     assert rows[4]["skipped"] == 1.0 and rows[4]["loss"] is None and rows[5]["loss"] > 0
     assert rows[4]["param_norm"] == rows[3]["param_norm"] != rows[5]["param_norm"]
+    (kept,) = (tmp_path / "nonfinite").iterdir()
+    assert kept.name == "4.npz" and np.isnan(np.load(kept)["x"][0, 0, 0]) and "y" in np.load(kept)
+    assert f"step 4: the loss or the gradient is not finite, the update is left out; its batch is in {kept}" in "".join(
+        capsys.readouterr().out.splitlines()
+    )
+
+
+def test_a_run_without_finite_gradients_stops_names_what_is_not_finite_and_keeps_some_batches(tmp_path, capsys):
+    with pytest.raises(UserError, match="no finite gradient for 50 steps .now at 51.; first not finite: batch/x, batch/y, loss, .*lower optim.lr"):
+        main.run(config(steps=60, poison=tuple(range(60))), tmp_path)
+    assert sorted(int(p.stem) for p in (tmp_path / "nonfinite").iterdir()) == list(range(1, 9))
+    assert "step 50: the loss or the gradient is not finite, the update is left out; its batch is not kept" in (
+        capsys.readouterr().out
+    )
 
 
 @pytest.mark.parametrize(
     "changes, message",
     [
-        (dict(steps=60, poison=tuple(range(60))), "no finite gradient for 50 steps .*lower optim.lr"),
         (dict(end=3), "toy: the training data ended"),
         (dict(batch=12), "batch=12 does not divide over 8 data shards; try 16"),
         (dict(mesh={"dta": -1}), "mesh axis 'dta' is not known"),

@@ -140,6 +140,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_step():
     assert np.isfinite(run(cfg, 3)[1][2]["loss"])
 
 
+def test_what_is_not_finite_first_is_named():
+    cfg = config(poison=(0,))
+    stage, _, placement, step, state = make(cfg)
+    poisoned, sound = (placement.batch(next(data)) for data in [Data(cfg)] for _ in range(2))
+    state = state._replace(step=state.step + 1)
+    names = step.nonfinite(state, constants(stage, placement), poisoned)
+    assert names[:3] == ["batch/x", "batch/y", "loss"] and {"gradient/body/kernel", "gradient/head/bias"} < set(names)
+    assert step.nonfinite(state, constants(stage, placement), sound) == []
+    state.params["head"]["bias"] = jnp.full_like(state.params["head"]["bias"], jnp.inf)
+    names = step.nonfinite(state, constants(stage, placement), sound)
+    assert names[:2] == ["params/head/bias", "loss"] and "batch/x" not in names
+
+
 def test_frozen_parameters_are_not_differentiated():
     frozen = dict(optim=dict(groups=(("body/.*", dict(kind="frozen")), (".*", dict(kind="adamw")))))
     cfg = config(**frozen)

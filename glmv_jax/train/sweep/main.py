@@ -162,7 +162,7 @@ def _ended(each: Run, child: Child, launcher: Launcher, *, stopping: bool) -> No
         each.peak_rss = max(each.peak_rss, child.peak_rss)
     if code == 0 and (launcher.shared.folder(each) / "results.json").exists():
         each.status = "finished"
-    elif code == 130 or code < 0 and stopping:
+    elif code in (0, 130) or code < 0 and stopping:  # 0: SIGTERM, after a checkpoint
         each.status, each.error = "interrupted", "stopped by a signal"
     else:
         how = f"exit code {code}" if code >= 0 else f"killed by {signal.Signals(-code).name}"
