@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "interop": _COMPUTE,
     "rl": _BASE | {"losses", "inference", "agents", "data"},
     "eval": _COMPUTE | {"inference", "agents", "data"},
+    "serving": _BASE | {"inference", "data"},  # is handed an engine; what it serves, `cli` loads
     "train": _COMPUTE | {"inference", "losses", "optim", "data", "agents", "interop", "rl", "eval"},
     "doctor": _BASE | {"data"},
 }
@@ -49,9 +50,10 @@ MAY_IMPORT["cli"] = set(MAY_IMPORT) - {"cli"}
 
 # library -> the only parts that may import it ([] is nowhere)
 LIBRARIES = {"flax": ["models"], "torch": [], "transformers": [], "tensorflow": [], "torchvision": [],
-             "sklearn": []}  # fmt: skip
+             "sklearn": [], "starlette": ["serving"], "uvicorn": ["serving"]}  # fmt: skip
 # part -> libraries it must do without
-WITHOUT = {"data": ["jax", "optax", "orbax", "chex"], "agents": ["jax", "numpy", "optax"], "losses": ["flax", "optax"]}
+WITHOUT = {"data": ["jax", "optax", "orbax", "chex"], "agents": ["jax", "numpy", "optax"], "losses": ["flax", "optax"],
+           "serving": ["jax"]}  # fmt: skip
 EXPERIMENTS_MAY_IMPORT = ("__future__", "ml_collections", "glmv_jax.config")
 
 TOP_LEVEL = {"glmv_jax", "experiments", "launch", "tests", "benchmarks", "pyproject.toml", "README.md", "LICENSE"}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from glmv_jax import __version__
 from glmv_jax.aot import main as aot
-from glmv_jax.cli import checkpoints, evaluation, inspection, training
+from glmv_jax.cli import checkpoints, evaluation, inspection, serving, training
 from glmv_jax.typing import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -35,6 +35,7 @@ _COMMANDS = {
     "import-hf": _Command(checkpoints.import_hf, checkpoints.import_options),
     "export-hf": _Command(checkpoints.export_hf, checkpoints.export_options),
     "generate": _Command(checkpoints.generate, checkpoints.generate_options),
+    "serve": _Command(serving.serve, serving.serve_options),
     "eval": _Command(evaluation.evaluate, evaluation.evaluate_options),
     "train-vocabulary": _Command(training.train_vocabulary, training.train_vocabulary_options),
     "report": _Command(evaluation.report, evaluation.report_options),
@@ -51,6 +52,7 @@ _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, o
   glmv doctor                                          what this machine has and lacks
   glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft
   glmv import-hf GLM-OCR/ checkpoints/glm-ocr          a public checkpoint, to train on or to answer
+  glmv serve --checkpoint runs/quickstart              to talk to it, in a browser or by any client
   glmv report --run runs/quickstart                    the table and report.html
   glmv COMMAND --help                                  each command, with examples
 """

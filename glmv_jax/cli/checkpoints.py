@@ -88,7 +88,7 @@ def generate(args: argparse.Namespace) -> int:
         raise UserError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --run")
     if len(images) > 1:
         raise UserError("with --run a question is about one picture; give one --image")
-    print(generate_from_run(args.run, _answering_model, images[0] if images else None, args.prompt, **settings))
+    print(generate_from_run(args.run, answering_model, images[0] if images else None, args.prompt, **settings))
     return 0
 
 
@@ -116,7 +116,7 @@ def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], setti
     return 0
 
 
-def _answering_model(folder):
+def answering_model(folder):
     """The model of a finished stage's work directory, with the tokenizer and image sizes that it was trained with."""
     from glmv_jax.data.naflex import Patcher
     from glmv_jax.data.tokenizer import open_tokenizer

@@ -57,11 +57,12 @@ class Conversation:
 class Processor:
     """Prompts of a public checkpoint.
 
-    folder: where its config.json and the other small files are.
+    folder: where its config.json and the other small files are.   patches: of an image at most, where it may have more.
     Raises UserError for a file that is broken, and for settings that the tower cannot follow.
     """
 
     folder: pathlib.Path
+    patches: int | None = None
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -69,7 +70,7 @@ class Processor:
         return read_json(self.folder / "config.json")
 
     @functools.cached_property
-    def _generation(self) -> dict[str, Any]:
+    def generation(self) -> dict[str, Any]:
         return read_json(self.folder / "generation_config.json", {})
 
     @functools.cached_property
@@ -84,7 +85,7 @@ class Processor:
     @functools.cached_property
     def stops(self) -> tuple[int, ...]:
         """Ids that end an answer: those of generation_config.json, else of config.json."""
-        for source in (self._generation, self._text, self.config):
+        for source in (self.generation, self._text, self.config):
             found = source.get("eos_token_id")
             if found is not None:
                 return tuple(found) if isinstance(found, list) else (found,)
@@ -136,11 +137,13 @@ class Processor:
         patch, merge, temporal = wants["patch_size"], wants["merge_size"], wants["temporal_patch_size"]
         if self.config.get("model_type") == "glm5_next":
             least, most = said.get("min_image_tokens", MIN_TOKENS), said.get("max_image_tokens", MAX_TOKENS)
+            most = min(most, (self.patches or most * merge**2) // merge**2)
             return CanvasPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
                                  max_patches=most * merge**2, min_patches=least * merge**2)
         size = said.get("size", {})
         low = size.get("shortest_edge", said.get("min_pixels", MIN_PIXELS))
         high = size.get("longest_edge", said.get("max_pixels", most))
+        high = min(high, (self.patches or high) * temporal * patch**2)
         budget = max(high // (temporal * patch**2), merge**2)
         return PixelPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
                             max_patches=budget, min_pixels=low, max_pixels=high)

@@ -116,6 +116,11 @@ class Front:
                 self._ring.notify()
         return answer
 
+    @property
+    def alive(self) -> bool:
+        """Whether requests are answered still."""
+        return not self._closed
+
     def close(self) -> None:
         """Ends the thread; requests that are not done raise UserError."""
         with self._ring:

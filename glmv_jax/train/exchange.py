@@ -153,6 +153,15 @@ def files(source: str | Path) -> Path:
     return source if _is_public(source) else _origin(source) / FILES
 
 
+def is_of_public(source: str | Path) -> bool:
+    """Whether a folder holds a public checkpoint, or a run that began from one: what `load` takes."""
+    try:
+        files(source)
+    except UserError:
+        return False
+    return True
+
+
 def _is_public(source: Path) -> bool:
     """Whether it is in Hugging Face's layout: of ours none has a config.json without checkpoints."""
     return (source / "config.json").exists() and not (source / "checkpoints").exists()

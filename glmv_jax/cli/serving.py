@@ -1,0 +1,110 @@
+"""`glmv serve`: a checkpoint over HTTP, in the wire formats of OpenAI and Anthropic."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+from glmv_jax.typing import UserError
+
+KEY = "GLMV_API_KEY"
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serves a checkpoint over HTTP: OpenAI's chat completions, Anthropic's messages, and a page at /.
+
+      glmv serve --checkpoint runs/quickstart
+      glmv serve --checkpoint checkpoints/glm-ocr --port 8000 --slots 32 --length 16384
+
+    --checkpoint takes a recipe's run directory (its last finished stage answers), one stage's work directory, what
+    `glmv import-hf` wrote, a run that began from it, or a folder in Hugging Face layout. Any client of either API will
+    do, with the base URL that is printed; an API key is asked for when the environment variable GLMV_API_KEY is set.
+    SIGTERM lets the answers that run end. /health and /metrics (Prometheus) are for those who watch it.
+    """
+    try:
+        from glmv_jax.serving import main
+    except ImportError:
+        raise UserError('serving takes starlette and uvicorn; pip install "glmv_jax[serve]"') from None
+    from glmv_jax.inference.engine import Engine
+    from glmv_jax.inference.front import Front
+    from glmv_jax.inference.settings import Settings
+    from glmv_jax.serving.limits import Limits
+    from glmv_jax.train.checkpoint import quiet_orbax
+
+    quiet_orbax()
+    limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype)
+    length = min(args.length, longest)
+    settings = Settings(
+        slots=args.slots, length=length, steps=args.steps, chunks=tuple(args.chunks),
+        patches=_rows(args.image_patches), queue=limits.requests,
+        pictures=max(4096, args.image_patches), drafts=args.speculative,
+    )  # fmt: skip
+    cfg, params = load()
+    engine = Engine(cfg, params, model.sampling(limits.tokens), settings)
+    engine.warm()
+    names = args.name or [Path(args.checkpoint).resolve().name]
+    with Front(engine) as front:
+        asyncio.run(main.serve(front, model, names, host=args.host, port=args.port, key=os.environ.get(KEY, ""),
+                               limits=limits, say=lambda text: print(f"glmv serve: {text}", flush=True)))  # fmt: skip
+    return 0
+
+
+def serve_options(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--checkpoint", required=True, metavar="DIR", help="what answers")
+    sub.add_argument("--name", nargs="+", metavar="NAME", help="what it is called (default: the folder's name)")
+    sub.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
+    sub.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
+    sub.add_argument("--dtype", metavar="NAME", help="of a public checkpoint: bfloat16 or float32 (default: as stored)")
+    sub.add_argument("--slots", type=int, default=8, metavar="N", help="answers that decode together (default 8)")
+    sub.add_argument("--length", type=int, default=8192, metavar="N", help="of prompt and answer in tokens (8192)")
+    sub.add_argument("--steps", type=int, default=4, metavar="N", help="tokens between two looks at the queue (4)")
+    sub.add_argument("--chunks", type=int, nargs="+", default=[16, 64, 256], metavar="N", help="tokens of a prompt "
+                     "that are read at once, a program each (16 64 256)")  # fmt: skip
+    sub.add_argument("--image-patches", type=int, default=4096, metavar="N", help="larger images are shrunk (4096)")
+    sub.add_argument("--speculative", type=int, default=0, metavar="K", help="tokens the MTP head drafts a pass (0)")
+    for name, kind, default, about in (
+        ("tokens", int, 1024, "of an answer, where the request does not say"),
+        ("requests", int, 256, "answers that run or wait; more are refused"),
+        ("choices", int, 16, "answers to one request"),
+        ("body", int, 32 << 20, "bytes of a request"),
+        ("images", int, 64, "images of a request"),
+        ("pixels", int, 1 << 25, "pixels of an image as it is sent"),
+        ("seconds", float, 600.0, "seconds of an answer"),
+        ("drain", float, 30.0, "seconds that answers have left after SIGTERM"),
+    ):
+        sub.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
+    sub.add_argument("--fetch", action="store_true", help="fetch images by URL, from public addresses (default: no)")
+
+
+def _rows(most: int) -> tuple[int, ...]:
+    """Lengths of the encoder's rows: quarters of quarters of the longest."""
+    rows = [-(-most // 4) * 4]
+    while rows[0] > 256:
+        rows.insert(0, -(-rows[0] // 16) * 4)
+    return tuple(rows)
+
+
+def _model(checkpoint: str, patches: int, dtype: str | None) -> tuple[Any, int, Any]:
+    """(how its prompts are written, how long they may be, what loads (cfg, params))."""
+    from glmv_jax.cli.checkpoints import answering_model
+    from glmv_jax.data.processor import Processor
+    from glmv_jax.inference.generate import last_stage
+    from glmv_jax.serving.model import Own, Public
+    from glmv_jax.train import exchange
+
+    folder = Path(checkpoint).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{folder} does not exist; give a run or a checkpoint's folder")
+    if not any((folder / name).is_file() for name in ("config.json", exchange.MODEL)):
+        folder = last_stage(folder)
+    if exchange.is_of_public(folder):
+        model = Public(Processor(exchange.files(folder), patches))
+        return model, model.processor.longest, lambda: exchange.load(folder, dtype)
+    found = answering_model(folder)
+    patcher = dataclasses.replace(found.patcher, max_patches=min(found.patcher.max_patches, patches))
+    return Own(found.tokenizer, patcher), 1 << 30, lambda: (found.cfg, found.params)

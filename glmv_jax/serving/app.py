@@ -1,0 +1,276 @@
+"""The routes: bodies in, replies and streams out, and the limits on the way."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from glmv_jax.serving import fields, openai
+from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
+from glmv_jax.serving.limits import Limits, Refused
+from glmv_jax.typing import UserError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class Reply(Protocol):
+    """Makes the bodies of one reply in some wire format; see `openai.Reply`. Chunks are named by `event`."""
+
+    def whole(self, choices: list[list[Part | Ended]]) -> dict[str, Any]: ...
+    def first(self) -> list[dict[str, Any]]: ...
+    def part(self, n: int, part: Part | Ended) -> list[dict[str, Any]]: ...
+    def last(self) -> list[dict[str, Any]]: ...
+
+
+class Format(NamedTuple):
+    """A wire format. event: writes a chunk as an event of a stream; end: what ends one."""
+
+    asked: Callable[[Mapping[str, Any], Limits], Asked]
+    reply: Callable[[str, Mapping[str, Any], Prepared, Any], Reply]
+    error: Callable[[Exception, int], dict[str, Any]]
+    event: Callable[[Mapping[str, Any]], str]
+    end: str
+
+
+def _data(chunk: Mapping[str, Any]) -> str:
+    return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+
+
+OPENAI = Format(openai.asked, openai.Reply, openai.error, _data, "data: [DONE]\n\n")
+
+
+class Server:
+    """One model's routes.
+
+    names: what the model is called; any of them may be asked for.   key: what who asks has to show; "" for nothing.
+    """
+
+    def __init__(self, answers: Answers, names: Sequence[str], key: str = "") -> None:
+        self.answers, self.names, self._key = answers, list(names), key
+        self._created = int(time.time())
+
+    def app(self) -> Starlette:
+        """As an ASGI application."""
+        routes = [
+            self._guarded("/v1/chat/completions", self._asking(OPENAI), method="POST"),
+            self._guarded("/v1/models", self._models),
+            self._guarded("/v1/models/{name:path}", self._model),
+            Route("/health", self._health, methods=["GET"]),
+            Route("/metrics", self._metrics, methods=["GET"]),
+        ]
+        return Starlette(routes=routes, exception_handlers={HTTPException: self._http_error})
+
+    # --- small ones ---------------------------------------------------------------------------------------------------
+
+    async def _health(self, request: Request) -> Response:
+        ready = not self.answers.draining and self.answers.front.alive
+        return JSONResponse({"status": "ok" if ready else "ending"}, 200 if ready else 503)
+
+    async def _metrics(self, request: Request) -> Response:
+        text = self.answers.metrics.text(self.answers.front, self.answers.running)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._about(name) for name in self.names]})
+
+    async def _model(self, request: Request) -> Response:
+        self._check_name(name := request.path_params["name"])
+        return JSONResponse(self._about(name))
+
+    def _about(self, name: str) -> dict[str, Any]:
+        length = self.answers.front.engine.settings.length
+        return {"id": name, "object": "model", "created": self._created, "owned_by": "glmv_jax",
+                "max_model_len": length}  # fmt: skip
+
+    def _check_name(self, name: str) -> None:
+        if name not in self.names:
+            raise Refused(f"there is no model {name!r:.80}; there is {', '.join(self.names)}", 404, field="model")
+
+    async def _http_error(self, request: Request, error: HTTPException) -> Response:
+        body = openai.error(error, error.status_code)
+        body["error"]["message"] = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(body, error.status_code, error.headers)
+
+    # --- questions ----------------------------------------------------------------------------------------------------
+
+    def _asking(self, form: Format) -> Callable[[Request], Awaitable[Response]]:
+        """The route that answers in a wire format."""
+
+        async def route(request: Request) -> Response:
+            body = fields.parsed(await self._body(request))
+            self._check_name(fields.need(body, "model", str))
+            stream = fields.get(body, "stream", bool, False)
+            async with contextlib.AsyncExitStack() as room:
+                room.enter_context(self.answers.room(fields.get(body, "n", int, 1)))
+                reply, parts = await _unless_left(request, self._begun(form, body, room))
+                if stream:
+                    return _Stream(self._events(form, reply, parts), room.pop_all())
+                return JSONResponse(await _unless_left(request, self._whole(reply, parts)))
+
+        return route
+
+    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack):
+        """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event."""
+        asked = await asyncio.to_thread(form.asked, body, self.answers.limits)
+        prepared = await self.answers.prepare(asked)
+        reply = form.reply(body["model"], body, prepared, self.answers.model.tokenizer)
+        parts = _together([self.answers.answer(prepared, n) for n in range(asked.choices)])
+        room.push_async_callback(parts.aclose)
+        return reply, _with_first(await anext(parts), parts)
+
+    async def _whole(self, reply: Reply, parts: AsyncIterator[tuple[int, Part | Ended]]) -> dict[str, Any]:
+        choices: dict[int, list[Part | Ended]] = {}
+        async for n, part in parts:
+            choices.setdefault(n, []).append(part)
+        return reply.whole([choices[n] for n in sorted(choices)])
+
+    async def _events(self, form: Format, reply: Reply, parts) -> AsyncIterator[str]:
+        try:
+            for chunk in reply.first():
+                yield form.event(chunk)
+            async for n, part in parts:
+                for chunk in reply.part(n, part):
+                    yield form.event(chunk)
+            for chunk in reply.last():
+                yield form.event(chunk)
+            yield form.end
+        except Exception as error:  # the status has been sent; only an event can say it
+            log.error("an answer broke off: %s", error, exc_info=not isinstance(error, UserError))
+            yield form.event(form.error(error, 500))
+
+    async def _body(self, request: Request) -> bytes:
+        """The body, no further than the limit."""
+        most, found = self.answers.limits.body, bytearray()
+        said = request.headers.get("content-length", "0")
+        if said.isdecimal() and int(said) > most:
+            raise Refused(f"a body of {said} bytes, of {most} that are taken; send smaller images", 413)
+        async for piece in request.stream():
+            found += piece
+            if len(found) > most:
+                raise Refused(f"a body of more than {most} bytes; send smaller images", 413)
+        return bytes(found)
+
+    # --- around all ---------------------------------------------------------------------------------------------------
+
+    def _guarded(self, path: str, route: Callable[[Request], Awaitable[Response]], form: Format = OPENAI,
+                 method: str = "GET") -> Route:  # fmt: skip
+        """The route with the key asked for, errors in the wire format, and a count of its replies."""
+
+        async def guarded(request: Request) -> Response:
+            try:
+                self._check_key(request)
+                response = await route(request)
+            except UserError as error:
+                status = getattr(error, "status", 400)
+                response = JSONResponse(form.error(error, status), status)
+                if getattr(error, "after", None):
+                    response.headers["Retry-After"] = str(error.after)
+            except _Left:
+                response = Response(status_code=499)  # nobody reads it
+            except Exception as error:
+                log.exception("%s %s", request.method, request.url.path)
+                bug = RuntimeError(f"a bug of the server: {type(error).__name__}")
+                response = JSONResponse(form.error(bug, 500), 500)
+            self.answers.metrics.replies[path, response.status_code] += 1
+            return response
+
+        return Route(path, guarded, methods=[method])
+
+    def _check_key(self, request: Request) -> None:
+        if not self._key:
+            return
+        kind, _, bearer = request.headers.get("authorization", "").partition(" ")
+        shown = bearer.strip() if kind.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(shown.encode(), self._key.encode()):
+            raise Refused("this server asks for an API key, and that was none; send it as a Bearer token or x-api-key",
+                          401)  # fmt: skip
+
+
+class _Stream(StreamingResponse):
+    """Events as they come. room: what is let go of when they end, also when they never begin."""
+
+    def __init__(self, events: AsyncIterator[str], room: contextlib.AsyncExitStack) -> None:
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._room = room
+
+    async def __call__(self, scope, receive, send) -> None:
+        async with self._room:
+            await super().__call__(scope, receive, send)
+
+
+class _Left(Exception):
+    """Whoever asked has closed the connection."""
+
+
+async def _unless_left(request: Request, work: Awaitable[T]) -> T:
+    """The result, unless the client leaves before: then the work is cancelled. Raises _Left."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait([task, gone], return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise _Left
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        continue
+
+
+async def _with_first(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+    yield first
+    async for each in rest:
+        yield each
+
+
+async def _together(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
+    """What several streams give, as it comes, with the stream's number. The first error ends all."""
+    if len(streams) == 1:
+        async with contextlib.aclosing(streams[0]) as stream:
+            async for each in stream:
+                yield 0, each
+        return
+    queue: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue()
+
+    async def drain(n: int, stream: AsyncIterator[T]) -> None:
+        try:
+            async with contextlib.aclosing(stream):
+                async for each in stream:
+                    queue.put_nowait((n, each))
+            queue.put_nowait((n, None))
+        except Exception as error:
+            queue.put_nowait((n, error))
+
+    tasks = [asyncio.ensure_future(drain(n, stream)) for n, stream in enumerate(streams)]
+    try:
+        left = len(tasks)
+        while left:
+            n, each = await queue.get()
+            if isinstance(each, Exception):
+                raise each
+            left -= each is None
+            if each is not None:
+                yield n, each
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

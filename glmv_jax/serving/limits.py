@@ -1,0 +1,43 @@
+"""What a server lets others ask of it, and how it says no."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from glmv_jax.typing import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """body: bytes of a request.   images: of a request.   pixels: of an image, told by its head before it is decoded.
+    tokens: of an answer, where the request does not say; more fit if it does.   choices: answers to one request.
+    requests: answers that run or wait; more are refused until some are done.   seconds: of an answer; what there is by
+    then is the answer.   drain: seconds that running answers have left when the server is told to end.
+    fetch: whether images may be named by URL; then they are fetched, from public addresses only.
+    """
+
+    body: int = 32 << 20
+    images: int = 64
+    pixels: int = 1 << 25
+    tokens: int = 1024
+    choices: int = 16
+    requests: int = 256
+    seconds: float = 600.0
+    drain: float = 30.0
+    fetch: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            if name != "fetch" and value <= 0:
+                raise UserError(f"a server's limit {name}={value} lets nothing through; give one above 0")
+
+
+class Refused(UserError):
+    """A request that is not answered.
+
+    status: of HTTP.   field: of the body, where one is wrong.   after: seconds until another try may go better.
+    """
+
+    def __init__(self, message: str, status: int = 400, field: str | None = None, after: int | None = None) -> None:
+        super().__init__(message)
+        self.status, self.field, self.after = status, field, after

@@ -1,0 +1,97 @@
+"""How the models that are served write their prompts: public checkpoints by their own files, ours by our dialect."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from glmv_jax.data.building import Document
+from glmv_jax.data.chat import Writer
+from glmv_jax.data.dialect import COMPACT, Dialect, last_of_user
+from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.processor import Conversation, Processor
+from glmv_jax.inference.requests import Prompt
+from glmv_jax.inference.sampler import Sampling
+from glmv_jax.typing import UserError
+
+# Of the special tokens those that an answer may hold, beside the ones that end it.
+ANSWERS = (
+    "<|begin_of_box|>", "<|end_of_box|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>",
+    "</arg_key>", "<arg_value>", "</arg_value>",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Public:
+    """A public checkpoint, as its small files have it.
+
+    Raises UserError for one without a tokenizer, and as `data.processor.Processor`.
+    """
+
+    processor: Processor
+
+    def __post_init__(self) -> None:
+        if self.processor.tokenizer is None:
+            raise UserError(f"{self.processor.folder} has no tokenizer.json, so it can be asked nothing; copy it there")
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.processor.tokenizer
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return self.processor.stops
+
+    def sampling(self, tokens: int) -> Sampling:
+        """As the checkpoint's authors draw answers: nothing is suppressed."""
+        said = self.processor.generation
+        settings = {name: said[name] for name in ("temperature", "top_p") if said.get(name) is not None}
+        return Sampling(tokens, stop=self.stops, **settings)
+
+    def prompt(self, messages, images, tools, thinking) -> Prompt:
+        """See `answers.Model`."""
+        settings = {} if thinking is None else {"enable_thinking": thinking}
+        return Prompt.of_document(self.processor.conversation(Conversation(messages, tools, settings), images))
+
+
+@dataclasses.dataclass(frozen=True)
+class Own:
+    """A model that one of our runs trained. thinking: whether its turns are opened for it where nobody says."""
+
+    tokenizer: Any
+    patcher: Patcher
+    thinking: bool = False
+    dialect: Dialect = COMPACT
+
+    @property
+    def stops(self) -> tuple[int, ...]:
+        return tuple(sorted(self.tokenizer.stops))
+
+    def sampling(self, tokens: int) -> Sampling:
+        """Drawn as it was trained."""
+        return Sampling.chat(self.tokenizer, tokens, allow=ANSWERS)
+
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], tools: Sequence[Mapping[str, Any]],
+        thinking: bool | None,
+    ) -> Prompt:  # fmt: skip
+        """See `answers.Model`."""
+        dialect, thinking = self.dialect, self.thinking if thinking is None else thinking
+        last_user = last_of_user(messages)
+        patched = [self.patcher(image) for image in images]
+        writer, waiting = Writer(self.tokenizer), iter(patched)
+        suffix = "" if thinking else dialect.suffix
+        pieces = [*dialect.pieces(messages, tools, lambda n: n > last_user, suffix), *dialect.opening(thinking)]
+        writer.pieces(pieces, [0.0] * len(messages), lambda: writer.image(self._merged(next(waiting))))
+        written = writer.done()
+        return Prompt.of_document(
+            Document(written.tokens, np.zeros(len(written.tokens), np.float32), written.image_of_token, tuple(patched),
+                     "asked", "asked")
+        )  # fmt: skip
+
+    def _merged(self, patched: tuple[np.ndarray, np.ndarray]) -> int:
+        return len(patched[0]) // self.patcher.merge**2

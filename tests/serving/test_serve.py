@@ -1,0 +1,93 @@
+"""`glmv serve` as a process: a public checkpoint, imported, and what SIGTERM does to answers that run.
+
+Not covered: a run of ours as a process (its prompts and its engine are those of the other tests), and several devices.
+"""
+
+from __future__ import annotations
+
+import base64
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import httpx
+import openai
+import pytest
+
+pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from glmv_jax import cli  # noqa: E402
+from glmv_jax.cli import serving  # noqa: E402
+from glmv_jax.train import exchange  # noqa: E402
+from tests.inference.test_public import stops, theirs, write_talking  # noqa: E402
+from tests.serving.test_openai import data_uri, picture  # noqa: E402
+
+REPO = pathlib.Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    """A checkpoint that transformers wrote, imported; its model and its tokenizer."""
+    parent = tmp_path_factory.mktemp("served")
+    _, model, tokenizer = write_talking(parent / "hf")
+    exchange.import_hf(parent / "hf", parent / "ours")
+    return parent / "ours", model, tokenizer
+
+
+def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_outlives_sigterm(served, tmp_path):
+    folder, model, tokenizer = served
+    log = (tmp_path / "log").open("w+")
+    options = ["--port", "0", "--slots", "2", "--length", "640", "--image-patches", "64", "--name", "it",
+               "--steps", "2", "--chunks", "64"]  # fmt: skip
+    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "glmv_jax.cli", "serve", "--checkpoint", folder, *options],
+        stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
+    )  # fmt: skip
+    try:
+        line = process.stdout.readline()
+        assert (url := re.search(r"it at (http://127\.0\.0\.1:\d+/v1)$", line.strip())), log.seek(0) or log.read()
+        with openai.OpenAI(base_url=url[1], api_key="k", max_retries=0) as client:
+            messages = [{"role": "user", "content": [picture(), {"type": "text", "text": "the cat?"}]}]
+            ask = lambda **settings: client.chat.completions.create(  # noqa: E731
+                model="it", messages=messages, temperature=0, **settings
+            )
+            answer = ask(max_tokens=8, extra_body={"return_token_ids": True})
+            assert tokenizer.decode(answer.prompt_token_ids).count("<|user|>") == 1
+            (tmp_path / "a.png").write_bytes(base64.b64decode(data_uri().partition(",")[2]))
+            wanted, _ = theirs(model, answer.prompt_token_ids, [tmp_path / "a.png"], 8,
+                               tokenizer.convert_tokens_to_ids("<|image|>"), stops(tokenizer))  # fmt: skip
+            assert answer.choices[0].token_ids == wanted
+
+            stream = ask(max_tokens=500, stream=True, stream_options={"include_usage": True})
+            next(iter(stream))
+            process.send_signal(signal.SIGTERM)
+            chunks = list(stream)
+            assert chunks[-1].usage.completion_tokens >= 1 and chunks[-2].choices[0].finish_reason in ("length", "stop")
+        assert process.wait(30) == 0
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(url[1].replace("/v1", "/health"))
+    finally:
+        process.kill()
+        process.wait()
+        log.close()
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (["--checkpoint", "nowhere"], "does not exist"), (["--requests", "0"], "limit requests=0"),
+    (["--checkpiont", "x"], "unknown option"),
+])  # fmt: skip
+def test_wrong_options_are_one_line(served, capsys, change, said):
+    given = ["serve", "--checkpoint", str(served[0]), *change]
+    assert cli.main(given) == 2
+    assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_rows_of_the_encoder_reach_to_the_largest_image():
+    assert serving._rows(4096) == (256, 1024, 4096) and serving._rows(64) == (64,)
+    assert all(n % 4 == 0 for most in range(4, 5000, 37) for n in serving._rows(most))
+    assert all(serving._rows(most)[-1] >= most for most in range(4, 5000, 37))
