@@ -12,6 +12,7 @@ import numpy as np
 
 DEFAULTS = dict(
     surrogate="clip", clip_low=0.2, clip_high=0.28, dual_clip=0.0, ratio_cap=5.0, tv=0.2, penalty=0.0,
+    tau_pos=1.0, tau_neg=1.05, opsm=0.0,
     aggregation="seq-mean-token-mean", max_length=0, kl=("k3", 0.0), distil=0.0, weight="none", outside="clamp",
     low=0.0, high=2.0, normalise=False, veto=0.0, reject="none", over="token", limit=0.1,
 )  # fmt: skip
@@ -31,7 +32,8 @@ def loss(new, data, answers, frozen=None, **changes):
     for answer in answers:
         drawn = [i for i in answer if data["weight"][i] > 0]
         for i in drawn:
-            per_token[i] = factor[i] * surrogate(s, new, frozen, data, drawn, i)
+            kept = not (s["opsm"] and advantage(s, frozen, data, i) < 0 and behind(frozen, data, drawn) > s["opsm"])
+            per_token[i] = kept * factor[i] * surrogate(s, new, frozen, data, drawn, i)
             per_token[i] += s["kl"][1] * kl(s, new, frozen, data, i)
     return aggregate(s, per_token, data["weight"], answers)
 
@@ -42,10 +44,18 @@ def gap(new, data, i):
     return held(new[i] - old[i], -20, 20)
 
 
-def surrogate(s, new, frozen, data, drawn, i):
+def behind(frozen, data, drawn):
+    """Mean log(pi_old / pi) of an answer."""
+    return -sum(gap(frozen, data, j) for j in drawn) / len(drawn)
+
+
+def advantage(s, frozen, data, i):
     a = data["advantage"][i]
-    if s["distil"]:
-        a = a + s["distil"] * held(data["teacher"][i] - frozen[i], -20, 20)
+    return a + s["distil"] * held(data["teacher"][i] - frozen[i], -20, 20) if s["distil"] else a
+
+
+def surrogate(s, new, frozen, data, drawn, i):
+    a = advantage(s, frozen, data, i)
     r, mu = math.exp(gap(new, data, i)), data["old"][i]
     if s["surrogate"] == "clip":
         return clipped(s, r, a)
@@ -58,9 +68,18 @@ def surrogate(s, new, frozen, data, drawn, i):
     if s["surrogate"] == "double_sided":
         f = math.exp(held(frozen[i] - mu, -20, 20))
         return -(f if 1 - s["clip_low"] < f < 1 + s["clip_high"] else 0.0) * a * new[i]
-    assert s["surrogate"] == "binary_tv"
+    if s["surrogate"] == "gmpo":
+        logs = [gap(new, data, j) for j in drawn]
+        logs = [min(x, s["clip_high"]) if a > 0 else max(x, -s["clip_low"]) for x in logs]
+        return -a * math.prod(math.exp(x) for x in logs) ** (1 / len(logs))
+    if s["surrogate"] == "sapo":
+        tau = s["tau_pos"] if a > 0 else s["tau_neg"]
+        return -a * 4 / tau / (1 + math.exp(-tau * (r - 1)))
+    assert s["surrogate"] in ("binary_tv", "ipo")
     moved = math.exp(frozen[i]) - math.exp(mu)
     dropped = (a > 0 and moved > s["tv"]) or (a < 0 and moved < -s["tv"])
+    if s["surrogate"] == "ipo":
+        dropped = abs(moved) > s["tv"]
     q = held(new[i] - mu, -20, 20)
     return (0.0 if dropped else -a * math.exp(q)) + s["penalty"] * q * q
 

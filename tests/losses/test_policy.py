@@ -36,6 +36,10 @@ CASES = {
     "cispo": dict(surrogate="cispo", ratio_cap=1.3, aggregation="token-mean"),
     "double-sided": dict(surrogate="double_sided", clip_low=0.3, clip_high=0.5),
     "binary tv": dict(surrogate="binary_tv", tv=0.05, penalty=1e-3),
+    "ipo": dict(surrogate="ipo", tv=0.05, penalty=1e-3),
+    "gmpo": dict(surrogate="gmpo", clip_low=0.15, clip_high=0.1),
+    "sapo": dict(surrogate="sapo", tau_pos=1.5, tau_neg=3.0),
+    "opsm": dict(opsm=0.05),
     "k1": dict(kl=("k1", 0.3)),
     "k2": dict(kl=("k2", 0.3)),
     "k3": dict(kl=("k3", 0.3)),
@@ -162,7 +166,8 @@ def test_each_case_does_something_else():
     assert len({round(x, 9) for x in values.values()}) == len(values), values
 
 
-SPREAD = ("grpo", "dr_grpo", "gspo", "sequence tis", "veto", "k3 in sum", "k3 at most")  # that know what an answer is
+# Those that know what an answer is.
+SPREAD = ("grpo", "dr_grpo", "gspo", "gmpo", "opsm", "sequence tis", "veto", "k3 in sum", "k3 at most")
 
 
 @pytest.mark.parametrize("case", SPREAD)
@@ -375,6 +380,8 @@ def test_reverse_kl_over_the_likeliest_tokens():
     ({"correction": {"vetto": 1.0}}, "loss.correction.vetto is not known; nearest: veto"),
     ({"correction": {"low": 3.0}}, "0 <= low < high"),
     ({"surrogate": "gspo", "aggregation": "token-mean"}, "set loss.aggregation=seq-mean-token-mean"),
+    ({"surrogate": "gmpo", "aggregation": "token-mean"}, "loss.surrogate=gmpo has a ratio an answer"),
+    ({"tau_neg": 0.0}, "are sharpnesses, above 0"),
     ({"aggregation": "seq-mean-token-sum-norm"}, "set loss.max_length"),
     ({"dual_clip": 0.5}, "dual_clip=0.5 would hold back"),
 ])  # fmt: skip

@@ -30,6 +30,11 @@ Surrogates l (`surrogates`).
                                                                             GLM-5, arXiv 2602.15763
     binary_tv    -A q + penalty (log q)^2, q = pi / mu; -A q left out where A > 0 and pi - mu > tv, or A < 0 and
                  pi - mu < -tv                                              DPPO, arXiv 2602.04879
+    ipo          the same, left out where |pi - mu| > tv                    PrimeIntellect-ai/prime-rl
+    gmpo         -A exp(mean_t held), held = min(log r, e_h) where A > 0, max(log r, -e_l) where A < 0: bounds of the
+                 logarithm; aggregated by seq-mean-token-mean               GMPO, arXiv 2507.20673
+    sapo         -A (4 / tau) sigmoid(tau (r - 1)), tau = tau_pos where A > 0, else tau_neg
+                                                                            SAPO, arXiv 2511.20347
 
 Corrections c of the mismatch between pi_old and mu (`corrections`), which never get a gradient.
     weight       clamp or zero outside [low, high]: rho of the token, its product over the answer ("sequence"), or
@@ -38,6 +43,8 @@ Corrections c of the mismatch between pi_old and mu (`corrections`), which never
     veto         0 for every token of an answer in which one has rho < veto
     reject       0 where an estimate of KL(mu || pi_old) exceeds limit; of a token, or mean, sum or max over the answer:
                  k1 = |-log rho| (after mean or sum), k2 = (log rho)^2 / 2, k3 = rho - 1 - log rho
+    opsm         (beside `correction`) 0 for every token with A < 0 of an answer whose mean log(pi_old / pi) exceeds
+                 it: 1e-4 in THUDM/slime; "off-policy sequence masking", DeepSeek-V3.2, arXiv 2512.02556
     Without a measured pi_old only veto and reject are left, and rho is sg(pi) / mu: a weight would count r twice.
     A rejected token still counts in denominators. Always measured: mismatch_kl (mean k3), largest |log rho|, share of
     tokens with c = 0, effective sample size (sum rho)^2 / (n sum rho^2). Sources: Yao et al., "Your efficient RL

@@ -68,6 +68,17 @@ def mismatch(c: Correction, gap_BT: jax.Array, weight_BT: jax.Array, answers: An
     return Mismatch(gap_BT, ratio_BT, jnp.expm1(gap_BT) - gap_BT, factor_BT)
 
 
+def off_policy(gap_BT: jax.Array, advantage_BT: jax.Array, weight_BT: jax.Array, answers: Answers) -> jax.Array:
+    """[B, T]: mean over the answer of log(pi_old / pi) at tokens that lower an answer's probability, -inf elsewhere.
+
+    Answers that were wrong, and that the policy would hardly give any more, say little of it and move it far. No
+    gradient. gap_BT: log(pi / pi_old).
+    """
+    own_BT = (weight_BT > 0).astype(gap_BT.dtype)
+    left_BT = -answers.spread(answers.mean(jax.lax.stop_gradient(gap_BT), own_BT))
+    return jnp.where(advantage_BT < 0, left_BT, -jnp.inf)
+
+
 def _weights(c: Correction, gap_BT: jax.Array, own_BT: jax.Array, answers: Answers) -> jax.Array:
     if c.weight == "none":
         return jnp.ones_like(gap_BT)

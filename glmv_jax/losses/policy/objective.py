@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from glmv_jax.losses.cross_entropy import divide
 from glmv_jax.losses.policy.aggregation import AGGREGATIONS, Answers, aggregate, denominators
 from glmv_jax.losses.policy.basics import choice, floating, log_ratio, settings
-from glmv_jax.losses.policy.corrections import Correction, Mismatch, mismatch
+from glmv_jax.losses.policy.corrections import Correction, Mismatch, mismatch, off_policy
 from glmv_jax.losses.policy.divergences import KL, Distil, kl, sampled_advantage
 from glmv_jax.losses.policy.surrogates import SURROGATES, Drawn
 from glmv_jax.typing import UserError
@@ -32,6 +32,9 @@ class Objective:
     ratio_cap: float = 5.0
     tv: float = 0.2
     penalty: float = 0.0
+    tau_pos: float = 1.0
+    tau_neg: float = 1.05
+    opsm: float = 0.0
     aggregation: str = "seq-mean-token-mean"
     max_length: int = 0
     kl: KL = KL()
@@ -41,8 +44,11 @@ class Objective:
     def __post_init__(self) -> None:
         choice("loss.surrogate", self.surrogate, SURROGATES)
         choice("loss.aggregation", self.aggregation, AGGREGATIONS)
-        if self.surrogate == "gspo" and self.aggregation != "seq-mean-token-mean":
-            raise UserError("loss.surrogate=gspo has a ratio an answer; set loss.aggregation=seq-mean-token-mean")
+        if self.surrogate in ("gspo", "gmpo") and self.aggregation != "seq-mean-token-mean":
+            raise UserError(f"loss.surrogate={self.surrogate} has a ratio an answer; set "
+                            "loss.aggregation=seq-mean-token-mean")  # fmt: skip
+        if min(self.tau_pos, self.tau_neg) <= 0:
+            raise UserError(f"loss.tau_pos={self.tau_pos} and loss.tau_neg={self.tau_neg} are sharpnesses, above 0")
         if self.aggregation == "seq-mean-token-sum-norm" and self.max_length < 1:
             raise UserError("loss.aggregation=seq-mean-token-sum-norm divides by a constant; set loss.max_length")
         if self.dual_clip and self.dual_clip <= 1:
@@ -112,7 +118,7 @@ def policy_loss(
     Returns: loss; metrics, which add up over pieces (those in _max: the largest): means over tokens of ratio,
       clip_fraction, approx_kl (k3 of the step itself), mismatch_kl, mismatch_masked, mismatch_ratio and
       mismatch_square (of rho and its square); ratio_max, mismatch_gap_max; and entropy, reference_kl, distil when
-      their inputs are given. See `with_effective_sizes`.
+      their inputs are given, opsm (the share of tokens that it drops) where it is set. See `with_effective_sizes`.
     Raises: UserError when a part of the objective lacks its input.
     """
     _check(o, proximal_BT, reference_BT, teacher_BT, distil_BT)
@@ -133,6 +139,9 @@ def policy_loss(
     off = mismatch(o.correction, log_ratio(logprob_BT if proximal_BT is None else proximal_BT, sampler_BT), weight_BT,
                    answers)  # fmt: skip
     token_BT = token_BT * divide(off.factor_BT, of.correction)
+    if o.opsm:
+        dropped_BT = off_policy(gap_BT, advantage_BT, weight_BT, answers) > o.opsm
+        token_BT, said["opsm"] = jnp.where(dropped_BT, 0.0, token_BT), dropped_BT.astype(token_BT.dtype)
     if reference_BT is not None:
         said["reference_kl"] = kl(logprob_BT, reference_BT, o.kl.kind)
         token_BT = token_BT + o.kl.factor * said["reference_kl"] if o.kl.factor else token_BT

@@ -60,15 +60,32 @@ def double_sided(o: Objective, x: Drawn) -> tuple[jax.Array, jax.Array]:
 
 def binary_tv(o: Objective, x: Drawn) -> tuple[jax.Array, jax.Array]:
     """A token is left out where its probability, not its ratio, has gone too far in the direction it is pushed."""
-    gap_BT = log_ratio(x.logprob_BT, x.sampler_BT)
-    moved_BT = jax.lax.stop_gradient(jnp.exp(x.logprob_BT) - jnp.exp(x.sampler_BT))
-    left_out_BT = moved_BT * jnp.sign(x.advantage_BT) > o.tv
-    loss_BT = jnp.where(left_out_BT, 0.0, -x.advantage_BT * jnp.exp(gap_BT))
-    return loss_BT + o.penalty * jnp.square(gap_BT), left_out_BT
+    return _near(o, x, _moved(x) * jnp.sign(x.advantage_BT))
+
+
+def ipo(o: Objective, x: Drawn) -> tuple[jax.Array, jax.Array]:
+    """A token is left out where its probability has gone too far, in whichever direction."""
+    return _near(o, x, jnp.abs(_moved(x)))
+
+
+def gmpo(o: Objective, x: Drawn) -> tuple[jax.Array, jax.Array]:
+    """The geometric mean of an answer's ratios, of which each is clipped by itself, in its logarithm."""
+    own_BT = (x.weight_BT > 0).astype(x.gap_BT.dtype)
+    most_BT, least_BT = jnp.minimum(x.gap_BT, o.clip_high), jnp.maximum(x.gap_BT, -o.clip_low)
+    held_BT = jnp.where(x.advantage_BT > 0, most_BT, least_BT)
+    return -x.advantage_BT * jnp.exp(x.answers.spread(x.answers.mean(held_BT, own_BT))), held_BT != x.gap_BT
+
+
+def sapo(o: Objective, x: Drawn) -> tuple[jax.Array, jax.Array]:
+    """A sigmoid of the ratio in the place of a clip: the gradient fades and never ends; sooner where A < 0."""
+    sharp_BT = jnp.where(x.advantage_BT > 0, o.tau_pos, o.tau_neg)
+    soft_BT = jax.nn.sigmoid(sharp_BT * (jnp.exp(x.gap_BT) - 1.0)) * 4.0 / sharp_BT
+    return -x.advantage_BT * soft_BT, jnp.zeros(x.gap_BT.shape, bool)
 
 
 SURROGATES: dict[str, Callable[[Objective, Drawn], tuple[jax.Array, jax.Array]]] = {
     "clip": clip, "gspo": gspo, "cispo": cispo, "double_sided": double_sided, "binary_tv": binary_tv,
+    "ipo": ipo, "gmpo": gmpo, "sapo": sapo,
 }  # fmt: skip
 
 
@@ -83,3 +100,15 @@ def _clipped(o: Objective, gap_BT: jax.Array, advantage_BT: jax.Array) -> tuple[
         over_BT = (advantage_BT < 0) & (loss_BT > most_BT)
         loss_BT, clipped_BT = jnp.where(over_BT, most_BT, loss_BT), clipped_BT | over_BT
     return loss_BT, clipped_BT
+
+
+def _moved(x: Drawn) -> jax.Array:
+    """pi - mu."""
+    return jax.lax.stop_gradient(jnp.exp(x.logprob_BT) - jnp.exp(x.sampler_BT))
+
+
+def _near(o: Objective, x: Drawn, moved_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """-A pi / mu where moved_BT is at most o.tv, and what holds the policy near what drew the token."""
+    gap_BT, left_out_BT = log_ratio(x.logprob_BT, x.sampler_BT), moved_BT > o.tv
+    loss_BT = jnp.where(left_out_BT, 0.0, -x.advantage_BT * jnp.exp(gap_BT))
+    return loss_BT + o.penalty * jnp.square(gap_BT), left_out_BT
