@@ -41,12 +41,25 @@ def get_config(arg=None):
         "slots": 0,  # async, episodes: answers that are written at a time, one by one; 0: by whole batches
         "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
         "in_flight": 0,  # async: groups that are written at a time; 0: as many as can be trained in time
-        "dynamic": False,  # async: other groups in place of those whose rewards are all equal
+        # Groups whose rewards are all equal are not trained on: others take their place (async), or as many more are
+        # asked at once as there will be of them, by the running mean of 1 / (1 - their share), at most `most` times a
+        # batch; of the useful ones the most balanced are kept (sync; async with late: as many more begin at once).
+        "dynamic": False,
+        "expansion": {"decay": 0.9, "most": 4.0},
+        # More of the levels of tasks (`rl.levels`) that are solved half of the time: weight max(w_min, 4 p (1 - p));
+        # decay: of their pass rates p.
+        "curriculum": {"on": False, "w_min": 0.05, "decay": 0.7},
         "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
         "environments": (),  # pairs (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0)
         # sync: rows of an update for episodes; their limits, 0: what a row holds; how many are played at a time; tries.
         "episodes": {
-            "rows": 8, "turns": 8, "tokens": 0, "patches": 0, "seconds": 300.0, "parallel": 8, "tries": 2,
+            "rows": 8,
+            "turns": 8,
+            "tokens": 0,
+            "patches": 0,
+            "seconds": 300.0,
+            "parallel": 8,
+            "tries": 2,
         },
         "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }

@@ -41,7 +41,7 @@ class Curriculum:
     """Prompts (`pipeline.protocols.Prompts`) drawn by tier.
 
     shares: source -> share of the prompts, which stays.   w_min: the least weight of a tier.   decay: of the running
-    means of pass rates.   A prompt's key is [item, how often it was drawn before]: random access for a generator.
+    means of pass rates.   A prompt's key is (how often its item was drawn before) * items + item, see `located`.
     Raises: UserError when there are no items, or a source has a share and no items or the other way round.
     """
 
@@ -89,15 +89,20 @@ class Curriculum:
         uid, self._drawn = self._drawn, self._drawn + 1
         i = int(np.random.default_rng((self.seed, uid)).choice(len(self.items), p=self.probabilities()))
         times, self._times[i] = int(self._times[i]), self._times[i] + 1
-        return Prompt(uid, [i, times], self.items[i].source)
+        return Prompt(uid, times * len(self.items) + i, self.items[i].source)
+
+    def located(self, key: int) -> tuple[int, int]:
+        """(item, how often it was drawn before) of a prompt's key: random access for a generator."""
+        times, item = divmod(key, len(self.items))
+        return item, times
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Pass rates of a batch's groups, in order of their uids."""
+        """Pass rates of some complete groups, in order of their uids: the mean of their raw rewards, held in [0, 1]."""
         for group in sorted(groups, key=lambda group: group.prompt.uid):
-            self.observe(group.prompt.key[0], float(np.mean([member.grade.correct for member in group.members])))
+            self.observe(self.located(group.prompt.key)[0], float(np.clip(group.rewards, 0.0, 1.0).mean()))
 
     def observe(self, item: int, passes: float) -> None:
-        """The share of right answers of one group."""
+        """The pass rate of one group."""
         self._passes[item] += (1.0 - self.decay) * (passes - self._passes[item])
 
     def get_state(self) -> dict[str, Any]:
@@ -118,6 +123,8 @@ class Expansion:
     """
 
     def __init__(self, decay: float = 0.9, most: float = 8.0) -> None:
+        if not 0 <= decay < 1 <= most:
+            raise UserError(f"an expansion with decay={decay} and most={most}: decay is in [0, 1), most at least 1")
         self.decay, self.most, self.ratio = decay, most, 1.0
 
     def update(self, useless: int, groups: int) -> float:
@@ -144,3 +151,11 @@ def most_balanced(correct_NG: np.ndarray, count: int) -> np.ndarray:
     """
     away_N = np.abs(2 * correct_NG.sum(1) - correct_NG.shape[1])
     return np.argsort(away_N, kind="stable")[:count]
+
+
+def kept(groups: Sequence[Group], count: int) -> list[int]:
+    """Of complete groups those to be trained on, at most `count`, in their order: useful ones, the most balanced first
+    where there are more. Where none is useful, the first: a step has to have something."""
+    of = [n for n, group in enumerate(groups) if useful(group)] or [0]
+    correct_NG = np.array([[member.grade.correct for member in groups[n].members] for n in of])
+    return sorted(of[n] for n in most_balanced(correct_NG, count))

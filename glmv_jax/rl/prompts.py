@@ -53,6 +53,23 @@ def prompt_rows(
     return prompt_items(_sources(weights, split, namespace, seed), weights, builder, batch=1, reading=reading)
 
 
+def level_rows(
+    name: str,
+    level: int,
+    builder: DocumentBuilder,
+    *,
+    seed: int = 0,
+    namespace: str = "rl",
+    split: str = "train",
+    faults: str | None = None,
+) -> grain.MapDataset:
+    """Random access to prompts of one level of a task (`rl.levels`): a batch of one row each."""
+    from glmv_jax.rl import tasks
+
+    source = {name: tasks.get(name).source(split, namespaced(namespace, seed), level)}
+    return prompt_items(source, {name: 1.0}, builder, batch=1, reading=Reading(seed=seed, faults=faults))
+
+
 def _sources(names: Iterable[str], split: str, namespace: str, seed: int) -> dict[str, Any]:
     from glmv_jax.rl import tasks  # with their graders, which the trainer does not import
 

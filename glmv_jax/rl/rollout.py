@@ -115,8 +115,9 @@ def rollout(
 
     sampled: called when the answers are there and none has been graded. long: kinds that are written apart.
 
-    batch: of `rl.prompts` (arrays with one prompt a row, "samples" and "hashes"). Returns B * group records, groups
-    together.   score: samples and answers, groups together, to grades; what it raises passes through.
+    batch: of `rl.prompts` (arrays with one prompt a row, "samples" and "hashes"; rows beyond those only fill it).
+    Returns B * group records, groups together.
+    score: samples and answers, groups together, to grades; what it raises passes through.
     ValueError: a row does not show its prompt's images (`integrity.check_prompt`).
     """
     hashes = [check_prompt(batch, row) for row in range(len(batch["samples"]))]
@@ -128,7 +129,7 @@ def rollout(
     if sampled is not None:
         sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]
-    answers = [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]
+    answers = [tokens[:length] for tokens, length in zip(out.tokens[: len(samples)], out.lengths)]
     texts = [answer_text(tokenizer, ids, sampler.sampling.stop) for ids in answers]
     grades = score(samples, texts)
     records = []

@@ -11,6 +11,7 @@ import numpy as np
 from glmv_jax.data.questions import SPLITS, Questions
 from glmv_jax.data.records import Sample
 from glmv_jax.data.seeds import ENDLESS, generator
+from glmv_jax.rl.levels import ONE, Levels, OfLevel
 from glmv_jax.rl.rewards.grade import BEGIN_BOX, END_BOX, Grade, Verifier
 from glmv_jax.typing import UserError
 
@@ -101,6 +102,7 @@ class Task:
               Its verifier is `unjudged`, its answers are not boxed.
     missing:  why its answers cannot be graded on this machine, "" when they can.
     seconds:  that a grade may take where it starts a process, None for what is computed at once.
+    levels:   how hard a sample is, for a curriculum.
     """
 
     name: str
@@ -110,10 +112,12 @@ class Task:
     rubric: str = ""
     missing: Callable[[], str] = str
     seconds: float | None = None
+    levels: Levels = ONE
 
-    def source(self, split: str, seed: int) -> Questions | Made:
-        """Endless random access to the task's samples."""
-        return Made(self.name, self.make, split, seed) if self.make else Questions([self.name], split, seed)
+    def source(self, split: str, seed: int, level: int | None = None) -> Questions | Made | OfLevel:
+        """Endless random access to the task's samples, all or those of one level."""
+        made = Made(self.name, self.make, split, seed) if self.make else Questions([self.name], split, seed)
+        return made if level is None or self.levels.count == 1 else OfLevel(made, self.levels, level)
 
     def validate(self, *, count: int = 20, split: str = "train", seed: int = 0) -> None:
         """Checks the verifier on `count` samples; raises ValueError naming the sample and the answer.

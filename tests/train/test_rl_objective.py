@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import types
 
+import jax
 import numpy as np
 import pytest
 
 from glmv_jax import config
 from glmv_jax.rl import Grade
+from glmv_jax.rl.batch import to_batch
+from glmv_jax.rl.rollout import Rollout, image_hash
 from glmv_jax.train import main
 from tests.losses import policy_oracle as oracle
 
@@ -32,27 +35,63 @@ def records(form=0.0):
 def test_long_answers_lose_reward_and_stay_out_of_the_choice_of_groups():
     """The second group, in which one is long and all are wrong, has an advantage but is not learnt from."""
     made = stage("rollout.overlong.buffer=4", "rollout.overlong.penalty=0.5", "rollout.minibatches=2")
-    advantages = made._advantages(records(), REWARDS)
+    advantages = made.chosen.advantages(records(), REWARDS)
     lost = REWARDS.copy()
     lost[0, 0], lost[0, 2], lost[1, 0] = -0.5, 0.75, -0.5
     np.testing.assert_allclose(advantages, oracle.advantages(lost, "grpo"), rtol=1e-5, atol=1e-6)
-    assert made._minibatches(records(), REWARDS, advantages) == [[0, 1, 2, 3], [8, 9, 10, 11]]
+    assert made.chosen.minibatches(records(), REWARDS, advantages) == [[0, 1, 2, 3], [8, 9, 10, 11]]
     dropping = stage("rollout.overlong.drop=true")
-    assert dropping._minibatches(records(), REWARDS, advantages) == [[1, 2, 3, 8, 9, 10, 11]]
+    assert dropping.chosen.minibatches(records(), REWARDS, advantages) == [[1, 2, 3, 8, 9, 10, 11]]
 
 
 def test_components_of_rewards():
     made = stage("rollout.advantage=gdpo", "rollout.components=(('score', 1.0), ('format', 0.5))")
     parts = np.stack([REWARDS, (LENGTHS < 10).astype(float)], -1)
-    got = made._advantages(records(form=1.0), REWARDS)
+    got = made.chosen.advantages(records(form=1.0), REWARDS)
     np.testing.assert_allclose(got, oracle.advantages(parts, "gdpo", (1.0, 0.5)), rtol=1e-5, atol=1e-5)
     # A group that is all wrong can still learn the form.
-    assert made._minibatches(records(), REWARDS, got) == [[0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7]]
+    assert made.chosen.minibatches(records(), REWARDS, got) == [[0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7]]
 
 
 @pytest.mark.parametrize("kind", ["sampled", "top_k"])
 def test_a_teacher_teaches_every_group(kind):
     made = stage("rollout.advantage=none", f"loss.distil.kind={kind}", "reference.teachers=(('*', 'runs/teacher'),)")
-    advantages = made._advantages(records(), REWARDS)
+    advantages = made.chosen.advantages(records(), REWARDS)
     assert not advantages.any()
-    assert sorted(made._minibatches(records(), REWARDS, advantages)[0]) == list(range(12))
+    assert sorted(made.chosen.minibatches(records(), REWARDS, advantages)[0]) == list(range(12))
+
+
+def test_the_mismatch_is_told_by_whether_there_is_an_image():
+    """Against NumPy over the answers, some to questions with an image and some to questions without, in packed rows."""
+    cfg = config.load("experiments/rl_grpo.py:size=nano")
+    cfg.data.weights = {"count": 1.0, "riddle": 1.0}
+    more = ["rollout.prompts=6", "data.prompt_tokens=96", "data.tokens=256", "data.ahead=0"]
+    made = main.stage_class("rl")(config.override(cfg, [*SMALL, *more]))
+    data, rng = made.train_data(), np.random.default_rng(0)
+    prompts = next(data)
+    data.close()
+    answers = []
+    for row in range(6):
+        seen = prompts["frame"][row] > 0
+        about = dict(
+            id=str(row), row=row, source=prompts["samples"][row].source, text="", truncated=False,
+            grade=Grade(1.0, True, {}), prompt=prompts["tokens"][row][: prompts["length"][row]],
+            image_hash=image_hash(prompts["patches"][row][seen], prompts["yx"][row][seen]),
+        )  # fmt: skip
+        for _ in range(2):
+            n = int(rng.integers(1, 9))
+            answers.append(Rollout(answer=rng.integers(10, 99, n), logprobs=rng.normal(-8, 0.3, n), **about))
+    batch, left_out = to_batch(answers, prompts, np.ones(12), rows=(4,), tokens=256, patches=128, names=made.names,
+                               targets=208, per="token")  # fmt: skip
+    params = made.init_params(jax.random.key(0))
+    both = jax.jit(lambda p, b: (made.loss(p, {}, {}, b, jax.random.key(0))[1][0], made.others.logprobs(p, b)))
+    metrics, logprob_BT = jax.device_get(both(params, batch))
+    on = batch["loss_weight"] > 0
+    rho = np.exp(logprob_BT - batch["old_logprob"], dtype=np.float64)
+    pictured = batch["source"] == made.names.index("count")
+    for name, where in (("with image", on & pictured), ("without image", on & ~pictured)):
+        drawn = sum(len(a.answer) for a in answers if bool(a.image_hash) == (name == "with image"))
+        assert where.sum() == drawn > 10 and not left_out
+        kl = (rho - 1 - np.log(rho))[where].mean()
+        assert metrics[f"mismatch_kl/{name}"] == pytest.approx(kl, rel=1e-4) and kl > 0.001
+        assert metrics[f"mismatch_gap/{name}_max"] == pytest.approx(np.abs(np.log(rho[where])).max(), rel=1e-4)

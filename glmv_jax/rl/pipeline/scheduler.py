@@ -230,6 +230,7 @@ class Scheduler:
         """Another prompt takes its place."""
         self._begun -= 1
         self._filtered += 1
+        self.prompts.learn([group])
         self._tell("filtered", group)
         if self._filtered >= FILTERED:
             raise UserError(

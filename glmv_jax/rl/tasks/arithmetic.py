@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import other_numbers
@@ -112,4 +113,5 @@ def unsolved(sample: Sample) -> list[str]:
     return other_numbers(sample) + [drawn, f"{drawn}={sample.answer}", f"={sample.answer}"]
 
 
-TASKS = (Task("arithmetic", boxed(text.number()), unsolved, make=generate),)
+LEVELS = levels.by(lambda s: len(s.meta["problem"]), 4, 5)
+TASKS = (Task("arithmetic", boxed(text.number()), unsolved, make=generate, levels=LEVELS),)

@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, solids
 from glmv_jax.rl.task import Task
 
@@ -116,4 +117,4 @@ def misplaced(sample: Sample) -> list[str]:
             *(written(tuple(box)) for box in sample.meta["others"])]  # fmt: skip
 
 
-TASKS = (Task("box3d", boxed(solids.boxes()), misplaced, make=generate),)
+TASKS = (Task("box3d", boxed(solids.boxes()), misplaced, make=generate, levels=levels.by_number("others", 1)),)

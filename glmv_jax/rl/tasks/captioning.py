@@ -14,6 +14,7 @@ import numpy as np
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import scene, spatial
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.task import Task, unjudged
 
 PROMPTS = {
@@ -53,4 +54,4 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     return dataclasses.replace(drawn, boxed=False)
 
 
-TASKS = (Task("captioning", unjudged, make=generate, rubric=RUBRIC),)
+TASKS = (Task("captioning", unjudged, make=generate, rubric=RUBRIC, levels=levels.by_length(14, 44)),)

@@ -18,6 +18,7 @@ import numpy as np
 from glmv_jax.agents import sandbox
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -186,4 +187,5 @@ def hacks(sample: Sample) -> list[str]:
 
 
 VERIFIER = boxed(passes(), most=MOST)
-TASKS = (Task("code", VERIFIER, hacks, make=generate, missing=sandbox.missing, seconds=15.0),)
+LEVELS = levels.by_length(48, 64)
+TASKS = (Task("code", VERIFIER, hacks, make=generate, missing=sandbox.missing, seconds=15.0, levels=LEVELS),)

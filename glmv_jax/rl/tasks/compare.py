@@ -11,6 +11,7 @@ import numpy as np
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import count, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks import visual
@@ -53,4 +54,5 @@ def _picture(rng, split, asked, number, others) -> list[scene.Thing]:
     return scene.scatter(rng, split, CANVAS, kinds, (9, 12))
 
 
-TASKS = (Task("compare", boxed(text.number()), visual.other_numbers, make=generate),)
+LEVELS = levels.by_number("choices", 3, 4)
+TASKS = (Task("compare", boxed(text.number()), visual.other_numbers, make=generate, levels=LEVELS),)

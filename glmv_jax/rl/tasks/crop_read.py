@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import coordinates, drawing, emoji, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.rewards.grade import Score
 from glmv_jax.rl.task import Task
@@ -122,7 +123,7 @@ def hacks(sample: Sample) -> list[str]:
             *others]  # fmt: skip
 
 
-TASKS = (Task("crop_read", boxed(label), hacks, make=generate),)
+TASKS = (Task("crop_read", boxed(label), hacks, make=generate, levels=levels.by_number("things", 3)),)
 
 
 class Whole:

@@ -14,6 +14,7 @@ from PIL import Image
 from glmv_jax.data import coordinates, drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import scattered
@@ -82,4 +83,5 @@ def elsewhere(sample: Sample) -> list[str]:
     return [*scattered(sample), *(coordinates.format_lists([m]) for m in middles), coordinates.format_lists(middles)]
 
 
-TASKS = (Task("difference", boxed(geometry.point(reach=150.0, graded=0.3)), elsewhere, make=generate),)
+LEVELS = levels.by_number("others", 3, 4)
+TASKS = (Task("difference", boxed(geometry.point(reach=150.0, graded=0.3)), elsewhere, make=generate, levels=LEVELS),)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices, other_numbers
@@ -96,4 +97,4 @@ def elsewhere(sample: Sample) -> list[str]:
     return choices(sample) + other_numbers(sample)
 
 
-TASKS = (Task("document", boxed(text.number()), elsewhere, make=generate),)
+TASKS = (Task("document", boxed(text.number()), elsewhere, make=generate, levels=levels.by_number("choices", 8)),)

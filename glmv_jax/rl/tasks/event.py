@@ -15,6 +15,7 @@ from PIL import Image
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -140,4 +141,5 @@ def hacks(sample: Sample) -> list[str]:
     return spread + [time for time in times if time != sample.answer] + [f"{sample.answer} {sample.answer}", "1e1"]
 
 
-TASKS = (Task("event", boxed(moments()), hacks, make=generate),)
+LEVELS = levels.by_kind("form", ("come", "go"), "which", ("turn", "span"))
+TASKS = (Task("event", boxed(moments()), hacks, make=generate, levels=LEVELS),)

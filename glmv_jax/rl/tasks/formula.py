@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, formulas
 from glmv_jax.rl.task import Task
 
@@ -168,4 +169,4 @@ def scribbled(sample: Sample) -> list[str]:
             r"\text{" + gold + " or something else, as it may be}", "{" * 200 + gold + "}" * 200]  # fmt: skip
 
 
-TASKS = (Task("formula", boxed(formulas.formula()), scribbled, make=generate),)
+TASKS = (Task("formula", boxed(formulas.formula()), scribbled, make=generate, levels=levels.by_length(7, 14)),)

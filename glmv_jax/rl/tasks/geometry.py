@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import other_numbers
@@ -157,4 +158,5 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     return scene.sample("geometry", figure.picture, prompt, str(answer), lang, "numeric", figure=make.__name__)
 
 
-TASKS = (Task("geometry", boxed(text.number()), other_numbers, make=generate),)
+LEVELS = levels.by_kind("figure", ("on_a_line", "triangle"), "rectangle", ("half_base_height", "right_triangle"))
+TASKS = (Task("geometry", boxed(text.number()), other_numbers, make=generate, levels=LEVELS),)

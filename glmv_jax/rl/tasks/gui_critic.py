@@ -13,6 +13,7 @@ from glmv_jax.data import coordinates
 from glmv_jax.data.gui import described, mistaken, page
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed
 from glmv_jax.rl.rewards.grade import RIGHT, WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -64,4 +65,4 @@ def hacks(sample: Sample) -> list[str]:
     return [text for text in wrong if text != sample.answer]
 
 
-TASKS = (Task("gui_critic", boxed(corrected()), hacks, make=generate),)
+TASKS = (Task("gui_critic", boxed(corrected()), hacks, make=generate, levels=levels.by_length(2)),)

@@ -10,6 +10,7 @@ from glmv_jax.data import coordinates
 from glmv_jax.data.gui import NAMES, SAYS, page
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks import visual
@@ -32,4 +33,5 @@ def hacks(sample: Sample) -> list[str]:
     return [*visual.showers(sample), *others, coordinates.format_lists(sample.meta["boxes"] + sample.meta["others"])]
 
 
-TASKS = (Task("gui_ground", boxed(geometry.boxes(threshold=0.5, graded=0.5)), hacks, make=generate),)
+LEVELS = levels.by_number("others", 5, 7)
+TASKS = (Task("gui_ground", boxed(geometry.boxes(threshold=0.5, graded=0.5)), hacks, make=generate, levels=LEVELS),)

@@ -10,6 +10,7 @@ from glmv_jax.data import coordinates
 from glmv_jax.data.gui import SAYS, described, page
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry, text
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -82,4 +83,4 @@ def hacks(sample: Sample) -> list[str]:
     )
 
 
-TASKS = (Task("gui_perceive", boxed(elements()), hacks, make=generate),)
+TASKS = (Task("gui_perceive", boxed(elements()), hacks, make=generate, levels=levels.by_count("\n", 1)),)

@@ -15,6 +15,7 @@ from glmv_jax.data.gui import act, goal, page
 from glmv_jax.data.gui.page import Window
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry
 from glmv_jax.rl.rewards.grade import RIGHT, WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -104,4 +105,5 @@ def hacks(sample: Sample) -> list[str]:
             "click [[5,5]]" if sample.answer == "done" else "done"]  # fmt: skip
 
 
-TASKS = (Task("gui_step", boxed(nearer()), hacks, make=generate),)
+LEVELS = levels.by(lambda s: len(s.meta["window"]["elements"]), 7)
+TASKS = (Task("gui_step", boxed(nearer()), hacks, make=generate, levels=LEVELS),)

@@ -14,6 +14,7 @@ import numpy as np
 from glmv_jax.data.gui import act, goal, page
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks import gui_step
@@ -38,4 +39,5 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     return dataclasses.replace(made, images=tuple(map(page.draw, windows[max(0, at + 1 - SHOWN) : at + 1])))
 
 
-TASKS = (Task("gui_trajectory", boxed(gui_step.nearer()), gui_step.hacks, make=generate),)
+LEVELS = levels.by(lambda s: len(s.meta["window"]["elements"]), 7)
+TASKS = (Task("gui_trajectory", boxed(gui_step.nearer()), gui_step.hacks, make=generate, levels=LEVELS),)

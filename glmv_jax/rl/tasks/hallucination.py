@@ -12,6 +12,7 @@ import numpy as np
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import count, scene, spatial
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices
@@ -90,4 +91,5 @@ def unsure(sample: Sample) -> list[str]:
     return [*choices(sample), f"{yes}{no}", f"{yes} and {no}", "maybe", "yes/no", "?", sample.prompt]
 
 
-TASKS = (Task("hallucination", boxed(text.exact), unsure, make=generate),)
+LEVELS = levels.by_kind("form", "there", "side", "number")
+TASKS = (Task("hallucination", boxed(text.exact), unsure, make=generate, levels=LEVELS),)

@@ -14,6 +14,7 @@ import numpy as np
 from glmv_jax.data import drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed
 from glmv_jax.rl.rewards.grade import RIGHT, Score
 from glmv_jax.rl.task import Task
@@ -155,4 +156,4 @@ def careless(sample: Sample) -> list[str]:
     return wrong
 
 
-TASKS = (Task("instruction", boxed(rule), careless, make=generate),)
+TASKS = (Task("instruction", boxed(rule), careless, make=generate, levels=levels.by_number("rules", 4, 5)),)

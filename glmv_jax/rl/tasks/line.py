@@ -10,6 +10,7 @@ import numpy as np
 from glmv_jax.data import documents
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import misread
@@ -47,4 +48,4 @@ def skimmed(sample: Sample) -> list[str]:
     return misread(sample) + [gold[:2], gold[::3], "".join(sorted(gold))[:2]]
 
 
-TASKS = (Task("line", boxed(text.reading), skimmed, make=generate),)
+TASKS = (Task("line", boxed(text.reading), skimmed, make=generate, levels=levels.by_length(8, 13)),)

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import drawing, fonts
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices, other_numbers
@@ -126,4 +127,5 @@ def guesses(sample: Sample) -> list[str]:
     return choices(sample) + other_numbers(sample)
 
 
-TASKS = (Task("puzzle", boxed(text.number()), guesses, make=generate),)
+LEVELS = levels.by_kind("puzzle", "row", "equations", "square")
+TASKS = (Task("puzzle", boxed(text.number()), guesses, make=generate, levels=LEVELS),)

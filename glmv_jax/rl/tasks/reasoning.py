@@ -10,6 +10,7 @@ import numpy as np
 
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices, other_numbers
@@ -30,6 +31,9 @@ DATA_SETS = {
     "simple_equations": {"max_terms": 3, "max_value": 30},
     "syllogism": {},
 }
+SUMS = ("basic_arithmetic", "chain_sum", "products")
+COUNTS = ("count_bits", "count_primes", "letter_counting", "syllogism")
+THEORY = ("gcd", "lcm", "number_sequence", "simple_equations")
 
 
 def missing() -> str:
@@ -66,4 +70,5 @@ def guesses(sample: Sample) -> list[str]:
     return [*found, f"the answer is {sample.answer}", f"{sample.answer} {sample.answer}"]
 
 
-TASKS = (Task("reasoning", boxed(text.number()), guesses, make=generate, missing=missing),)
+LEVELS = levels.by_kind("data_set", SUMS, COUNTS, THEORY)
+TASKS = (Task("reasoning", boxed(text.number()), guesses, make=generate, missing=missing, levels=LEVELS),)

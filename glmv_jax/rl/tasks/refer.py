@@ -11,6 +11,7 @@ import numpy as np
 from glmv_jax.data import coordinates, drawing
 from glmv_jax.data.questions import scene, spatial
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import showers
@@ -86,4 +87,5 @@ def confused(sample: Sample) -> list[str]:
     return showers(sample) + [lists([box]) for box in others] + [lists(others), lists(gold + others)]
 
 
-TASKS = (Task("refer", boxed(geometry.boxes(threshold=0.5, graded=0.5)), confused, make=generate),)
+LEVELS = levels.by_number("others", 3)
+TASKS = (Task("refer", boxed(geometry.boxes(threshold=0.5, graded=0.5)), confused, make=generate, levels=LEVELS),)

@@ -12,6 +12,7 @@ import numpy as np
 from glmv_jax.data.questions import name, read, scene
 from glmv_jax.data.records import Sample
 from glmv_jax.data.texts import chinese_number
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices, other_numbers
@@ -112,4 +113,5 @@ def guesses(sample: Sample) -> list[str]:
     return [*choices(sample), *other_numbers(sample), sample.prompt]
 
 
-TASKS = (Task("riddle", boxed(text.number()), guesses, make=generate),)
+LEVELS = levels.by_kind("puzzle", ("chain", "order"), ("letters", "row", "day"), "story")
+TASKS = (Task("riddle", boxed(text.number()), guesses, make=generate, levels=LEVELS),)

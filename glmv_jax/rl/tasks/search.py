@@ -11,6 +11,7 @@ import numpy as np
 from glmv_jax.data import coordinates, drawing
 from glmv_jax.data.questions import attribute, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import Grade, boxed, geometry, text
 from glmv_jax.rl.task import Task
 from glmv_jax.rl.tasks.visual import choices, scattered
@@ -63,4 +64,4 @@ def elsewhere(sample: Sample) -> list[str]:
     return [*scattered(sample), coordinates.format_lists(middles), *singly]
 
 
-TASKS = (Task("search", verify, elsewhere, make=generate),)
+TASKS = (Task("search", verify, elsewhere, make=generate, levels=levels.by_kind("check", "exact", "point")),)

@@ -14,6 +14,7 @@ from PIL import Image
 from glmv_jax.data import drawing, svg
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, pictures
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -128,4 +129,4 @@ def hacks(sample: Sample) -> list[str]:
     ]
 
 
-TASKS = (Task("svg", boxed(drawn(), most=MOST), hacks, make=generate),)
+TASKS = (Task("svg", boxed(drawn(), most=MOST), hacks, make=generate, levels=levels.by_length(120, 150)),)

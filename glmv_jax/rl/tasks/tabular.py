@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from glmv_jax.data import documents, drawing, fonts
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, tables
 from glmv_jax.rl.task import Task
 
@@ -96,4 +97,4 @@ def ragged(sample: Sample) -> list[str]:
     ]
 
 
-TASKS = (Task("tabular", boxed(tables.table()), ragged, make=generate),)
+TASKS = (Task("tabular", boxed(tables.table()), ragged, make=generate, levels=levels.by_count("<td", 6, 8)),)

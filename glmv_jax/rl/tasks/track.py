@@ -14,6 +14,7 @@ from PIL import Image
 from glmv_jax.data import coordinates, drawing
 from glmv_jax.data.questions import scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score
 from glmv_jax.rl.task import Task
@@ -123,4 +124,4 @@ def hacks(sample: Sample) -> list[str]:
     ]
 
 
-TASKS = (Task("track", boxed(tracks()), hacks, make=generate),)
+TASKS = (Task("track", boxed(tracks()), hacks, make=generate, levels=levels.by_count("[[", 4)),)

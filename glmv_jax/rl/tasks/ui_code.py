@@ -16,6 +16,7 @@ from glmv_jax.agents import browser
 from glmv_jax.data import documents, drawing
 from glmv_jax.data.questions import read, scene
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, pictures, text
 from glmv_jax.rl.rewards.grade import WRONG, Rule, Score, extract_box
 from glmv_jax.rl.task import Task
@@ -154,4 +155,5 @@ def hacks(sample: Sample) -> list[str]:
 
 
 VERIFIER = boxed(rendered(), most=MOST)
-TASKS = (Task("ui_code", VERIFIER, hacks, make=generate, missing=browser.missing, seconds=90.0),)
+LEVELS = levels.by_length(200, 240)
+TASKS = (Task("ui_code", VERIFIER, hacks, make=generate, missing=browser.missing, seconds=90.0, levels=LEVELS),)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from glmv_jax.data.records import Sample
+from glmv_jax.rl import levels
 from glmv_jax.rl.rewards import boxed, geometry, text
 from glmv_jax.rl.task import Task
 
@@ -47,12 +48,12 @@ def scattered(sample: Sample) -> list[str]:
 
 
 TASKS = (
-    Task("read", boxed(text.reading), misread),
-    Task("count", boxed(text.number()), other_numbers),
-    Task("name", boxed(text.exact), choices),
+    Task("read", boxed(text.reading), misread, levels=levels.by_length(2)),
+    Task("count", boxed(text.number()), other_numbers, levels=levels.by(lambda s: int(s.answer), 3, 5)),
+    Task("name", boxed(text.exact), choices, levels=levels.by_kind("lang", "zh", "en")),
     Task("attribute", boxed(text.exact), choices),
     Task("spatial", boxed(text.exact), choices),
-    Task("ground", boxed(geometry.boxes(threshold=0.5, graded=0.5)), showers),
-    Task("point", boxed(geometry.point(reach=300.0, graded=0.3)), scattered),
-    Task("chart", boxed(text.number()), other_numbers),
+    Task("ground", boxed(geometry.boxes(threshold=0.5, graded=0.5)), showers, levels=levels.by_size(0.19, 0.12)),
+    Task("point", boxed(geometry.point(reach=300.0, graded=0.3)), scattered, levels=levels.by_size(0.19, 0.12)),
+    Task("chart", boxed(text.number()), other_numbers, levels=levels.by_number("values", 3)),
 )

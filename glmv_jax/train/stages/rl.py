@@ -13,7 +13,9 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +29,8 @@ from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.inference.settings import Settings as EngineSettings
 from glmv_jax.losses import policy
 from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
-from glmv_jax.losses.select import Targets, predictors, select, weights
+from glmv_jax.losses.cross_entropy import per_source
+from glmv_jax.losses.select import Targets, behind_image, predictors, select, weights
 from glmv_jax.models import vlm
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl.batch import for_ranks, to_batch
@@ -36,11 +39,14 @@ from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
-from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
+from glmv_jax.rl.pipeline.driver import Taken
+from glmv_jax.rl.pipeline.local import SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
-from glmv_jax.rl.prompts import prompt_rows, prompts
-from glmv_jax.rl.rollout import Long, Rollout, rollout
-from glmv_jax.train.stages import experts
+from glmv_jax.rl.prompts import prompts
+from glmv_jax.rl.rollout import Long
+from glmv_jax.rl.tiers import Tiers
+from glmv_jax.train.stages import experts, rl_questions
+from glmv_jax.train.stages.rl_choice import Choice
 from glmv_jax.train.stages.rl_episodes import Episodes, Mixed
 from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
@@ -48,6 +54,7 @@ from glmv_jax.train.stages.vlm import VLMStage, inputs
 from glmv_jax.typing import Batch, Params, TokenInput, UserError
 
 NOT_OF_THE_OBJECTIVE = ("aux", "chunk", "mtp")  # keys of cfg.loss
+IMAGES = ("without image", "with image")  # what the mismatch is told by, beside the sources
 
 
 class RL(VLMStage):
@@ -75,9 +82,7 @@ class RL(VLMStage):
         self.shape_buckets = len(self.rows)
         loss = {name: value for name, value in cfg.loss.items() if name not in NOT_OF_THE_OBJECTIVE}
         self.objective = policy.Objective.of(loss)
-        if r.advantage == "gdpo" and (not r.components or r.overlong.buffer):
-            raise UserError("rollout.advantage=gdpo weighs parts of grades; set rollout.components, such as "
-                            "(('score', 1.0), ('format', 0.5)), and rollout.overlong.buffer=0")  # fmt: skip
+        self.chosen = Choice(r, self.objective)
         self.others, self.ranks = Others(self), 1  # devices that this process' rows are shared out to
         self._waiting: collections.deque = collections.deque()
         if r.get("pipeline", "sync") not in ("sync", "async"):
@@ -121,11 +126,14 @@ class RL(VLMStage):
             faults=self.cfg.faults or None,
         )  # fmt: skip
         self.grading.open()
-        if self.episodes is None:
-            return Closing(questions(dict(d.weights), batch=r.prompts), self.grading.close)
-        episodes, asked = self.episodes, self.episodes.questions
-        data = Mixed(questions(episodes.weights, batch=asked) if asked else None, episodes.groups)
-        return Closing(data, episodes.close, self.grading.close)
+        episodes, asked = self.episodes, self.episodes.questions if self.episodes else r.prompts
+        if asked and (r.dynamic or rl_questions.curriculum(self.cfg)):
+            data = rl_questions.Asking(self, asked)
+        else:
+            data = questions(episodes.weights if episodes else dict(d.weights), batch=asked) if asked else None
+        if episodes is None:
+            return Closing(data, self.grading.close)
+        return Closing(Mixed(data, episodes.groups), episodes.close, self.grading.close)
 
     def batch_shapes(self):
         d = self.cfg.data
@@ -149,7 +157,7 @@ class RL(VLMStage):
             rows, left_out = taken.batch
             rows = for_ranks(rows, self.ranks)
             others = self.others.said_of([rows], state.params)[0]
-            return checked(rows) | others, summary(drawn) | left_out | self.grading.metrics()
+            return checked(rows) | others, summary(drawn) | left_out | self._told(taken, drawn) | self.grading.metrics()
         if not self._waiting:
             self._waiting.extend(self._rollouts(next(data), state))
         rows, others, metrics = self._waiting.popleft()
@@ -157,11 +165,11 @@ class RL(VLMStage):
 
     def _pipeline(self) -> Background:
         """Rollouts, rewards and rows made beside the training, in threads (`rl.pipeline`)."""
-        d, r = self.cfg.data, self.cfg.rollout
+        r = self.cfg.rollout
         settings = Settings(
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
-        rows = Rows(prompt_rows(dict(d.weights), self.asker, seed=self.data_seed, faults=self.cfg.faults or None))
+        rows, self._expansion = rl_questions.rows(self), rl_questions.expansion(self.cfg)
         self.grading.open()
         if r.get("slots", 0):
             engine = SlotEngine(self._front, rows, self.cfg.seed, self.tokenizer)
@@ -173,9 +181,29 @@ class RL(VLMStage):
             records, batch = rollouts(groups, rows)
             return next(iter(await asyncio.to_thread(lambda: list(self._packed(records, batch)))))
 
-        scheduler = functools.partial(Scheduler, rows, settings, keep=useful if r.dynamic else None)
+        def scheduler(note):
+            self._scheduler = Scheduler(rows, settings, note, keep=useful if r.dynamic else None)
+            return self._scheduler
+
         parts = Parts(scheduler, engine, self.grading.answers(rows), build, self.grading.close)
         return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
+
+    def _told(self, taken: Taken, drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
+        """What the curriculum has learnt, and how much more is asked than a batch holds: groups that teach nothing are
+        replaced in any case, but where a batch waits for none (late) as many more begin at once."""
+        scheduler, most = self._scheduler, self._scheduler.settings.most_in_flight
+        metrics = scheduler.prompts.metrics() if isinstance(scheduler.prompts, Tiers) else {}
+        if (expansion := self._expansion) is None:
+            return metrics
+        if expansion.ratio == 1.0:  # of a run that goes on
+            expansion.ratio = max(1.0, scheduler.in_flight / most)
+        useless = sum(row["kind"] == "filtered" for row in drawn)
+        asked = useless + len(taken.groups)
+        metrics |= {"asked": float(asked), "useful": 1.0 - useless / asked}
+        metrics["expansion"] = expansion.update(useless, asked)
+        if scheduler.settings.late != "wait":
+            scheduler.in_flight = expansion.groups(most)
+        return metrics
 
     def _front(self, params, version: int) -> Front:
         """The inference engine in a thread of its own."""
@@ -192,17 +220,13 @@ class RL(VLMStage):
         step, played, told = int(state.step), [], {}
         if self.episodes:
             played, told = self.episodes.play(batch["episodes"], state.params, step)
-        if "tokens" in batch:
-            key = jax.random.fold_in(jax.random.key(self.cfg.seed), step)
-            more = {"sampled": self.others.prefetch, "long": self.long}
-            records = rollout(self.sampler, state.params, batch, key, self.tokenizer, self.grading.score, **more)
-        else:
-            records = []
-            self.others.prefetch()
-        parts = list(self._packed(records, batch)) if records else []
+        asking = batch.get("asking") or rl_questions.Fixed(self, batch)
+        found = asking.answers(state.params, step)
+        parts = list(self._packed(found.records, found.batch)) if found.records else []
         if self.episodes:
             parts = _side_by_side(parts, self.episodes.rows(played))
-        metrics = (by_source([*records, *played]) or {self.headline: math.nan}) | told | self.grading.metrics()
+        metrics = by_source([*found.graded, *played]) or {self.headline: math.nan}
+        metrics |= found.metrics | told | self.grading.metrics()
         parts = [(for_ranks(rows, self.ranks), left_out) for rows, left_out in parts]
         said = self.others.said_of([rows for rows, _ in parts], state.params)
         for (rows, left_out), others in zip(parts, said):
@@ -218,42 +242,6 @@ class RL(VLMStage):
                 images=self.cfg.data.get("images", 0) or None, names=self.names, per="token",
             )  # fmt: skip
             yield rows, {"left_out": left_out / max(1, len(of))}
-
-    def chosen(self, records: list[Rollout], size: int) -> tuple[list[list[int]], np.ndarray]:
-        """The rollouts of each update, by their place, and the advantages [N, G] of groups of `size`."""
-        rewards_NG = np.array([x.grade.reward for x in records]).reshape(-1, size)
-        advantages_NG = self._advantages(records, rewards_NG)
-        return self._minibatches(records, rewards_NG, advantages_NG), advantages_NG
-
-    def _minibatches(self, records: list[Rollout], rewards_NG: np.ndarray, advantages_NG: np.ndarray):
-        """The rollouts of each update, by their place in `records`: a list of lists.
-
-        Groups whose rewards are all equal have no gradient: packing them would only cost time (DAPO, section 3.2).
-        Those whose rewards differ most come first and are not the ones left out when the rows are full. A group goes
-        whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
-        """
-        r, size = self.cfg.rollout, rewards_NG.shape[1]
-        teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
-        teaches_N = teaches_N | (self.objective.distil.kind != "none")
-        teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
-        dropped = lambda n: r.overlong.drop and records[n].truncated  # noqa: E731
-        return [
-            [n for g in teaching[i :: r.minibatches] for n in range(g * size, (g + 1) * size) if not dropped(n)]
-            for i in range(r.minibatches)
-        ]
-
-    def _advantages(self, records: list[Rollout], rewards_NG: np.ndarray) -> np.ndarray:
-        """[N, G], of rewards from which long answers may lose something."""
-        r = self.cfg.rollout
-        if r.advantage == "gdpo":
-            names, weight_C = zip(*r.components)
-            parts = np.array([[x.grade.components.get(name, 0.0) for name in names] for x in records])
-            return np.asarray(policy.gdpo_advantages(parts.reshape(*rewards_NG.shape, -1), weight_C))
-        if r.overlong.buffer:
-            length_NG = np.array([len(x.answer) for x in records]).reshape(rewards_NG.shape)
-            lost_NG = policy.overlong(length_NG, r.max_new_tokens, r.overlong.buffer, r.overlong.penalty)
-            rewards_NG = rewards_NG + np.asarray(lost_NG)
-        return np.asarray(policy.group_advantages(rewards_NG, r.advantage))
 
     def counts(self, batch):
         """Samples are answers."""
@@ -293,7 +281,8 @@ class RL(VLMStage):
         weight_BJ = weights(targets, tokens.segments, 1)
         old_BJ, proximal_BJ = (at_targets(batch, name, targets) for name in ("old_logprob", "proximal"))
         found = policy.whole(self.objective, weight_BJ, _answers(batch, targets), old_BJ, proximal_BJ)
-        return super().whole(batch, pieces) | {"policy": found}
+        image_N = per_source(weight_BJ, weight_BJ, _with_image(batch, targets), len(IMAGES))[1]
+        return super().whole(batch, pieces) | {"policy": found, "image_N": image_N}
 
     def loss(self, params, constants, extra, batch, key):
         whole = batch.get("whole") or self.whole(batch)
@@ -307,6 +296,8 @@ class RL(VLMStage):
             of=whole["policy"],
         )  # fmt: skip
         metrics |= policy.mismatch_by_source(off, weight_BJ, at("source"), whole["source_N"], self.names)
+        seen_BJ = _with_image(batch, targets)
+        metrics |= policy.mismatch_by_source(off, weight_BJ, seen_BJ, whole["image_N"], IMAGES)
         extra = experts.counted(extra, experts.by_path(aux, (), shared=True))
         return loss, (metrics | {"cut": targets.cut}, extra)
 
@@ -341,6 +332,12 @@ def at_targets(batch: Batch, name: str, targets: Targets) -> jax.Array | None:
     x_BT = batch[name]
     at_BJ = targets.at_BJ.reshape(*targets.at_BJ.shape, *[1] * (x_BT.ndim - 2))
     return jnp.take_along_axis(x_BT, at_BJ, axis=1)
+
+
+def _with_image(batch: Batch, targets: Targets) -> jax.Array:
+    """[B, J]: the place in IMAGES of each target, by whether an image stands before it in its text."""
+    seen_BT = behind_image(batch["segments"], batch["image_row"] >= 0)
+    return jnp.take_along_axis(seen_BT.astype(jnp.int32), targets.at_BJ, axis=1)
 
 
 def _answers(batch: Batch, targets: Targets) -> policy.Answers:

@@ -1,0 +1,139 @@
+"""The questions of stage 5 and, in its synchronous form, the answers to those of a step.
+
+By default a step asks the next cfg.rollout.prompts of the mixture. With cfg.rollout.curriculum more of those are asked
+that the policy can do half of the time (`rl.tiers`). With cfg.rollout.dynamic as many more are asked as will teach
+nothing, by what was useless in the steps before, and the most balanced of the useful groups are trained on (GLM-V,
+section 5.3). What a group teaches is told by its rewards as they were graded, before any shaping by length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+
+from glmv_jax.rl.curriculum import Expansion, kept, useful
+from glmv_jax.rl.pipeline import Group, Member
+from glmv_jax.rl.pipeline.local import Rows
+from glmv_jax.rl.prompts import prompt_rows
+from glmv_jax.rl.rollout import Rollout, rollout
+from glmv_jax.rl.tiers import Tiers
+from glmv_jax.typing import Batch, Params
+
+if TYPE_CHECKING:
+    from glmv_jax.train.stages.rl import RL
+
+
+class Answered(NamedTuple):
+    """records: what is trained on, groups beside each other; batch: of prompts, in which they count.
+    graded: all that was answered, trained on or not.   metrics: beside those of `graded`."""
+
+    records: Sequence[Rollout]
+    batch: Batch
+    graded: Sequence[Rollout]
+    metrics: dict[str, float]
+
+
+def rows(stage: RL) -> Rows:
+    """Where the prompts of the run come from one by one: in the order of the mixture, or of a curriculum."""
+    cfg = stage.cfg
+    weights = stage.episodes.weights if stage.episodes else dict(cfg.data.weights)
+    common = {"seed": stage.data_seed, "faults": cfg.faults or None}
+    if not curriculum(cfg):
+        return Rows(prompt_rows(weights, stage.asker, **common))
+    settings = {name: cfg.rollout.curriculum[name] for name in ("w_min", "decay")}
+    return Tiers(weights, stage.asker, **common, **settings)
+
+
+def curriculum(cfg: Any) -> bool:
+    """Whether there is one."""
+    return bool(cfg.rollout.get("curriculum", {}).get("on", False))
+
+
+def expansion(cfg: Any) -> Expansion | None:
+    """How many more prompts are asked, where that is to change."""
+    return Expansion(**cfg.rollout.get("expansion", {})) if cfg.rollout.dynamic else None
+
+
+def answered(stage: RL, batch: Batch, params: Params, step: int, call: int = 0) -> list[Rollout]:
+    """Graded answers to a batch of prompts. call: of the step; each draws with a key of its own."""
+    key = jax.random.fold_in(jax.random.key(stage.cfg.seed), step)
+    key = jax.random.fold_in(key, call) if call else key
+    more = {"sampled": stage.others.prefetch, "long": stage.long}
+    return rollout(stage.sampler, params, batch, key, stage.tokenizer, stage.grading.score, **more)
+
+
+class Asking:
+    """The data of steps that draw their prompts themselves, when they ask them; `answers` is what they get.
+
+    groups: of a batch. They are asked at once, and what goes beyond them a quarter of that number at a time, so that
+    there are two shapes to compile.
+    """
+
+    def __init__(self, stage: RL, groups: int) -> None:
+        self._stage, self._groups = stage, groups
+        self._rows, self._expansion = rows(stage), expansion(stage.cfg)
+
+    def __next__(self) -> Batch:
+        return {"asking": self}
+
+    def get_state(self) -> dict[str, Any]:
+        return {"prompts": self._rows.get_state(), "ratio": self._expansion and self._expansion.ratio}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._rows.set_state(state["prompts"])
+        if self._expansion and state["ratio"]:
+            self._expansion.ratio = state["ratio"]
+
+    def close(self) -> None:
+        """Nothing runs beside the step."""
+
+    def answers(self, params: Params, step: int) -> Answered:
+        """Those of a step with these weights. The curriculum learns of all of them at once."""
+        count = self._expansion.groups(self._groups) if self._expansion else self._groups
+        prompts = [self._rows.draw() for _ in range(count)]
+        graded: list[Rollout] = []
+        for call, (first, size) in enumerate(_calls(count, self._groups)):
+            batch = self._rows.batch([prompt.key for prompt in prompts[first : first + size]], size)
+            graded += _moved(answered(self._stage, batch, params, step, call), first)
+        size = self._stage.sampler.group
+        groups = [
+            Group(prompt, [Member(grade=record.grade) for record in graded[n * size : (n + 1) * size]])
+            for n, prompt in enumerate(prompts)
+        ]
+        self._rows.learn(groups)
+        chosen = kept(groups, self._groups) if self._expansion else list(range(count))
+        records = [record for n, g in enumerate(chosen) for record in _moved(graded[g * size : (g + 1) * size], n - g)]
+        metrics = self._rows.metrics() if isinstance(self._rows, Tiers) else {}
+        if self._expansion:
+            useless = sum(not useful(group) for group in groups)
+            metrics |= {"asked": float(count), "useful": 1.0 - useless / count}
+            metrics["expansion"] = self._expansion.update(useless, count)
+        return Answered(records, self._rows.batch([prompts[g].key for g in chosen]), graded, metrics)
+
+
+class Fixed:
+    """Answers to a batch of prompts that the data have made."""
+
+    def __init__(self, stage: RL, batch: Batch) -> None:
+        self._stage, self._batch = stage, batch
+
+    def answers(self, params: Params, step: int) -> Answered:
+        if "tokens" not in self._batch:  # episodes alone
+            self._stage.others.prefetch()
+            return Answered((), self._batch, (), {})
+        records = answered(self._stage, self._batch, params, step)
+        return Answered(records, self._batch, records, {})
+
+
+def _calls(count: int, groups: int) -> list[tuple[int, int]]:
+    """(first prompt, size) of each call of the sampler."""
+    few = max(1, groups // 4)
+    return [(0, groups), *((first, few) for first in range(groups, count, few))]
+
+
+def _moved(records: Sequence[Rollout], by: int) -> list[Rollout]:
+    """Of prompts that stand so many rows further on."""
+    return [dataclasses.replace(record, row=record.row + by) for record in records]
