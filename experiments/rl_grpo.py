@@ -51,7 +51,7 @@ def get_config(arg=None):
         "curriculum": {"on": False, "w_min": 0.05, "decay": 0.7},
         "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
         "environments": (),  # pairs (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0)
-        # sync: rows of an update for episodes; their limits, 0: what a row holds; how many are played at a time; tries.
+        # Rows of an update for episodes; their limits, 0: what a row holds; environments at a time; sync: tries.
         "episodes": {
             "rows": 8,
             "turns": 8,

@@ -1,7 +1,7 @@
-"""Groups of episodes as graded records: so many environments at work at a time, each episode graded as it ends.
+"""Groups of episodes as graded records: so many at a time, each graded as it ends, compared when its group is there.
 
-An episode that its environment spoilt says nothing about the policy: it is played once more, in an environment that
-begins anew, and left out of its group when that fails too.
+An episode that its environment spoilt says nothing about the policy: it is played once more, in another environment,
+and left out of its group when that fails too.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import NamedTuple
 
+from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.episodes import record
-from glmv_jax.rl.gym import Environment
-from glmv_jax.rl.play import DEFAULT, Episode, Limits, Policy, play
+from glmv_jax.rl.play import DEFAULT, Episode, Limits, Policy
 from glmv_jax.rl.rewards.grade import Grade
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.rl.transcript import Form
 
 
 class Collected(NamedTuple):
-    """records: groups together, in the order of the seeds. failed: every episode that an environment spoilt, those
-    that were played again too. silent: episodes that were over before the model said anything."""
+    """records: groups together, in the order they were asked for. failed: every episode that an environment spoilt,
+    those that were played again too. silent: episodes that were over before the model said anything."""
 
     records: list[Rollout]
     failed: list[Episode]
@@ -28,56 +28,51 @@ class Collected(NamedTuple):
 
 
 async def collect(
-    make: Callable[[], Environment],
+    arena: Arena,
     policy: Callable[[int, int], Policy],
     grade: Callable[[Episode], Awaitable[Grade]],
-    seeds: Sequence[int],
+    groups: Sequence[tuple[str, int]],
     form: Form,
     *,
-    group: int,
-    parallel: int = 8,
+    size: int,
     tries: int = 2,
     limits: Limits = DEFAULT,
+    compare: Callable[[Sequence[Episode], Sequence[Grade]], Awaitable[Sequence[Grade]]] | None = None,
 ) -> Collected:
-    """Plays every seed `group` times.
+    """Plays every group's episode `size` times.
 
-    make: an environment; `parallel` of them are made at most, and closed at the end.
     policy: of (seed, number in the group).
     grade: of an episode; `RewardSystem.grade` is one, so is `episodes.verdict` in a coroutine. It may raise only what
-        should end everything.
+        should end everything, and so may `compare`.
+    groups: (environment's name, seed) of each.
     tries: how often an episode is played at most.
+    compare: the grades of a group, of all that is left of it and what `grade` said of each.
     """
-    free: asyncio.Queue[Environment] = asyncio.Queue()
-    environments = [make() for _ in range(min(parallel, len(seeds) * group))]
-    for environment in environments:
-        free.put_nowait(environment)
     failed: list[Episode] = []
+    silent: list[Episode] = []
 
-    async def one(row: int, member: int) -> tuple[int, Episode, Grade | None]:
-        episode = await played(seeds[row], member)
-        graded = episode.transcript.turns and not episode.failed
-        return row, episode, (await grade(episode)) if graded else None
-
-    async def played(seed: int, member: int) -> Episode:
+    async def member(name: str, seed: int, number: int) -> tuple[Episode, Grade] | None:
         for _ in range(tries):
-            environment = await free.get()
-            try:
-                episode = await play(environment, policy(seed, member), seed, form, limits)
-            finally:
-                free.put_nowait(environment)
+            episode = await arena.play(name, policy(seed, number), seed, form, limits)
             if not episode.failed:
                 break
             failed.append(episode)
-        return episode
+        else:
+            return None
+        if not episode.transcript.turns:
+            silent.append(episode)
+            return None
+        return episode, await grade(episode)
 
-    try:
+    async def whole(row: int, name: str, seed: int) -> list[Rollout]:
         async with asyncio.TaskGroup() as tasks:
-            places = [(row, member) for row in range(len(seeds)) for member in range(group)]
-            playing = [tasks.create_task(one(*place)) for place in places]
-    finally:
-        for environment in environments:
-            await asyncio.to_thread(environment.close)
-    done = [task.result() for task in playing]
-    records = [record(episode, grade, row) for row, episode, grade in done if grade is not None]
-    silent = [episode for _, episode, _ in done if not episode.failed and not episode.transcript.turns]
-    return Collected(records, failed, silent)
+            playing = [tasks.create_task(member(name, seed, number)) for number in range(size)]
+        found = [task.result() for task in playing if task.result() is not None]
+        grades: Sequence[Grade] = [grade for _, grade in found]
+        if compare is not None and found:
+            grades = await compare([episode for episode, _ in found], grades)
+        return [record(episode, grade, row) for (episode, _), grade in zip(found, grades)]
+
+    async with asyncio.TaskGroup() as tasks:
+        playing = [tasks.create_task(whole(row, *group)) for row, group in enumerate(groups)]
+    return Collected([record for task in playing for record in task.result()], failed, silent)

@@ -101,7 +101,7 @@ def _one(rows: Sequence[Row], passes: Sequence[int], threshold: float | None) ->
         "format": _mean(r["components"].get("format", 0.0) for r in rows),
         "error": _mean(any(f in r["flags"] for f in ("error", "timeout", "nan")) for r in rows),
         "timeout": _mean("timeout" in r["flags"] for r in rows),
-        "logprob": _per_token(rows, lambda r: r["logprobs"]) if any(len(r["logprobs"]) for r in rows) else 0.0,
+        "logprob": _per_token(rows, _said) if any(len(_said(r)) for r in rows) else 0.0,
     }
     for name in sorted({name for r in rows for name in r["components"]} - {"format"}):
         found[f"component/{name}"] = _mean(r["components"][name] for r in rows if name in r["components"])
@@ -111,6 +111,11 @@ def _one(rows: Sequence[Row], passes: Sequence[int], threshold: float | None) ->
     if ages:
         found |= {"staleness": _mean(ages), "staleness_max": float(max(ages))}
     return found
+
+
+def _said(row: Row) -> Sequence[float]:
+    """Log-probabilities of what was drawn: of an episode not those of its environment's words."""
+    return [x for x, version in zip(row["logprobs"], row.get("versions") or [0] * len(row["logprobs"])) if version >= 0]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -3,7 +3,7 @@
 What an environment does wrong is data. The episode ends as "failed" with the reason, is logged, and whoever collects
 episodes drops it or counts it; the environment is closed, so that its next `reset` begins with a fresh one. What a
 policy does wrong is a bug and raises, but for what a model says: a malformed call is answered with its error by the
-environment and counted here.
+environment and counted here. A policy that will say no more raises Stopped.
 """
 
 from __future__ import annotations
@@ -80,6 +80,10 @@ class Failed(Exception):
     """An environment did what no environment should."""
 
 
+class Stopped(Exception):
+    """A policy leaves an episode in its turn; the environment waits for an answer and may be reset."""
+
+
 async def play(environment: Environment, policy: Policy, seed: int, form: Form, limits: Limits = DEFAULT) -> Episode:
     """Plays the episode of a seed. Raises UserError where no other would do better, and what `policy` raises."""
     game = _Game(environment, policy, form, limits)
@@ -93,7 +97,7 @@ async def play(environment: Environment, policy: Policy, seed: int, form: Form, 
         ended, reason = "failed", str(error)
         log.warning("episode %d of %s failed in turn %d: %s", seed, environment.source, len(game.actions), reason)
     if ended in ("time", "failed"):
-        await _closed(environment)
+        await closed(environment)
     return game.episode(seed, ended, reason)
 
 
@@ -155,7 +159,8 @@ async def _trusted(answer: Awaitable[T]) -> T:
         raise Failed(_said(error)) from error
 
 
-async def _closed(environment: Environment) -> None:
+async def closed(environment: Environment) -> None:
+    """Closes it in a thread, whatever it says to that."""
     try:
         await asyncio.to_thread(environment.close)
     except Exception as error:  # it is given up in any case; the next reset says whether it can go on

@@ -17,6 +17,7 @@ import pytest
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.rl import envs
+from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.envs import browser, oracles
 from glmv_jax.rl.play import Limits, play
 from glmv_jax.rl.players import scripted
@@ -43,6 +44,7 @@ def started():
     yield make
     for each in made:
         each.close()
+        each.close()  # and it may be closed twice
     assert not browser._drivers()
 
 
@@ -78,21 +80,34 @@ def test_keys_wheel_and_what_a_browser_refuses(started):
         assert text.count(answer) == 1, answer
 
 
-def test_a_dead_browser_is_one_failed_episode_and_leaves_nothing_behind(started):
-    environment = started("click-test")
-    win = oracles.of_browser(environment)
+def test_a_browser_is_kept_until_it_dies_and_the_next_begins_as_it_did(started):
+    """A dead one is one failed episode and leaves nothing behind."""
+    arena, made = Arena(lambda name: made.append(started(name)) or made[-1], 1), []
+
+    def episode(choose, seed):
+        policy = scripted(lambda: choose() if choose else oracles.of_browser(made[-1])())
+        return asyncio.run(arena.play("click-test", policy, seed, FORM, Limits(turns=8, seconds=60)))
 
     def killed():
         (driver,) = browser._drivers()
         for pid, (_, parent) in browser._processes().items():
             if parent == driver:
                 os.kill(pid, signal.SIGKILL)
-        return win()
+        return oracles.of_browser(made[-1])()
 
-    episode = played(environment, killed)
-    assert episode.failed and "Exception" in episode.reason, episode
+    first = [episode(None, seed) for seed in (0, 1)]
+    assert len(made) == 1
+    dead = episode(killed, 2)
+    assert dead.failed and "Exception" in dead.reason, dead
     assert not browser._drivers()
-    assert played(environment, oracles.of_browser(environment)).reward == 1.0
+    again = [episode(None, seed) for seed in (1, 0)][::-1]
+    assert [e.reward for e in first + again] == [1.0] * 4 and arena.made["click-test"] == len(made) == 2
+    for kept, fresh in zip(first, again):
+        assert kept.transcript.tokens.tolist() == fresh.transcript.tokens.tolist()
+        assert kept.transcript.hashes == fresh.transcript.hashes and kept.transcript.images
+    assert arena.gone["click-test"] == 1 and browser._drivers()
+    arena.close()
+    assert not browser._drivers()
 
 
 def test_a_browser_that_is_closed_while_it_starts_is_ended(started):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import functools
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.rl import envs, metrics
+from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.collect import collect
 from glmv_jax.rl.envs import oracles
 from glmv_jax.rl.envs.windows import Windows
@@ -69,7 +71,16 @@ def collected(kind, **options):
         plan = plan if member == 0 else plan[-1:]
         return scripted(lambda: plan.pop(0) if plan else Action("?"))
 
-    return asyncio.run(collect(kind, policy, graded, [3, 1, 2], FORM, group=3, limits=LIMITS, **options))
+    return gathered(kind, policy, graded, [3, 1, 2], size=3, limits=LIMITS, **options)
+
+
+def gathered(make, policy, grade, seeds, parallel=8, **options):
+    """All in environments of one name, which are closed in the end."""
+    arena = Arena(lambda name: make(), parallel)
+    try:
+        return asyncio.run(collect(arena, policy, grade, [("it", seed) for seed in seeds], FORM, **options))
+    finally:
+        arena.close()
 
 
 def test_groups_come_in_order_and_no_more_play_than_may():
@@ -107,9 +118,9 @@ def test_episodes_are_graded_as_they_end():
         return slow
 
     limits = Limits(turns=2)
-    asyncio.run(collect(Windows, policy, grade, [1, 2], FORM, group=2, parallel=4, limits=limits))
+    gathered(Windows, policy, grade, [1, 2], size=2, parallel=4, limits=limits)
     assert len(times) == 4 and times[-1][0] == 1 and [seed for seed, _ in times].count(2) == 2
-    silent = asyncio.run(collect(Windows, policy, grade, [1], FORM, group=2, limits=Limits(tokens=8)))
+    silent = gathered(Windows, policy, grade, [1], size=2, limits=Limits(tokens=8))
     assert not silent.records and len(silent.silent) == 2 and len(times) == 4
 
 
@@ -122,7 +133,7 @@ def test_a_grader_that_raises_ends_it_and_environments_are_closed():
 
     policy = lambda seed, member: scripted(lambda: Action("?"))  # noqa: E731
     with pytest.raises(ExceptionGroup):
-        asyncio.run(collect(Kind, policy, grade, [1], FORM, group=2, limits=Limits(turns=1)))
+        gathered(Kind, policy, grade, [1], size=2, limits=Limits(turns=1))
     assert Kind.made == Kind.closed == 2
 
 
@@ -149,7 +160,7 @@ def test_an_engine_draws_from_the_conversation_as_a_document():
         return SimpleNamespace(tokens=ids, logprobs=-np.arange(len(ids)), versions=[5] * len(ids))
 
     limits = Limits(turns=2, tokens=1500)
-    out = asyncio.run(collect(Windows, lambda *_: served(complete), graded, [1], FORM, group=1, limits=limits))
+    out = gathered(Windows, lambda *_: served(complete), graded, [1], size=1, limits=limits)
     (record,) = out.records
     (first, room, turn), (second, less, turn_2) = asked
     np.testing.assert_array_equal(first.tokens, record.prompt)
@@ -181,8 +192,7 @@ def test_the_reward_system_grades_episodes_as_they_are():
 
     with RewardSystem(table) as system:
         for name, oracle in (("windows", oracles.of_windows), ("desk/lookup", oracles.of_lookup)):
-            out = asyncio.run(collect(
-                lambda name=name: envs.make(name), solving(name, oracle), system.grade, [4, 5], FORM, group=2,
-                limits=LIMITS))  # fmt: skip
+            make = functools.partial(envs.make, name)
+            out = gathered(make, solving(name, oracle), system.grade, [4, 5], size=2, limits=LIMITS)
             assert [r.grade.correct for r in out.records] == [True, False] * 2
             assert [r.grade.reward for r in out.records][::2] == [1.0, 1.0]

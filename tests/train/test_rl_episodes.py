@@ -143,16 +143,39 @@ def test_episodes_and_questions_train_together(learn):
     assert made.grading.system is None
 
 
-def test_episodes_alone_are_drawn_by_the_engine_with_the_weights_of_each_step(learn):
-    """And graded in this process: by the environment's verdict, or as the task says."""
-    made = build(*ALONE, "rollout.slots=4", "rollout.episodes.rows=6", "rollout.prompts=6")
-    assert made.episodes.questions == 0 and made.episodes.groups == 6
-    found, before = two_updates(made, learn)
+def test_the_asynchronous_form_draws_the_same_episodes_beside_questions(learn):
+    """By the engine, with the weights of each step when nothing may be stale; graded in this process: by the
+    environment's verdict, or as the task says. The synchronous form plays them alone."""
+    two = ["rollout.environments=(('windows', 3.0), ('desk/count', 3.0))", "rollout.slots=4"]
+    beside = build(*two, "rollout.pipeline=async", "rollout.staleness=0", "rollout.minibatches=1")
+    assert (beside.episodes.groups, beside.episodes.questions) == (6, 6)
+    (shape,) = beside.batch_shapes()
+    found, before = two_updates(beside, learn)
     drawn_by_these_weights(found, before, learn, ["windows"])
     for batch, told, _ in found:
-        assert batch["tokens"].shape == (6, 1024) and not any("/count" in name for name in told if "desk" not in name)
-        assert told.get("reward/desk/count", 0.0) == 0.0
-    assert made.episodes._players._front is None, "closed with the data"
+        assert {name: (x.shape, x.dtype) for name, x in batch.items()} == {
+            name: (x.shape, x.dtype) for name, x in shape.items()
+        }
+        assert told["staleness_max/mean"] == 0.0 and told["thrown_away/windows"] == 0.0
+        assert any(f"reward/{name}" in told for name in beside.episodes.weights)
+    alone = build(*ALONE, *two, "rollout.prompts=6", "rollout.minibatches=1")
+    assert (alone.episodes.groups, alone.episodes.questions) == (6, 0)
+    data = alone.train_data()
+    try:
+        for step, params in enumerate(before):
+            wanted, metrics = alone.next_batch(data, types.SimpleNamespace(params=params, step=step))
+            assert wanted["tokens"].shape == (4, 1024) and (wanted["advantage"] != 0).any()
+            batch, told, _ = found[step]
+            for name in wanted.keys() - {"source", "old_logprob"}:
+                np.testing.assert_array_equal(batch[name][2:], wanted[name], err_msg=f"{name} of step {step}")
+            # What a slot had read before decides in which pieces it reads on, and so the last digit.
+            np.testing.assert_allclose(batch["old_logprob"][2:], wanted["old_logprob"], atol=1e-5)
+            for name in (name for name in metrics if name.endswith(("/windows", "/desk/count"))):
+                if not name.startswith(("failed", "silent")):
+                    assert told[name] == pytest.approx(metrics[name]), name
+    finally:
+        data.close()
+    assert alone.episodes._players._front is None, "closed with the data"
 
 
 def test_groups_that_lost_episodes_are_compared_among_what_is_left():
@@ -174,17 +197,20 @@ def test_groups_that_lost_episodes_are_compared_among_what_is_left():
 def test_a_restart_plays_the_episodes_that_come_next():
     made = build(*ALONE)
     data = made.train_data()
-    groups = [made.episodes._drawn(next(data)["episodes"]) for _ in range(3)]
-    seeds = [seed for step in groups for _, each in step for seed in each]
-    assert len(set(seeds)) == 3 * 12 and {name for step in groups for name, _ in step} == {"windows", "desk/count",
-                                                                                           "broken"}  # fmt: skip
+    first = [next(data)["episodes"] for _ in range(3)]
+    groups = [made.episodes.group(n) for n in range(first[0], first[-1] + 12)]
+    assert len({seed for _, seed in groups}) == 3 * 12 and {name for name, _ in groups} == {
+        "windows",
+        "desk/count",
+        "broken",
+    }
     again = made.train_data()
     for _ in range(2):
         next(again)
     state = again.get_state()
     other = made.train_data()
     other.set_state(state)
-    assert made.episodes._drawn(next(other)["episodes"]) == groups[2]
+    assert next(other)["episodes"] == first[2] == 24
     mixed = build()
     data = mixed.train_data()
     first, state, second = next(data), data.get_state(), next(data)
@@ -196,7 +222,7 @@ def test_a_restart_plays_the_episodes_that_come_next():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["rollout.pipeline=async", "rollout.minibatches=1"], "played by the synchronous form"),
+        (["rollout.pipeline=async", "rollout.minibatches=1"], "rollout.slots, 8 say, or rollout.pipeline=sync"),
         (["rollout.episodes.rows=0"], "episodes need rows"),
         (["rollout.episodes.turns=20"], "20 turns of 8 tokens are 160, and rows learn 96"),
         (["rollout.episodes.tokens=4096"], "raise data.tokens"),

@@ -52,11 +52,15 @@ class Member:
         self.attempt += 1
 
     def to_json(self) -> dict[str, Any]:
-        """Without the request: after a restart it has to be asked for again, from its prefix."""
+        """Without the request: after a restart it has to be asked for again, from its prefix. So has an episode, which
+        is then played again by the tokens it has."""
         answer = self.answer if self.grade is not None else None  # one that waits for its verdict is drawn again
+        prefix = self.prefix
+        if self.answer is not None and self.answer.episode is not None:
+            answer, prefix = None, self.answer.drawn
         return {
             "since": self.since, "attempt": self.attempt, "aborts": self.aborts, "failures": self.failures,
-            "dropped": self.dropped, "prefix": None if self.prefix is None else self.prefix.to_json(),
+            "dropped": self.dropped, "prefix": None if prefix is None else prefix.to_json(),
             "answer": answer and {"drawn": answer.drawn.to_json(), "reason": answer.reason,
                                   "facts": dict(answer.facts)},
             "grade": answer and dataclasses.asdict(self.grade),

@@ -77,11 +77,13 @@ class Completion:
     """What became of a request: the answer, its prefix included, and why it ended, one of REASONS.
 
     facts: what else is to be known of it, JSON-able: of a failed one, "error".
+    episode: of an answer that is a whole `play.Episode`, with its pixels; it is not saved, see `Member.to_json`.
     """
 
     drawn: Drawn
     reason: str
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    episode: Any = None
 
 
 OnDone: TypeAlias = Callable[[Completion], None]

@@ -16,17 +16,18 @@ from glmv_jax.rl.pipeline.group import Group
 
 
 def sample_rows(groups: Iterable[Group]) -> list[dict[str, Any]]:
-    """A row for each answer of groups that the trainer takes."""
+    """A row for each answer of groups that the trainer takes. length: of what was drawn."""
     return [_row(group, i) for group in groups for i in range(len(group.members))]
 
 
 def _row(group: Group, i: int) -> dict[str, Any]:
     member, prompt = group.members[i], group.prompt
     drawn, grade = member.answer.drawn.to_json(), member.grade
+    length = sum(version >= 0 for version in drawn["versions"])
     return {
         "kind": "sample", "step": group.trained_at, "uid": prompt.uid, "key": prompt.key, "source": prompt.source,
         "member": i, "reward": grade.reward, "correct": grade.correct, "components": dict(grade.components),
-        "flags": list(grade.flags), "length": len(drawn["tokens"]), "truncated": member.answer.reason != "stop",
+        "flags": list(grade.flags), "length": length, "truncated": member.answer.reason != "stop",
         "trained_at": group.trained_at, **drawn, **member.answer.facts,
     }  # fmt: skip
 

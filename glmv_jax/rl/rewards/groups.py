@@ -20,10 +20,12 @@ from glmv_jax.rl.rewards.rvpo import BEFORE, rvpo
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """An answer as a comparator sees it: its text, and the picture it was rendered to where there is a renderer."""
+    """An answer as a comparator sees it: its text, the picture it was rendered to where there is a renderer, and the
+    verdict of the environment it was given in, where there is one."""
 
     text: str
     picture: Image.Image | None = None
+    reward: float | None = None
 
 
 # (text, sample) -> the picture, or None when the text is nothing that can be rendered
@@ -52,7 +54,7 @@ class Comparison:
         """
         sample = answered[0].sample
         candidates: dict[int, Candidate | None] = dict(
-            enumerate(await asyncio.gather(*(self._candidate(a.text, sample) for a in answered)))
+            enumerate(await asyncio.gather(*(self._candidate(a.text, sample, a.reward) for a in answered)))
         )
         if self.polish or self.form == "polishing":
             candidates[BEFORE] = await self._candidate(str(sample.meta["previous"]), sample)
@@ -75,14 +77,14 @@ class Comparison:
             for grade, reward, whole, unsure in zip(grades, outcome.rewards, rendered, outcome.unsure)
         ]  # fmt: skip
 
-    async def _candidate(self, text: str, sample: Sample) -> Candidate | None:
+    async def _candidate(self, text: str, sample: Sample, reward: float | None = None) -> Candidate | None:
         if self.render is None:
-            return Candidate(text)
+            return Candidate(text, reward=reward)
         try:
             picture = await self.render(text, sample)
         except (TimeoutError, RuleError):
             return None
-        return None if picture is None else Candidate(text, picture)
+        return None if picture is None else Candidate(text, picture, reward)
 
 
 async def judged(client: Client, judging: Judging, sample: Sample, a: Candidate, b: Candidate) -> tuple[float, float]:

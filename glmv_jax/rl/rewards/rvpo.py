@@ -38,6 +38,11 @@ class Outcome:
     unsure: list[bool]
 
 
+def lowest(form: str) -> float:
+    """What an answer is worth that could not be rendered."""
+    return -1.0 if form in ("algorithm1", "equation9") else 0.0
+
+
 async def rvpo(
     rendered: Sequence[bool], compare: Compare, *, form: str = "algorithm1", polish: bool = False
 ) -> Outcome:
@@ -65,7 +70,7 @@ async def rvpo(
         return found[::-1] if (i + j) % 2 else found
 
     alive = [i for i, whole in enumerate(rendered) if whole]
-    rewards = [-1.0 if form in ("algorithm1", "equation9") else 0.0] * len(rendered)
+    rewards = [lowest(form)] * len(rendered)
     if form == "drafting":
         for i, found in zip(alive, await asyncio.gather(*(scores(i, i) for i in alive))):
             rewards[i] = found[0] if found else 0.0

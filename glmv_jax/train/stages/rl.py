@@ -40,7 +40,9 @@ from glmv_jax.rl.metrics import by_source, summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.driver import Taken
-from glmv_jax.rl.pipeline.local import SamplerEngine, rollouts
+from glmv_jax.rl.pipeline.episodes import is_episode
+from glmv_jax.rl.pipeline.episodes import records as of_episodes
+from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompts
 from glmv_jax.rl.rollout import Long
@@ -137,10 +139,9 @@ class RL(VLMStage):
 
     def batch_shapes(self):
         d = self.cfg.data
-        prompts = {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
         for rows in (n + (self.cfg.rollout.episodes.rows if self.episodes else 0) for n in self.rows):
             sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
-            empty, _ = to_batch((), prompts, np.zeros(0), **sizes)
+            empty, _ = to_batch((), self._no_prompts(), np.zeros(0), **sizes)
             shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in checked(empty).items()}
             yield shapes | self.others.shapes(rows, d.tokens)
 
@@ -169,30 +170,47 @@ class RL(VLMStage):
         settings = Settings(
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
-        rows, self._expansion = rl_questions.rows(self), rl_questions.expansion(self.cfg)
+        rows = rl_questions.rows(self) if self.episodes is None or self.episodes.weights else None
+        self._rows, self._expansion = rows, rl_questions.expansion(self.cfg)
         self.grading.open()
-        if r.get("slots", 0):
+        if self.episodes:
+            engine = self.episodes.engine(rows)
+        elif r.get("slots", 0):
             engine = SlotEngine(self._front, rows, self.cfg.seed, self.tokenizer)
         else:
             engine = SamplerEngine(self.sampler, rows, r.prompts, jax.random.key(self.cfg.seed), self.tokenizer)
 
         async def build(step, groups):
             del step
-            records, batch = rollouts(groups, rows)
-            return next(iter(await asyncio.to_thread(lambda: list(self._packed(records, batch)))))
+            return await asyncio.to_thread(self._batch, groups, rows)
 
         def scheduler(note):
-            self._scheduler = Scheduler(rows, settings, note, keep=useful if r.dynamic else None)
+            prompts = self.episodes.prompts(rows) if self.episodes else rows
+            self._scheduler = Scheduler(prompts, settings, note, keep=useful if r.dynamic else None)
             return self._scheduler
 
         parts = Parts(scheduler, engine, self.grading.answers(rows), build, self.grading.close)
         return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
 
+    def _batch(self, groups, rows: Rows | None):
+        """The rows of the pipeline's groups, and what is told of them."""
+        asked = [group for group in groups if not is_episode(group.prompt)]
+        records, batch = rollouts(asked, rows) if asked else ([], self._no_prompts())
+        if self.episodes is None:
+            return next(iter(self._packed(records, batch)))
+        parts = list(self._packed(records, batch)) if self.episodes.questions else []
+        played = [group for group in groups if is_episode(group.prompt)]
+        ((both, told),) = _side_by_side(parts, self.episodes.rows(of_episodes(played)))
+        return both, told | self.episodes.told(played)
+
+    def _no_prompts(self) -> Batch:
+        return {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
+
     def _told(self, taken: Taken, drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
         """What the curriculum has learnt, and how much more is asked than a batch holds: groups that teach nothing are
         replaced in any case, but where a batch waits for none (late) as many more begin at once."""
         scheduler, most = self._scheduler, self._scheduler.settings.most_in_flight
-        metrics = scheduler.prompts.metrics() if isinstance(scheduler.prompts, Tiers) else {}
+        metrics = self._rows.metrics() if isinstance(self._rows, Tiers) else {}
         if (expansion := self._expansion) is None:
             return metrics
         if expansion.ratio == 1.0:  # of a run that goes on

@@ -1,8 +1,10 @@
 """Episodes in stage 5 (cfg.rollout.environments): the groups that a step plays beside its questions, or in their place.
 
-Each group plays one episode of one environment; `rl.collect` has them played side by side, and what they say becomes
-rows behind those of the questions (`rl.episodes`). An episode that its environment spoils is counted, played again, and
-then left out of its group.
+Each group plays one episode of one environment, and what they say becomes rows behind those of the questions
+(`rl.episodes`). Synchronous, `rl.collect` has them played side by side: one that its environment spoils is counted,
+played again, and then left out of its group. Asynchronous, they are answers of the pipeline as questions are
+(`rl.pipeline.episodes`): a group one of whose answers keeps failing is counted, and another is played in its place.
+Environments are kept from step to step.
 """
 
 from __future__ import annotations
@@ -12,13 +14,19 @@ import collections
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.collect import Collected, collect
 from glmv_jax.rl.episodes import to_rows
+from glmv_jax.rl.gym import Environment
+from glmv_jax.rl.pipeline.episodes import EpisodeEngine, Joined, Mixture, is_episode
+from glmv_jax.rl.pipeline.group import Group
+from glmv_jax.rl.pipeline.local import Rows
+from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.play import Episode, Limits
 from glmv_jax.rl.prompts import namespaced
 from glmv_jax.rl.rollout import Rollout
@@ -49,9 +57,9 @@ class Episodes:
         if min(share.values()) <= 0:
             raise UserError(f"rollout.environments={r.environments}: weights are above 0; leave others out")
         self._names, self._share = list(share), np.array(list(share.values())) / sum(share.values())
-        seed = namespaced("rl", stage.data_seed)
-        self.make: dict[str, Callable[[], Any]] = {n: functools.partial(envs.make, n, "train", seed) for n in share}
-        self.parts = {_source(make): envs.part(name) for name, make in self.make.items()}
+        make = functools.partial(envs.make, split="train", seed=namespaced("rl", stage.data_seed))
+        self._sources = {name: _source(make(name)) for name in share}
+        self.parts = {source: envs.part(name) for name, source in self._sources.items()}
         self.weights = {name: weight for name, weight in d.weights.items() if weight}
         self.groups = _groups(r.prompts, sum(share.values()), sum(self.weights.values()))
         self.questions = r.prompts - self.groups
@@ -59,11 +67,13 @@ class Episodes:
         self._check()
         self._form = Form(stage.tokenizer, stage.asker.patcher)
         self._players = Players(stage, self.limits)
+        self.arena = Arena(make, e.parallel)
 
     def _check(self) -> None:
         d, r, limits = self._stage.cfg.data, self._stage.cfg.rollout, self.limits
-        if r.get("pipeline", "sync") != "sync":
-            raise UserError("rollout.environments are played by the synchronous form; set rollout.pipeline=sync")
+        if r.get("pipeline", "sync") == "async" and not r.get("slots", 0):
+            raise UserError("rollout.slots=0: episodes of the asynchronous form are drawn by the engine; set "
+                            "rollout.slots, 8 say, or rollout.pipeline=sync")  # fmt: skip
         if r.overlong.buffer:
             raise UserError("rollout.overlong counts the tokens of one answer, and episodes have many; set "
                             "rollout.overlong.buffer=0 with rollout.environments")  # fmt: skip
@@ -77,66 +87,84 @@ class Episodes:
                             f"learn {d.targets}; raise data.targets or lower rollout.episodes.turns")  # fmt: skip
 
     def close(self) -> None:
-        """Ends the engine, if there is one."""
+        """Ends the engine, if there is one, and the environments."""
         self._players.close()
+        self.arena.close()
 
-    # --- playing ------------------------------------------------------------------------------------------------------
+    def group(self, number_: int) -> tuple[str, int]:
+        """The environment and the seed of the run's group of that number."""
+        drawn = np.random.default_rng((self._stage.data_seed, number_)).choice(self._names, p=self._share)
+        return str(drawn), number(f"{self._stage.data_seed}/{number_}")
+
+    # --- synchronous --------------------------------------------------------------------------------------------------
 
     def play(self, first: int, params: Params, step: int) -> tuple[list[Rollout], dict[str, float]]:
         """The records of a step's groups, whose numbers in the run begin with `first`; and metrics by source, see
         `_told`. Their rows count on from the questions'."""
-        played: list[Episode] = []
+        r, played = self._stage.cfg.rollout, []
 
         async def graded(episode: Episode):
             played.append(episode)
             return await self._stage.grading.episode(episode)
 
-        async def all_groups() -> list[Collected]:
-            return await asyncio.gather(*(self._collect(name, seeds, graded) for name, seeds in self._drawn(first)))
-
+        groups = [self.group(n) for n in range(first, first + self.groups)]
         self._players.begin(params, step)
         try:
-            found = asyncio.run(all_groups())
+            found = asyncio.run(collect(
+                self.arena, self._players, graded, groups, self._form, size=r.group, tries=r.episodes.tries,
+                limits=self.limits, compare=self._stage.grading.compared,
+            ))  # fmt: skip
         except BaseExceptionGroup as errors:  # of tasks: the first says what has to be mended
             raise _first(errors) from errors
         finally:
             self._players.end()
-        return _numbered(found, self.questions), self._told(played, found)
+        records = [dataclasses.replace(record, row=self.questions + record.row) for record in found.records]
+        return records, self._told(played, found)
 
-    def _drawn(self, first: int) -> list[tuple[str, list[int]]]:
-        """The seeds of a step's groups, by environment."""
-        seeds: dict[str, list[int]] = collections.defaultdict(list)
-        for n in range(first, first + self.groups):
-            name = np.random.default_rng((self._stage.data_seed, n)).choice(self._names, p=self._share)
-            seeds[str(name)].append(number(f"{self._stage.data_seed}/{n}"))
-        return list(seeds.items())
-
-    async def _collect(self, name: str, seeds: Sequence[int], graded) -> Collected:
-        r = self._stage.cfg.rollout
-        return await collect(
-            self.make[name], self._players, graded, seeds, self._form, group=r.group, parallel=r.episodes.parallel,
-            tries=r.episodes.tries, limits=self.limits,
-        )  # fmt: skip
-
-    def _told(self, played: Sequence[Episode], found: Sequence[Collected]) -> dict[str, float]:
+    def _told(self, played: Sequence[Episode], found: Collected) -> dict[str, float]:
         """By source, counts: failed (those that were played again too), silent (over before the model said anything);
-        means of a graded episode: turns, malformed ones among them, and limited, the share that met a limit."""
-        metrics = {}
+        and `_means` of those that were graded."""
+        metrics = _means(
+            (episode.source, len(episode.actions), episode.malformed, episode.ended != "done") for episode in played
+        )
         for source in self.parts:
-            of = lambda episodes: [episode for episode in episodes if episode.source == source]  # noqa: B023, E731
-            metrics[f"failed/{source}"] = float(sum(len(of(one.failed)) for one in found))
-            metrics[f"silent/{source}"] = float(sum(len(of(one.silent)) for one in found))
-            if mine := of(played):
-                metrics[f"turns/{source}"] = float(np.mean([len(episode.actions) for episode in mine]))
-                metrics[f"malformed/{source}"] = float(np.mean([episode.malformed for episode in mine]))
-                metrics[f"limited/{source}"] = float(np.mean([episode.ended != "done" for episode in mine]))
-            elif silent := metrics[f"silent/{source}"]:
+            failed, silent = (sum(e.source == source for e in episodes) for episodes in (found.failed, found.silent))
+            metrics |= {f"failed/{source}": float(failed), f"silent/{source}": float(silent)}
+            if silent and f"turns/{source}" not in metrics:
                 log.warning(
                     "%s: all %d episodes of this step ended before the model could say anything, so nothing is learnt "
                     "from it; raise data.tokens, data.patches (and rollout.episodes.tokens, .patches) until a first "
                     "observation and an answer fit", source, silent,
                 )  # fmt: skip
         return metrics
+
+    # --- asynchronous -------------------------------------------------------------------------------------------------
+
+    def prompts(self, rows: Rows | None) -> Mixture:
+        """Of the pipeline: in the order of the synchronous steps. rows: of the questions, if there are any."""
+
+        def episode(number_: int) -> tuple[str, str, int]:
+            name, seed = self.group(number_)
+            return name, self._sources[name], seed
+
+        return Mixture(rows, self.questions, self.groups, episode)
+
+    def engine(self, rows: Rows | None) -> Joined:
+        """Of the pipeline: one inference engine draws answers and turns."""
+        stage, r = self._stage, self._stage.cfg.rollout
+        questions = SlotEngine(self._players.start, rows, stage.cfg.seed, stage.tokenizer)
+        played = EpisodeEngine(self.arena, self._players.ask, self._form, self.limits, r.max_new_tokens)
+        return Joined(questions, played)
+
+    def told(self, groups: Sequence[Group]) -> dict[str, float]:
+        """By source, of the episodes of a batch: `_means`, and thrown_away, tokens that could not be gone on from."""
+        thrown: collections.Counter[str] = collections.Counter()
+        rows = []
+        for group in groups:
+            for facts in (member.answer.facts for member in group.members if is_episode(group.prompt)):
+                rows.append((group.prompt.source, facts["turns"], facts["malformed"], facts["ended"] != "done"))
+                thrown[group.prompt.source] += facts["thrown_away"]
+        return _means(rows) | {f"thrown_away/{source}": float(count) for source, count in thrown.items()}
 
     # --- rows ---------------------------------------------------------------------------------------------------------
 
@@ -200,8 +228,19 @@ class Mixed:
             self._questions.close()
 
 
-def _source(make: Callable[[], Any]) -> str:
-    environment = make()
+def _means(rows: Iterable[tuple[str, int, int, bool]]) -> dict[str, float]:
+    """By source the means over episodes: turns, malformed ones among them, and limited, the share that met a limit."""
+    by: dict[str, list[tuple]] = collections.defaultdict(list)
+    for source, *numbers in rows:
+        by[source].append(numbers)
+    return {
+        f"{what}/{source}": float(np.mean(x))
+        for source, numbers in by.items()
+        for what, x in zip(("turns", "malformed", "limited"), zip(*numbers))
+    }
+
+
+def _source(environment: Environment) -> str:
     try:
         return environment.source
     finally:
@@ -215,16 +254,6 @@ def _groups(prompts: int, episodes: float, questions: float) -> int:
     if prompts < 2:
         raise UserError("rollout.prompts=1 cannot be shared by questions and episodes; raise it")
     return min(max(1, round(prompts * episodes / (episodes + questions))), prompts - 1)
-
-
-def _numbered(found: Sequence[Collected], row: int) -> list[Rollout]:
-    """All records, their groups numbered from `row` on."""
-    records = []
-    for one in found:
-        rows = {old: row + n for n, old in enumerate(dict.fromkeys(record.row for record in one.records))}
-        records += [dataclasses.replace(record, row=rows[record.row]) for record in one.records]
-        row += len(rows)
-    return records
 
 
 def _first(error: BaseException) -> BaseException:

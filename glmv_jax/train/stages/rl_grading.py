@@ -5,17 +5,19 @@ run's own (`rl.rewards.config`), whose workers and judges are there from the fir
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glmv_jax.rl.episodes import verdict
 from glmv_jax.rl.pipeline.local import Rows, rule_grader, system_grader
+from glmv_jax.rl.pipeline.together import Answer, Together
 from glmv_jax.rl.rewards.grade import FAILURES, MIN_REWARD, Grade
 from glmv_jax.typing import UserError
 
 if TYPE_CHECKING:
     from glmv_jax.data.records import Sample
-    from glmv_jax.rl.pipeline.protocols import GradeAnswer
+    from glmv_jax.rl.pipeline.protocols import Completion, GradeAnswer, Request
     from glmv_jax.rl.play import Episode
     from glmv_jax.rl.rewards.grade import Verifier
     from glmv_jax.rl.rewards.system import RewardSystem
@@ -30,14 +32,15 @@ class Grading:
         self.system: RewardSystem | None = None
         self._told: dict[str, dict[str, float]] = {}
         self._verifiers: dict[str, Verifier] = {}  # of episodes
+        self._lowest: dict[str, float] = {}  # of sources whose episodes are compared: what the worst is worth
         parts = stage.episodes.parts if stage.episodes else {}
         if stage.cfg.get("rewards"):
             from glmv_jax.rl.rewards import config  # graders are imported where there are any, not with the trainer
 
             self._table = config.of_run(stage.cfg.rewards, list(stage.cfg.data.weights), parts)
             _, _, sources = config.read(self._table)  # what is wrong is said now, before workers start
-            if compared := [name for name in parts if sources[name].group]:
-                raise UserError(f"rewards.sources.{compared[0]}.group: episodes are graded one by one, not compared")
+            for name in (name for name in parts if sources[name].group):
+                self._lowest[name] = _lowest(name, *sources[name].group, parts[name]["kind"] == "environment")
         elif parts:
             from glmv_jax.rl.rewards import rules
 
@@ -73,7 +76,7 @@ class Grading:
 
     async def episode(self, episode: Episode) -> Grade:
         """The grade of an episode. One that met a limit before there was an answer to grade earns nothing."""
-        if episode.ended != "done" and episode.sample is None and episode.reward is None:
+        if _unanswered(episode):
             return Grade(MIN_REWARD, False, {}, (episode.ended,))
         if self.system is not None:
             return await self.system.grade(episode)
@@ -84,11 +87,41 @@ class Grading:
         by = {episode.sample.source: verifier}
         return (await asyncio.to_thread(score, [episode.sample], [episode.text], by))[0]
 
-    def answers(self, rows: Rows) -> GradeAnswer:
-        """What grades in the asynchronous form."""
+    async def compared(self, episodes: Sequence[Episode], grades: Sequence[Grade]) -> list[Grade]:
+        """The grades of a group, or of what is left of it; grades: those of `episode`. Where they are compared, one
+        without an answer is worth what an answer is that cannot be rendered."""
+        if (worst := self._lowest.get(episodes[0].source)) is None:
+            return list(grades)
+        found = [dataclasses.replace(grade, reward=worst) for grade in grades]
+        answered = [n for n, episode in enumerate(episodes) if not _unanswered(episode)]
+        if answered:
+            at = [episodes[n] for n in answered], [grades[n] for n in answered]
+            for n, grade in zip(answered, await self.system.grade_group(*at)):
+                found[n] = grade
+        return found
+
+    def answers(self, rows: Rows | None) -> GradeAnswer:
+        """What grades in the asynchronous form. rows: of the questions, None where there are none."""
+        size = self._stage.cfg.rollout.group
         if self.system is not None:
-            return system_grader(rows, self.system, self._stage.cfg.rollout.group)
-        return rule_grader(rows, self._stage.verifiers)
+            questions = system_grader(rows, self.system, size)
+        else:
+            questions = rule_grader(rows, self._stage.verifiers)
+
+        async def of_group(answers: Sequence[Answer]) -> list[Grade]:
+            episodes = [completion.episode for _, completion in answers]
+            return await self.compared(episodes, await asyncio.gather(*map(self.episode, episodes)))
+
+        together = Together(of_group, size)
+
+        async def grade(request: Request, completion: Completion) -> Grade:
+            if completion.episode is None:
+                return await questions(request, completion)
+            if completion.episode.source in self._lowest:
+                return await together(request, completion)
+            return await self.episode(completion.episode)
+
+        return grade
 
     def metrics(self) -> dict[str, float]:
         """What the reward system has counted since the last call, "grading/<what>/<source>": see
@@ -101,6 +134,22 @@ class Grading:
                 found[f"grading/{what}/{source}"] = float(counts.get(what, 0.0) - told.get(what, 0.0))
         self._told = now
         return found
+
+
+def _unanswered(episode: Episode) -> bool:
+    """Whether it met a limit before there was anything to grade."""
+    return episode.ended != "done" and episode.sample is None and episode.reward is None
+
+
+def _lowest(name: str, options: Mapping[str, Any], kind: str, comparator: Any, unasked: bool) -> float:
+    """Of a source whose episodes are compared. unasked: whether they come without a sample, which not every
+    comparison can do without."""
+    from glmv_jax.rl.rewards.rvpo import lowest
+
+    if unasked and (kind != "rule" or options["render"] or options["polish"] or options["form"] == "polishing"):
+        raise UserError(f"rewards.sources.{name}.group: its episodes have no sample to show to a judge or a renderer; "
+                        "compare them by a rule, of None and two `rewards.groups.Candidate`")  # fmt: skip
+    return lowest(options["form"])
 
 
 class Closing:

@@ -1,18 +1,21 @@
 """Who draws the turns of stage 5's episodes: the sampler, one after another, each from the whole conversation; with
-cfg.rollout.slots the inference engine, which is handed the weights of each step."""
+cfg.rollout.slots the inference engine, which gets the weights of each step, in the asynchronous form as it runs."""
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 
+from glmv_jax.data.building import Document
 from glmv_jax.inference.engine import Engine
-from glmv_jax.inference.front import Front
-from glmv_jax.inference.requests import Prompt, Request
+from glmv_jax.inference.front import Front, Ticket
+from glmv_jax.inference.requests import Completion, Prompt, Request
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.inference.settings import Settings
+from glmv_jax.rl.pipeline import protocols
 from glmv_jax.rl.play import Limits, Policy
 from glmv_jax.rl.players import sampled, served
 from glmv_jax.rl.turns import DRAWN
@@ -44,7 +47,7 @@ class Players:
             self._params = params
             self._key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._stage.cfg.seed), step), KEY)
         elif self._front is None:
-            self._front = self._started(params, step)
+            self.start(params, step)
         else:
             self._front.set_params(params, step).result()
 
@@ -57,26 +60,45 @@ class Players:
         if self._front is None:
             own = jax.random.fold_in(jax.random.fold_in(self._key, seed), member)
             return sampled(self._sampler, self._params, own, tokens=self._limits.tokens, patches=self._limits.patches)
-        front, cfg = self._front, self._stage.cfg
 
-        async def complete(document, room: int, turn: int) -> Any:
-            own = number(f"{cfg.seed}/{front.engine.version}/{seed}/{member}/{turn}")
-            most = min(room, cfg.rollout.max_new_tokens)
-            return await front.complete(Request(Prompt.of_document(document), own, max_new_tokens=most))
+        async def complete(document: Document, room: int, turn: int) -> Completion:
+            return await asyncio.wrap_future(self._drawn(document, room, f"{seed}/{member}/{turn}").done)
 
         return served(complete)
 
-    def _started(self, params: Params, version: int) -> Front:
-        """The engine, in a thread of its own, with room for a whole conversation in each slot."""
-        r, limits = self._stage.cfg.rollout, self._limits
-        chunks = tuple(sorted({min(n, limits.tokens) for n in (64, 512)}))
+    def ask(
+        self,
+        request: protocols.Request,
+        document: Document,
+        room: int,
+        turn: int,
+        begun: Completion | None,
+    ) -> Ticket:
+        """See `pipeline.episodes.Ask`. What is drawn depends on what it does in the synchronous form, and on how often
+        the episode was begun anew."""
+        again = f"/{request.attempt}" if request.attempt else ""
+        return self._drawn(document, room, f"{request.prompt.key['seed']}/{request.member}/{turn}{again}", begun)
+
+    def _drawn(self, document: Document, room: int, facts: str, begun: Completion | None = None) -> Ticket:
+        """A turn of the engine. facts: what its random numbers depend on, beside the seed and the weights."""
+        own = number(f"{self._stage.cfg.seed}/{self._front.engine.version}/{facts}")
+        most = min(room, self._stage.cfg.rollout.max_new_tokens)
+        return self._front.submit(Request(Prompt.of_document(document), own, max_new_tokens=most, begun=begun))
+
+    def start(self, params: Params, version: int) -> Front:
+        """The engine, in a thread of its own, with room for a whole conversation in each slot, and for a question with
+        its answer, which the asynchronous form has it draw as well."""
+        r, limits, asker = self._stage.cfg.rollout, self._limits, self._stage.asker
+        length = max(limits.tokens, asker.max_tokens + r.max_new_tokens)
+        chunks = tuple(sorted({min(n, length) for n in (64, 512)}))
         sizes = Settings(
-            slots=r.slots, length=limits.tokens, chunks=chunks, patches=(self._stage.asker.max_patches,),
+            slots=r.slots, length=length, chunks=chunks, patches=(asker.max_patches,),
             pictures=r.slots * limits.patches // 4, queue=4 * r.slots,
         )  # fmt: skip
         engine = Engine(self._stage.model, params, self._sampling, sizes, version=version)
         engine.warm()
-        return Front(engine)
+        self._front = Front(engine)
+        return self._front
 
     def close(self) -> None:
         """Ends the engine."""
