@@ -215,7 +215,8 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, caps
 
 
 def test_a_run_without_finite_gradients_stops_names_what_is_not_finite_and_keeps_some_batches(tmp_path, capsys):
-    with pytest.raises(UserError, match="no finite gradient for 50 steps .now at 51.; first not finite: batch/x, batch/y, loss, .*lower optim.lr"):
+    said = "no finite gradient for 50 steps .now at 51.; first not finite: batch/x, batch/y, loss, .*lower optim.lr"
+    with pytest.raises(UserError, match=said):
         main.run(config(steps=60, poison=tuple(range(60))), tmp_path)
     assert sorted(int(p.stem) for p in (tmp_path / "nonfinite").iterdir()) == list(range(1, 9))
     assert "step 50: the loss or the gradient is not finite, the update is left out; its batch is not kept" in (

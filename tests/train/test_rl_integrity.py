@@ -19,6 +19,7 @@ from glmv_jax.rl.pipeline.local import Rows
 from glmv_jax.rl.prompts import namespaced
 from glmv_jax.train import main
 from glmv_jax.train.stages import rl as stage_lib
+from glmv_jax.train.stages import rl_questions
 
 SMALL = ["rollout.prompts=4", "rollout.group=2", "rollout.minibatches=1", "rollout.max_new_tokens=6", "data.ahead=0",
          "rollout.rows=(2,4)", "rollout.staleness=0"]  # fmt: skip
@@ -136,8 +137,8 @@ def test_a_fault_before_the_engine_is_said(stage, fault, monkeypatch):
         name, make = "prompts", stage_lib.prompts
         monkeypatch.setattr(stage_lib, name, lambda *a, **k: _Each(make(*a, **k), _spoilt))
     else:
-        make = stage_lib.prompt_rows
-        monkeypatch.setattr(stage_lib, "prompt_rows", lambda *a, **k: _Each(make(*a, **k), _spoilt))
+        make = rl_questions.prompt_rows
+        monkeypatch.setattr(rl_questions, "prompt_rows", lambda *a, **k: _Each(make(*a, **k), _spoilt))
     with pytest.raises(ValueError, match=r"prompt \w+/train/\d+: its row shows image .* but it was made with image"):
         one(stage)
 

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 from glmv_jax import config
+from glmv_jax.data.hashes import image_hash
 from glmv_jax.rl import Grade
 from glmv_jax.rl.batch import to_batch
-from glmv_jax.rl.rollout import Rollout, image_hash
+from glmv_jax.rl.integrity import checked
+from glmv_jax.rl.rollout import Rollout
 from glmv_jax.train import main
 from tests.losses import policy_oracle as oracle
 
@@ -83,7 +85,7 @@ def test_the_mismatch_is_told_by_whether_there_is_an_image():
             answers.append(Rollout(answer=rng.integers(10, 99, n), logprobs=rng.normal(-8, 0.3, n), **about))
     batch, left_out = to_batch(answers, prompts, np.ones(12), rows=(4,), tokens=256, patches=128, names=made.names,
                                targets=208, per="token")  # fmt: skip
-    params = made.init_params(jax.random.key(0))
+    batch, params = checked(batch), made.init_params(jax.random.key(0))
     both = jax.jit(lambda p, b: (made.loss(p, {}, {}, b, jax.random.key(0))[1][0], made.others.logprobs(p, b)))
     metrics, logprob_BT = jax.device_get(both(params, batch))
     on = batch["loss_weight"] > 0
