@@ -241,7 +241,7 @@ def nucleus(logits_NV: jax.Array, top_p: float | jax.Array) -> jax.Array:
 def prefill(cfg: vlm.VLMConfig, params: Params, prompts: Prompts) -> vlm.VLMOutput:
     """One pass over the prompts, with their cache."""
     B, T = prompts.tokens.shape
-    out = vlm.apply(cfg, params, prompts.vision, inputs(prompts), vlm.init_cache(cfg, B, T))
+    out = vlm.apply(cfg, params, prompts.vision, inputs(prompts), vlm.init_cache(cfg, B, T), fresh=True)
     return out._replace(cache=out.cache | {"length": prompts.length})
 
 

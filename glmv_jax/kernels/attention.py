@@ -1,5 +1,5 @@
 """Attention over segments: plain jnp, and kernels that write no logits to memory: cuDNN's on NVIDIA GPUs, and on TPUs
-`kernels.splash`."""
+`kernels.splash` and `kernels.forked`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels import splash
+from glmv_jax.kernels import forked, splash
 from glmv_jax.parallel import context
 
 # Not -inf: a query with no key at all (padding) must stay finite. Far below any logit in float32 and bfloat16.
@@ -78,6 +78,8 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Sp
     """
     if splash.supported(q_BTHK, k_BSGK, query, key):
         return splash.splash(q_BTHK, k_BSGK, v_BSGK, query, key)
+    if forked.supported(q_BTHK, k_BSGK, query, key):
+        return forked.forked(q_BTHK, k_BSGK, v_BSGK, query, key)
     if context.parts() == 1 or q_BTHK.shape[1] == 1:
         return _attention(q_BTHK, k_BSGK, v_BSGK, query, key)
 

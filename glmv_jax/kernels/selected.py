@@ -1,8 +1,9 @@
 """Attention of a row to keys chosen for each query, in Pallas kernels for TPUs that write no weights to memory.
 
-Which keys a query sees is told by three things in place of a mask: the index scores of all keys as integers that have
-their order (`Chosen.order`), the lowest of them that is seen, and before which position one as low still is. Blocks of
-keys behind all queries of a block are not run. The twin is `latent_attention.expanded` with the mask of `chosen`.
+Which keys a query sees is told by a few numbers in place of a mask. `Chosen`: the index scores of all keys as integers
+that have their order, the lowest of them that is seen, and before which position one as low still is. `Forked`: the
+segments and branches of queries and keys, and the queries' places. Blocks of keys behind all queries of a block are not
+run. The twins are `latent_attention.expanded` with the mask of `chosen`, and `attention.plain`.
 
 The backward pass is that of FlashAttention-2 (arXiv 2307.08691, algorithm 2), in one kernel for the queries and one for
 keys and values.
@@ -40,6 +41,37 @@ class Chosen(NamedTuple):
     cut: jax.Array
     total: jax.Array
 
+    def told(self) -> tuple[jax.Array, ...]:
+        """What the kernels read: by pair, by query or by key."""
+        return self[:3]
+
+    @staticmethod
+    def seen(order: jax.Array, last: jax.Array, cut: jax.Array, first: Any) -> jax.Array:
+        """Of a block of queries and keys, the first of which is key number `first`."""
+        return chosen(order, last, cut, first)
+
+
+class Forked(NamedTuple):
+    """The keys of a query: of its segment, at or before its slot, of branch 0 or its own; those of `attention.Span`.
+
+    segment, branch, slot: int32 [B, T, 1], of queries; key_segment, key_branch: int32 [B, 1, S], of keys in order.
+    """
+
+    segment: jax.Array
+    branch: jax.Array
+    slot: jax.Array
+    key_segment: jax.Array
+    key_branch: jax.Array
+
+    def told(self) -> tuple[jax.Array, ...]:
+        return tuple(self)
+
+    @staticmethod
+    def seen(segment, branch, slot, key_segment, key_branch, first: Any) -> jax.Array:
+        at = first + jax.lax.broadcasted_iota(jnp.int32, (segment.shape[0], key_segment.shape[1]), 1)
+        mine = (key_branch == 0) | (key_branch == branch)
+        return (segment == key_segment) & mine & (at <= slot)
+
 
 def chosen(order: jax.Array, last: jax.Array, cut: jax.Array, first: Any = 0) -> jax.Array:
     """Which of these keys are seen; `first`: the position of the first."""
@@ -69,13 +101,15 @@ def estimate(products: int, queries: jax.Array, keys: jax.Array, width: float, *
 
 
 def attend(
-    q_BHTK: jax.Array, k_BHSK: jax.Array, v_BHSV: jax.Array, keys: Chosen, slots_BT: jax.Array, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """(out [B, H, T, V], logsumexp of the logits [B, H, T] float32, which has no gradient) of scaled queries.
+    q_BHTK: jax.Array, k_BGSK: jax.Array, v_BGSV: jax.Array, keys: Chosen | Forked, slots_BT: jax.Array,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
+    """(out [B, H, T, V], logsumexp of the logits [B, H, T] float32, which has no gradient) of scaled queries, of which
+    each run of H / G heads has one of keys and values.
 
     Each query sees a key, and T, S are whole 128, K and V too on a TPU. slots_BT: of the queries; keys are in order.
     """
-    out, total = _attend(q_BHTK, k_BHSK, v_BHSV, keys, slots_BT, interpret)
+    out, total = _attend(q_BHTK, k_BGSK, v_BGSV, keys, slots_BT, interpret)
     return out, jax.lax.stop_gradient(total)
 
 
@@ -85,10 +119,12 @@ def _attend(q, k, v, keys: Chosen, slots_BT, interpret):
 
 
 class _Grid(NamedTuple):
-    """Blocks of queries and keys, and the blocks of arrays that a step of (row, head, query block, key block) has."""
+    """Blocks of queries and keys, and the blocks of arrays that a step of (row, head, query block, key block) has.
+    share: heads that have keys in common."""
 
     B: int
     H: int
+    share: int
     bq: int
     bk: int
     nq: int
@@ -98,20 +134,25 @@ class _Grid(NamedTuple):
     def of(cls, q: jax.Array, k: jax.Array) -> _Grid:
         (B, H, T, _), S = q.shape, k.shape[2]
         bq, bk = block(T), block(S)
-        return cls(B, H, bq, bk, T // bq, S // bk)
+        return cls(B, H, H // k.shape[1], bq, bk, T // bq, S // bk)
 
-    def specs(self, K: int, V: int, where: Callable) -> dict[str, pl.BlockSpec]:
+    def specs(self, K: int, V: int, keys: Chosen | Forked, where: Callable) -> dict[str, pl.BlockSpec]:
         """where(step of the grid) -> (row, head, query block, key block that is read)."""
 
         def spec(shape: tuple[int, ...], pick: Callable) -> pl.BlockSpec:
             return pl.BlockSpec(shape, lambda *step: pick(*where(*step)))
 
         of_q = lambda n: spec((None, None, self.bq, n), lambda b, h, i, j: (b, h, i, 0))  # noqa: E731
-        of_k = lambda n: spec((None, None, self.bk, n), lambda b, h, i, j: (b, h, j, 0))  # noqa: E731
-        a_query = spec((None, self.bq, 1), lambda b, h, i, j: (b, i, 0))
-        pairs = spec((None, self.bq, self.bk), lambda b, h, i, j: (b, i, j))
-        keys = [pairs, a_query, a_query]
-        return {"q": of_q(K), "o": of_q(V), "k": of_k(K), "v": of_k(V), "one": of_q(1), "keys": keys}
+        of_k = lambda n: spec((None, None, self.bk, n), lambda b, h, i, j: (b, h // self.share, j, 0))  # noqa: E731
+        by_head = lambda n: spec((None, None, self.bk, n), lambda b, h, i, j: (b, h, j, 0))  # noqa: E731
+        told = {
+            (False, True): spec((None, self.bq, 1), lambda b, h, i, j: (b, i, 0)),
+            (True, False): spec((None, 1, self.bk), lambda b, h, i, j: (b, 0, j)),
+            (False, False): spec((None, self.bq, self.bk), lambda b, h, i, j: (b, i, j)),
+        }
+        asked = [told[x.shape[1] == 1, x.shape[2] == 1] for x in keys.told()]
+        return {"q": of_q(K), "o": of_q(V), "k": of_k(K), "v": of_k(V), "dk": by_head(K), "dv": by_head(V),
+                "one": of_q(1), "keys": asked}  # fmt: skip
 
 
 def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name, parallel: int = 2) -> Callable:
@@ -139,9 +180,10 @@ def last_needed(reach_ref: Any, i: Any, j: Any) -> Any:
 
 def _forward(q, k, v, keys, slots_BT, interpret):
     g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
-    at = g.specs(K, V, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
+    at = g.specs(K, V, keys, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
 
-    def body(reach, q, k, v, order, last, cut, out, total, high, weight, acc):
+    def body(reach, q, k, v, *refs):
+        *told, out, total, high, weight, acc = refs
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
@@ -152,7 +194,7 @@ def _forward(q, k, v, keys, slots_BT, interpret):
 
         @pl.when(j < reach[i])
         def _():
-            logits = jnp.where(chosen(order[...], last[...], cut[...], j * g.bk), dot_t(q[...], k[...]), _MASKED)
+            logits = jnp.where(keys.seen(*(x[...] for x in told), j * g.bk), dot_t(q[...], k[...]), _MASKED)
             higher = jnp.maximum(high[...], logits.max(axis=-1, keepdims=True))
             fade = jnp.exp(high[...] - higher)
             shares = jnp.exp(logits - higher)
@@ -168,9 +210,9 @@ def _forward(q, k, v, keys, slots_BT, interpret):
     shapes = [jax.ShapeDtypeStruct((*q.shape[:3], n), dtype) for n, dtype in ((V, q.dtype), (1, jnp.float32))]
     run = call(
         body, (g.B, g.H, g.nq, g.nk), [at["q"], at["k"], at["v"], *at["keys"]], [at["o"], at["one"]], shapes,
-        [(g.bq, 1), (g.bq, 1), (g.bq, V)], estimate(1, q, k, K + V, q, k, v, keys.order), interpret, "selected_forward",
+        [(g.bq, 1), (g.bq, 1), (g.bq, V)], estimate(1, q, k, K + V, q, k, v, keys.told()), interpret, "selected_forward",
     )  # fmt: skip
-    out, total = run(reach(slots_BT, g.bq, g.bk), q, k, v, *keys[:3])
+    out, total = run(reach(slots_BT, g.bq, g.bk), q, k, v, *keys.told())
     out, total = (checkpoint_name(x, ATTENTION) for x in (out, total[..., 0]))
     return (out, total), (q, k, v, keys, slots_BT, out, total)
 
@@ -180,19 +222,20 @@ def _backward(interpret, saved, given):
     g_out = given[0]
     g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
     inner = (out.astype(jnp.float32) * g_out.astype(jnp.float32)).sum(-1, keepdims=True)
-    args = (q, k, v, *keys[:3], g_out, total[..., None], inner)
+    args = (q, k, v, *keys.told(), g_out, total[..., None], inner)
     needed = reach(slots_BT, g.bq, g.bk)
 
-    def gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j):
+    def gradient_of_logits(q, k, v, told, g_out, total, inner, j):
         """(weights, gradient of the logits) of a block."""
-        seen = chosen(order[...], last[...], cut[...], j * g.bk)
+        seen = keys.seen(*(x[...] for x in told), j * g.bk)
         shares = jnp.where(seen, jnp.exp(dot_t(q[...], k[...]) - total[...]), 0.0)
         return shares, shares * (dot_t(g_out[...], v[...]) - inner[...])
 
     def ins(at):
         return [at["q"], at["k"], at["v"], *at["keys"], at["o"], at["one"], at["one"]]
 
-    def of_queries(reach, q, k, v, order, last, cut, g_out, total, inner, dq, acc):
+    def of_queries(reach, q, k, v, *refs):
+        *told, g_out, total, inner, dq, acc = refs
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
@@ -201,21 +244,22 @@ def _backward(interpret, saved, given):
 
         @pl.when(j < reach[i])
         def _():
-            _, d_logits = gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j)
+            _, d_logits = gradient_of_logits(q, k, v, told, g_out, total, inner, j)
             acc[...] += dot(d_logits.astype(k.dtype), k[...])
 
         @pl.when(j == g.nk - 1)
         def _():
             dq[...] = acc[...].astype(dq.dtype)
 
-    at = g.specs(K, V, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
-    like = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)  # noqa: E731
+    at = g.specs(K, V, keys, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
+    like = lambda x: jax.ShapeDtypeStruct((*q.shape[:2], *x.shape[2:]), x.dtype)  # noqa: E731
     dq = call(
         of_queries, (g.B, g.H, g.nq, g.nk), ins(at), at["q"], like(q), [(g.bq, K)],
         estimate(1, q, k, 2 * K + V, args), interpret, "selected_backward_q",
     )(needed, *args)  # fmt: skip
 
-    def of_keys(reach, q, k, v, order, last, cut, g_out, total, inner, dk, dv, acc_k, acc_v):
+    def of_keys(reach, q, k, v, *refs):
+        *told, g_out, total, inner, dk, dv, acc_k, acc_v = refs
         j, i = pl.program_id(2), pl.program_id(3)
 
         @pl.when(i == 0)
@@ -225,7 +269,7 @@ def _backward(interpret, saved, given):
 
         @pl.when(j < reach[i])
         def _():
-            shares, d_logits = gradient_of_logits(q, k, v, order, last, cut, g_out, total, inner, j)
+            shares, d_logits = gradient_of_logits(q, k, v, told, g_out, total, inner, j)
             acc_v[...] += dot(shares.T.astype(g_out.dtype), g_out[...])
             acc_k[...] += dot(d_logits.T.astype(q.dtype), q[...])
 
@@ -234,15 +278,23 @@ def _backward(interpret, saved, given):
             dk[...] = acc_k[...].astype(dk.dtype)
             dv[...] = acc_v[...].astype(dv.dtype)
 
-    at = g.specs(K, V, lambda b, h, j, i, reach: (b, h, i, j))
+    at = g.specs(K, V, keys, lambda b, h, j, i, reach: (b, h, i, j))
     dk, dv = call(
-        of_keys, (g.B, g.H, g.nk, g.nq), ins(at), [at["k"], at["v"]], [like(k), like(v)], [(g.bk, K), (g.bk, V)],
+        of_keys, (g.B, g.H, g.nk, g.nq), ins(at), [at["dk"], at["dv"]], [like(k), like(v)], [(g.bk, K), (g.bk, V)],
         estimate(1, q, k, 2 * K + 2 * V, args), interpret, "selected_backward_kv",
     )(needed, *args)  # fmt: skip
-    return dq, dk, dv, None, None
+    return dq, _of_groups(dk, g.share), _of_groups(dv, g.share), None, None
 
 
 _attend.defvjp(_forward, _backward)
+
+
+def _of_groups(x_BHSK: jax.Array, share: int) -> jax.Array:
+    """Summed over the heads that share keys, in float32."""
+    if share == 1:
+        return x_BHSK
+    B, H, S, K = x_BHSK.shape
+    return x_BHSK.reshape(B, H // share, share, S, K).sum(2, dtype=jnp.float32).astype(x_BHSK.dtype)
 
 
 def dot(a: jax.Array, b: jax.Array) -> jax.Array:

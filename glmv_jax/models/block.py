@@ -111,11 +111,12 @@ class Attention(nn.Module):
                 k_BTGK = RMSNorm("head_dim", c.norm_eps, name="k_norm")(k_BTGK)
             q_BTHK, k_BTGK = c.rotate(q_BTHK, rope), c.rotate(k_BTGK, rope)
         with jax.named_scope("core"):
-            if cache is None:
-                out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
-            else:
+            if cache is not None:
                 shared = cache.get("prompt")
                 cache = {"k": write(cache["k"], k_BTGK, query.slots), "v": write(cache["v"], v_BTGK, query.slots)}
+            if cache is None or query.in_order is not None:  # a row sees itself
+                out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
+            else:
                 out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
         with jax.named_scope("out"):
             out = Linear(c.width, ("from_heads", None), "o" in c.biases, c.dtype, c.out_init, name="o")

@@ -112,7 +112,7 @@ def embed(cfg: VLMConfig, params: Params, visual_BMD: jax.Array | None, tokens: 
 
 def apply(
     cfg: VLMConfig, params: Params, vision: VisionInput | Dispatched | jax.Array | None, tokens: TokenInput,
-    cache: dict | None = None,
+    cache: dict | None = None, fresh: bool = False,
 ) -> VLMOutput:  # fmt: skip
     """One pass over packed rows (cache None), or over the next T positions of rows being decoded.
 
@@ -122,6 +122,8 @@ def apply(
     to its own; the returned length has grown by T. Of segments only 0 counts then. A caller that pads prompts on the
     right gives padding segment 0 and sets "length" back to the true lengths afterwards: later tokens overwrite the
     padding's slots before anything can see them. With "prompt" (`share_prompts`) rows also see all of their prompt.
+    fresh: promises that nothing is in the cache yet. Where it has no more slots than there are positions, a row then
+    sees itself, as without a cache, by the kernels for that; what it leaves in the cache is the same.
 
     In a pipeline whose ends are stages (`parallel.pipeline`) the rows that come out are those of `pipeline.on_last`,
     and `merged` is what the first stage has.
@@ -140,6 +142,8 @@ def apply(
         own = None
     else:
         query, key = cached_spans(cache, T)
+        if fresh and len(cache["slots"]) == T and context.parts() == 1:
+            query = key = query._replace(in_order=IN_ORDER)
         query = query._replace(valid=tokens.segments > 0)
         own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
     out = decoder.apply(cfg.decoder, params["decoder"], merged_BTD, tokens.positions, query, key, own)
