@@ -42,7 +42,7 @@ GLM5: dict[str, dict[str, Any]] = {
         index_heads=4, index_dim=32, top_k=48, index_loss=True, mlp=352, dense=1, expert_mlp=96, experts=8, chosen=2,
         route_scale=1.0, rope_theta=2.0, rope_split=(2, 3, 3),
     ),
-    "l": dict(index_loss=True, dtype="bfloat16", remat="full"),
+    "l": dict(index_loss=True, dtype="bfloat16", remat="attention"),
 }  # fmt: skip
 # Of the merger in stages 3 to 5; `parallel.remat` says what the policies are.
 MERGER: dict[str, dict[str, Any]] = {"nano": dict(remat="none", chunk=0), "l": dict(remat="full", chunk=0)}

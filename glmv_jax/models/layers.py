@@ -44,7 +44,7 @@ class Linear(nn.Module):
             y = by_rows(x.astype(self.dtype), kernel_OI.astype(self.dtype)).astype(self.dtype)
         else:
             kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)
-            y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype))
+            y = matmul(x.astype(self.dtype), kernel_IO.astype(self.dtype), self.axes)
         if self.bias:  # added in float32, so that its gradient, a sum over all rows, is taken there
             name = "norm" if self.axes[1] in ("embed", None) else self.axes[1]
             y = (y.astype(jnp.float32) + param(self, "bias", zeros, (self.features,), (name,))).astype(self.dtype)
