@@ -1,8 +1,8 @@
 """Attention of a row whose segments fork into branches, as a prompt with its answers, in Pallas kernels for TPUs.
 
-`attention.plain` is the twin. The kernels are those of `selected`, forward and backward, told which keys a query sees by
-segment, branch and slot, as JAX's own (`splash`) compare segments only. As there each device runs them on its rows, its
-heads and, where rows are split, its queries.
+`attention.plain` is the twin. The kernels are those of `selected`, forward and backward, told which keys a query sees
+by segment, branch and slot, as JAX's own (`splash`) compare segments only. As there each device runs them on its rows,
+its heads and, where rows are split, its queries.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def forked(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, 
         q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         of_queries = (x[..., None] for x in (query.segments, query.branches, query.slots))
         of_keys = (x[:, None] for x in (key.segments, key.branches))
-        return selected.attend(q, k, v, selected.Forked(*of_queries, *of_keys), query.slots, interpret)[0].swapaxes(1, 2)
+        out, _ = selected.attend(q, k, v, selected.Forked(*of_queries, *of_keys), query.slots, interpret)
+        return out.swapaxes(1, 2)
 
     mesh = rules.active_mesh()
     if mesh is None or mesh.size == 1:

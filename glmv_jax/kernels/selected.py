@@ -210,7 +210,8 @@ def _forward(q, k, v, keys, slots_BT, interpret):
     shapes = [jax.ShapeDtypeStruct((*q.shape[:3], n), dtype) for n, dtype in ((V, q.dtype), (1, jnp.float32))]
     run = call(
         body, (g.B, g.H, g.nq, g.nk), [at["q"], at["k"], at["v"], *at["keys"]], [at["o"], at["one"]], shapes,
-        [(g.bq, 1), (g.bq, 1), (g.bq, V)], estimate(1, q, k, K + V, q, k, v, keys.told()), interpret, "selected_forward",
+        [(g.bq, 1), (g.bq, 1), (g.bq, V)], estimate(1, q, k, K + V, q, k, v, keys.told()), interpret,
+        "selected_forward",
     )  # fmt: skip
     out, total = run(reach(slots_BT, g.bq, g.bk), q, k, v, *keys.told())
     out, total = (checkpoint_name(x, ATTENTION) for x in (out, total[..., 0]))
