@@ -47,8 +47,8 @@ def matmul(x: jax.Array, w_IO: jax.Array, axes: tuple[str, str | None] | None = 
 
 
 def split_over(x: jax.Array, w_IO: jax.Array, axes: tuple[str, str | None]) -> tuple[str, ...]:
-    """The axes of the mesh along which `scattered` brings the gradient home: those that split I, where they are several, all
-    of them split the rows [B, T] of x too, and nothing else splits W. Else none."""
+    """The axes of the mesh along which `scattered` brings the gradient home: those that split I, where they are
+    several, all of which split the rows [B, T] of x too, and nothing else splits W. Else none."""
     if x.ndim != 3 or rules.active() is None or jax.sharding.get_abstract_mesh().manual_axes:
         return ()
     mesh, active = rules.active()
