@@ -127,6 +127,26 @@ def test_what_models_promise(monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-4 * max(1.0, float(jnp.abs(b).max())))
 
 
+def test_a_fresh_prefill_is_a_row_that_sees_itself(monkeypatch):
+    """Prompts of two lengths through these kernels: states and cache are those of a pass that reads its cache."""
+    cfg = tiny_vlm.config()
+    params, rng = tiny_vlm.params(cfg), np.random.default_rng(0)
+    batch = tiny_vlm.prompt_batch([tiny_vlm.prompt(rng, 12, None), tiny_vlm.prompt(rng, 20, None)], 24, 4)
+    tokens = TokenInput(*(jnp.asarray(batch[k]) for k in ("tokens", "positions", "segments", "image_row")))
+    run = lambda slots, fresh: vlm.apply(cfg, params, None, tokens, vlm.init_cache(cfg, 2, slots), fresh)  # noqa: E731
+    want = jax.jit(lambda: run(24, False))()
+    taken = []
+    monkeypatch.setattr(splash, "supported", lambda q, k, query, key: None not in (query.in_order, key.in_order))
+    monkeypatch.setattr(splash, "splash", lambda *args: taken.append(args) or INTERPRETED(*args))
+    got = jax.jit(lambda: run(24, True))()
+    assert taken
+    for a, b in zip(jax.tree.leaves((got.hidden, got.cache)), jax.tree.leaves((want.hidden, want.cache)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * max(1.0, float(jnp.abs(b).max())))
+    taken.clear()
+    jax.eval_shape(lambda: run(40, True))
+    assert not taken, "slots that nobody fills"
+
+
 @pytest.mark.parametrize("option", ["masked", "image_token"])
 def test_mtp_without_keys_of_images_is_left_alone(option, monkeypatch):
     """With "masked" a row's first image sees nothing; the kernels want each position to see itself."""
