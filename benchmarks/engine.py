@@ -1,14 +1,17 @@
 """What does it bring that a row which is done is refilled at once? The engine against the group sampler.
 
     python benchmarks/engine.py [--slots 32] [--group 8] [--prompts 64] [--new 256] [--rounds 3] [--out FILE]
+    python benchmarks/engine.py --prompts 64 --slots 512 --rows 128 --new 14 --means 5 9   # a step of stage 5 at nano
+    python benchmarks/engine.py --group 1 --prompts 512 --slots 64 --new 24 --means 5 9    # an evaluation
 
 The language model and the encoder of size=nano, prompts of its reinforcement learning (a picture and a question each),
 `--group` answers to each. The sampler answers slots / group prompts a call, and a call ends with its longest answer;
-the engine has as many rows, gets all requests at once, and reads a prompt once for its group, too. Answers are the same
-token for token, which is checked first: so both do the same work.
+the engine has as many rows (or --rows), gets all requests at once, and reads a prompt once for its group, too. Answers
+are the same token for token, which is checked first: so both do the same work.
 
 Weights are written by hand, so that lengths have a heavy tail as those of reasoning models have: a text is of one of
-two kinds, told by its last token, of which four in five end after 12 tokens on average and one in five after 150.
+two kinds, told by its last token, of which four in five end after 12 tokens on average and one in five after 150, or
+--means.
 
 Prints one JSON line: lengths, steps of decoding, and tokens/s of whole runs in turns, prompts included, on the clock
 and of processor time.
@@ -42,7 +45,7 @@ def model() -> tuple[Any, Any, Any]:
     return cfg, tokenizer, DocumentBuilder(tokenizer, patcher, sizes["prompt_tokens"], sizes["image_patches"])
 
 
-def weights(cfg: Any, tokenizer: Any) -> Any:
+def weights(cfg: Any, tokenizer: Any, means: tuple[float, float]) -> Any:
     """Fresh ones, in which all branches are 0, so that the next token depends on the last alone: of its own kind almost
     surely, or the end with the probability that makes the mean length of the kind."""
     import jax
@@ -60,7 +63,7 @@ def weights(cfg: Any, tokenizer: Any) -> Any:
     head[0], head[1] = 3 * kind / scale, 0
     drawn = np.setdiff1d(np.arange(V), list(tokenizer.special.values()))
     counts = [(kind[drawn] == sign).sum() for sign in (1, -1)]
-    wanted = [3 + np.log(count / mean) for count, mean in zip(counts, MEANS)]  # logits of the end, after either kind
+    wanted = [3 + np.log(count / mean) for count, mean in zip(counts, means)]  # logits of the end, after either kind
     for stop in tokenizer.stops:
         head[:, stop] = 0
         head[1, stop] = -9
@@ -77,26 +80,28 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8)
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new", type=int, default=256, help="tokens of an answer at most")
-    parser.add_argument("--steps", type=int, default=8, help="tokens that a call of the engine decodes")
+    parser.add_argument("--rows", type=int, help="slots of the engine, in place of --slots")
+    parser.add_argument("--lanes", type=int, default=16, help="prompts that it reads at once")
+    parser.add_argument("--means", type=float, nargs=2, default=MEANS, help="tokens of an answer of either kind")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", help="also write the JSON line there")
     args = parser.parse_args()
 
     import jax
 
-    from glmv_jax import rl
     from glmv_jax.inference import Prompts, Sampler, Sampling
     from glmv_jax.inference.engine import Engine
     from glmv_jax.inference.requests import Prompt, Request
     from glmv_jax.inference.settings import Settings
     from glmv_jax.parallel.host import prepare_memory
+    from glmv_jax.rl.prompts import prompts
 
     prepare_memory()
     cfg, tokenizer, builder = model()
-    params = jax.device_put(weights(cfg, tokenizer))
+    params = jax.device_put(weights(cfg, tokenizer, tuple(args.means)))
     sampling = Sampling.chat(tokenizer, args.new)
     per_call, N = args.slots // args.group, args.prompts * args.group
-    data = rl.prompts(dict.fromkeys(KINDS, 1.0), builder, batch=per_call)
+    data = prompts(dict.fromkeys(KINDS, 1.0), builder, batch=per_call)
     batches = [next(data) for _ in range(args.prompts // per_call)]
 
     sampler = Sampler(cfg, sampling, args.group)
@@ -108,8 +113,10 @@ def main() -> None:
             found += [tokens[:length] for tokens, length in zip(out.tokens, out.lengths)]
         return found
 
-    rows = {"length": builder.max_tokens + args.new, "patches": (builder.max_patches, 4 * builder.max_patches)}
-    settings = Settings(args.slots, steps=args.steps, chunks=(16, 48), queue=N, **rows)
+    settings = Settings(
+        args.rows or args.slots, length=builder.max_tokens + args.new, alone=min(args.new, 64), lanes=args.lanes,
+        chunks=(16, 48), patches=(builder.max_patches,), queue=N,
+    )  # fmt: skip
     engine = Engine(cfg, params, sampling, settings)
     engine.warm()
     traces = engine.traces
@@ -150,7 +157,7 @@ def main() -> None:
         "lengths": {"mean": significant(lengths.mean())} | {
             f"p{q}": int(np.percentile(lengths, q)) for q in (50, 90, 99, 100)},
         "steps of decoding": {
-            "sampler": int(sum(longest)), "engine": (counts.places - before[0]) // args.slots // args.rounds},
+            "sampler": int(sum(longest)), "engine": (counts.places - before[0]) // settings.slots // args.rounds},
         "rows busy": {
             "sampler": significant(lengths.sum() / (sum(longest) * args.slots), 3),
             "engine": significant((counts.drawn - before[1]) / (counts.places - before[0]), 3)},

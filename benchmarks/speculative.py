@@ -44,7 +44,7 @@ def train(folder: str, steps: int) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """A trained model and its `Prompts` by kind, text and image."""
+    """A trained model and its prompts (`inference.Prompt`) by kind, text and image."""
 
     cfg: Any
     params: Any
@@ -77,33 +77,35 @@ def load(folder: str, count: int) -> Subject:
     return Subject(model, jax.device_put(checkpoint.load_params(folder)), tokenizer, prompts)
 
 
-def batches(prompts: Any, batch: int) -> list:
-    """Prompts of `batch` rows each."""
-    import jax
+def engine(subject: Subject, slots: int, new: int, drafts: int, **sampling: Any) -> Any:
+    """An engine that decodes without interruption."""
+    from glmv_jax.inference import Engine, Sampling, Settings
 
-    rows = len(prompts.length)
-    return [
-        jax.device_put(jax.tree.map(lambda x: x[i : i + batch], prompts))  # noqa: B023
-        for i in range(0, rows - batch + 1, batch)
-    ]
+    asked = [prompt for of_kind in subject.prompts.values() for prompt in of_kind]
+    pictures = [picture for prompt in asked for picture in prompt.pictures]
+    longest = max(len(prompt.tokens) for prompt in asked)
+    settings = Settings(
+        slots=slots, length=longest + new, alone=new, chunks=(longest,), lanes=slots, drafts=drafts,
+        patches=(max(len(picture.patches) for picture in pictures),),
+    )  # fmt: skip
+    return Engine(subject.cfg, None, dataclasses.replace(Sampling.chat(subject.tokenizer, new), **sampling), settings)
 
 
 def acceptances(subject: Subject, drafts: int, new: int) -> dict[str, Any]:
     """Rates and accept length by kind of prompt, greedy and drawn."""
 
     from glmv_jax.eval import drafts as drafts_eval
-    from glmv_jax.inference import Sampling, acceptance
-    from glmv_jax.inference.speculative import SpeculativeSampler
+    from glmv_jax.inference import acceptance
 
     found: dict[str, Any] = {}
+    drafting = engine(subject, max(map(len, subject.prompts.values())), new, drafts)
     for temperature in (0.0, 1.0):
-        sampling = Sampling.chat(subject.tokenizer, new, temperature=temperature)
-        sampler = SpeculativeSampler(subject.cfg, sampling, drafts)
-        for kind, counts in drafts_eval.counts(sampler, subject.params, subject.prompts).items():
+        counts_of = drafts_eval.counts(drafting, subject.params, subject.prompts, temperature=temperature)
+        for kind, counts in counts_of.items():
             rates = acceptance.rates(counts)
             found[f"{kind}, temperature {temperature:g}"] = {
                 "rates": [finite(rate) for rate in rates],
-                "accept length": significant(acceptance.accept_length(rates), 4), "passes": int(counts.passes.sum()),
+                "accept length": significant(acceptance.accept_length(rates), 4), "passes": counts.passes,
             }  # fmt: skip
             log(kind, temperature, found[f"{kind}, temperature {temperature:g}"])
     return found
@@ -114,19 +116,24 @@ def costs(subject: Subject, batch: int, widths: list[int], rounds: int, repeats:
     import jax
     import jax.numpy as jnp
 
-    from glmv_jax.inference.sampler import Sampling, inputs, likeliest, prefill
+    from glmv_jax.inference.sampler import Prompts, Sampling, likeliest, prefill
     from glmv_jax.models import drafting, vlm
     from glmv_jax.typing import TokenInput
 
     cfg, sampling = subject.cfg, Sampling.chat(subject.tokenizer, 1, temperature=0.0)
-    prompts = batches(subject.prompts["text"], batch)[0]
+    ids = [prompt.tokens for prompt in subject.prompts["text"][:batch]]
+    length = np.array([len(x) for x in ids], np.int32)
+    tokens = np.stack([np.pad(x, (0, length.max() - len(x))) for x in ids])
+    positions = np.broadcast_to(np.arange(length.max(), dtype=np.int32)[:, None], (*tokens.shape, 3))
+    prompts = Prompts(None, tokens, positions, np.full_like(tokens, -1), length, length)
 
     def steps(width: int, repeats, params, prompts):
         """The same step over and over, each from what the one before said; the number of them is no part of the
         program, so that a call without any tells what a call costs beside them."""
         out = prefill(cfg, params, prompts)
         cache = vlm.share_prompts(cfg, out.cache, 1, 64)
-        head = drafting.prompt_cache(cfg, params, out, inputs(prompts), 1, 64)
+        slots = tokens.shape[1] + 64
+        head = drafting.empty_cache(cfg, batch, slots) | {"slots": jnp.arange(slots), "length": prompts.length}
         params, cache = vlm.layers_apart(cfg, params, cache, batch * (width or 2))
         T = max(width, 1)
         positions = jnp.broadcast_to((prompts.next_position[:, None] + jnp.arange(T))[..., None], (batch, T, 3))
@@ -160,43 +167,40 @@ def speeds(subject: Subject, batch: int, drafts: list[int], new: int, rounds: in
     """Greedy tokens/s by kind of prompt, plain (under 0) and with K drafts, each the quickest of the rounds: of whole
     calls, and of the steps after the first token (a call for `new` tokens less a call for one). Answers are as long as
     `new` (nothing stops them), so that all sides write the same tokens."""
-    import jax
+    from glmv_jax.inference import Request
+    from glmv_jax.inference.batches import complete
 
-    from glmv_jax.inference import Sampler, Sampling
-    from glmv_jax.inference.speculative import SpeculativeSampler
-
-    def sampler(K: int, n: int) -> Any:
-        sampling = dataclasses.replace(Sampling.chat(subject.tokenizer, n, temperature=0.0), stop=())
-        return SpeculativeSampler(subject.cfg, sampling, K) if K else Sampler(subject.cfg, sampling)
-
-    samplers = {(K, n): sampler(K, n) for K in (0, *drafts) for n in (1, new)}
+    engines = {K: engine(subject, batch, new, K, temperature=0.0, stop=()) for K in (0, *drafts)}
+    calls_of = [(K, n) for K in engines for n in (1, new)]
     found = {}
-    for kind, rows in subject.prompts.items():
-        asked = batches(rows, batch)[: max(1, 8 // batch)]
+    for kind, prompts in subject.prompts.items():
+        asked = prompts[: max(1, 8 // batch) * batch]
 
-        def answer(which: tuple[int, int], asked: list = asked) -> tuple[float, list, list]:
+        def answer(which: tuple[int, int], asked: list = asked) -> tuple[float, list, int]:
+            K, n = which
+            before = engines[K].counts.passes
             began = time.perf_counter()
-            outs = [jax.block_until_ready(samplers[which](subject.params, x, jax.random.key(0))) for x in asked]
-            seconds, K = time.perf_counter() - began, which[0]
-            ids = [np.asarray(out.answers.tokens if K else out.tokens).tolist() for out in outs]
-            return seconds, ids, [out.counts for out in outs] if K else []
+            done = complete(engines[K], subject.params, [Request(prompt, max_new_tokens=n) for prompt in asked])
+            return time.perf_counter() - began, [x.tokens.tolist() for x in done], engines[K].counts.passes - before
 
-        first = {which: answer(which) for which in samplers}
+        for which in calls_of:
+            answer(which)  # compiles
+        first = {which: answer(which) for which in calls_of}
         same = {K: first[K, new][1] == first[0, new][1] for K in drafts}
         if not all(same.values()):
             raise SystemExit(f"speculative.py: greedy answers with drafts differ from the plain ones: {same}")
-        times = in_turns({w: functools.partial(lambda w: answer(w)[0], w) for w in samplers}, rounds, 90.0)
+        times = in_turns({w: functools.partial(lambda w: answer(w)[0], w) for w in calls_of}, rounds, 90.0)
         best = {which: min(seconds) for which, seconds in times.items()}
         calls = {K: best[K, new] for K in (0, *drafts)}
         steps = {K: best[K, new] - best[K, 1] for K in calls}
-        answers = len(asked) * batch
-        passes = {K: sum(int(counts.passes.sum()) for counts in first[K, new][2]) for K in drafts}
+        answers = len(asked)
+        passes = {K: first[K, new][2] for K in drafts}
         found[kind] = {
             "steps: tokens/s": {K: significant(answers * (new - 1) / seconds) for K, seconds in steps.items()},
             "steps: speed-up": {K: significant(steps[0] / steps[K], 3) for K in drafts},
             "calls: tokens/s": {K: significant(answers * new / seconds) for K, seconds in calls.items()},
             "calls: speed-up": {K: significant(calls[0] / calls[K], 3) for K in drafts},
-            "tokens a pass": {K: significant(answers * (new - 1) / passes[K]) for K in drafts},
+            "tokens a pass": {K: significant(answers * new / passes[K]) for K in drafts},
         }
         log(batch, kind, found[kind])
     return found

@@ -9,15 +9,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 
-import jax
 import numpy as np
 
 from glmv_jax.data.building import Document, DocumentBuilder
-from glmv_jax.data.packing import collate
 from glmv_jax.data.records import Sample
 from glmv_jax.inference import acceptance
-from glmv_jax.inference.sampler import Prompts
-from glmv_jax.inference.speculative import Counts, SpeculativeSampler
+from glmv_jax.inference.batches import complete
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.requests import Prompt, Request
+from glmv_jax.inference.settings import Counts
 from glmv_jax.typing import Params
 
 SHOWN = {"text": 12, "image": 3}  # learnt tokens of a document that its prompt shows, those behind the image
@@ -32,31 +32,26 @@ def cut(document: Document, shown: int) -> Document:
 
 
 def continued(texts: Sequence[Sample], pictures: Sequence[Sample], builder: DocumentBuilder, form: str
-              ) -> dict[str, Prompts]:
-    """Prompts by kind, on the host, a row each and all as long as the longest: documents with their end cut off or,
-    with form="chat", of pictures the questions about them."""
+              ) -> dict[str, list[Prompt]]:
+    """Prompts by kind: documents with their end cut off or, with form="chat", of pictures the questions about them."""
     documents = {"text": [cut(builder.pretrain(sample), SHOWN["text"]) for sample in texts]}
     if form == "chat":
         documents["image"] = [builder.prompt(sample) for sample in pictures]
     else:
         documents["image"] = [cut(builder.pretrain(sample), SHOWN["image"]) for sample in pictures]
-    longest = max(len(document.tokens) for of_kind in documents.values() for document in of_kind)
-    return {kind: prompts(of_kind, builder, longest) for kind, of_kind in documents.items() if of_kind}
+    return {kind: [Prompt.of_document(x) for x in of_kind] for kind, of_kind in documents.items() if of_kind}
 
 
-def prompts(documents: Sequence[Document], builder: DocumentBuilder, length: int) -> Prompts:
-    """One row a document, padded to `length` tokens and the builder's patches of an image."""
-    p = builder.patcher
-    rows = [Prompts.of(collate([x], length, p.max_patches, p.channels, [x.source])) for x in documents]
-    return jax.tree.map(lambda *xs: np.concatenate(xs), *rows)
-
-
-def counts(sampler: SpeculativeSampler, params: Params, asked: Mapping[str, Prompts], seed: int = 1
-           ) -> dict[str, Counts]:
-    """What the drafts came to, by kind of prompt, all of a kind in one batch."""
-    return {
-        kind: jax.device_get(sampler(params, rows, jax.random.key(seed)).counts) for kind, rows in asked.items()
-    }
+def counts(
+    engine: Engine, params: Params, asked: Mapping[str, Sequence[Prompt]], seed: int = 1, temperature: float = 0.0
+) -> dict[str, Counts]:
+    """What the engine did, by kind of prompt."""
+    found = {}
+    for kind, prompts in asked.items():
+        before = engine.counts.copy()
+        complete(engine, params, [Request(x, seed, n, temperature=temperature) for n, x in enumerate(prompts)])
+        found[kind] = engine.counts.since(before)
+    return found
 
 
 def accept_lengths(found: Mapping[str, Counts]) -> dict[str, float]:

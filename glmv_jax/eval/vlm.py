@@ -14,16 +14,16 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from PIL import Image
 
 from glmv_jax.data import coordinates
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.chat import boxed, parse_answer
-from glmv_jax.data.heldout import prompt_chunks
 from glmv_jax.data.records import Sample
-from glmv_jax.inference.sampler import Prompts, Sampler
+from glmv_jax.inference.batches import complete
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.requests import Prompt, Request
 from glmv_jax.inference.text import answer_text
 from glmv_jax.typing import Params
 
@@ -32,21 +32,15 @@ Score = Callable[[Sequence[Sample], Sequence[str]], Sequence[Any]]
 
 
 def answers(
-    sampler: Sampler, params: Params, samples: Sequence[Sample], builder: DocumentBuilder, batch: int, seed: int = 0
+    engine: Engine, params: Params, samples: Sequence[Sample], builder: DocumentBuilder, seed: int = 0, **settings: Any
 ) -> list[str]:
-    """One answer text a sample, special tokens by name, in batches of one shape. `sampler.group` must be 1.
+    """One answer text a sample, special tokens by name.
 
-    builder: its max_tokens and max_patches are those of a prompt row. seed counts only when temperature > 0.
+    settings: those of `inference.Request`, as max_new_tokens. seed counts only when the temperature is not 0.
     """
-    if sampler.group != 1:
-        raise ValueError(f"evaluation takes one answer a question, but the sampler's group is {sampler.group}")
-    names = sorted({sample.source for sample in samples})
-    texts: list[str] = []
-    for i, (rows, chunk) in enumerate(prompt_chunks(samples, builder, batch, names)):
-        out = jax.device_get(sampler(params, Prompts.of(rows), jax.random.fold_in(jax.random.key(seed), i)))
-        for ids, length in zip(out.tokens[: len(chunk)], out.lengths):
-            texts.append(answer_text(builder.tokenizer, ids[:length], sampler.sampling.stop))
-    return texts
+    prompts = (Prompt.of_document(builder.prompt(sample)) for sample in samples)
+    done = complete(engine, params, (Request(prompt, seed, n, **settings) for n, prompt in enumerate(prompts)))
+    return [answer_text(builder.tokenizer, x.tokens, engine.sampling.stop) for x in done]
 
 
 def accuracy(samples: Sequence[Sample], texts: Sequence[str], score: Score, name: str = "accuracy") -> dict[str, float]:
@@ -100,30 +94,29 @@ def with_grey_images(samples: Sequence[Sample]) -> list[Sample]:
 
 
 def evaluate(
-    sampler: Sampler,
+    engine: Engine,
     params: Params,
     samples: Sequence[Sample],
     builder: DocumentBuilder,
     score: Score,
-    batch: int,
     *,
     controls: bool = False,
-    drawing: Sampler | None = None,
+    drawn: bool = False,
+    **settings: Any,
 ) -> dict[str, float]:
-    """accuracy/<source> and accuracy/mean; with `controls` also accuracy_shuffled/... and accuracy_blind/....
-
-    drawing: a second sampler, that draws; its answers give accuracy_sampled/....
-    """
-    conditions = {"accuracy": (sampler, list(samples))}
-    if drawing:
-        conditions["accuracy_sampled"] = (drawing, list(samples))
+    """accuracy/<source> and accuracy/mean of greedy answers; with `controls` also accuracy_shuffled/... and
+    accuracy_blind/..., with `drawn` accuracy_sampled/.... settings: as of `answers`."""
+    conditions = {"accuracy": (0.0, list(samples))}
+    if drawn:
+        conditions["accuracy_sampled"] = (1.0, list(samples))
     if controls:
-        conditions["accuracy_shuffled"] = (sampler, with_shuffled_images(samples))
-        conditions["accuracy_blind"] = (sampler, with_grey_images(samples))
+        conditions["accuracy_shuffled"] = (0.0, with_shuffled_images(samples))
+        conditions["accuracy_blind"] = (0.0, with_grey_images(samples))
     metrics: dict[str, float] = {}
-    for name, (using, asked) in conditions.items():
+    for name, (temperature, asked) in conditions.items():
         if asked:
-            metrics |= accuracy(asked, answers(using, params, asked, builder, batch), score, name)
+            texts = answers(engine, params, asked, builder, temperature=temperature, **settings)
+            metrics |= accuracy(asked, texts, score, name)
     return metrics
 
 

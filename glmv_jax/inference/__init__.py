@@ -1,5 +1,5 @@
-"""Sampling from a model: the cached sampler, with drafts of the MTP head or without; the engine, for requests that come
-and go; and one answer from a run."""
+"""Answers of a model: the engine, for whoever asks, with drafts of the MTP head or without; one answer from a run; and
+the sampler, whose batches answer in lockstep."""
 
 from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.engine import Engine
@@ -8,7 +8,6 @@ from glmv_jax.inference.generate import Model, generate, generate_from_run, last
 from glmv_jax.inference.requests import Busy, Completion, Prompt, Request, group
 from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
 from glmv_jax.inference.settings import Settings
-from glmv_jax.inference.speculative import Speculated, SpeculativeSampler
 from glmv_jax.inference.text import answer_text
 
 __all__ = [
@@ -25,8 +24,6 @@ __all__ = [
     "Sampler",
     "Sampling",
     "Settings",
-    "Speculated",
-    "SpeculativeSampler",
     "answer_text",
     "generate",
     "generate_from_run",

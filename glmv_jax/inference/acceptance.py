@@ -11,13 +11,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from glmv_jax.inference.speculative import Counts
+from glmv_jax.inference.settings import Counts
 
 
 def rates(counts: Counts) -> list[float]:
-    """a_1..a_K over all rows, nan for a draft that was never reached."""
-    reached_K, accepted_K = (np.asarray(x, np.float64).sum(axis=0) for x in (counts.reached, counts.accepted))
-    return [float(a / r) if r else math.nan for a, r in zip(accepted_K, reached_K)]
+    """a_1..a_K of what an engine counted, nan for a draft that was never reached."""
+    return [float(a / r) if r else math.nan for a, r in zip(counts.accepted, counts.reached)]
 
 
 def accept_length(rates: Sequence[float]) -> float:

@@ -1,24 +1,45 @@
-"""An engine in place of a `Sampler`: the same call, the same answers, for batches of prompts."""
+"""Many answers at once of an engine that nobody else asks; and the same as a `Sampler`: the same call, the same
+answers."""
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Iterable
 
 import jax
 import numpy as np
 
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.requests import Completion, Prompt, Request
-from glmv_jax.inference.sampler import Generated, Prompts
+from glmv_jax.inference.sampler import Generated, Prompts, Sampling
 from glmv_jax.typing import Params
 
 
-class EngineSampler:
-    """Wherever a `Sampler` is called (rollouts, evaluation): its rows need not fit the engine's slots, and rows that
-    are done do not wait for the longest. Nobody else may use the engine meanwhile."""
+def complete(engine: Engine, params: Params, requests: Iterable[Request]) -> list[Completion]:
+    """All of these answers, in their order. Nobody else may use the engine meanwhile; it keeps no parameters, and
+    `params` must not be given away before this returns.
 
-    def __init__(self, engine: Engine, group: int = 1) -> None:
-        self.engine, self.sampling, self.group = engine, engine.sampling, group
+    Raises UserError as `Engine.submit`.
+    """
+    engine.set_params(params, engine.version + 1, copy=False)
+    done: dict[int, Completion] = {}
+    for n, request in enumerate(requests):
+        while engine.waiting == engine.settings.queue:
+            engine.step()
+        engine.submit(request, lambda completion, n=n: done.__setitem__(n, completion))
+    engine.run()
+    engine.release()
+    return [done[n] for n in range(len(done))]
+
+
+class EngineSampler:
+    """Wherever a `Sampler` is called (rollouts): its rows need not fit the engine's slots, and rows that are done do
+    not wait for the longest.
+
+    sampling: how answers are drawn in place of the engine's own way, whose tokens that stop or are suppressed it has.
+    """
+
+    def __init__(self, engine: Engine, group: int = 1, sampling: Sampling | None = None) -> None:
+        self.engine, self.sampling, self.group = engine, sampling or engine.sampling, group
 
     @property
     def traces(self) -> int:
@@ -26,18 +47,18 @@ class EngineSampler:
 
     def __call__(self, params: Params, prompts: Prompts, key: jax.Array) -> Generated:
         """As `Sampler`, in NumPy. key: of JAX's default kind. Raises UserError as `Engine.submit`."""
-        engine, pad = self.engine, self.sampling.pad
-        engine.set_params(params, engine.version + 1)
+        s, G = self.sampling, self.group
         seed = int.from_bytes(np.asarray(jax.random.key_data(key), ">u4").tobytes(), "big")
-        N, T = len(prompts.length) * self.group, self.sampling.max_new_tokens
-        out = Generated(np.full((N, T), pad, np.int32), np.zeros((N, T), np.float32), np.zeros(N, np.int32),
+        N, T = len(prompts.length) * G, s.max_new_tokens
+        own = dict(max_new_tokens=T, temperature=s.temperature, top_p=s.top_p)
+        asked = {row * G + g: Request(prompt, seed, row * G + g, **own)
+                 for row, prompt in enumerate(_rows(prompts)) if prompt is not None for g in range(G)}  # fmt: skip
+        out = Generated(np.full((N, T), s.pad, np.int32), np.zeros((N, T), np.float32), np.zeros(N, np.int32),
                         np.zeros(N, bool))  # fmt: skip
-        for row, prompt in enumerate(_rows(prompts)):
-            for n in range(row * self.group, (row + 1) * self.group) if prompt is not None else ():
-                while engine.waiting == engine.settings.queue:
-                    engine.step()
-                engine.submit(Request(prompt, seed, n), functools.partial(_put, out, n))
-        engine.run()
+        for n, completion in zip(asked, complete(self.engine, params, asked.values())):
+            length = len(completion.tokens)
+            out.tokens[n, :length], out.logprobs[n, :length] = completion.tokens, completion.logprobs
+            out.lengths[n], out.finished[n] = length, completion.reason == "stop"
         return out
 
 
@@ -48,9 +69,3 @@ def _rows(prompts: Prompts) -> list[Prompt | None]:
     none = np.zeros((len(host.length), 0), np.int32)
     vision = {"patches": none, "yx": none, "frame": none} if host.vision is None else host.vision._asdict()
     return [Prompt.of_row(text | vision, row) if n else None for row, n in enumerate(host.length)]
-
-
-def _put(out: Generated, n: int, completion: Completion) -> None:
-    length = len(completion.tokens)
-    out.tokens[n, :length], out.logprobs[n, :length] = completion.tokens, completion.logprobs
-    out.lengths[n], out.finished[n] = length, completion.reason == "stop"

@@ -26,13 +26,12 @@ from jax.sharding import Mesh
 from glmv_jax.inference import slots as slots_lib
 from glmv_jax.inference.drafting_programs import DraftingPrograms
 from glmv_jax.inference.pictures import PictureTable
-from glmv_jax.inference.programs import Chunk, Programs, Running
+from glmv_jax.inference.programs import Chunk, Drawn, Programs, Running, Until, recurrent
 from glmv_jax.inference.requests import Busy, Completion, Request
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Counts, Settings
-from glmv_jax.inference.slots import Slot, Work
+from glmv_jax.inference.slots import Slot, Slots, Work
 from glmv_jax.models import vlm
-from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.parallel.mesh import check_batch, data_shards
 from glmv_jax.parallel.rules import Rules
 from glmv_jax.typing import Params, UserError, VisionInput
@@ -41,38 +40,40 @@ from glmv_jax.typing import Params, UserError, VisionInput
 class Engine:
     """See the file's head. `traces` counts compilations, `counts` work.
 
+    params: None for those that `set_params` is to give.
     sampling: how answers are drawn where a request does not say; stop and suppressed tokens are of all.
     mesh, rules: where parameters live (a copy on every device, unless rules say otherwise); rows of the cache are split
         over its data axes.
-    Raises UserError for slots that do not divide over the mesh, and for linear attention.
+    placed: parameters stay on the mesh as they lie, and the compiler sees to the rest.
+    Raises UserError for slots that do not divide over the mesh.
     """
 
     def __init__(
-        self, cfg: vlm.VLMConfig, params: Params, sampling: Sampling, settings: Settings = Settings(), *,  # noqa: B008
-        version: int = 0, mesh: Mesh | None = None, rules: Rules | None = None,
+        self, cfg: vlm.VLMConfig, params: Params | None, sampling: Sampling, settings: Settings = Settings(),  # noqa: B008
+        *, version: int = 0, mesh: Mesh | None = None, rules: Rules | None = None, placed: bool = False,
     ) -> None:  # fmt: skip
-        if isinstance(cfg.decoder, GLM5NextConfig):
-            raise UserError("linear attention keeps one state a row, which is of no use to a row that shares only its "
-                            "first tokens; sample with Sampler")  # fmt: skip
         if mesh is not None:
             check_batch(settings.slots, mesh)
         self.cfg, self.sampling, self.settings = cfg, sampling, settings
         s = settings
         shards = data_shards(mesh)
-        self._table = PictureTable(s.pictures, s.patches, shards)
-        sizes = dict(steps=s.steps, pictures=self._table.size, mesh=mesh, rules=rules)
+        self._lanes = min(s.lanes, s.slots // shards)
+        self._table = PictureTable(s.pictures, s.patches, shards, self._lanes)
+        sizes = dict(steps=max(s.steps, s.alone), pictures=self._table.size, mesh=mesh, rules=rules, placed=placed)
+        self._chunks = sorted({min(n, s.length) for n in s.chunks})
+        # Entries that chunks fit into; a state that cannot go back reads nothing twice, and has the room behind it.
+        self._room = s.length + (self._chunks[-1] if recurrent(cfg) else 0)
         if s.drafts:  # which are written behind a row's last entry
             self._programs = DraftingPrograms(cfg, sampling, s.slots, s.length + s.drafts, s.drafts, **sizes)
         else:
-            self._programs = Programs(cfg, sampling, s.slots, s.length, **sizes)
-        each = s.slots // shards
-        self._slots = [Slot(n, n // each, n % each, s.length) for n in range(s.slots)]
-        self._chunks = sorted({min(n, s.length) for n in s.chunks})
+            self._programs = Programs(cfg, sampling, s.slots, self._room, **sizes)
+        self._slots = Slots(s.slots, shards, s.length, exact=recurrent(cfg))
         self._waiting: collections.deque[Work] = collections.deque()
         self._ids, self._clock = itertools.count(), itertools.count(1)
-        self.counts = Counts()
-        self.set_params(params, version)
-        self._cache, self._visual = self._programs.empty()
+        self.counts = Counts(reached=np.zeros(s.drafts, np.int64), accepted=np.zeros(s.drafts, np.int64))
+        self.version, self._cache = version, None
+        if params is not None:
+            self.set_params(params, version)
 
     # --- what callers ask ---------------------------------------------------------------------------------------------
 
@@ -94,20 +95,24 @@ class Engine:
 
     def step(self) -> bool:
         """Fills free rows, reads prompts, and decodes once; whether there is more to do."""
-        for reads in itertools.count():
-            self._admit()
-            reading = [slot for slot in self._slots if slot.missing]
-            if not reading or (reads >= self.settings.reads and len(reading) < len(self._working())):
-                break
-            self._read(reading)
-        if any(not slot.missing for slot in self._working()):
-            self._decode()
-        return bool(self._waiting or self._working())
+        return self._step(self.settings.reads, self.settings.steps)
 
     def run(self) -> None:
-        """Steps until all requests are done."""
-        while self.step():
+        """Steps until all requests are done, with as few calls as there may be: what comes from another thread waits
+        longer than for `step`."""
+        while self._step(None, self.settings.alone):
             pass
+
+    def _step(self, most_reads: int | None, most_steps: int) -> bool:
+        for reads in itertools.count():
+            self._admit()
+            reading = self._slots.where(self._slots.reading)
+            if not reading or (most_reads is not None and reads >= most_reads and len(reading) < self.running):
+                break
+            self._read(reading)
+        if (self._slots.reading | self._slots.free).sum() < len(self._slots.all):
+            self._decode(most_steps)
+        return bool(self._waiting or self.running)
 
     def abort(self, id_: int) -> Completion | None:
         """Ends a request; what it has so far, with which `Request.begun` goes on. None if it is over already."""
@@ -115,43 +120,42 @@ class Engine:
             if work.id == id_:
                 self._waiting.remove(work)
                 return _finished(work, "aborted")
-        for slot in self._working():
+        for slot in self._slots.where(~self._slots.free):
             if slot.work.id == id_:
                 return self._end(slot, "aborted")
         return None
 
-    def set_params(self, params: Params, version: int) -> None:
-        """Parameters of all tokens drawn from now on. They are copied.
+    def set_params(self, params: Params, version: int, *, copy: bool = True) -> None:
+        """Parameters of all tokens drawn from now on. copy: they are; else they must not be given away (donated) until
+        others are set or `release` was called.
 
         Rows that run go on, with the entries they have; prompts that are being read are read again; what has been read
         and encoded before is forgotten.
         """
-        self._weights = self._programs.weights(params)
+        self._weights = self._programs.weights(params, copy)
         self.version = version
+        if self._cache is None:
+            self._cache, self._visual = self._programs.empty()
         self._table.clear()
-        for slot in self._slots:
-            if slot.missing or slot.free:
-                slot.held = 0
-            else:
-                slot.stale = True
+        self._slots.forget()
+
+    def release(self) -> None:
+        """Lets go of the parameters and of all memory, while nothing runs; `set_params` begins anew."""
+        self._weights = self._cache = self._visual = None
 
     def warm(self) -> None:
         """Compiles every program. Only while nothing runs."""
-        if self._working():
+        if self.running:
             raise ValueError("warm() writes to rows of the cache; call it before anything is submitted")
-        for slot in self._slots:
-            slot.held = 0
-        if self._visual is not None:
-            for length in self._table.rows:
-                channels, dtype = self._pixels()
-                shape = (self._table.shards, length)
-                rows = VisionInput(np.zeros((*shape, channels), dtype), np.zeros((*shape, 2), np.int32),
-                                   np.zeros(shape, np.int32))  # fmt: skip
-                self._encode(rows, np.full((shape[0], length // 4), self._table.size, np.int32))
-        for length in self._chunks:
-            self._cache = self._programs.prefill(self._weights.prefill, self._visual, self._cache, self._chunk(length))
-        self._copy(self._slots[0], self._slots[0])
-        self._cache, _ = self._programs.decode(self._weights.decode, self._cache, self._running())
+        self._slots.held[:] = 0
+        if self.cfg.vision is not None:
+            for rows, length in itertools.product(self._table.at_once, self._table.rows):
+                self._encode(*self._table.empty(rows, length, *self._pixels()))
+        for lanes, length in itertools.product(sorted({1, self._lanes}), self._chunks):
+            chunk = self._chunk(lanes, length)
+            self._cache = self._programs.prefill(self._weights.prefill, self._visual, self._cache, chunk)
+        self._copy([])
+        self._cache, _ = self._programs.decode(self._weights.decode, self._cache, self._running(), Until(1, 0))
         jax.block_until_ready(self._cache)
 
     @property
@@ -166,7 +170,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Requests with one."""
-        return len(self._working())
+        return int((~self._slots.free).sum())
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
@@ -179,8 +183,9 @@ class Engine:
             raise UserError(f"a prompt of {len(prompt.tokens)} tokens and up to {limit} after it are {length}, but "
                             f"rows hold {self.settings.length}; shorten it, lower max_new_tokens or raise "
                             "Settings.length")  # fmt: skip
-        if self.settings.drafts and len(prompt.tokens) < 2:
-            raise UserError("with drafts a prompt has at least 2 tokens; begin it as the model's texts begin")
+        if (self.settings.drafts or recurrent(self.cfg)) and len(prompt.tokens) < 2:
+            raise UserError("with drafts, or linear attention, a prompt has at least 2 tokens; begin it as the model's "
+                            "texts begin")  # fmt: skip
         if begun is not None and (
             len(begun.tokens) >= limit or len(begun.tokens) and begun.tokens[-1] in self.sampling.stop
         ):
@@ -191,7 +196,7 @@ class Engine:
         return Work(next(self._ids), request, limit, **settings, on_done=on_done, on_tokens=on_tokens)
 
     def _check_pictures(self, request: Request) -> None:
-        if self._visual is None:
+        if self.cfg.vision is None:
             raise UserError("this model reads text alone, but images were given; leave them out or take a vision model")
         self._table.check(request.prompt)
         channels, dtype = self._pixels()
@@ -205,60 +210,86 @@ class Engine:
         return self.settings.pixels or still
 
     def _end(self, slot: Slot, reason: str) -> Completion:
-        work, slot.used = slot.work, next(self._clock)
-        slot.end()
+        work = slot.work
+        slot.end(next(self._clock))
         return _finished(work, reason)
 
     # --- one step -----------------------------------------------------------------------------------------------------
 
-    def _working(self) -> list[Slot]:
-        return [slot for slot in self._slots if not slot.free]
-
     def _admit(self) -> None:
-        """Gives free rows to waiting requests, in their order."""
+        """Gives free rows to waiting requests, in their order but for those that had better wait until what others are
+        reading is there."""
         again = bool(self.settings.drafts)  # of the tokens in common the last, for what the head makes of it
-        while self._waiting and (found := slots_lib.place(self._slots, self._waiting[0], again)):
+        passed, copies, soon, sources = [], [], set(), {}  # of prompts: those that are being read, and where others are
+        while self._waiting and self._slots.free.any():
+            work = self._waiting[0]
+            same = work.request.begun is None and id(work.prompt)  # of a group: what holds for one holds for the next
+            found = "soon" if same in soon else None
+            if same in sources and not again:
+                found = slots_lib.beside(self._slots, work, sources[same])
+            found = found or slots_lib.place(self._slots, work, self._lanes, again)
+            if found is None:
+                break
+            self._waiting.popleft()
+            if found == "soon":
+                passed.append(work)
+                soon |= {same} - {False}
+                continue
             slot, source, common = found
+            if same and common:
+                sources[same] = source
             if common and source is not slot:
-                self._copy(source, slot)
-            slot.begin(self._waiting.popleft(), common, next(self._clock))
+                copies.append((source, slot))
+            slot.begin(work, common, next(self._clock))
             self.counts.reused += common
+        self._waiting.extendleft(reversed(passed))
+        if copies:
+            self._copy(copies)
 
-    def _copy(self, source: Slot, target: Slot) -> None:
-        """Of the other shards a row over itself."""
-        rows = np.zeros((2, self._table.shards), np.int32)
-        rows[:, source.shard] = source.row, target.row
-        self._cache = self._programs.copy(self._cache, *rows)
+    def _copy(self, pairs: list[tuple[Slot, Slot]]) -> None:
+        """Rows over others of their shard, in this order."""
+        D, P = self._slots.shards, len(self._slots.all) // self._slots.shards
+        rows, filled = np.zeros((2, D, P), np.int32), np.zeros(D, np.int32)
+        for source, target in pairs:
+            rows[:, source.shard, filled[source.shard]] = source.row, target.row
+            filled[source.shard] += 1
+        self._cache = self._programs.copy(self._cache, *rows, filled.max())
 
     def _read(self, reading: list[Slot]) -> None:
-        """The next chunk of these rows, of which no two are in one shard."""
+        """The next chunk of these rows, of which no more are in one shard than it has lanes; where they are few, of one
+        a shard."""
+        lanes = self._lanes if 2 * np.bincount([slot.shard for slot in reading]).max() > self._lanes else 1
+        if lanes == 1:
+            reading = list({slot.shard: slot for slot in reading}.values())
         most = max(slot.missing for slot in reading)
         length = next((n for n in self._chunks if n >= most), self._chunks[-1])
-        chunk, shown = self._chunk(length), []
+        chunk, shown, filled = self._chunk(lanes, length), [], np.zeros(self._slots.shards, int)
         for slot in reading:
             # A chunk that would not fit behind what the row holds reads some of it again.
-            start = min(slot.held, self.settings.length - length)
+            start = min(slot.held, self._room - length)
             stop = min(start + length, slot.held + slot.missing)
-            n, at = stop - start, slot.shard
-            chunk.row[at], chunk.start[at], chunk.valid[at, :n] = slot.row, start, True
-            chunk.tokens[at, : n + 1], chunk.positions[at, : n + 1] = slot.work.cut(start, stop + 1)
+            n, at = stop - start, (slot.shard, filled[slot.shard])
+            filled[slot.shard] += 1
+            chunk.row[at], chunk.start[at], chunk.valid[at][:n] = slot.row, start, True
+            chunk.tokens[at][: n + 1], chunk.positions[at][: n + 1] = slot.work.cut(start, stop + 1)
             if (slot.work.prompt.image_row[start : stop + 1] >= 0).any():
-                shown.append((slot, start, stop + 1))
+                shown.append((slot.work.prompt, at, start, stop + 1))
             self.counts.read += stop - slot.held
-            slot.held = stop
-        for rows, place in self._table.missing([p for slot, *_ in shown for p in slot.work.prompt.pictures]):
+            slot.read(stop)
+        for rows, place in self._table.missing([picture for prompt, *_ in shown for picture in prompt.pictures]):
             self._encode(rows, place)
             self.counts.encoded += int(rows.frame.max())
-        for slot, start, stop in shown:
-            places = self._table.places(slot.work.prompt)[start:stop]
-            chunk.picture[slot.shard, : len(places)] = places
+        for prompt, at, start, stop in shown:
+            places = self._table.places(prompt)[start:stop]
+            chunk.picture[at][: len(places)] = places
         self._cache = self._programs.prefill(self._weights.prefill, self._visual, self._cache, chunk)
 
-    def _chunk(self, length: int) -> Chunk:
-        D, C = self._table.shards, length
+    def _chunk(self, lanes: int, length: int) -> Chunk:
+        shape, C = (self._slots.shards, lanes), length
         return Chunk(
-            np.zeros(D, np.int32), np.zeros(D, np.int32), np.zeros((D, C + 1), np.int32),
-            np.zeros((D, C + 1, 3), np.int32), np.full((D, C + 1), -1, np.int32), np.zeros((D, C), bool),
+            np.zeros(shape, np.int32), np.zeros(shape, np.int32), np.zeros((*shape, C + 1), np.int32),
+            np.zeros((*shape, C + 1, 3), np.int32), np.full((*shape, C + 1), -1, np.int32),
+            np.zeros((*shape, C), bool),
         )  # fmt: skip
 
     def _encode(self, rows: VisionInput, place: np.ndarray) -> None:
@@ -269,29 +300,27 @@ class Engine:
         int_N = lambda: np.zeros(N, np.int32)  # noqa: E731
         rows = Running(np.zeros(N, bool), *(int_N() for _ in range(5)), np.zeros((N, 2), np.uint32), int_N(),
                        np.zeros(N, np.float32), np.ones(N, np.float32))  # fmt: skip
-        for slot in self._slots:
+        rows.length[:] = self._slots.held  # what idle rows write lands behind what they hold
+        for slot in self._slots.where(~self._slots.free & ~self._slots.reading):
             at, work = slot.number, slot.work
-            rows.length[at] = slot.held  # what idle rows write lands behind what they hold
-            if slot.free or slot.missing:
-                continue
             rows.running[at], rows.limit[at], rows.drawn[at] = True, work.limit, len(work.tokens)
             rows.token[at], rows.position[at] = work.last()
             rows.key[at] = divmod(work.request.seed, 1 << 32)
             rows.draw[at], rows.temperature[at], rows.top_p[at] = work.request.draw, work.temperature, work.top_p
         return rows
 
-    def _decode(self) -> None:
+    def _decode(self, most_steps: int) -> None:
         rows = self._running()
-        self._cache, drawn = self._programs.decode(self._weights.decode, self._cache, rows)
+        # While others wait, a call ends when an eighth of the rows that it began with is done.
+        running = int(rows.running.sum())
+        until = Until(most_steps, running - max(1, running // 8) if self._waiting else 0)
+        self._cache, drawn = self._programs.decode(self._weights.decode, self._cache, rows, until)
         drawn = jax.device_get(drawn)
-        self.counts.calls += 1
-        self.counts.places += int(drawn.new.any(axis=(0, 2)).sum()) * len(self._slots)
-        self.counts.drawn += int(drawn.new.sum())
+        self._count(drawn)
         ran = []
-        for slot in self._slots:
-            if rows.running[at := slot.number]:
-                new = drawn.new[at]
-                ran.append((slot, slot.work, drawn.tokens[at][new], drawn.logprobs[at][new]))
+        for slot in self._slots.where(rows.running):
+            at, new = slot.number, drawn.new[slot.number]
+            ran.append((slot, slot.work, drawn.tokens[at][new], drawn.logprobs[at][new]))
         for slot, work, tokens, logprobs in ran:
             work.add(tokens, logprobs, self.version)
             slot.drew(tokens)
@@ -300,6 +329,16 @@ class Engine:
                 work.on_tokens(tokens, logprobs)
             if not drawn.running[slot.number] and slot.work is work:
                 self._end(slot, "stop" if work.tokens[-1] in self.sampling.stop else "length")
+
+    def _count(self, drawn: Drawn) -> None:
+        counts, K = self.counts, self.settings.drafts
+        counts.calls += 1
+        counts.places += int(drawn.new.any(axis=(0, 2)).sum()) * len(self._slots.all)
+        counts.drawn += int(drawn.new.sum())
+        counts.passes += int(drawn.new.any(axis=2).sum())
+        judged_NIK = drawn.new[..., :K]
+        counts.reached += judged_NIK.sum(axis=(0, 1))
+        counts.accepted += (judged_NIK & (np.arange(K) < drawn.kept[..., None])).sum(axis=(0, 1))
 
 
 def _finished(work: Work, reason: str) -> Completion:

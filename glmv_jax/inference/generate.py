@@ -8,17 +8,17 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax
 from PIL import Image
 
 from glmv_jax.data.building import Document, DocumentBuilder
 from glmv_jax.data.chat import parse_answer
 from glmv_jax.data.naflex import Patcher, load_image
-from glmv_jax.data.packing import collate
 from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
-from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
-from glmv_jax.inference.speculative import SpeculativeSampler
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.requests import Completion, Prompt, Request
+from glmv_jax.inference.sampler import Sampling
+from glmv_jax.inference.settings import Settings
 from glmv_jax.inference.text import answer_text
 from glmv_jax.models import vlm
 from glmv_jax.typing import Params, UserError
@@ -26,8 +26,10 @@ from glmv_jax.typing import Params, UserError
 # Stages whose result can answer, best first. The control `sft_more` is no product.
 STAGES = ("rl", "sft", "pretrain")
 MAX_PROMPT_TOKENS = 8192
-# Prompts are padded to a multiple of this, so that a conversation does not compile anew for every question.
-BUCKET = 64
+# Sizes are rounded up to multiples of these, so that a conversation does not compile anew for every question.
+BUCKET, PATCH_BUCKET = 64, 256
+# Longest piece that a prompt is read in.
+CHUNK = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,19 +73,55 @@ def question(image: str | pathlib.Path | Image.Image | None, prompt: str) -> Sam
 def generate(
     model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0
 ) -> str:
-    """The model's answer to a `question`, without box tokens. drafts: see `sampler_for`.
+    """The model's answer to a `question`, without box tokens. drafts: tokens that the MTP head drafts a step.
 
     Raises UserError for a prompt that is too long, an image that is too elongated, and settings out of range.
     """
     check_settings(max_new_tokens, temperature, drafts)
     document = _document(model, asked)
-    tokens = -(-len(document.tokens) // BUCKET) * BUCKET
-    patches = model.patcher.max_patches  # one shape for all images, and for none
-    rows = collate([document], tokens, patches, model.patcher.channels, [asked.source])
     sampling = Sampling.chat(model.tokenizer, max_new_tokens, temperature=temperature)
-    sample = sampler_for(model.cfg, sampling, drafts)
-    out = jax.device_get(sample(model.params, Prompts.of(rows), jax.random.key(seed)))
-    return parse_answer(answer_text(model.tokenizer, out.tokens[0, : out.lengths[0]], sampling.stop))
+    out = complete(model.cfg, model.params, document, sampling, seed=seed, drafts=drafts)
+    return parse_answer(answer_text(model.tokenizer, out.tokens, sampling.stop))
+
+
+def complete(
+    cfg: vlm.VLMConfig, params: Params, document: Document, sampling: Sampling, *, seed: int, drafts: int
+) -> Completion:
+    """One answer, of a run or a public checkpoint.
+
+    Raises UserError for drafts of a model without a head, and images for a model of text alone.
+    """
+    prompt = Prompt.of_document(document)
+    longest = max((len(picture.patches) for picture in prompt.pictures), default=1)
+    visual = sum(picture.merged for picture in prompt.pictures) or 1
+    engine = _engine(
+        cfg, sampling, drafts, _up(len(prompt.tokens), BUCKET) + sampling.max_new_tokens,
+        _up(longest, PATCH_BUCKET), _up(visual, PATCH_BUCKET),
+        (prompt.pictures[0].patches.shape[1], str(prompt.pictures[0].patches.dtype)) if prompt.pictures else None,
+    )  # fmt: skip
+    engine.set_params(params, 0, copy=False)
+    done: list[Completion] = []
+    engine.submit(Request(prompt, seed), done.append)
+    engine.run()
+    engine.release()
+    return done[0]
+
+
+def _up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+@functools.lru_cache(maxsize=8)
+def _engine(
+    cfg: vlm.VLMConfig, sampling: Sampling, drafts: int, length: int, patches: int, pictures: int,
+    pixels: tuple[int, str] | None,
+) -> Engine:  # fmt: skip
+    """Of one row. Kept between questions, so that the second one does not compile again."""
+    settings = Settings(
+        slots=1, length=length, alone=min(length, 256), chunks=tuple(sorted({min(length, n) for n in (BUCKET, CHUNK)})),
+        patches=(patches,), pictures=pictures, pixels=pixels, drafts=drafts,
+    )  # fmt: skip
+    return Engine(cfg, None, sampling, settings)
 
 
 def check_settings(max_new_tokens: int, temperature: float, drafts: int) -> None:
@@ -94,19 +132,6 @@ def check_settings(max_new_tokens: int, temperature: float, drafts: int) -> None
         raise UserError(f"max_new_tokens={max_new_tokens} asks for no answer; use at least 1")
     if not 0 <= temperature < float("inf"):
         raise UserError(f"temperature={temperature} is out of range; use 0 for the likeliest answer, 1 for a sample")
-
-
-@functools.lru_cache(maxsize=8)
-def sampler_for(cfg: vlm.VLMConfig, sampling: Sampling, drafts: int = 0) -> Callable[..., Generated]:
-    """How one answer is drawn, from a run or a public checkpoint: the one place that chooses. drafts: how many the MTP
-    head makes a pass; 0 for none.
-
-    Kept between questions, so that the second one does not compile again. UserError for drafts of a model without head.
-    """
-    if not drafts:
-        return Sampler(cfg, sampling)
-    speculative = SpeculativeSampler(cfg, sampling, drafts)
-    return lambda *given: speculative(*given).answers
 
 
 def _document(model: Model, asked: Sample) -> Document:

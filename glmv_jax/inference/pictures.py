@@ -15,13 +15,16 @@ from glmv_jax.typing import UserError, VisionInput
 
 
 class PictureTable:
-    """Places of visual tokens on the device: `each` for the prompt that each of `shards` shards is reading.
+    """Places of visual tokens on the device: `each` for every prompt that is read at once, `lanes` in each of `shards`
+    shards.
 
-    rows: lengths in patches of the encoder's rows, rising, of which `shards` are encoded at once.
+    rows: lengths in patches of the encoder's rows, rising, of which `shards` are encoded at once, or `lanes` times as
+    many if so many are wanted (`at_once`).
     """
 
-    def __init__(self, each: int, rows: Sequence[int], shards: int) -> None:
-        self.each, self.size, self.rows, self.shards = each, each * shards, tuple(sorted(rows)), shards
+    def __init__(self, each: int, rows: Sequence[int], shards: int, lanes: int = 1) -> None:
+        self.each, self.size, self.rows = each, each * shards * lanes, tuple(sorted(rows))
+        self.at_once = tuple(sorted({shards, shards * lanes}))
         self.clear()
 
     def clear(self) -> None:
@@ -42,9 +45,9 @@ class PictureTable:
 
     def missing(self, pictures: Sequence[Picture]) -> Iterator[tuple[VisionInput, np.ndarray]]:
         """Gives places to those pictures that have none, and yields what is to be encoded for it: rows of patches
-        [shards, P], and the place of each of their visual tokens [shards, P / 4], out of bounds for padding.
+        [R, P], and the place of each of their visual tokens [R, P / 4], out of bounds for padding; R is of `at_once`.
 
-        pictures: of at most one prompt a shard. Afterwards all of them are in the table until others are asked for.
+        pictures: of at most `lanes` prompts a shard. Afterwards all are in the table until others are asked for.
         """
         wanted = {picture.digest: picture for picture in pictures}
         for digest in wanted:
@@ -62,14 +65,10 @@ class PictureTable:
 
     def _rows(self, waiting: collections.deque[Picture], length: int) -> tuple[VisionInput, np.ndarray]:
         """As many of them as these rows hold, each a frame of its own."""
-        channels, dtype = waiting[0].patches.shape[1], waiting[0].patches.dtype
-        rows = VisionInput(
-            np.zeros((self.shards, length, channels), dtype),
-            np.zeros((self.shards, length, 2), np.int32),
-            np.zeros((self.shards, length), np.int32),
-        )
-        place = np.full((self.shards, length // MERGE), self.size, np.int32)
-        filled, frames = np.zeros(self.shards, int), 0
+        most = sum(len(picture.patches) for picture in waiting)
+        R = self.at_once[-1 if 2 * most > self.at_once[-1] * length else 0]
+        rows, place = self.empty(R, length, waiting[0].patches.shape[1], waiting[0].patches.dtype)
+        filled, frames = np.zeros(R, int), 0
         while waiting and filled.min() + len(waiting[0].patches) <= length:
             picture, row = waiting.popleft(), int(filled.argmin())
             start, count, frames = filled[row], len(picture.patches), frames + 1
@@ -78,6 +77,13 @@ class PictureTable:
             place[row, start // MERGE : (start + count) // MERGE] = self._places[picture.digest]
             filled[row] += count
         return rows, place
+
+    def empty(self, rows: int, length: int, channels: int, dtype: str | np.dtype) -> tuple[VisionInput, np.ndarray]:
+        """Rows without a picture, as `missing` yields them."""
+        shape = (rows, length)
+        vision = VisionInput(np.zeros((*shape, channels), dtype), np.zeros((*shape, 2), np.int32),
+                             np.zeros(shape, np.int32))  # fmt: skip
+        return vision, np.full((rows, length // MERGE), self.size, np.int32)
 
     def places(self, prompt: Prompt) -> np.ndarray:
         """int32 [T]: the place of each image token's visual token, -1 for text. All pictures have to be there."""

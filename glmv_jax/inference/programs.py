@@ -1,16 +1,16 @@
 """What the engine runs on devices: four programs over one cache of N rows that stays where it is (donated).
 
-    encode    pictures to visual tokens, into a table of them          one program a row length of patches
-    copy      a row of the cache over another                          one
-    prefill   the next tokens of a prompt into a row of the cache      one a chunk length
+    encode    pictures to visual tokens, into a table of them          two a row length of patches: for few and many
+    copy      rows of the cache over others                            one
+    prefill   the next tokens of prompts into rows of the cache        two a chunk length: for one prompt and several
     decode    some tokens more of every running row                    one
 
 A row of the cache holds the entries of a text's first tokens; its next token, which decoding reads, is known to the
 host, as is everything else about a row: few numbers, which go with every call. So a prompt's last token is read by
 decoding, and no program but that one has an output layer.
 
-The rows of the cache are split over the D data shards of a mesh, equal runs of them each. What concerns one row at a
-time is then done to D of them, one of each shard, and nothing passes between devices.
+The rows of the cache are split over the D data shards of a mesh, equal runs of them each. What concerns some rows is
+then done to as many of each shard, and nothing passes between shards.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.inference.sampler import Sampling, draw_index, likeliest, nucleus, without
 from glmv_jax.models import abstract_params, logical_axes, vlm
+from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.parallel.mesh import data_axes, data_shards
 from glmv_jax.parallel.rules import Rules, preset, use
 from glmv_jax.typing import Params, TokenInput, VisionInput
 
 
 class Chunk(NamedTuple):
-    """The next C tokens of one text a shard, and the one behind them, which an MTP head embeds.
+    """The next C tokens of a text in each of L lanes a shard, and the one behind them, which an MTP head embeds.
 
-    row:   [D] of those of the shard.      start: [D] the entry that the first token becomes.
-    tokens: [D, C + 1]; positions: [D, C + 1, 3]; picture: [D, C + 1] the token's place in the table of visual tokens,
-    or -1;  valid: [D, C] bool, padding comes last; a shard without work has nothing valid.
+    row:   [D, L] of those of the shard.   start: [D, L] the entry that the first token becomes.
+    tokens: [D, L, C + 1]; positions: [D, L, C + 1, 3]; picture: [D, L, C + 1] the token's place in the table of visual
+    tokens, or -1;  valid: [D, L, C] bool, padding comes last; a lane without work has nothing valid.
     """
 
     row: Any
@@ -67,13 +68,21 @@ class Running(NamedTuple):
     top_p: Any
 
 
+class Until(NamedTuple):
+    """When a call of decode ends: after so many steps, or when no more rows run than these."""
+
+    steps: Any
+    running: Any
+
+
 class Drawn(NamedTuple):
-    """tokens, logprobs: [N, steps, J], of which those are there that are new (bool), in their order; running: [N]
-    whether the answer goes on. J is 1 without drafts."""
+    """tokens, logprobs: [N, steps, J], of which those are there that are new (bool), in their order; kept: [N, steps]
+    drafts that were; running: [N] whether the answer goes on. J is 1 without drafts."""
 
     tokens: jax.Array
     logprobs: jax.Array
     new: jax.Array
+    kept: jax.Array
     running: jax.Array
 
 
@@ -101,16 +110,17 @@ class Programs:
 
     def __init__(
         self, cfg: vlm.VLMConfig, sampling: Sampling, slots: int, length: int, steps: int, pictures: int,
-        mesh: Mesh | None, rules: Rules | None,
+        mesh: Mesh | None, rules: Rules | None, placed: bool,
     ) -> None:  # fmt: skip
         self.cfg, self.sampling, self.slots, self.length, self.steps = cfg, sampling, slots, length, steps
-        self.pictures, self.mesh, self.rules = pictures, mesh, rules or preset("data")
+        self.pictures, self.mesh, self.rules = pictures, mesh, None if placed else rules or preset("data")
         self.shards = data_shards(mesh)
         self.traces = 0
         # Which axis of each leaf of the cache holds its rows, one after the other (some have entries for every head).
         self._axes = jax.tree.map(lambda a, b: next(i for i, n in enumerate(a.shape) if n != b.shape[i]),
                                   self._shapes(1), self._shapes(2))  # fmt: skip
-        self._apart = self._jit(self._copied)
+        self._copied = self._jit(lambda params: self._apart(jax.tree.map(jnp.copy, params)))
+        self._borrowed = self._jit(self._apart)
         self._for_rows = self._jit(lambda params: vlm.for_rows(cfg, params, slots * self.width))
         self.empty = self._jit(self._empty)
         self.encode = self._jit(self._encode, donate=1)
@@ -120,16 +130,16 @@ class Programs:
 
     # --- parameters and memory ----------------------------------------------------------------------------------------
 
-    def weights(self, params: Params) -> Weights:
-        """A copy of the parameters, so that their owner may go on to change (donate) his, laid out."""
-        if self.mesh is not None:
+    def weights(self, params: Params, copy: bool) -> Weights:
+        """The parameters laid out. copy: nothing of them is kept, so that their owner may go on to change (donate)
+        his."""
+        if self.mesh is not None and self.rules is not None:
             where = self.rules.shardings(self.mesh, logical_axes(self.cfg), params)
             params = jax.device_put(params, where)
-        apart = self._apart(params)
+        apart = self._copied(params) if copy else self._borrowed(params)
         return Weights(apart, self._for_rows(apart))
 
-    def _copied(self, params: Params) -> Params:
-        params = jax.tree.map(jnp.copy, params)
+    def _apart(self, params: Params) -> Params:
         return vlm.layers_apart(self.cfg, params, vlm.init_cache(self.cfg, 1, 1), 0)[0]
 
     def _cache(self, params: Params, rows: int) -> dict:
@@ -148,24 +158,50 @@ class Programs:
 
     # --- programs -----------------------------------------------------------------------------------------------------
 
-    def _encode(self, params: Params, table_XD: jax.Array, vision: VisionInput, place_DM: jax.Array) -> jax.Array:
+    def _encode(self, params: Params, table_XD: jax.Array, vision: VisionInput, place_RM: jax.Array) -> jax.Array:
         """The table with the visual tokens of these rows of pictures; a place out of bounds is for padding."""
-        visual_DMD = vlm.encode_images(self.cfg, params, vision)
-        visual_XD = visual_DMD.reshape(-1, visual_DMD.shape[-1]).astype(table_XD.dtype)
-        return self._whole(table_XD.at[place_DM.reshape(-1)].set(visual_XD, mode="drop"))
+        visual_RMD = vlm.encode_images(self.cfg, params, vision)
+        visual_XD = visual_RMD.reshape(-1, visual_RMD.shape[-1]).astype(table_XD.dtype)
+        return self._whole(table_XD.at[place_RM.reshape(-1)].set(visual_XD, mode="drop"))
 
-    def _copy(self, cache: dict, source_D: jax.Array, target_D: jax.Array) -> dict:
-        """In each shard one row over another (or itself)."""
-        return self._pinned(self._put(cache, self._take(cache, source_D), target_D))
+    def _copy(self, cache: dict, source_DP: jax.Array, target_DP: jax.Array, count: jax.Array) -> dict:
+        """In each shard rows over others (or themselves), the first `count` of these pairs in their order."""
+
+        def one(i, cache: dict) -> dict:
+            at = lambda x_DP: jax.lax.dynamic_slice_in_dim(x_DP, i, 1, axis=1)  # noqa: E731
+            return self._put(cache, self._take(cache, at(source_DP)), at(target_DP))
+
+        return self._pinned(jax.lax.fori_loop(0, count, one, cache))
 
     def _prefill(self, params: Params, table_XD: jax.Array | None, cache: dict, chunk: Chunk) -> dict:
         rows = self._take(cache, chunk.row)
+        if recurrent(self.cfg):  # a text that begins finds no state of another
+            goes_on = chunk.start.reshape(-1) > 0
+            rows = jax.tree.map(lambda x, axis: jnp.where(_along(goes_on, x, axis), x, 0), rows, self._axes)
         visual = None if table_XD is None else jnp.broadcast_to(table_XD, (self.shards, *table_XD.shape))
-        new = self._read(params, visual, rows, chunk)
-        if self.shards > 1:  # a shard without work keeps the row that was taken
-            works_D = chunk.valid.any(axis=1)
-            new = jax.tree.map(lambda a, b, axis: jnp.where(_along(works_D, a, axis), a, b), new, rows, self._axes)
-        return self._pinned(self._put(cache, new, chunk.row))
+        flat = Chunk(*(x.reshape(-1, *x.shape[2:]) for x in chunk))
+        new = self._read(params, visual, rows, flat)
+        D, L = chunk.row.shape
+        if D * L == 1:
+            return self._pinned(self._put(cache, new, chunk.row))
+        works_DL = chunk.valid.any(axis=2)
+
+        def one(lane, cache: dict) -> dict:
+            """What a lane without work would write is what is there."""
+            at = lambda x_DL: jax.lax.dynamic_slice_in_dim(x_DL, lane, 1, axis=1)  # noqa: E731
+            made = jax.tree.map(lambda x, axis: self._of_lane(x, axis, lane, L), new, self._axes)
+            there = self._take(cache, at(chunk.row))
+            works = at(works_DL)[:, 0]
+            pick = lambda a, b, axis: jnp.where(_along(works, a, axis), a, b)  # noqa: E731
+            return self._put(cache, jax.tree.map(pick, made, there, self._axes), at(chunk.row))
+
+        return self._pinned(jax.lax.fori_loop(0, works_DL.sum(axis=1).max(), one, cache))
+
+    def _of_lane(self, x: jax.Array, axis: int, lane: jax.Array, lanes: int) -> jax.Array:
+        """Of rows of D shards with `lanes` each those of one."""
+        x = _apart(_apart(x, axis, self.shards), axis + 1, lanes)
+        x = jax.lax.dynamic_index_in_dim(x, lane, axis + 1, keepdims=False)
+        return _merged(x, axis)
 
     def _read(self, params: Params, visual: jax.Array | None, rows: dict, chunk: Chunk) -> dict:
         """Rows of a cache with a chunk's tokens in them."""
@@ -176,33 +212,37 @@ class Programs:
                             chunk.picture[:, :-1])  # fmt: skip
         return vlm.apply(self.cfg, params, visual, tokens, rows["own"] | self._at(chunk.start))
 
-    def _decode(self, params: Params, cache: dict, rows: Running) -> tuple[dict, Drawn]:
-        shape = (self.slots, self.steps, self.width)
+    def _decode(self, params: Params, cache: dict, rows: Running, until: Until) -> tuple[dict, Drawn]:
+        N, shape = self.slots, (self.slots, self.steps, self.width)
         keys_N = jax.vmap(_key)(rows.key, rows.draw)
 
         def step(s: State) -> State:
-            cache, said_NJ, logprob_NJ, new_NJ = self._advance(params, keys_N, rows, s)
+            cache, said_NJ, logprob_NJ, new_NJ, kept_N = self._advance(params, keys_N, rows, s)
             count_N, running_N = s.count + new_NJ.sum(axis=1), s.out.running
             ends_N = (self._is_stop(said_NJ) & new_NJ).any(axis=1) | (rows.drawn + count_N >= rows.limit)
             put = lambda old, new: old.at[:, s.i].set(new)  # noqa: E731
-            out = Drawn(*map(put, s.out[:3], (said_NJ, logprob_NJ, new_NJ)), running_N & ~ends_N)
+            out = Drawn(*map(put, s.out[:4], (said_NJ, logprob_NJ, new_NJ, kept_N)), running_N & ~ends_N)
             token_N = jnp.where(running_N, last_new(said_NJ, new_NJ)[:, 0], s.token)
             return State(s.i + 1, token_N, count_N, cache, out)
 
-        none = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool), rows.running)
-        state = State(jnp.int32(0), rows.token, jnp.zeros(self.slots, jnp.int32), cache, none)
-        state = jax.lax.while_loop(lambda s: (s.i < self.steps) & s.out.running.any(), step, state)
+        none = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool),
+                     jnp.zeros(shape[:2], jnp.int32), rows.running)  # fmt: skip
+        state = State(jnp.int32(0), rows.token, jnp.zeros(N, jnp.int32), cache, none)
+        going = lambda s: (s.i < until.steps) & (s.out.running.sum() > until.running)  # noqa: E731
+        state = jax.lax.while_loop(going, step, state)
         return self._pinned(state.cache), jax.tree.map(self._whole, state.out)
 
     def _advance(
         self, params: Params, keys_N: jax.Array, rows: Running, s: State
-    ) -> tuple[dict, jax.Array, jax.Array, jax.Array]:
-        """One step: the cache, and of J places a row the tokens said, their log-probabilities, and which are new."""
+    ) -> tuple[dict, jax.Array, jax.Array, jax.Array, jax.Array]:
+        """One step: the cache, and of J places a row the tokens said, their log-probabilities, and which are new; and
+        how many drafts were kept."""
         out, logits_NJV = self._step(params, rows, s, s.token[:, None])
         probability_NV = probabilities(logits_NJV, rows, self.sampling)[:, 0]
         token_N1 = draw_index(jax.vmap(jax.random.fold_in)(keys_N, rows.drawn + s.count), probability_NV)[:, None]
         new_N1 = s.out.running[:, None]
-        return {"own": only(out.cache, s.cache["own"])}, token_N1, logprobs(logits_NJV, token_N1, rows), new_N1
+        own = {"own": only(out.cache, s.cache["own"])}
+        return own, token_N1, logprobs(logits_NJV, token_N1, rows), new_N1, jnp.zeros(self.slots, jnp.int32)
 
     def _step(self, params: Params, rows: Running, s: State, read_NJ: jax.Array) -> tuple[vlm.VLMOutput, jax.Array]:
         """The backbone reads these tokens of every row; what it made of them, and its logits."""
@@ -221,24 +261,25 @@ class Programs:
 
     # --- rows of the cache --------------------------------------------------------------------------------------------
 
-    def _take(self, cache: dict, row_D: jax.Array) -> dict:
-        """One row of each shard, as a cache of D rows."""
+    def _take(self, cache: dict, row_DL: jax.Array) -> dict:
+        """L rows of each shard, as a cache of D * L rows."""
 
         def take(x, axis):
             x, each = self._by_shard(x, axis)
             cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * each, each, axis)  # noqa: E731
-            return _merged(jax.vmap(cut, (axis, 0), axis)(x, row_D), axis)
+            rows = jax.vmap(jax.vmap(cut, (None, 0), axis), (axis, 0), axis)(x, row_DL)
+            return _merged(_merged(rows, axis), axis)
 
         return jax.tree.map(take, cache, self._axes)
 
-    def _put(self, cache: dict, rows: dict, row_D: jax.Array) -> dict:
+    def _put(self, cache: dict, rows: dict, row_D1: jax.Array) -> dict:
         """The cache with these rows in place of one of each shard."""
 
         def put(x, new, axis):
             x, each = self._by_shard(x, axis)
             new = _apart(new, axis, self.shards)
             write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * each, axis)  # noqa: E731
-            return _merged(jax.vmap(write, (axis, axis, 0), axis)(x, new, row_D), axis)
+            return _merged(jax.vmap(write, (axis, axis, 0), axis)(x, new, row_D1[:, 0]), axis)
 
         return jax.tree.map(put, cache, rows, self._axes)
 
@@ -263,7 +304,7 @@ class Programs:
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, PartitionSpec()))
 
     def _in_force(self) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if self.mesh is None else use(self.mesh, self.rules)
+        return contextlib.nullcontext() if self.mesh is None or self.rules is None else use(self.mesh, self.rules)
 
     def _jit(self, function: Callable, donate: int | None = None) -> Callable:
         def traced(*args):
@@ -274,14 +315,30 @@ class Programs:
         return jax.jit(traced, donate_argnums=() if donate is None else donate)
 
 
+def recurrent(cfg: vlm.VLMConfig) -> bool:
+    """Whether layers keep one state a row, which cannot go back to what it was some tokens ago."""
+    return isinstance(cfg.decoder, GLM5NextConfig)
+
+
 def probabilities(logits_NJV: jax.Array, rows: Running, sampling: Sampling) -> jax.Array:
     """`sampler.probabilities` where every row has a temperature and a top_p of its own; greedy: all of it on one."""
-    top_p_N11 = rows.top_p[:, None, None]
+    top_p_N11, temperature_N11 = rows.top_p[:, None, None], rows.temperature[:, None, None]
     scaled_NJV = without(_scaled(logits_NJV, rows), sampling.suppress)
     cut = lambda x: jnp.where(top_p_N11 < 1, nucleus(x, top_p_N11), x)  # noqa: E731
-    drawn_NJV = jax.nn.softmax(jax.lax.cond((rows.top_p < 1).any(), cut, lambda x: x, scaled_NJV), axis=-1)
-    is_likeliest_NJV = likeliest(logits_NJV, sampling)[..., None] == jnp.arange(logits_NJV.shape[-1])
-    return jnp.where(rows.temperature[:, None, None] == 0, is_likeliest_NJV, drawn_NJV)
+
+    def drawn(x_NJV):
+        return jax.nn.softmax(jax.lax.cond((rows.top_p < 1).any(), cut, lambda x: x, x_NJV), axis=-1)
+
+    def greedy(x_NJV):
+        return (likeliest(logits_NJV, sampling)[..., None] == jnp.arange(x_NJV.shape[-1])).astype(x_NJV.dtype)
+
+    def both(x_NJV):
+        return jnp.where(temperature_N11 == 0, greedy(x_NJV), drawn(x_NJV))
+
+    # Most often rows are all of one kind.
+    is_greedy_N = rows.temperature == 0
+    kind = (is_greedy_N & rows.running).any().astype(jnp.int32) + (is_greedy_N | ~rows.running).all()
+    return jax.lax.switch(kind, (drawn, both, greedy), scaled_NJV)
 
 
 def logprobs(logits_NJV: jax.Array, token_NJ: jax.Array, rows: Running) -> jax.Array:
@@ -318,7 +375,7 @@ def only(new: dict, old: dict) -> dict:
 
 
 def _apart(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    return x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+    return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
 
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from typing import Any
 
-import jax
 import numpy as np
 
 from glmv_jax.data.building import Document
-from glmv_jax.data.packing import collate
 from glmv_jax.data.processor import Processor
-from glmv_jax.inference.generate import BUCKET, check_settings, sampler_for
-from glmv_jax.inference.sampler import Prompts, Sampling
+from glmv_jax.inference.generate import check_settings, complete
+from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.text import answer_text
 from glmv_jax.models import vlm
 from glmv_jax.typing import Params, UserError
-
-# Patches are padded to a multiple of this, for the same reason as tokens to a multiple of BUCKET.
-PATCH_BUCKET = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,17 +45,10 @@ def reply(
     """
     check_settings(max_new_tokens, temperature, drafts)
     check_length(processor, prompt, max_new_tokens)
-    tokens = -(-len(prompt.tokens) // BUCKET) * BUCKET
-    patches = -(-prompt.patches // PATCH_BUCKET) * PATCH_BUCKET
-    channels = prompt.images[0][0].shape[1] if prompt.images else 0
-    rows = Prompts.of(collate([prompt], tokens, patches, channels, [prompt.source]))
-    if not prompt.images:
-        rows = rows._replace(vision=None)
     sampling = Sampling(max_new_tokens, temperature=temperature, stop=processor.stops)
-    out: Any = jax.device_get(sampler_for(cfg, sampling, drafts)(params, rows, jax.random.key(seed)))
-    n = int(out.lengths[0])
-    logprobs = np.asarray(out.logprobs[0, :n], np.float64)
-    return Reply(out.tokens[0, :n].tolist(), logprobs.tolist(), bool(out.finished[0]))
+    out = complete(cfg, params, prompt, sampling, seed=seed, drafts=drafts)
+    logprobs = np.asarray(out.logprobs, np.float64)
+    return Reply(out.tokens.tolist(), logprobs.tolist(), out.reason == "stop")
 
 
 def text_of(answer: Reply, processor: Processor) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -64,6 +65,20 @@ class Prompt:
         if shown != merged or self.image_row.max() >= merged:
             raise UserError(f"the prompt has {shown} image tokens but its pictures are {merged} visual tokens; "
                             "build it with `Prompt.of_document`")  # fmt: skip
+
+    @functools.cached_property
+    def contents(self) -> np.ndarray:
+        """int64 [T]: what stands at each place, equal where the model would read the same: a token's id, and below 0 a
+        hash of the picture and the place in it."""
+        found, hashes = self.tokens.astype(np.int64), []
+        for picture in self.pictures:
+            base, step = np.frombuffer(picture.digest, np.uint64)
+            places = np.arange(picture.merged, dtype=np.uint64)
+            hashes.append((base + places * (step | np.uint64(1))) | np.uint64(1 << 63))
+        if hashes:
+            at = np.flatnonzero(self.image_row >= 0)
+            found[at] = np.concatenate(hashes).view(np.int64)[self.image_row[at]]
+        return found
 
     @classmethod
     def of_ids(cls, ids: Sequence[int] | np.ndarray) -> Prompt:
@@ -155,17 +170,3 @@ class Busy(UserError):
 def group(prompt: Prompt, size: int, seed: int, **settings) -> list[Request]:
     """`size` answers to one prompt, which read it once between them."""
     return [Request(prompt, seed, draw, **settings) for draw in range(size)]
-
-
-def contents(prompt: Prompt, begun: np.ndarray) -> np.ndarray:
-    """int64 [T + n]: what stands at each place of a prompt and the answer begun, equal where the model would read the
-    same: a token's id, and below 0 a hash of the picture and the place in it."""
-    found = np.concatenate([prompt.tokens, begun]).astype(np.int64)
-    hashes = []
-    for picture in prompt.pictures:
-        base, step = np.frombuffer(picture.digest, np.uint64)
-        hashes.append((base + np.arange(picture.merged, dtype=np.uint64) * (step | np.uint64(1))) | np.uint64(1 << 63))
-    if hashes:
-        at = np.flatnonzero(prompt.image_row >= 0)
-        found[at] = np.concatenate(hashes).view(np.int64)[prompt.image_row[at]]
-    return found

@@ -9,12 +9,12 @@ new.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
-from glmv_jax.inference.requests import Completion, Prompt, Request, contents
+from glmv_jax.inference.requests import Completion, Prompt, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -38,8 +38,8 @@ class Work:
         self.tokens, self.logprobs, self.versions = (
             ([], [], []) if begun is None else [x.tolist() for x in (begun.tokens, begun.logprobs, begun.versions)]
         )
-        self.contents = contents(self.request.prompt, np.array(self.tokens, np.int32))
         prompt = self.request.prompt
+        self.contents = np.concatenate([prompt.contents, np.array(self.tokens, np.int64)])
         self._position = int(prompt.positions[-1].max()) + 1  # of the answer's first token
 
     @property
@@ -78,50 +78,85 @@ class Work:
         return Completion(*made, reason)
 
 
-class Slot:
-    """One row of the cache.
+class Slots:
+    """All rows, a number of each: what they hold, and for whom.
 
-    held: how many entries it has, of the tokens `contents[:held]`; stale: they are of other parameters than today's.
+    contents: [N, length] of which the first `held` [N] are in the cache; goal: [N] entries that the row has to have
+    before it can decode, 0 for a free one; used: [N] when it was; stale: [N] bool, what it holds is of other parameters
+    than today's; shard: [N]. exact: a row is of use only with all that it holds, as its state cannot go back.
     """
 
-    def __init__(self, number: int, shard: int, row: int, length: int) -> None:
-        self.number, self.shard, self.row = number, shard, row
-        self.contents = np.zeros(length, np.int64)
-        self.held, self.used, self.stale = 0, 0, False
+    def __init__(self, count: int, shards: int, length: int, exact: bool = False) -> None:
+        each = count // shards
+        self.exact = exact
+        self.contents = np.zeros((count, length), np.int64)
+        self.held, self.goal, self.used = (np.zeros(count, np.int64) for _ in range(3))
+        self.free, self.stale = np.ones(count, bool), np.zeros(count, bool)
+        self.shards, self.shard = shards, np.arange(count) // each
+        self.all = [Slot(self, n, n // each, n % each) for n in range(count)]
+
+    @property
+    def reading(self) -> np.ndarray:
+        """[N] bool: rows that cannot decode yet."""
+        return self.goal > self.held
+
+    def where(self, chosen_N: np.ndarray) -> list[Slot]:
+        return [self.all[n] for n in np.flatnonzero(chosen_N)]
+
+    def forget(self) -> None:
+        """Parameters have changed: what rows hold is of no use but to those that run, and to them alone."""
+        again = self.reading | self.free
+        self.held[again] = 0
+        self.stale |= ~again
+
+    def common(self, work: Work, again: bool = False) -> tuple[np.ndarray, np.ndarray]:
+        """[N] each: how many of the request's first tokens rows have entries for, and will have when they have read
+        what they are reading. The last one is left to decoding. again: leave one more, to be read again."""
+        most = work.known - 1
+        equal_NT = self.contents[:, :most] == work.contents[:most]
+        same_N = np.where(equal_NT.all(axis=1), most, equal_NT.argmin(axis=1)) if most else self.held * 0
+        same_N = np.where(self.stale, 0, same_N)
+        use = lambda x_N: np.where(same_N >= x_N, x_N, 0 if self.exact else same_N)  # noqa: E731
+        found = (use(x_N) for x_N in (self.held, np.maximum(self.held, self.goal)))
+        return tuple(np.maximum(x - 1, 0) for x in found) if again else tuple(found)
+
+
+class Slot:
+    """One row of the cache; its numbers are those of `Slots`."""
+
+    def __init__(self, slots: Slots, number: int, shard: int, row: int) -> None:
+        self._slots, self.number, self.shard, self.row = slots, number, shard, row
         self.work: Work | None = None
 
     @property
-    def free(self) -> bool:
-        return self.work is None
+    def held(self) -> int:
+        return int(self._slots.held[self.number])
 
     @property
     def missing(self) -> int:
         """Tokens to read before the row can decode."""
-        return 0 if self.work is None else self.work.known - 1 - self.held
+        return max(int(self._slots.goal[self.number]) - self.held, 0)
 
     def begin(self, work: Work, held: int, now: int) -> None:
         """Takes a request whose first `held` tokens are in the cache."""
-        self.work, self.held, self.used, self.stale = work, held, now, False
-        self.contents[: len(work.contents)] = work.contents
+        s, n, self.work = self._slots, self.number, work
+        s.held[n], s.goal[n], s.used[n], s.free[n], s.stale[n] = held, work.known - 1, now, False, False
+        s.contents[n, : len(work.contents)] = work.contents
 
-    def end(self) -> None:
-        self.work = None
+    def read(self, held: int) -> None:
+        """It has so many entries now."""
+        self._slots.held[self.number] = held
 
     def drew(self, tokens: np.ndarray) -> None:
         """Entries for the token that was the last, and for all of these but the last. `work` knows them already."""
-        self.contents[self.work.known - len(tokens) : self.work.known] = tokens
-        self.held += len(tokens)
+        s, n, known = self._slots, self.number, self.work.known
+        s.contents[n, known - len(tokens) : known] = tokens
+        s.held[n] += len(tokens)
+        s.goal[n] = known - 1
 
-    def common(self, work: Work, again: bool = False) -> int:
-        """How many of the request's first tokens it has entries for; the last one is left to decoding. again: leave one
-        more, to be read again."""
-        if self.stale:
-            return 0
-        if again:
-            return max(self.common(work) - 1, 0)
-        most = min(self.held, work.known - 1)
-        differs = self.contents[:most] != work.contents[:most]
-        return int(differs.argmax()) if differs.any() else most
+    def end(self, now: int) -> None:
+        s, n, self.work = self._slots, self.number, None
+        s.goal[n], s.used[n], s.free[n] = 0, now, True
 
 
 class Place(NamedTuple):
@@ -132,20 +167,37 @@ class Place(NamedTuple):
     common: int
 
 
-def place(slots: Sequence[Slot], work: Work, again: bool = False) -> Place | None:
-    """The best free slot, of those shards that read no prompt now; None if there is none.
+def beside(slots: Slots, work: Work, source: Slot) -> Place | None:
+    """A free slot in the shard of `source`, if that has all that the request is to begin with; else None."""
+    most, free = work.known - 1, np.flatnonzero(slots.free & (slots.shard == source.shard))
+    there = slots.held[source.number] == most or not slots.exact and slots.held[source.number] > most
+    if not len(free) or not there or slots.stale[source.number]:
+        return None
+    if not np.array_equal(slots.contents[source.number, :most], work.contents[:most]):
+        return None
+    return Place(slots.all[free[np.argmin(slots.used[free])]], source, most)
+
+
+def place(slots: Slots, work: Work, lanes: int = 1, again: bool = False) -> Place | Literal["soon"] | None:
+    """The best free slot of those shards that read less than `lanes` prompts now, or need not read for it. None if
+    there is none; "soon" if most of what is missing is just being read, so that it is best to wait for that.
 
     Best: in the shard where most has been read; then where most slots are free. There the row that has read it, if that
-    is free; else the one not used for longest. again: as `Slot.common`.
+    is free; else the one not used for longest. again: as `Slots.common`.
     """
-    reading = {slot.shard for slot in slots if slot.missing > 0}
-    best, best_rank = None, ()
-    for shard in sorted({slot.shard for slot in slots if slot.free} - reading):
-        here = [slot for slot in slots if slot.shard == shard]
-        free = [slot for slot in here if slot.free]
-        source = max(here, key=lambda slot: (slot.common(work, again), slot.free))
-        common = source.common(work, again)
-        slot = source if source.free and common else min(free, key=lambda slot: (slot.used, slot.number))
-        if (common, len(free)) > best_rank:
-            best, best_rank = Place(slot, source, common), (common, len(free))
+    have_N, soon_N = slots.common(work, again)
+    most, missing = have_N.max(), work.known - 1 - have_N.max()
+    if soon_N.max() > most and 2 * (soon_N.max() - most) >= missing:
+        return "soon"
+    reads_D = np.bincount(slots.shard[slots.reading], minlength=slots.shards)
+    best, best_rank = None, (-1, 0)
+    for shard in range(slots.shards):
+        here = np.flatnonzero(slots.shard == shard)
+        free = here[slots.free[here]]
+        source = here[np.argmax(2 * have_N[here] + slots.free[here])]
+        common = int(have_N[source])
+        if len(free) and (reads_D[shard] < lanes or common == work.known - 1) and (common, len(free)) > best_rank:
+            own = slots.free[source] and common
+            slot = source if own else free[np.argmin(slots.used[free])]
+            best, best_rank = Place(slots.all[slot], slots.all[source], common), (common, len(free))
     return best

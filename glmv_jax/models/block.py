@@ -75,15 +75,6 @@ class BlockConfig:
         """Zeros for `depth` layers, `batch` rows and `length` slots."""
         return empty_cache(self, depth, batch, length)
 
-    def continued(
-        self, filled: LayerCache, valid_BS: jax.Array, group: int, length: int
-    ) -> tuple[LayerCache, int, jax.Array]:
-        """From one layer's cache of B rows, and which of its slots count, that of `group` continuations of each with
-        `length` more slots; its slots, and how many are filled. The rows' own are not copied, only read from now on."""
-        rows = len(valid_BS) * group
-        own = jax.tree.map(lambda x: x[0], self.empty_cache(1, rows, length))
-        return own | {"prompt": as_prompt(filled, valid_BS)}, length, jnp.zeros(rows, jnp.int32)
-
     def flops(self, keys: float) -> float:
         """Multiply-adds x 2 of one token through the forward pass when it sees `keys` keys."""
         matrices = self.width * self.k * (2 * self.heads + 2 * self.g) + 3 * self.width * self.mlp

@@ -17,7 +17,7 @@ from glmv_jax.kernels.attention import Span
 from glmv_jax.models import decoder, mtp, vlm
 from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.glm5_next import GLM5NextConfig
-from glmv_jax.typing import Params, TokenInput, UserError
+from glmv_jax.typing import Params, UserError
 
 
 class Draft(NamedTuple):
@@ -46,25 +46,10 @@ def h_prev(cfg: vlm.VLMConfig, out: vlm.VLMOutput) -> jax.Array:
     return out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
 
 
-def prompt_cache(
-    cfg: vlm.VLMConfig, params: Params, out: vlm.VLMOutput, tokens: TokenInput, group: int, length: int
-) -> dict:
-    """The head's cache after prompts, for `group` continuations of each and `length` more entries.
-
-    out: the backbone's pass over `tokens`, right-padded rows of prompts of out.cache["length"] tokens. A prompt of n
-    tokens leaves n - 1 entries: the next one needs the first token of an answer.
-    """
-    B, T = tokens.tokens.shape
-    table_BTD = decoder.embed(params["decoder"], tokens.tokens)
-    ahead = (jnp.roll(x, -1, axis=1) for x in mtp.HeadInput(table_BTD, out.merged, tokens.image_row >= 0))
-    e_BTD, is_key_BT = mtp.OPTIONS[cfg.mtp.option](mtp.HeadInput(*ahead))
-    slots_1T = jnp.arange(T)[None]
-    span = Span(jnp.ones_like(slots_1T), slots_1T)
-    positions = jnp.roll(tokens.positions, -1, axis=1)
-    _, filled = _apply(cfg, params, e_BTD, h_prev(cfg, out), positions, span, span, _empty(cfg, B, T))
-    valid_BT = is_key_BT & (jnp.arange(T) < out.cache["length"][:, None] - 1)
-    own, slots, taken = cfg.mtp.decoder.block.continued(filled, valid_BT, group, length)
-    return own | {"slots": jnp.arange(slots), "length": taken}
+def empty_cache(cfg: vlm.VLMConfig, batch: int, length: int) -> dict:
+    """Of `length` slots, without "slots" and "length". Where a head sees gaps, "keys" [B, S] is 1 for what it sees."""
+    own = jax.tree.map(lambda x: x[0], cfg.mtp.decoder.block.empty_cache(1, batch, length))
+    return own | {"keys": jnp.zeros((batch, length), jnp.int32)} if cfg.mtp.option == "masked" else own
 
 
 def step(
@@ -75,12 +60,19 @@ def step(
 
 
 def entries(
-    cfg: vlm.VLMConfig, params: Params, e_BTD: jax.Array, h_BTD: jax.Array, positions_BT3: jax.Array, cache: dict
-) -> tuple[Draft, dict]:
-    """As `step`, of what `mtp.OPTIONS` embeds in place of text tokens."""
-    T = e_BTD.shape[1]
+    cfg: vlm.VLMConfig, params: Params, e_BTD: jax.Array, h_BTD: jax.Array, positions_BT3: jax.Array, cache: dict,
+    is_key_BT: jax.Array | None = None,
+) -> tuple[Draft, dict]:  # fmt: skip
+    """As `step`, of what `mtp.OPTIONS` embeds in place of text tokens; is_key_BT: which of them are seen, None: all."""
+    B, T, _ = e_BTD.shape
     query, key = vlm.cached_spans(cache, T)
-    own = {name: x for name, x in cache.items() if name not in ("length", "slots")}
+    if "keys" in cache:
+        new_BT = jnp.ones((B, T), jnp.int32) if is_key_BT is None else is_key_BT.astype(jnp.int32)
+        keys_BS = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(
+            cache["keys"], new_BT, cache["length"], 0
+        )
+        cache, key = cache | {"keys": keys_BS}, key._replace(segments=keys_BS)
+    own = {name: x for name, x in cache.items() if name not in ("length", "slots", "keys")}
     draft, own = _apply(cfg, params, e_BTD, h_BTD, positions_BT3, query, key, own)
     return draft, cache | own | {"length": cache["length"] + T}
 
@@ -91,7 +83,3 @@ def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, quer
     layer = mtp.MTPLayer(cfg.mtp.decoder.block)
     pre_BTD, post_BTD, cache, _ = layer.apply(weights, e_BTD, h_BTD, rope, query, key, cache)
     return Draft(post_BTD if cfg.mtp.h_prev == "post_norm" else pre_BTD, post_BTD), cache
-
-
-def _empty(cfg: vlm.VLMConfig, batch: int, length: int) -> dict:
-    return jax.tree.map(lambda x: x[0], cfg.mtp.decoder.block.empty_cache(1, batch, length))

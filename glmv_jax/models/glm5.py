@@ -114,13 +114,6 @@ class Unit(OfConfig):
         cache["layer0"]["index"] = jnp.zeros((depth, batch, length, c.index_dim), c.dtype)
         return cache
 
-    def continued(
-        self, filled: LayerCache, valid_BS: jax.Array, group: int, length: int
-    ) -> tuple[LayerCache, int, jax.Array]:
-        """As `block.BlockConfig.continued`, with copies; slots that count are the first ones of a row."""
-        own = jax.tree.map(lambda x: _copied(x, 0, group, length), filled)
-        return own, valid_BS.shape[1] + length, jnp.repeat(valid_BS.sum(-1, dtype=jnp.int32), group)
-
     def flops(self, keys: float) -> float:
         """Of one token through the forward pass of these layers when `keys` keys are visible."""
         c = self.cfg

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +10,7 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import drafts
-from glmv_jax.inference.speculative import Counts
+from glmv_jax.inference.settings import Counts
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,15 @@ def test_a_prompt_ends_before_what_it_leaves_to_be_said(builder, samples):
 
 
 @pytest.mark.parametrize("form", ["pretrain", "chat"])
-def test_prompts_of_both_kinds_have_one_shape(builder, samples, form):
+def test_prompts_are_of_both_kinds(builder, samples, form):
     found = drafts.continued(*samples, builder, form)
-    assert len(found["text"].length) == 3 and len(found["image"].length) == 4
-    longest = max(rows.length.max() for rows in found.values())
-    assert found["text"].tokens.shape == (3, longest) and found["image"].tokens.shape == (4, longest)
-    assert (found["image"].vision.frame > 0).any(1).all() and not (found["text"].vision.frame > 0).any()
+    assert len(found["text"]) == 3 and len(found["image"]) == 4
+    assert all(x.pictures for x in found["image"]) and not any(x.pictures for x in found["text"])
     if form == "chat":
-        question = builder.prompt(samples[1][0])
-        np.testing.assert_array_equal(found["image"].tokens[0, : len(question.tokens)], question.tokens)
+        np.testing.assert_array_equal(found["image"][0].tokens, builder.prompt(samples[1][0]).tokens)
 
 
 def test_accept_lengths_are_by_kind():
-    some = Counts(jnp.array([2]), jnp.array([[4, 2]]), jnp.array([[2, 1]]))
-    none = Counts(jnp.array([2]), jnp.array([[4, 0]]), jnp.array([[0, 0]]))
+    some = Counts(reached=np.array([4, 2]), accepted=np.array([2, 1]))
+    none = Counts(reached=np.array([4, 0]), accepted=np.array([0, 0]))
     assert drafts.accept_lengths({"text": some, "image": none}) == {"text": 1 + 0.5 + 0.25, "image": 1.0}

@@ -17,7 +17,9 @@ from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import vlm
-from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.sampler import Sampling
+from glmv_jax.inference.settings import Settings
 from glmv_jax.rl.task import box
 from tests import tiny_vlm
 
@@ -63,22 +65,23 @@ def test_shuffling_moves_every_image_within_its_task_and_size(samples, seed):
         assert (s.prompt, s.answer, s.meta) == (own.prompt, own.answer, own.meta)
 
 
-def test_a_model_is_asked_under_four_conditions_with_one_compilation_a_sampler(samples):
+def test_a_model_is_asked_under_four_conditions_with_the_same_programs(samples):
     tokenizer = Tokenizer()
     cfg = tiny_vlm.config(vocab=tokenizer.vocab_size, patch=8)
     builder = DocumentBuilder(tokenizer, Patcher(max_patches=16), max_tokens=40, max_patches=16)
-    sampler = Sampler(cfg, Sampling.chat(tokenizer, 3, temperature=0.0))
-    params = tiny_vlm.params(cfg)
-    drawing = Sampler(cfg, Sampling.chat(tokenizer, 3))
-    metrics = vlm.evaluate(sampler, params, samples, builder, SCORE, batch=16, controls=True, drawing=drawing)
+    settings = Settings(slots=16, length=43, chunks=(40,), lanes=1, patches=(16,))
+    engine, params = Engine(cfg, None, Sampling.chat(tokenizer, 3), settings), tiny_vlm.params(cfg)
+    metrics = vlm.evaluate(engine, params, samples, builder, SCORE, controls=True, drawn=True)
     conditions = ("accuracy", "accuracy_sampled", "accuracy_shuffled", "accuracy_blind")
     assert sorted(metrics) == sorted(f"{c}/{k}" for c in conditions for k in (*KINDS, "mean"))
-    assert sampler.traces == drawing.traces == 1
-    ask = lambda asked, batch: vlm.answers(sampler, params, asked, builder, batch)  # noqa: E731
-    own, blind = ask(samples, 16), ask(vlm.with_grey_images(samples), 16)
+    traces = engine.traces
+    ask = lambda asked, **more: vlm.answers(engine, params, asked, builder, temperature=0.0, **more)  # noqa: E731
+    own, blind = ask(samples), ask(vlm.with_grey_images(samples))
     assert len(own) == len(samples) and own != blind
     order = np.random.default_rng(0).permutation(len(samples))
-    assert ask([samples[i] for i in order], 16) == [own[i] for i in order], "an answer is its question's alone"
+    assert ask([samples[i] for i in order]) == [own[i] for i in order], "an answer is its question's alone"
+    drawn = ask(samples, seed=1) == own, vlm.answers(engine, params, samples, builder, seed=1) != own
+    assert drawn == (True, True) and engine.traces == traces
 
 
 def test_written_samples_can_be_shown(samples, tmp_path):

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 
 from glmv_jax.inference import acceptance
-from glmv_jax.inference.speculative import Counts
+from glmv_jax.inference.settings import Counts
 
 
 def test_accept_length_is_the_mean_of_simulated_passes():
     rates = [0.8, 0.6, 0.5]
     kept = np.cumprod(np.random.default_rng(0).random((200_000, 3)) < rates, axis=1)
-    counts = Counts(np.full(1, len(kept)), np.array([[len(kept), *kept.sum(0)[:2]]]), kept.sum(0)[None])
+    counts = Counts(reached=np.array([len(kept), *kept.sum(0)[:2]]), accepted=kept.sum(0))
     measured = acceptance.rates(counts)
     np.testing.assert_allclose(measured, rates, atol=0.01)
     np.testing.assert_allclose(acceptance.accept_length(measured), 1 + kept.sum(1).mean(), rtol=1e-6)
 
 
 def test_a_draft_that_was_never_reached_counts_as_rejected():
-    measured = acceptance.rates(Counts(np.full(1, 7), np.array([[7, 0]]), np.array([[0, 0]])))
+    measured = acceptance.rates(Counts(reached=np.array([7, 0]), accepted=np.array([0, 0])))
     assert measured[0] == 0 and math.isnan(measured[1]) and acceptance.accept_length(measured) == 1
 
 

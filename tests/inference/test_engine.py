@@ -26,17 +26,22 @@ from glmv_jax.models import MTPConfig, VLMConfig, abstract_params, vlm
 from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.parallel.mesh import make_mesh
+from glmv_jax.parallel.rules import preset
 from glmv_jax.typing import TokenInput, UserError
 from tests import tiny_vlm
-from tests.inference.test_speculative import kept, made_half_right, runs_by_hand
+from tests.inference.test_drafting import made_half_right
 from tests.parallel.collectives import collectives
 
 CFG = tiny_vlm.config()
+NEXT = GLM5NextConfig(
+    vocab=64, depth=2, kinds="KF", dense=2, width=32, heads=4, q_rank=16, kv_rank=16, nope_dim=8, v_dim=8,
+    index_heads=4, index_dim=8, top_k=8, linear_heads=4, linear_dim=8, mlp=48, expert_mlp=16, experts=4, chosen=2,
+)  # fmt: skip
 GROUP = 3
 # Stops that end some answers early, some at once and some not at all.
 SAMPLING = Sampling(9, temperature=0.9, top_p=0.95, stop=(20, 21, 33, 34), suppress=(tiny_vlm.IMAGE,))
 SETTINGS = Settings(
-    slots=4, length=26, steps=2, chunks=(4, 16), reads=2, patches=(16,), pictures=12, pixels=(24, "float32"),
+    slots=4, length=26, steps=2, chunks=(4, 16), lanes=2, reads=2, patches=(16,), pictures=12, pixels=(24, "float32"),
     queue=64,
 )  # fmt: skip
 SHAPES = [(5, (1, 3)), (9, None), (3, (2, 2)), (12, (3, 1))]
@@ -333,9 +338,6 @@ def test_what_cannot_be_asked_is_said(engine, params):
     with pytest.raises(Busy, match="64 requests are waiting"):
         engine.submit(Request(text))
     engine.run()
-    linear = dataclasses.replace(CFG, decoder=GLM5NextConfig(width=tiny_vlm.WIDTH, depth=4, dense=1))
-    with pytest.raises(UserError, match="linear attention"):
-        Engine(linear, params, SAMPLING, SETTINGS)
 
 
 # --- other models, other devices --------------------------------------------------------------------------------------
@@ -359,21 +361,43 @@ def test_drafts_of_the_mtp_head(params):
     for n, partial in begun.items():
         if partial is not None:
             engine.submit(dataclasses.replace(asked[n], begun=partial), keep(n))
-    engine.run()
+    while engine.step():
+        pass
     assert len(found) == 24 and any(partial and len(partial.tokens) for partial in begun.values())
     for n, x in found.items():
         np.testing.assert_array_equal(x.tokens, done[n].tokens)
         np.testing.assert_allclose(x.logprobs, done[n].logprobs, atol=1e-5)
+        assert sum(sizes[n]) == len(x.tokens) or n in order[:8]
     assert len({tuple(x.tokens) for x in done[12:]}) > 6 and engine.traces == traces
-    # The drafts of greedy answers are those of the head without a cache: so many tokens of each are kept a step.
-    whole = [n for n in range(12) if n not in begun][:: GROUP - 1]
-    for n in whole:
-        row, answer = rows()[n // GROUP], done[n].tokens
-        passes, yields = runs_by_hand(cfg, params, row, answer, 2, SAMPLING.suppress, first=0), []
-        for said in passes:
-            yields.append(min(kept(said, answer[sum(yields) :]) + 1, len(answer) - sum(yields)))
-        assert sizes[n] == [sum(yields[i : i + SETTINGS.steps]) for i in range(0, len(yields), SETTINGS.steps)]
-    assert len(whole) > 2 and any(max(sizes[n]) > SETTINGS.steps for n in whole), "no draft was kept"
+    assert max(n for of_one in sizes.values() for n in of_one) > SETTINGS.steps, "no draft was kept"
+    with pytest.raises(UserError, match="at least 2 tokens"):
+        engine.submit(Request(Prompt.of_ids([20])))
+
+
+def test_linear_attention():
+    """The sampler's answers, in rows that others had: a state is of use with all that it has read, and only so."""
+    cfg = VLMConfig(None, None, NEXT)
+    params = numbers(cfg)
+    engine = Engine(cfg, params, SAMPLING, dataclasses.replace(SETTINGS, chunks=(4,), lanes=1))
+    texts = [rows()[n]["tokens"] for n in (1, 3)]
+    blank = {"patches": np.zeros((0, 24)), "yx": np.zeros((0, 2), int), "frame": np.zeros(0, int)}
+    shown = [blank | {"tokens": x, "image_row": 0 * x - 1, "positions": np.arange(len(x))[:, None].repeat(3, 1)}
+             for x in texts]  # fmt: skip
+    prompts = Prompts.of(tiny_vlm.prompt_batch(shown, 16, 4))._replace(vision=None)
+    out = jax.device_get(Sampler(cfg, SAMPLING, 6)(params, prompts, jax.random.key(7)))
+    asked = [Request(Prompt.of_ids(texts[n // 6]), seed=7, draw=n) for n in range(12)]
+    engine.submit(asked[0])
+    engine.step()
+    begun = engine.abort(0)
+    assert 0 < len(begun.tokens) < out.lengths[0]
+    read, reused = engine.counts.read, engine.counts.reused
+    done = answers(engine, [dataclasses.replace(asked[0], begun=begun), *asked[1:]])
+    for n, completion in enumerate(done):
+        k = out.lengths[n]
+        check(completion, (out.tokens[n, :k], out.logprobs[n, :k], out.finished[n]), atol=1e-4)
+    assert len({tuple(x.tokens) for x in done}) > 6
+    held = len(texts[0]) - 1 + len(begun.tokens)
+    assert engine.counts.reused - reused > held and engine.counts.read > read
     with pytest.raises(UserError, match="at least 2 tokens"):
         engine.submit(Request(Prompt.of_ids([20])))
 
@@ -408,24 +432,39 @@ def test_latent_caches():
                 assert x.tokens[t] == token[n] and abs(x.logprobs[t] - logprob[n]) < 1e-4
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 (emulated) devices")
-def test_two_devices_are_as_one(params, wanted, monkeypatch):
-    """With layers stacked, as an accelerator has them. Reading prompts passes nothing between devices."""
-    monkeypatch.setattr(vlm, "layers_apart", lambda cfg, params, cache, rows: (params, cache))
-    monkeypatch.setattr(vlm, "for_rows", lambda cfg, params, rows: params)
-    mesh = make_mesh({"data": 2}, jax.devices()[:2])
-    engine = Engine(CFG, params, SAMPLING, SETTINGS, mesh=mesh)
+def on_mesh(params, wanted, compilations, mesh, **where) -> Engine:
+    """An engine on these devices, that has given the wanted answers and compiled nothing after it was warm."""
+    engine = Engine(CFG, params, SAMPLING, dataclasses.replace(SETTINGS, slots=8), mesh=mesh, **where)
     engine.warm()
-    traces = engine.traces
+    traces, compiled = engine.traces, compilations.count
     order = np.random.default_rng(1).permutation(len(wanted))
     asked = requests()
     for n, completion in zip(order, answers(engine, [asked[n] for n in order])):
         check(completion, wanted[n])
-    assert engine.traces == traces
-    assert all(len(x.sharding.device_set) == 2 and not x.is_fully_replicated for x in jax.tree.leaves(engine._cache))
-    chunk = engine._chunk(SETTINGS.chunks[0])
+    assert (engine.traces, compilations.count) == (traces, compiled)
+    leaves = jax.tree.leaves(engine._cache)
+    assert all(len(x.sharding.device_set) == mesh.size and not x.is_fully_replicated for x in leaves)
+    return engine
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs 2 (emulated) devices")
+def test_two_devices_are_as_one(params, wanted, compilations, monkeypatch):
+    """With layers stacked, as an accelerator has them. Reading prompts passes nothing between devices."""
+    monkeypatch.setattr(vlm, "layers_apart", lambda cfg, params, cache, rows: (params, cache))
+    monkeypatch.setattr(vlm, "for_rows", lambda cfg, params, rows: params)
+    engine = on_mesh(params, wanted, compilations, make_mesh({"data": 2}, jax.devices()[:2]))
+    chunk = engine._chunk(1, SETTINGS.chunks[0])
     prefill = engine._programs.prefill.lower(engine._weights.prefill, engine._visual, engine._cache, chunk).compile()
     assert collectives(prefill) == []
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
+def test_parameters_over_eight_devices(params, wanted, compilations):
+    """Split by a preset of rules, rows over four and heads over two."""
+    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    engine = on_mesh(params, wanted, compilations, mesh, rules=preset("fsdp_tensor"))
+    split = [x for x in jax.tree.leaves(engine._weights) if len(x.addressable_shards) > 1 and not x.is_fully_replicated]
+    assert len(split) > 10, "nothing is split"
 
 
 # --- asyncio ----------------------------------------------------------------------------------------------------------

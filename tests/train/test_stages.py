@@ -16,6 +16,8 @@ import optax
 import pytest
 
 from glmv_jax import config, models, optim
+from glmv_jax.eval import drafts
+from glmv_jax.inference.engine import Engine
 from glmv_jax.losses.cross_entropy import cross_entropy, next_targets
 from glmv_jax.losses.mtp import mtp_loss
 from glmv_jax.models import vlm
@@ -226,8 +228,10 @@ def _behind_image(batch):
 def test_accept_lengths_of_a_stage_are_measured_where_it_asks_for_drafts():
     """A head that always says what the backbone says has every draft kept: K + 1 tokens a pass but at the end."""
     stage = main.stage_class("pretrain")(config.override(build("pretrain").cfg, ["eval.documents=2", "eval.drafts=2"]))
-    stage.drafting.sampling = dataclasses.replace(stage.drafting.sampling, stop=())  # so that answers are whole
     params = stage.init_params(jax.random.key(0))
+    made = stage.engine(params, 2, stage.builder.max_tokens, drafts.NEW, drafts=2)
+    whole = dataclasses.replace(made.sampling, stop=())  # so that answers are whole
+    stage._drafting = Engine(stage.model, None, whole, made.settings)
     found = stage.evaluate(params, {}, full=True)
     assert {f"accept length {kind}" for kind in ("text", "image")} <= set(found)
     constant = jax.tree.map(jnp.zeros_like, params["decoder"]["norm"])  # every hidden state 0: the first token wins

@@ -7,20 +7,25 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from glmv_jax.data import heldout, texts
 from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.eval import drafts
 from glmv_jax.eval import vlm as vlm_eval
-from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
-from glmv_jax.inference.speculative import SpeculativeSampler
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.requests import Prompt
+from glmv_jax.inference.sampler import Sampling
+from glmv_jax.inference.settings import Settings
 from glmv_jax.losses.select import behind_image
 from glmv_jax.models import cogvit, vlm
+from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.typing import Batch, Params
 
@@ -46,19 +51,32 @@ class MeasuredVLM(Stage):
     asker: DocumentBuilder
     names: list[str]
     heads: int
+    _answering: Engine | None = None
+    _drafting: Engine | None = None
 
     @functools.cached_property
     def questions(self) -> dict[str, list]:
         """Held-out questions by kind, the same in every stage."""
         return held_out(self.cfg.eval.kinds, self.cfg.eval.questions)
 
-    @functools.cached_property
-    def greedy(self) -> Sampler:
-        return Sampler(self.model, Sampling.chat(self.tokenizer, self.cfg.eval.max_new_tokens, temperature=0.0))
+    def engine(self, params: Params, slots: int, prompt: int, new: int, **sizes: Any) -> Engine:
+        """The inference engine for parameters that lie as these: `slots` answers at a time, or some more, of up to
+        `new` tokens to prompts of up to `prompt` tokens."""
+        mesh, shown = _mesh(params), self.asker.max_patches
+        slots = -(-slots // mesh_lib.data_shards(mesh)) * mesh_lib.data_shards(mesh)
+        settings = Settings(
+            slots=slots, length=prompt + new, alone=new, chunks=tuple(sorted({min(64, prompt), prompt})), lanes=16,
+            patches=(shown,), pictures=max(shown, self.builder.max_patches) // 4,
+            pixels=(self.asker.patcher.channels, "uint8"), queue=max(1024, slots), **sizes,
+        )  # fmt: skip
+        return Engine(self.model, None, Sampling.chat(self.tokenizer, new), settings, mesh=mesh, placed=True)
 
-    @functools.cached_property
-    def drawing(self) -> Sampler:
-        return Sampler(self.model, Sampling.chat(self.tokenizer, self.cfg.eval.max_new_tokens))
+    def answering(self, params: Params) -> Engine:
+        """That of evaluations."""
+        if self._answering is None:
+            e = self.cfg.eval
+            self._answering = self.engine(params, e.batch, self.asker.max_tokens, e.max_new_tokens)
+        return self._answering
 
     @functools.cached_property
     def score(self) -> vlm_eval.Score:
@@ -68,13 +86,13 @@ class MeasuredVLM(Stage):
 
     def evaluate(self, params, extra, *, full: bool):
         metrics = self.heldout_loss(params)
-        if full and self.drafting:
+        if full and self.cfg.eval.get("drafts", 0):
             metrics |= self.accept_lengths(params)
         if self.form == "chat":
             samples = [s for kind in self.questions.values() for s in (kind if full else kind[: self.cfg.eval.few])]
             metrics |= vlm_eval.evaluate(
-                self.greedy, params, samples, self.asker, self.score, self.cfg.eval.batch, controls=full,
-                drawing=self.drawing if full else None,
+                self.answering(params), params, samples, self.asker, self.score, controls=full, drawn=full,
+                max_new_tokens=self.cfg.eval.max_new_tokens,
             )  # fmt: skip
         return metrics
 
@@ -139,14 +157,7 @@ class MeasuredVLM(Stage):
         return found | {"heldout loss without image": self.measured(params, self._heldout, seen=False)["loss"]}
 
     @functools.cached_property
-    def drafting(self) -> SpeculativeSampler | None:
-        """Greedy decoding with cfg.eval.drafts drafts of the MTP head; None for 0, and for stages that do not say."""
-        sampling = Sampling.chat(self.tokenizer, drafts.NEW, temperature=0.0)
-        n = self.cfg.eval.get("drafts", 0)
-        return SpeculativeSampler(self.model, sampling, n) if n else None
-
-    @functools.cached_property
-    def _continued(self) -> dict[str, Prompts]:
+    def _continued(self) -> dict[str, list[Prompt]]:
         kinds, n = list(self.cfg.eval.kinds), self.cfg.eval.documents
         asked = held_out(kinds, -(-n // len(kinds))) if kinds else {}
         pictures = [sample for kind in zip(*asked.values()) for sample in kind][:n]
@@ -154,12 +165,22 @@ class MeasuredVLM(Stage):
         return drafts.continued([read[i] for i in range(n)], pictures, self.builder, self.form)
 
     def accept_lengths(self, params) -> dict[str, float]:
-        """Tokens a pass of speculative decoding after a text, and after an image."""
-        found = drafts.accept_lengths(drafts.counts(self.drafting, params, self._continued))
+        """Tokens a pass of greedy decoding with cfg.eval.drafts drafts of the MTP head, after a text and an image."""
+        if self._drafting is None:
+            e, longest = self.cfg.eval, self.builder.max_tokens
+            self._drafting = self.engine(params, e.documents, longest, drafts.NEW, drafts=e.drafts)
+        found = drafts.accept_lengths(drafts.counts(self._drafting, params, self._continued))
         return {f"accept length {kind}": length for kind, length in found.items()}
 
     def write_samples(self, params, extra, folder):
         if self.form == "chat":
             samples = [s for kind in self.questions.values() for s in kind[: self.cfg.eval.shown]]
-            answers = vlm_eval.answers(self.greedy, params, samples, self.asker, self.cfg.eval.batch)
+            settings = dict(temperature=0.0, max_new_tokens=self.cfg.eval.max_new_tokens)
+            answers = vlm_eval.answers(self.answering(params), params, samples, self.asker, **settings)
             vlm_eval.write_samples(Path(folder), samples, answers, self.score)
+
+
+def _mesh(params: Params) -> Mesh | None:
+    """That parameters lie on, if it has more than one device."""
+    where = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None
