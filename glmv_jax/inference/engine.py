@@ -236,6 +236,8 @@ class Engine:
                 soon |= {same} - {False}
                 continue
             slot, source, common = found
+            if source is not slot and common < min(self._chunks[0], work.known - 1 - again):
+                common = 0  # so few are read with the others, sooner than a row is copied
             if same and common:
                 sources[same] = source
             if common and source is not slot:

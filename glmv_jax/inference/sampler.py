@@ -1,5 +1,8 @@
-"""Sampling with a key/value cache as one jitted program a shape: prefill, then decode in a while loop.
+"""Sampling in lockstep, with a key/value cache, as one jitted program a shape: prefill, then decode in a while loop.
 
+For whole batches of groups whose answers are about as long, as stage 5's in its synchronous form; everybody else asks
+the engine, which this is an oracle for. At that stage's nano size, 64 prompts x 8 answers of up to 14 tokens on a CPU,
+it takes .90 to .99 of the engine's time with 128 slots, .70 with 512.
 A prompt and its images are encoded once, and its keys and values are kept once for the G answers of a group, which hold
 only their own (as in Hydragen, arXiv 2402.05099).
 Shapes are static (prompt length, patches, rows, new tokens): one compilation a bucket, counted in `Sampler.traces`.

@@ -30,7 +30,7 @@ class Settings:
     steps: int = 8
     alone: int = 64
     chunks: tuple[int, ...] = (16, 64, 256)
-    lanes: int = 4
+    lanes: int = 1
     reads: int = 4
     patches: tuple[int, ...] = (256, 1024)
     pictures: int = 4096

@@ -3,7 +3,7 @@
 A row keeps what it holds when its request has ended, until another one needs the room. A request begins with the
 longest run of first tokens that some row of the shard has read already, be that one's request over or not: G answers to
 one prompt read it once, and an aborted request that comes back, or the next turn of a conversation, reads only what is
-new.
+new. While most of a request's tokens are just being read for another one, it waits for that.
 """
 
 from __future__ import annotations
