@@ -60,7 +60,7 @@ finally:
     names = set(done.stderr.split())
     assert "usage: glmv" in done.stdout and "argparse" in names
     assert {name.partition(".")[0] for name in names} <= {*sys.stdlib_module_names, "glmv_jax"}
-    parts = ("checkpoints", "common", "evaluation", "inspection", "training")
+    parts = ("checkpoints", "common", "evaluation", "inspection", "serving", "training")
     own = {"glmv_jax", "glmv_jax.typing", "glmv_jax.aot", "glmv_jax.aot.main", "glmv_jax.cli", "glmv_jax.parallel",
            "glmv_jax.parallel.compiler", "glmv_jax.parallel.multihost",
            *(f"glmv_jax.cli.{part}" for part in parts)}  # fmt: skip
@@ -69,7 +69,7 @@ finally:
 
 
 @pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf", "compile",
-                                     "generate", "eval", "report", "doctor", "show-config", "shapes",
+                                     "generate", "serve", "eval", "report", "doctor", "show-config", "shapes",
                                      "tasks"])  # fmt: skip
 def test_every_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as done:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import dataclasses
 import os
 from pathlib import Path
@@ -25,6 +24,8 @@ def serve(args: argparse.Namespace) -> int:
     do, with the base URL that is printed; an API key is asked for when the environment variable GLMV_API_KEY is set.
     SIGTERM lets the answers that run end. /health and /metrics (Prometheus) are for those who watch it.
     """
+    import asyncio
+
     try:
         from glmv_jax.serving import main
     except ImportError:

@@ -44,7 +44,8 @@ class Model(Protocol):
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """messages: as `data.chat_template.checked` gives them, images as {"type": "image"}; images: of those, upright RGB.
-    tools: as OpenAI's API has them.   call: whether the model has to call one, or which one.
+    tools: as OpenAI's API has them.   call: whether the model has to call one, or which one;
+    one_call: whether the first call ends the answer.
     tokens: of the answer at most, None for `Limits.tokens`.   others: as `inference.requests.Request`.
     stop: texts that end an answer.   choices: how many answers.
     """
@@ -53,6 +54,7 @@ class Asked:
     images: Sequence[Image.Image] = ()
     tools: Sequence[Mapping[str, Any]] = ()
     call: bool | str = False
+    one_call: bool = False
     thinking: bool | None = None
     tokens: int | None = None
     temperature: float | None = None
@@ -174,7 +176,12 @@ class Answers:
                     reason = piece.reason
                     break
                 events = reader.feed(piece.tokens)
-                called |= any(isinstance(event, Called) for event in events)
+                calls = [n for n, event in enumerate(events) if isinstance(event, Called)]
+                called |= bool(calls)
+                if asked.one_call and calls:
+                    yield Part(events[: calls[0] + 1], piece.tokens, piece.logprobs)
+                    yield Ended("tool_calls", None, count + len(piece.tokens))
+                    return
                 count += len(piece.tokens)
                 yield Part(events, piece.tokens, piece.logprobs)
                 if reader.stopped is not None:

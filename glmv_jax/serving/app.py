@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from glmv_jax.serving import fields, openai
+from glmv_jax.serving import anthropic, fields, openai
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.typing import UserError
@@ -49,7 +49,12 @@ def _data(chunk: Mapping[str, Any]) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
 
 
+def _named(chunk: Mapping[str, Any]) -> str:
+    return f"event: {chunk['type']}\n{_data(chunk)}"
+
+
 OPENAI = Format(openai.asked, openai.Reply, openai.error, _data, "data: [DONE]\n\n")
+ANTHROPIC = Format(anthropic.asked, anthropic.Reply, anthropic.error, _named, "")
 
 
 class Server:
@@ -66,6 +71,8 @@ class Server:
         """As an ASGI application."""
         routes = [
             self._guarded("/v1/chat/completions", self._asking(OPENAI), method="POST"),
+            self._guarded("/v1/messages", self._asking(ANTHROPIC), ANTHROPIC, "POST"),
+            self._guarded("/v1/messages/count_tokens", self._count_tokens, ANTHROPIC, "POST"),
             self._guarded("/v1/models", self._models),
             self._guarded("/v1/models/{name:path}", self._model),
             Route("/health", self._health, methods=["GET"]),
@@ -104,6 +111,12 @@ class Server:
         body["error"]["message"] = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(body, error.status_code, error.headers)
 
+    async def _count_tokens(self, request: Request) -> Response:
+        body = fields.parsed(await self._body(request))
+        self._check_name(fields.need(body, "model", str))
+        asked = await asyncio.to_thread(anthropic.asked, body, self.answers.limits, counted=True)
+        return JSONResponse({"input_tokens": len((await self.answers.prepare(asked)).prompt.tokens)})
+
     # --- questions ----------------------------------------------------------------------------------------------------
 
     def _asking(self, form: Format) -> Callable[[Request], Awaitable[Response]]:
@@ -114,7 +127,7 @@ class Server:
             self._check_name(fields.need(body, "model", str))
             stream = fields.get(body, "stream", bool, False)
             async with contextlib.AsyncExitStack() as room:
-                room.enter_context(self.answers.room(fields.get(body, "n", int, 1)))
+                room.enter_context(self.answers.room(max(1, fields.get(body, "n", int, 1)) if form is OPENAI else 1))
                 reply, parts = await _unless_left(request, self._begun(form, body, room))
                 if stream:
                     return _Stream(self._events(form, reply, parts), room.pop_all())
@@ -146,7 +159,8 @@ class Server:
                     yield form.event(chunk)
             for chunk in reply.last():
                 yield form.event(chunk)
-            yield form.end
+            if form.end:
+                yield form.end
         except Exception as error:  # the status has been sent; only an event can say it
             log.error("an answer broke off: %s", error, exc_info=not isinstance(error, UserError))
             yield form.event(form.error(error, 500))

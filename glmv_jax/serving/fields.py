@@ -54,6 +54,14 @@ def within(body: Mapping[str, Any], name: str, kind: type[T], low: float, high: 
     return value
 
 
+def probability(body: Mapping[str, Any], name: str) -> float | None:
+    """A number above 0 and up to 1, None where there is none."""
+    value = within(body, name, float, 0, 1)
+    if value == 0:
+        raise Refused(f"{name}=0 keeps no token; give more than 0, or temperature=0 for the likeliest", field=name)
+    return value
+
+
 def texts(body: Mapping[str, Any], name: str, most: int) -> tuple[str, ...]:
     """A text or a list of some, none of them empty."""
     value = body.get(name)

@@ -44,18 +44,13 @@ def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
     template = fields.get(body, "chat_template_kwargs", dict, {})
     return Asked(
         messages, gallery.decoded(), tools, call,
+        one_call=not fields.get(body, "parallel_tool_calls", bool, True),
         thinking=fields.get(template, "enable_thinking", bool, where="chat_template_kwargs."),
         tokens=next((n for n in tokens if n is not None), None),
         temperature=fields.within(body, "temperature", float, 0, 100),
-        top_p=_top_p(body), seed=fields.get(body, "seed", int), stop=fields.texts(body, "stop", 16),
-        choices=fields.within(body, "n", int, 1, limits.choices) or 1,
+        top_p=fields.probability(body, "top_p"), seed=fields.get(body, "seed", int),
+        stop=fields.texts(body, "stop", 16), choices=fields.within(body, "n", int, 1, limits.choices) or 1,
     )  # fmt: skip
-
-
-def _top_p(body: Mapping[str, Any]) -> float | None:
-    if (top_p := fields.within(body, "top_p", float, 0, 1)) == 0:
-        raise Refused("top_p=0 keeps no token; give more than 0, or temperature=0 for the likeliest", field="top_p")
-    return top_p
 
 
 def _message(message: Mapping[str, Any], where: str, gallery: Gallery) -> dict[str, Any]:

@@ -97,6 +97,12 @@ class Parrot:
         self.front.set_params(params(said, [TAGS[name] for name in after]), self.engine.version + 1).result()
         return said
 
+    def say_forever(self, text: str) -> None:
+        """From now on it says these words over and over."""
+        said = ids(text)
+        tree = params([*said, said[0]])
+        self.front.set_params(tree, self.engine.version + 1).result()
+
     def close(self) -> None:
         self.listener.should_exit = True
         self.thread.join()

@@ -24,12 +24,6 @@ ASK = [{"role": "user", "content": "What is it?"}]
 
 
 @pytest.fixture(scope="module")
-def bird():
-    with parrot.running() as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
 def client(bird):
     with openai.OpenAI(base_url=f"{bird.url}/v1", api_key=parrot.KEY, max_retries=0) as client:
         yield client
