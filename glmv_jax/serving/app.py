@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from glmv_jax.serving import anthropic, fields, openai
+from glmv_jax.serving import anthropic, fields, openai, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.typing import UserError
@@ -75,12 +75,16 @@ class Server:
             self._guarded("/v1/messages/count_tokens", self._count_tokens, ANTHROPIC, "POST"),
             self._guarded("/v1/models", self._models),
             self._guarded("/v1/models/{name:path}", self._model),
+            Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: self._http_error})
 
     # --- small ones ---------------------------------------------------------------------------------------------------
+
+    async def _page(self, request: Request) -> Response:
+        return page.response()
 
     async def _health(self, request: Request) -> Response:
         ready = not self.answers.draining and self.answers.front.alive
