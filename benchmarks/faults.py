@@ -1,6 +1,7 @@
 """Does a run survive what can happen to it?
 
     python benchmarks/faults.py rl --form sync|async [--kills 20] [--seed 0] [--out FILE]
+    python benchmarks/faults.py train [--only NAME,...] [--seed 0] [--out FILE]
 
 rl: a real stage 5 (nano towers of one layer; groups of 4 answers graded by a rule in a worker process; a checkpoint
 every other step) is killed with SIGKILL at random moments, a fifth of them while it starts, the others in the middle of
@@ -8,6 +9,11 @@ steps and while a checkpoint is being written, and started again until it has do
 been killed so often. In the synchronous form the end has to be that of a run that nothing disturbed: weights and state
 of the optimiser bit by bit, every row of metrics but for times, the sampled answers. In the asynchronous form, with the
 inference engine, every prompt that was drawn is trained on once or waits in the saved state. 20 minutes on two cores.
+
+train: each of the five stages, small, with two worker processes for its data, is killed in the middle of a step and
+while it saves, in the middle of an epoch; its losses and weights have to end as if nothing had happened, and no process
+may be left behind. And, with the toy stage of the tests: SIGTERM, a checkpoint cut short, one with a flipped bit, a
+disk that is full or becomes read-only (needs root), one of two processes killed (`faults_train.py`). 15 minutes.
 
 Prints a table of faults tried, survived and lost, and one JSON line. A fault is survived when the next start goes on
 from the newest checkpoint that was complete, and the end is right. Exits with 1 when one was lost. This file is also
@@ -26,6 +32,19 @@ import tempfile
 from typing import Any
 
 STEPS, GROUPS, ANSWERS, STALENESS, SAVE_EVERY = 30, 4, 4, 2, 2
+EXPERIMENTS = {"mim": "cogvit_mim", "siglip": "cogvit_siglip", "pretrain": "vlm_pretrain", "sft": "vlm_sft",
+               "rl": "rl_grpo"}  # fmt: skip
+_TOWERS = {"model.vision.depth": 1, "model.decoder.depth": 1, "eval.documents": 1}
+_ASKED = {"eval.kinds": ("count",), "eval.questions": 1, "eval.few": 1, "eval.batch": 1, "eval.shown": 1,
+          "eval.max_new_tokens": 2}  # fmt: skip
+SMALL = {
+    "mim": {"model.vision.depth": 1, "teachers.semantic.kind": "hog", "batch": 8, "eval.batches": 1},
+    "siglip": {"model.vision.depth": 1, "model.text.depth": 1, "batch": 16, "eval.pairs": 8},
+    "pretrain": {**_TOWERS, "batch": 4, "eval.kinds": ("caption",)},
+    "sft": {**_TOWERS, **_ASKED, "batch": 4},
+    "rl": {**_TOWERS, **_ASKED, "data.ahead": 0, "rollout.prompts": GROUPS, "rollout.group": ANSWERS,
+           "rollout.rows": (2,), "rollout.max_new_tokens": 6},
+}  # fmt: skip
 POINTS = ("starting", "training", "saving", "training", "saving", "training", "saving", "ending")
 
 
@@ -39,29 +58,27 @@ def vowels(text: str, sample):
 
 
 def get_config(arg=None):
-    """form: sync or async.   cache: the folder of compiled programs."""
+    """stage: one of the five.   form: of stage 5, sync or async.   cache: the folder of compiled programs."""
     from glmv_jax import config
 
-    arg = config.parse_arg(arg, form="sync", cache="")
+    arg = config.parse_arg(arg, stage="rl", form="sync", cache="", steps=STEPS, workers=0)
     root = pathlib.Path(__file__).resolve().parent.parent
-    cfg = config.load(f"{root}/experiments/rl_grpo.py:size=nano")
-    rule = {"kind": "rule", "rule": "faults:vowels"}
-    cfg.rewards = {"workers": 1, "sources": {name: {"parts": {"rule": rule}} for name in cfg.data.weights}}
-    values = {
-        "steps": STEPS, "save_every": SAVE_EVERY, "log_every": 1, "compilation_cache": arg.cache,
-        "model.vision.depth": 1, "model.decoder.depth": 1, "data.ahead": 0,
-        "rollout.prompts": GROUPS, "rollout.group": ANSWERS, "rollout.rows": (2,), "rollout.max_new_tokens": 6,
-        "rollout.pipeline": arg.form, "rollout.staleness": STALENESS, "rollout.slots": 8 * (arg.form == "async"),
-        "eval.kinds": ("count",), "eval.documents": 1, "eval.questions": 1, "eval.few": 1, "eval.batch": 1,
-        "eval.shown": 1, "eval.max_new_tokens": 2,
-    }  # fmt: skip
+    cfg = config.load(f"{root}/experiments/{EXPERIMENTS[arg.stage]}.py:size=nano")
+    values = {"steps": arg.steps, "save_every": SAVE_EVERY, "log_every": 1, "compilation_cache": arg.cache,
+              "data.workers": arg.workers, **SMALL[arg.stage]}  # fmt: skip
+    if arg.stage == "rl":
+        rule = {"kind": "rule", "rule": "faults:vowels"}
+        cfg.rewards = {"workers": 1, "sources": {name: {"parts": {"rule": rule}} for name in cfg.data.weights}}
+        values |= {"rollout.pipeline": arg.form, "rollout.staleness": STALENESS,
+                   "rollout.slots": 8 * (arg.form == "async")}  # fmt: skip
     return config.override(cfg, [f"{name}={value}" for name, value in values.items()])
 
 
 def reinforcement(form: str, kills: int, seed: int, folder: pathlib.Path, nursery: Any) -> list[dict]:
     """The faults of one form, each as {"at", "survived", ...}."""
     from contest import log
-    from faulty_runs import Run, accounts, began_again, differences, killed
+    from equal_runs import accounts, differences
+    from real_runs import Run, began_again, killed
 
     rng, faults = random.Random(f"{form}/{seed}"), []
     spec = f"{pathlib.Path(__file__).resolve()}:form={form},cache={folder / 'cache'}"
@@ -83,7 +100,7 @@ def reinforcement(form: str, kills: int, seed: int, folder: pathlib.Path, nurser
                 log(f"{len(faults) + len(here)}. killed while {fault.at} at step {fault.step}, saved {fault.saved}")
         wrong = differences(whole, run) if form == "sync" else accounts(run, GROUPS, ANSWERS, STALENESS)
         log(f"{len(here)} kills, then the end: {'; '.join(wrong) or 'as it should be'}")
-        faults += [{"form": form, "at": f.at, "step": f.step, "saved": f.saved, "again": f.again, "wrong": wrong,
+        faults += [{"run": form, "at": f.at, "step": f.step, "saved": f.saved, "again": f.again, "wrong": wrong,
                     "survived": f.survived and not wrong} for f in here]  # fmt: skip
     return faults
 
@@ -92,38 +109,43 @@ def table(faults: list[dict]) -> str:
     """Faults tried, survived and lost, by what the run was doing."""
     counts: dict[tuple[str, str], collections.Counter] = collections.defaultdict(collections.Counter)
     for fault in faults:
-        counts[fault["form"], fault["at"]].update(tried=1, survived=fault["survived"], lost=not fault["survived"])
-    lines = [f"{'run':<8} {'killed while':<14} {'tried':>6} {'survived':>9} {'lost':>5}"]
+        counts[fault["run"], fault["at"]].update(tried=1, survived=fault["survived"], lost=not fault["survived"])
+    lines = [f"{'run':<9} {'fault':<22} {'tried':>6} {'survived':>9} {'lost':>5}"]
     for (form, at), c in sorted(counts.items()):
-        lines.append(f"{form:<8} {at:<14} {c['tried']:>6} {c['survived']:>9} {c['lost']:>5}")
+        lines.append(f"{form:<9} {at:<22} {c['tried']:>6} {c['survived']:>9} {c['lost']:>5}")
     return "\n".join(lines)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("rl",))
+    parser.add_argument("what", choices=("rl", "train"))
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--form", choices=("sync", "async"), default="sync", help="of stage 5")
+    parser.add_argument("--form", choices=("sync", "async"), default="sync", help="of stage 5, for rl")
+    parser.add_argument("--only", default="", help="of train: mim, siglip, pretrain, sft, rl, or cases of faults_train")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", help="folder for the runs, kept (default: a temporary one)")
     parser.add_argument("--out")
     options = parser.parse_args()
+    import faults_train
     from contest import emit, environment
-    from faulty_runs import Nursery
+    from real_runs import Nursery
 
     root = str(pathlib.Path(__file__).resolve().parent.parent)
     sys.path.insert(0, root)
-    nursery = Nursery({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu"})
+    nursery = Nursery({"JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "ignore"})
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with tempfile.TemporaryDirectory() as temporary:
         folder = pathlib.Path(options.work or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
-        faults = reinforcement(options.form, options.kills, options.seed, folder, nursery)
+        if options.what == "rl":
+            faults = reinforcement(options.form, options.kills, options.seed, folder, nursery)
+        else:
+            faults = faults_train.all_of(options.only, options.seed, folder, nursery)
     nursery.close()
     print(table(faults), file=sys.stderr)
     lost = sum(not fault["survived"] for fault in faults)
     counts = {"tried": len(faults), "survived": len(faults) - lost, "lost": lost}
-    about = {"benchmark": "faults_rl", "form": options.form, "seed": options.seed, "steps": STEPS}
+    about = {"benchmark": f"faults_{options.what}", "seed": options.seed}
     emit({**about, **counts, "faults": faults, "environment": environment()}, options.out)
     return 1 if lost else 0
 

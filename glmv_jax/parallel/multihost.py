@@ -27,6 +27,7 @@ import time
 from glmv_jax.typing import UserError
 
 SECONDS = 300  # that processes wait for each other at the start
+SILENCE = 30  # seconds without a sign of one, after which the others end: they would wait for it for ever
 _NAMES = {  # attribute: (option, environment variable)
     "coordinator": ("--coordinator", "JAX_COORDINATOR_ADDRESS"),
     "processes": ("--processes", "JAX_NUM_PROCESSES"),
@@ -70,6 +71,7 @@ def start(
     try:
         jax.distributed.initialize(
             given.get("coordinator"), given.get("processes"), given.get("process"), initialization_timeout=seconds + 60,
+            heartbeat_timeout_seconds=SILENCE,
             cluster_detection_method="deactivate" if len(given) == len(_NAMES) else None,
         )  # fmt: skip
     except ValueError as error:

@@ -44,7 +44,7 @@ def test_options_come_before_the_environment(asked, monkeypatch):
     monkeypatch.setattr(multihost, "_reach", lambda *_: None)
     multihost.start(seconds=7)
     multihost.start("here:2", process=0)
-    kwargs = {"initialization_timeout": 67, "cluster_detection_method": "deactivate"}
+    kwargs = {"initialization_timeout": 67, "heartbeat_timeout_seconds": 30, "cluster_detection_method": "deactivate"}
     assert asked == [(("there:1", 4, 3), kwargs), (("here:2", 4, 0), kwargs | {"initialization_timeout": 360})]
 
 

@@ -32,7 +32,7 @@ def between(body: dict, name: str) -> str:
 
 class FakeJudge:
     """reply: (request body, number of the request) -> the text of the reply; an int for a status, (status, headers);
-    HANG, GARBAGE (bytes that are no JSON); or a float, seconds until the text "VERDICT word 10".
+    HANG, GARBAGE (bytes that are no JSON); or a float, seconds until the text "VERDICT word 10", or (seconds, text).
 
     bodies: of all requests.   most: requests that were in hand at the same time.
     """
@@ -65,8 +65,10 @@ class FakeJudge:
         if reply is GARBAGE:
             return 200, [], b"<html>\xff</html>"
         if isinstance(reply, float):
-            await asyncio.sleep(reply)
-            reply = f"Right.\nVERDICT {word(body)} 10"
+            reply = reply, f"Right.\nVERDICT {word(body)} 10"
+        if isinstance(reply, tuple) and isinstance(reply[0], float):
+            seconds, reply = reply
+            await asyncio.sleep(seconds)
         if isinstance(reply, tuple):
             return reply[0], [f"{name}: {value}" for name, value in reply[1].items()], b"later"
         if isinstance(reply, int):

@@ -1,9 +1,8 @@
-"""Real runs that are killed and started again, for `faults.py`: when to kill, and what of two runs must be the same.
+"""Real runs that are killed and started again, for `faults.py`: how, and when.
 
 A run is its work directory and, one after the other, processes that do `glmv train` in it. They are killed with
 SIGKILL, which nothing in them can catch. So that a start costs little, they are forked from one that has imported what
-they need and done nothing with it (`Nursery`), and compiled programs are kept. Times never count as a difference, all
-other numbers do.
+they need and done nothing with it (`Nursery`), and compiled programs are kept.
 """
 
 from __future__ import annotations
@@ -23,8 +22,6 @@ from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 POLL = 0.003
-# Seconds and what is made of them: of a row of metrics.jsonl, the only numbers that two equal runs may differ in.
-TIMED = re.compile(r"wall|.*_per_second|data_wait|time/.*|flop_utilisation|.*seconds.*")
 
 
 NEEDED = ("glmv_jax.cli.training", "glmv_jax.train.main", "glmv_jax.train.stages.rl", "glmv_jax.rl.tasks",
@@ -37,13 +34,14 @@ class Nursery:
     def __init__(self, environment: dict[str, str]) -> None:
         path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
         env = {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1", **environment}
-        command = [sys.executable, "-c", "import faulty_runs; faulty_runs.nurse()"]
+        command = [sys.executable, "-c", "import real_runs; real_runs.nurse()"]
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self._process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
 
-    def start(self, words: list[str], log: pathlib.Path) -> int:
-        """The process that runs `glmv` with these words and writes what it says into `log`."""
-        self._ask([words, str(log)])
+    def start(self, words: list[str], log: pathlib.Path, mark: str) -> int:
+        """The process that runs `glmv` with these words and writes what it says into `log`. mark: NAME=VALUE, for the
+        environment of what it starts."""
+        self._ask([words, str(log), mark])
         return int(self._process.stdout.readline())
 
     def ended(self, pid: int) -> int | None:
@@ -64,19 +62,24 @@ def nurse() -> None:
     """The process of a nursery."""
     for name in NEEDED:
         importlib.import_module(name)
+    codes: dict[int, int] = {}
     for line in sys.stdin:
         asked = json.loads(line)
         if isinstance(asked, int):
-            pid, status = os.waitpid(asked, os.WNOHANG)
-            print(json.dumps(os.waitstatus_to_exitcode(status) if pid else None), flush=True)
+            if asked not in codes:
+                pid, status = os.waitpid(asked, os.WNOHANG)
+                codes |= {pid: os.waitstatus_to_exitcode(status)} if pid else {}
+            print(json.dumps(codes.get(asked)), flush=True)
             continue
-        words, log = asked
+        words, log, mark = asked
         if pid := os.fork():
             print(pid, flush=True)
             continue
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for number in (1, 2):
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+        name, _, value = mark.partition("=")
+        os.environ[name] = value
         sys.exit(importlib.import_module("glmv_jax.cli").main(words))
 
 
@@ -84,25 +87,31 @@ def nurse() -> None:
 class Run:
     """A run of `spec` (an experiment file with its arguments) in `folder`, with `more` options, from a nursery.
 
-    said: what its processes have printed so far, all of it in <folder>.log.
+    log: where its processes write what they say, by default <folder>.log.   said: that.
     """
 
     nursery: Nursery
     spec: str
     folder: pathlib.Path
     more: tuple[str, ...] = ()
+    log: pathlib.Path | None = None
 
-    @property
-    def log(self) -> pathlib.Path:
-        return self.folder.with_name(self.folder.name + ".log")
+    def __post_init__(self) -> None:
+        self.log = self.log or self.folder.with_name(self.folder.name + ".log")
 
     @property
     def said(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace") if self.log.exists() else ""
 
+    @property
+    def mark(self) -> str:
+        """What its processes, and those that they start, have in their environment."""
+        return f"FAULTS_RUN={self.folder}"
+
     def start(self) -> int:
         """Its process."""
-        return self.nursery.start(["train", "--config", self.spec, "--workdir", str(self.folder), *self.more], self.log)
+        words = ["train", "--config", self.spec, "--workdir", str(self.folder), *self.more]
+        return self.nursery.start(words, self.log, self.mark)
 
     def ended(self, pid: int) -> int | None:
         return self.nursery.ended(pid)
@@ -145,6 +154,25 @@ class Run:
     @property
     def finished(self) -> bool:
         return (self.folder / "results.json").exists()
+
+
+def left_behind(mark: str, seconds: float = 15) -> list[str]:
+    """Commands of the processes that hold `mark` in their environment and are still there after a while."""
+    end = time.monotonic() + seconds
+    while (found := _marked(mark)) and time.monotonic() < end:
+        time.sleep(0.5)
+    return found
+
+
+def _marked(mark: str) -> list[str]:
+    found = []
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes():
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")[:100])
+        except OSError:  # it has ended, or is not ours
+            continue
+    return found
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------
@@ -208,78 +236,3 @@ def began_again(run: Run, fault: Fault, before: int) -> None:
         fault.again = int(found[1] or found[2])
     elif re.search(r"parameters, \d+ steps", said):
         fault.again = 0
-
-
-# --- what is the same -------------------------------------------------------------------------------------------------
-
-
-def differences(a: Run, b: Run, samples: bool = True) -> list[str]:
-    """What differs between two finished runs that should be one: weights and state of the optimiser, bit by bit; rows
-    of metrics but for times; sampled answers."""
-    from glmv_jax.train.checkpoint import quiet_orbax
-
-    wrong = []
-    quiet_orbax()
-    x, y = (_arrays(run) for run in (a, b))
-    wrong += [f"checkpoint: {name}" for name in sorted(x.keys() | y.keys()) if x.get(name) != y.get(name)][:3]
-    rows = [[{k: v for k, v in row.items() if not TIMED.fullmatch(k)} for row in run.rows] for run in (a, b)]
-    if len(rows[0]) != len(rows[1]):
-        wrong.append(f"metrics.jsonl: {len(rows[0])} and {len(rows[1])} rows")
-    for one, other in zip(*rows):
-        names = [k for k in one.keys() | other.keys() if one.get(k) != other.get(k)]
-        wrong += [f"metrics.jsonl, step {one['step']}: {name}" for name in sorted(names)[:2]]
-    if samples:
-        written = [{p.name: p.read_bytes() for p in (run.folder / "samples").iterdir()} for run in (a, b)]
-        wrong += [f"samples: {k}" for k in sorted(written[0].keys() | written[1].keys())
-                  if written[0].get(k) != written[1].get(k)]  # fmt: skip
-    return wrong[:6]
-
-
-def _arrays(run: Run) -> dict[str, tuple]:
-    """Of the last checkpoint: (dtype, shape, bytes) by path."""
-    import jax
-    import numpy as np
-    import orbax.checkpoint as ocp
-
-    from glmv_jax.trees import flatten
-
-    folder, found = run.folder / "checkpoints" / str(run.checkpoints()[-1]), {}
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for item in ("params", "training"):
-            tree = reader.metadata(folder / item).item_metadata.tree
-            as_numpy = jax.tree.map(lambda leaf: ocp.RestoreArgs(restore_type=np.ndarray, dtype=leaf.dtype), tree)
-            got = reader.restore(folder / item, args=ocp.args.PyTreeRestore(restore_args=as_numpy))
-            found |= {f"{item}/{name}": (str(x.dtype), x.shape, x.tobytes()) for name, x in flatten(got).items()}
-    return found
-
-
-def accounts(run: Run, groups: int, answers: int, staleness: int) -> list[str]:
-    """What is wrong with the books of a finished asynchronous run: every prompt that was drawn has to be trained on
-    once, with all its answers in one step, or to wait; no token is older than `staleness`."""
-    lines = (run.folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, lines) if row["kind"] == "sample"]
-    trained: dict[int, list[dict]] = {}
-    for row in rows:
-        trained.setdefault(row["uid"], []).append(row)
-    state = host(run)["data"]["scheduler"]
-    waiting = [group["prompt"]["uid"] for group in state["groups"]]
-    left_out = [row["uid"] for row in map(json.loads, lines) if row["kind"] in ("filtered", "given_up")]
-    wrong = [f"prompt {uid} is trained on {len(found) / answers:g} times" for uid, found in trained.items()
-             if sorted(row["member"] for row in found) != list(range(answers))]  # fmt: skip
-    wrong += [f"prompt {uid}: in steps {steps}" for uid, found in trained.items()
-              if len(steps := {row["step"] for row in found}) > 1]  # fmt: skip
-    by_step = sorted(row["step"] for row in rows)
-    if by_step != [step for step in range(run.step) for _ in range(groups * answers)]:
-        wrong.append(f"{len(rows)} answers in {run.step} steps of {groups * answers}")
-    if sorted([*trained, *waiting, *left_out]) != list(range(state["prompts"])):
-        have = {*trained, *waiting, *left_out}
-        lost = sorted(set(range(state["prompts"])) - have)
-        wrong.append(f"of {state['prompts']} prompts {len(lost)} are lost: {lost[:5]}, or some are twice")
-    oldest = max(row["trained_at"] - version for row in rows for version in row["versions"])
-    return wrong[:6] + ([f"a token is {oldest} updates old"] if oldest > staleness else [])
-
-
-def host(run: Run) -> dict[str, Any]:
-    """The JSON of the last checkpoint."""
-    path = run.folder / "checkpoints" / str(run.checkpoints()[-1]) / "host" / "metadata"
-    return json.loads(path.read_text(encoding="utf-8"))
