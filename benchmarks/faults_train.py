@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from typing import Any
 
 from equal_runs import differences
 from real_runs import ROOT, Nursery, Run, began_again, killed, left_behind
@@ -72,11 +73,16 @@ def stage(name: str, rng: random.Random, folder: pathlib.Path, nursery: Nursery)
 # --- cases, with the toy stage of the tests ---------------------------------------------------------------------------
 
 
-def toy(folder: pathlib.Path, nursery: Nursery, name: str, *, pause: float = 0.0, steps: int = 12, **more) -> Run:
-    """A run of it. With as many steps all are the same in the end.   pause: seconds a step.   more: of `Run`."""
-    spec = folder / f"{name}.py"
+def toy(
+    files: pathlib.Path, nursery: Nursery, name: str, *, pause: float = 0.0, steps: int = 12, folder: Any = None, **more
+) -> Run:
+    """A run of it, in `folder` or files/name. With as many steps all are the same in the end.
+
+    pause: seconds a step.   more: of `Run`.
+    """
+    spec = files / f"{name}.py"
     spec.write_text(TOY.format(steps=steps, pause=pause))
-    return Run(nursery, str(spec), **{"folder": folder / name, **more})
+    return Run(nursery, str(spec), folder or files / name, **more)
 
 
 def undisturbed(folder: pathlib.Path, nursery: Nursery) -> Run:
