@@ -11,8 +11,11 @@ Prints one JSON line. "early": of 31 short answers beside one of 2 s, those grad
 time of a step over the longest stage. "async_over_sync": time for 60 updates on batches of the same size, over that of
 the synchronous run, by what is done about slow groups. "p99": 99th percentile of the time of a step, with a time limit
 over without, answers of up to 1,000 tokens. "overrun": how long after its time limit a step ends, at most. "used": of
-the groups drawn, those trained on or kept to go on with. Targets: early 31, overlap >= .6, step_over_longest <= 1.15,
-async_over_sync <= .6, p99 <= .6, overrun <= .1, used >= .99.
+the groups drawn, those trained on or kept to go on with. "schedules": of 10,000 random ones (answers, failures, aborts,
+weights and restarts in any order, every way of being late, k from 0 to 3), how many trained a token of more than k
+updates before, lost a prompt or trained one twice; and whether without staleness every token and weight is that of the
+synchronous run, by what is done about slow groups. Targets: early 31, overlap >= .6, step_over_longest <= 1.15,
+async_over_sync <= .6, p99 <= .6, overrun <= .1, used >= .99, no bad schedule, all equal.
 """
 
 from __future__ import annotations
@@ -94,6 +97,34 @@ def limited(seed: int) -> dict[str, float]:
     return {"p99": p99, "overrun": max(0.0, float(ends.max()) - 0.15), "used": used}
 
 
+def schedules(count: int = 10_000) -> dict[str, int]:
+    from tests.rl.schedules import Schedule
+
+    found = {"tried": count, "batches": 0, "too_old": 0, "lost_or_twice": 0}
+    for seed in range(count):
+        one = Schedule(seed)
+        for _ in range(45):
+            one.step()
+        found["batches"] += one.trained_batches
+        found["too_old"] += int(one.oldest > one.settings.staleness)
+        found["lost_or_twice"] += int(not one.all_there)
+    return found
+
+
+def equal_to_synchronous() -> dict[str, bool]:
+    from glmv_jax.rl.pipeline import Settings
+    from tests.rl import simulated
+    from tests.rl.schedules import synchronous
+
+    weights, _ = synchronous(60, 8, 4, heavy_tail(0))
+    found = {}
+    for late in ("wait", "drop", "abort"):
+        w = world(Settings(8, 4, staleness=0, late=late), heavy_tail(0), reward=0.02, update=0.1)
+        simulated.run(w.train(60))
+        found[late] = bool(w.weights[60] == weights)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=3)
@@ -105,6 +136,7 @@ def main() -> None:
         {
             "benchmark": "rl_pipeline", "seeds": options.seeds, "early": early(), **stages(),
             "async_over_sync": {late: spread([r[late] for r in ratios], 3) for late in ratios[0]},
+            "schedules": schedules(), "equal_to_synchronous": equal_to_synchronous(),
             **{name: spread([x[name] for x in limits], 3) for name in limits[0]},
         },
         options.out,
