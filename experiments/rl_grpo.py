@@ -61,6 +61,7 @@ def get_config(arg=None):
             "parallel": 8,
             "tries": 2,
         },
+        "samples": {"rows": True, "pictures": 2000},  # beside the checkpoints: answers, one a line; pictures at most
         "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
     }
     cfg.loss = {

@@ -106,16 +106,16 @@ def _one(rows: Sequence[Row], passes: Sequence[int], threshold: float | None) ->
     for name in sorted({name for r in rows for name in r["components"]} - {"format"}):
         found[f"component/{name}"] = _mean(r["components"][name] for r in rows if name in r["components"])
     if compared := [r for r in rows if r.get("trained_logprobs") is not None and r["length"]]:
-        found["mismatch"] = _per_token(compared, lambda r: mismatch_kl(r["logprobs"], r["trained_logprobs"]))
+        found["mismatch"] = _per_token(compared, lambda r: mismatch_kl(_said(r), _said(r, "trained_logprobs")))
     ages = [r["trained_at"] - v for r in rows if r.get("trained_at") is not None for v in r["versions"] if v >= 0]
     if ages:
         found |= {"staleness": _mean(ages), "staleness_max": float(max(ages))}
     return found
 
 
-def _said(row: Row) -> Sequence[float]:
+def _said(row: Row, name: str = "logprobs") -> Sequence[float]:
     """Log-probabilities of what was drawn: of an episode not those of its environment's words."""
-    return [x for x, version in zip(row["logprobs"], row.get("versions") or [0] * len(row["logprobs"])) if version >= 0]
+    return [x for x, version in zip(row[name], row.get("versions") or [0] * len(row[name])) if version >= 0]
 
 
 def _mean(values: Iterable[float]) -> float:

@@ -36,6 +36,7 @@ class Rollout:
     drawn: bool, which ids of the answer the policy drew; None for all. logprobs are 0 for the others.
     images: (patches, yx) of every image of prompt and answer in reading order; () where they are the prompt batch's.
     versions: int32, of the weights that drew each id, -1 where none did; None where it was one version.
+    sample: what was asked; None of an episode.
     """
 
     id: str
@@ -51,6 +52,7 @@ class Rollout:
     drawn: np.ndarray | None = None
     images: tuple[tuple[np.ndarray, np.ndarray], ...] = ()
     versions: np.ndarray | None = None
+    sample: Sample | None = None
 
     @property
     def own(self) -> np.ndarray:
@@ -67,6 +69,7 @@ class Rollout:
     def to_json(self) -> dict[str, Any]:
         """The record without its pixels as a JSON-able object, for logs."""
         said = {name: x.tolist() if isinstance(x, np.ndarray) else x for name, x in vars(self).items()}
+        del said["sample"]
         return {**said, "images": len(self.images), "grade": dataclasses.asdict(self.grade)}
 
 
@@ -140,7 +143,7 @@ def rollout(
                 id=sample.id, source=sample.source, row=row,
                 prompt=asked[row], answer=answer,
                 logprobs=out.logprobs[n, : len(answer)], text=text, grade=grade,
-                truncated=not out.finished[n], image_hash=hashes[row],
+                truncated=not out.finished[n], image_hash=hashes[row], sample=sample,
             )
         )  # fmt: skip
     return records

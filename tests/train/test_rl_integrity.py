@@ -7,7 +7,9 @@ again here, from the task's own picture. Not covered: the devices' side, and wor
 from __future__ import annotations
 
 import types
+import zlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -32,10 +34,10 @@ class Random:
 
     def __init__(self, stage):
         self.group, self.sampling = stage.cfg.rollout.group, stage.sampler.sampling
-        self._letters = stage.tokenizer.encode("abcdefgh")
+        self._letters = [stage.tokenizer.encode(letter)[-1] for letter in "abcdefgh"]
 
     def __call__(self, params, asked, key):
-        rng, shape = np.random.default_rng(0), (len(asked.tokens) * self.group, 6)
+        rng, shape = np.random.default_rng(jax.random.key_data(key).tolist()), (len(asked.tokens) * self.group, 6)
         tokens = rng.choice(self._letters, shape).astype(np.int32)
         lengths = rng.integers(3, 7, shape[0])
         return Generated(tokens, -rng.random(shape).astype(np.float32), lengths, lengths < 6)
@@ -44,13 +46,19 @@ class Random:
 SHOWS_ANOTHER = r"rollout \w+/train/\d+: the training row shows image .* but the answer was drawn from image"
 
 
+def build(folder, form: str, *more: str):
+    cfg = config.override(config.load("experiments/rl_grpo.py:size=nano"), [*SMALL, *FORMS[form], *more])
+    cfg.faults = str(folder / "faults.jsonl")
+    made = main.stage_class("rl")(cfg)
+    made.sampler = Random(made)
+    made.verifiers = dict.fromkeys(made.names, lambda text, sample: Grade(zlib.crc32(text.encode()) / 2**32, False, {}))
+    return made
+
+
 @pytest.fixture(scope="module", params=FORMS)
 def stage(request, tmp_path_factory):
-    cfg = config.override(config.load("experiments/rl_grpo.py:size=nano"), [*SMALL, *FORMS[request.param]])
-    cfg.faults = str(tmp_path_factory.mktemp(request.param) / "faults.jsonl")
-    made = main.stage_class("rl")(cfg)
-    made.form_name, made.sampler = request.param, Random(made)
-    made.verifiers = dict.fromkeys(made.names, lambda text, sample: Grade(float(len(text) % 2), False, {}))
+    made = build(tmp_path_factory.mktemp(request.param), request.param)
+    made.form_name = request.param
     return made
 
 

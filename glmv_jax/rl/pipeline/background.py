@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class Background:
 
     def exchange(self, params: Any, version: int) -> tuple[Taken, list[dict[str, Any]]]:
         """Hands the engine the weights after `version` updates (they are kept), and waits for the batch to train them
-        on: that, and the rows of what was sampled for it and what befell other answers meanwhile."""
+        on: that, and the rows of what was sampled for it and what befell other answers meanwhile, for `keep`."""
         if self._took is not None:
             step, since = self._took
             self.trace.add("train", f"step {step}", since, step=step)
@@ -59,9 +59,12 @@ class Background:
         taken = self._run(self._exchange(version))
         self._took = taken.step, time.monotonic()
         rows, self._notes = [*sample_rows(taken.groups), *self._notes], []
+        return taken, rows
+
+    def keep(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Writes rows, before the next state is asked for."""
         if self._log is not None:
             self._log.write(rows)
-        return taken, rows
 
     def get_state(self) -> dict[str, Any]:
         """Between two steps: what was taken counts as trained."""

@@ -205,7 +205,7 @@ def rollouts(groups: Sequence[Group], rows: Rows) -> tuple[list[Rollout], Batch]
                     prompt=asked, answer=answer.drawn.tokens,
                     logprobs=answer.drawn.logprobs, text=answer.facts["text"], grade=member.grade,
                     truncated=answer.reason != "stop", image_hash=wanted["images"],
-                    versions=answer.drawn.versions,
+                    versions=answer.drawn.versions, sample=sample,
                 )
             )  # fmt: skip
     return records, batch

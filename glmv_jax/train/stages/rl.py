@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,13 +35,14 @@ from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl.batch import for_ranks, to_batch
 from glmv_jax.rl.curriculum import useful
 from glmv_jax.rl.integrity import checked
-from glmv_jax.rl.metrics import by_source, summary
+from glmv_jax.rl.metrics import summary
 from glmv_jax.rl.pipeline import Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.driver import Taken
 from glmv_jax.rl.pipeline.episodes import is_episode
 from glmv_jax.rl.pipeline.episodes import records as of_episodes
 from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
+from glmv_jax.rl.pipeline.samples import record_rows
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.prompts import prompts
 from glmv_jax.rl.rollout import Long
@@ -52,6 +52,7 @@ from glmv_jax.train.stages.rl_choice import Choice
 from glmv_jax.train.stages.rl_episodes import Episodes, Mixed
 from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
+from glmv_jax.train.stages.rl_samples import Samples, add_trained
 from glmv_jax.train.stages.vlm import VLMStage, inputs
 from glmv_jax.typing import Batch, Params, TokenInput, UserError
 
@@ -85,6 +86,7 @@ class RL(VLMStage):
         loss = {name: value for name, value in cfg.loss.items() if name not in NOT_OF_THE_OBJECTIVE}
         self.objective = policy.Objective.of(loss)
         self.chosen = Choice(r, self.objective)
+        self.samples = Samples(self)
         self.others, self.ranks = Others(self), 1  # devices that this process' rows are shared out to
         self._waiting: collections.deque = collections.deque()
         if r.get("pipeline", "sync") not in ("sync", "async"):
@@ -134,8 +136,8 @@ class RL(VLMStage):
         else:
             data = questions(episodes.weights if episodes else dict(d.weights), batch=asked) if asked else None
         if episodes is None:
-            return Closing(data, self.grading.close)
-        return Closing(Mixed(data, episodes.groups), episodes.close, self.grading.close)
+            return self.samples.open(Closing(data, self.grading.close))
+        return self.samples.open(Closing(Mixed(data, episodes.groups), episodes.close, self.grading.close))
 
     def batch_shapes(self):
         d = self.cfg.data
@@ -155,12 +157,17 @@ class RL(VLMStage):
         if isinstance(data, Background):
             # A copy, as the engine draws with it while the step that follows takes the memory of the state.
             taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), int(state.step))
-            rows, left_out = taken.batch
+            rows, left_out, records = taken.batch
             rows = for_ranks(rows, self.ranks)
             others = self.others.said_of([rows], state.params)[0]
+            answers = [row for row in drawn if row["kind"] == "sample"]
+            # As the records are: questions, then episodes.
+            answers.sort(key=lambda row: isinstance(row["key"], dict))
+            add_trained(answers, records, [rows], [others])
+            data.keep([*self.samples.asked(answers, records), *drawn])
             return checked(rows) | others, summary(drawn) | left_out | self._told(taken, drawn) | self.grading.metrics()
         if not self._waiting:
-            self._waiting.extend(self._rollouts(next(data), state))
+            self._waiting.extend(self._rollouts(data, state))
         rows, others, metrics = self._waiting.popleft()
         return checked(rows) | others, metrics
 
@@ -190,18 +197,21 @@ class RL(VLMStage):
             return self._scheduler
 
         parts = Parts(scheduler, engine, self.grading.answers(rows), build, self.grading.close)
-        return Background(parts, Path(self.cfg.faults).parent if self.cfg.faults else None)
+        return Background(parts, self.samples.folder)
 
     def _batch(self, groups, rows: Rows | None):
-        """The rows of the pipeline's groups, and what is told of them."""
+        """The rows of the pipeline's groups, what is told of them, and their records."""
         asked = [group for group in groups if not is_episode(group.prompt)]
         records, batch = rollouts(asked, rows) if asked else ([], self._no_prompts())
         if self.episodes is None:
-            return next(iter(self._packed(records, batch)))
+            self.samples.show(records, batch)
+            return *next(iter(self._packed(records, batch))), records
         parts = list(self._packed(records, batch)) if self.episodes.questions else []
         played = [group for group in groups if is_episode(group.prompt)]
-        ((both, told),) = _side_by_side(parts, self.episodes.rows(of_episodes(played)))
-        return both, told | self.episodes.told(played)
+        episodes = of_episodes(played)
+        ((both, told),) = _side_by_side(parts, self.episodes.rows(episodes))
+        self.samples.show([*records, *episodes], batch)
+        return both, told | self.episodes.told(played), [*records, *episodes]
 
     def _no_prompts(self) -> Batch:
         return {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
@@ -234,8 +244,8 @@ class RL(VLMStage):
         engine.warm()
         return Front(engine)
 
-    def _rollouts(self, batch, state):
-        step, played, told = int(state.step), [], {}
+    def _rollouts(self, data, state):
+        batch, step, played, told = next(data), int(state.step), [], {}
         if self.episodes:
             played, told = self.episodes.play(batch["episodes"], state.params, step)
         asking = batch.get("asking") or rl_questions.Fixed(self, batch)
@@ -243,10 +253,14 @@ class RL(VLMStage):
         parts = list(self._packed(found.records, found.batch)) if found.records else []
         if self.episodes:
             parts = _side_by_side(parts, self.episodes.rows(played))
-        metrics = by_source([*found.graded, *played]) or {self.headline: math.nan}
-        metrics |= found.metrics | told | self.grading.metrics()
         parts = [(for_ranks(rows, self.ranks), left_out) for rows, left_out in parts]
         said = self.others.said_of([rows for rows, _ in parts], state.params)
+        everyone = [*found.graded, *played]
+        answers = record_rows(everyone, step)
+        add_trained(answers, everyone, [rows for rows, _ in parts], said)
+        self.samples.show([*found.records, *played], found.batch)
+        data.keep([*self.samples.asked(answers, everyone), *answers])
+        metrics = (summary(answers) or {self.headline: math.nan}) | found.metrics | told | self.grading.metrics()
         for (rows, left_out), others in zip(parts, said):
             yield rows, others, metrics | left_out
 

@@ -1,0 +1,111 @@
+"""What stage 5 keeps of its rollouts beside the checkpoints: samples.jsonl and the pictures, see `rl.pipeline.samples`.
+
+cfg.rollout.samples: rows (whether anything is kept) and pictures (how many at most).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from glmv_jax.data.records import Sample
+from glmv_jax.rl.pipeline.samples import Pictures, SampleLog, prompt_rows
+from glmv_jax.rl.rollout import Rollout
+from glmv_jax.typing import Batch
+
+if TYPE_CHECKING:
+    from glmv_jax.train.stages.rl import RL
+
+Row = dict[str, Any]
+
+
+class Samples:
+    """Of one stage. folder: the run's; None where nothing is kept (of several processes the first keeps its own)."""
+
+    def __init__(self, stage: RL) -> None:
+        self._stage = stage
+        kept = stage.cfg.rollout.get("samples", {"rows": True, "pictures": 2000})
+        keeps = kept["rows"] and stage.cfg.faults and jax.process_index() == 0
+        self.folder = Path(stage.cfg.faults).parent if keeps else None
+        self._most, self._pictures = kept["pictures"], None
+
+    def open(self, data: Any) -> Kept:
+        """The data with their log."""
+        return Kept(data, self.folder and self.folder / "samples.jsonl")
+
+    def show(self, records: Sequence[Rollout], batch: Batch) -> None:
+        """Keeps the pictures that records were drawn from. batch: the prompts of those that are no episodes."""
+        if self.folder is None or not self._most:
+            return
+        if self._pictures is None:
+            self._pictures = Pictures(self.folder / "pictures", self._most, self._stage.asker.patcher.patch)
+        for record in records:
+            for name, image in zip(record.image_hash.split(","), record.images):
+                self._pictures.put(name, *image)
+        for row in {record.row for record in records if record.drawn is None}:
+            for number, name in enumerate(batch["hashes"][row], start=1):
+                at = batch["frame"][row] == number
+                self._pictures.put(name, batch["patches"][row][at], batch["yx"][row][at])
+
+    def asked(self, rows: Sequence[Row], records: Sequence[Rollout]) -> list[Row]:
+        """What the groups of these rows of records were asked; of episodes what their environment said first."""
+        said = lambda r: Sample(r.id, r.source, (), self._stage.tokenizer.decode(r.prompt).strip(), "")  # noqa: E731
+        return prompt_rows(rows, [record.sample or said(record) for record in records])
+
+
+def add_trained(
+    rows: Sequence[Row], records: Sequence[Rollout], batches: Sequence[Batch], said: Sequence[Batch]
+) -> None:
+    """Adds "trained_logprobs" where the trainer has said them before the update (cfg.rollout.proximal); 0 for what was
+    not drawn.
+
+    rows: of the records. batches: their training rows, with "shown"; said: `Others.said_of` these.
+    """
+    # By the ids that were drawn, which records of one answer share.
+    row_of = {id(record.answer): row for record, row in zip(records, rows, strict=True)}
+    for batch, others in zip(batches, said):
+        if "proximal" not in others:
+            continue
+        proximal_BT = np.asarray(others["proximal"])
+        for b, shown in enumerate(batch["shown"]):
+            for record, _, own in shown:
+                at = slice(own.stop - len(record.answer), own.stop)
+                row_of[id(record.answer)]["trained_logprobs"] = proximal_BT[b, at].tolist()
+
+
+@dataclasses.dataclass
+class Kept:
+    """A data iterator and the log of what was drawn from it, which go on together after a restart.   path: None for
+    no log."""
+
+    data: Any
+    path: Path | None
+    _log: SampleLog | None = None
+    _state: Mapping[str, int] | None = None
+
+    def __next__(self) -> Any:
+        return next(self.data)
+
+    def keep(self, rows: Sequence[Row]) -> None:
+        if self.path is not None:
+            self._log = self._log or SampleLog(self.path, self._state)
+            self._log.write(rows)
+
+    def get_state(self) -> dict[str, Any]:
+        return {"data": self.data.get_state(), "samples": self._log.get_state() if self._log else self._state}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        self.data.set_state(state["data"])
+        self._state = state["samples"]
+
+    def close(self) -> None:
+        try:
+            self.data.close()
+        finally:
+            if self._log is not None:
+                self._log.close()
