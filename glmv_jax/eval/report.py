@@ -19,7 +19,7 @@ from rich.text import Text
 
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
-from glmv_jax.eval import report_sweep, report_sweep_html, report_sweep_tables
+from glmv_jax.eval import report_rollouts, report_rollouts_html, report_sweep, report_sweep_html, report_sweep_tables
 from glmv_jax.eval.report_run import STAGES, StageRun, read
 from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
 
@@ -130,6 +130,9 @@ def _stage(run: StageRun) -> str:
     problems = "".join(f"<p class=bad>{page.text(problem)}</p>" for problem in run.problems)
     config = "\n".join(f"{key} = {value!r}" for key, value in run.config.items())
     folded = f"<details><summary>config</summary><pre>{page.text(config)}</pre></details>" if config else ""
+    by_source = report_rollouts.curves(run)
+    sources = {source for by in by_source.values() for source in by}
     return (
-        f"{head}<p>{page.text(' · '.join(facts))}</p>{problems}{page.curves(run)}{page.samples(run)}{folded}</section>"
+        f"{head}<p>{page.text(' · '.join(facts))}</p>{problems}{page.curves(run, sources)}"
+        f"{report_rollouts_html.section(run, by_source)}{page.samples(run)}{folded}</section>"
     )

@@ -7,6 +7,7 @@ import html
 import io
 import math
 import pathlib
+from collections.abc import Collection
 from typing import Any
 
 from PIL import Image
@@ -29,7 +30,7 @@ def text(value: Any) -> str:
     return html.escape(plain.encode("utf-8", "replace").decode("utf-8"))
 
 
-def table(content: Table) -> str:
+def table(content: Table, level: int = 2) -> str:
     head = "".join(f"<th>{text(name)}</th>" for name in content.header)
     rows = []
     for row in content.rows:
@@ -38,7 +39,7 @@ def table(content: Table) -> str:
     note = f"<p class=quiet>{text(content.note)}</p>" if content.note else ""
     kind = " class=results" if "metric" in content.header else ""
     return (
-        f"<h2>{text(content.title)}</h2><div class=scroll><table{kind}><thead><tr>{head}</tr></thead>"
+        f"<h{level}>{text(content.title)}</h{level}><div class=scroll><table{kind}><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
     )
 
@@ -51,10 +52,15 @@ def _cell(cell: Cell) -> str:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def curves(run: StageRun) -> str:
-    """The curves of a stage: losses, rewards, accuracies and evaluations in sight, the rest folded away."""
+def curves(run: StageRun, elsewhere: Collection[str] = ()) -> str:
+    """The curves of a stage: losses, rewards, accuracies and evaluations in sight, the rest folded away.
+
+    elsewhere: sources whose training curves are shown apart.
+    """
     table = {}
     for (name, kind), points in run.curves().items():  # a held-out number belongs beside the training's of that name
+        if kind == "train" and name.endswith(tuple(f"/{source}" for source in elsewhere)):
+            continue
         plain = name.removeprefix("heldout/").removeprefix("heldout ") if kind == "eval" else name
         table[plain, kind] = points
     groups: dict[str, list[str]] = {}
@@ -119,7 +125,7 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 
 def _card(run: StageRun, row: dict[str, Any]) -> str:
-    picture = _picture(run, row["image"], row.get("boxes") or ()) if row.get("image") else ""
+    shown = picture(run.folder / "samples", row["image"], row.get("boxes") or ()) if row.get("image") else ""
     verdict, tone = "", ""
     if row.get("correct") is not None:
         tone = "good" if row["correct"] else "bad"
@@ -133,7 +139,7 @@ def _card(run: StageRun, row: dict[str, Any]) -> str:
         f"<p class=answer>{text(row['answer']) or '<span class=quiet>(nothing)</span>'}</p>" if "answer" in row else "",
         f"<p class=quiet>gold: {text(row['gold'])}</p>" if row.get("gold") not in (None, "", row.get("answer")) else "",
     ]
-    return f"<article>{picture}{''.join(lines)}</article>"
+    return f"<article>{shown}{''.join(lines)}</article>"
 
 
 def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
@@ -141,7 +147,8 @@ def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
     files = row.get("images", [])
     hit = isinstance(gold, int) and 0 <= gold < len(files)
     pictures = "".join(
-        f'<span class="{"hit" if i == gold else ""}">{_picture(run, file, ())}</span>' for i, file in enumerate(files)
+        f'<span class="{"hit" if i == gold else ""}">{picture(run.folder / "samples", file, ())}</span>'
+        for i, file in enumerate(files)
     )
     place = f"found at place {gold + 1}" if hit else f"not among the first {len(files)}"
     tone = "good" if hit and gold == 0 else "quiet" if hit else "bad"
@@ -151,10 +158,10 @@ def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
     )
 
 
-def _picture(run: StageRun, name: str, boxes: Any) -> str:
+def picture(folder: pathlib.Path, name: str, boxes: Any) -> str:
     """The picture as an SVG of its own pixels, with boxes and points drawn over it; a missing picture is named."""
     try:
-        data, width, height = _png(run.folder / "samples" / name)
+        data, width, height = _png(folder / name)
     except (OSError, ValueError) as error:
         return f'<p class="nopicture quiet">{text(name)} cannot be shown ({text(type(error).__name__)})</p>'
     marks = "".join(_mark(item, width, height) for item in boxes if isinstance(item, dict))
