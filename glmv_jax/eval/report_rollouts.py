@@ -18,7 +18,7 @@ from typing import Any
 from glmv_jax.data import coordinates
 from glmv_jax.data.chat import parse_answer
 from glmv_jax.eval.report_run import Point, StageRun
-from glmv_jax.eval.report_tables import Cell, Table, improved, number, share
+from glmv_jax.eval.report_tables import Cell, Table, number, share
 
 READ = 8 << 20  # bytes of each end of samples.jsonl
 STEPS_SHOWN = 6  # of the pipeline
@@ -36,7 +36,10 @@ BY_SOURCE: dict[str, tuple[str, bool | None]] = {
     "timeout": ("graders out of time, share", False),
     "aborted": ("aborted answers", None),
 }
-IN_TABLE = ("pass", "length", "truncated", "mismatch", "staleness", "timeout", "aborted")  # beside the reward
+IN_TABLE = {
+    "pass": "pass@k", "length": "length", "truncated": "truncated", "mismatch": "mismatch KL", "staleness": "staleness",
+    "timeout": "timeouts", "aborted": "aborted",
+}  # fmt: skip
 Curves = dict[str, dict[str, list[Point]]]  # key of BY_SOURCE, or part of the reward -> source -> points
 
 
@@ -96,35 +99,38 @@ def table(found: Curves) -> Table | None:
     """A row a source: the first tenth of its steps and the last."""
     if not found:
         return None
-    header = ["source", "steps", "reward, first", "last", "gain"]
-    rest = [metric for metric in IN_TABLE if metric in found]
-    for metric in rest:
-        header += [label(metric)] if metric in ("aborted", "timeout") else [f"{label(metric)}: first", "last"]
+    columns = [metric for metric in IN_TABLE if metric in found]
     rows = []
     for source in sorted(found["reward"]):
         first, last = ends(found["reward"][source])
-        tone = {True: "good", False: "bad", None: ""}[improved("reward", first, last)]
-        steps = len(found["reward"][source])
-        row = [Cell(source), Cell(str(steps)), Cell(number(first)), Cell(number(last), tone)]
+        tone = "" if first == last else "good" if last > first else "bad"
+        row = [Cell(source), Cell(str(len(found["reward"][source]))), Cell(_course(first, last), tone)]
         row.append(Cell(f"{last - first:+.3f}", tone))
-        for metric in rest:
-            row += _cells(metric, found[metric].get(source, []))
-        rows.append(row)
-    note = "First and last: means of the first and the last tenth of a source's steps, of what was drawn to learn from."
+        rows.append(row + [_cell(metric, found[metric].get(source, [])) for metric in columns])
+    header = ["source", "steps", "reward", "gain", *(IN_TABLE[metric] for metric in columns)]
+    note = (
+        "Of what was drawn to learn from: means of the first tenth of a source's steps → of the last. Timeouts of "
+        "graders and aborted answers: of all steps."
+    )
     return Table("By data source", header, rows, note)
 
 
-def _cells(metric: str, points: list[Point]) -> list[Cell]:
-    if metric == "aborted":
-        return [Cell(number(sum(value for _, value in points)) if points else "–")]
-    if metric == "timeout":
-        return [Cell(share(sum(v for _, v in points), len(points)) if points else "–")]
+def _cell(metric: str, points: list[Point]) -> Cell:
+    """Of all steps for what seldom happens, else of the first and the last ones."""
     if not points:
-        return [Cell("–"), Cell("–")]
+        return Cell("–", "quiet")
+    if metric == "aborted":
+        return Cell(f"{sum(value for _, value in points):.0f}")
+    if metric == "timeout":
+        return Cell(share(sum(value for _, value in points), len(points)))
     first, last = ends(points)
     better = BY_SOURCE[metric][1]
-    tone = "" if better is None or first == last else "good" if (last > first) == better else "bad"
-    return [Cell(number(first)), Cell(number(last), tone)]
+    moved = better is not None and first != last
+    return Cell(_course(first, last), "" if not moved else "good" if (last > first) == better else "bad")
+
+
+def _course(first: float, last: float) -> str:
+    return f"{number(first)} → {number(last)}"
 
 
 def ends(points: list[Point]) -> tuple[float, float]:

@@ -15,6 +15,8 @@ from glmv_jax.eval.report_tables import duration, number, share
 SHOWN = ("reward", "pass")  # the rest is folded away
 ANSWERS = 4  # different ones of a group
 PICTURES = 4  # of an answer
+LONGEST = 240  # characters of an answer
+BEGIN_BOX, END_BOX = "<|begin_of_box|>", "<|end_of_box|>"
 WIDE, LANE, LEFT = 720, 22, 70  # of the pipeline's figure
 
 
@@ -30,11 +32,11 @@ def _curves(found: rollouts.Curves) -> str:
     for metric, by in found.items():
         if max(map(len, by.values())) < 2 or (metric not in SHOWN and not any(v for p in by.values() for _, v in p)):
             continue  # nothing to draw, or nothing but zeros
-        charts = "".join(_chart(by, sources) for sources in _some(list(by)))
-        block = f"<h4>{text(rollouts.label(metric))}</h4><div class=grid>{charts}</div>"
-        (shown if metric in SHOWN else folded).append(block)
-    rest = f"<details><summary>length, truncation and more by source</summary>{''.join(folded)}</details>"
-    return "".join(shown) + (rest if folded else "")
+        charts = (_chart(rollouts.label(metric), by, sources) for sources in _some(list(by)))
+        (shown if metric in SHOWN else folded).extend(charts)
+    grid = lambda charts: f"<div class=grid>{''.join(charts)}</div>"  # noqa: E731
+    rest = f"<details><summary>length, truncation and more by source</summary>{grid(folded)}</details>"
+    return (grid(shown) if shown else "") + (rest if folded else "")
 
 
 def _some(sources: list[str]) -> list[list[str]]:
@@ -43,12 +45,12 @@ def _some(sources: list[str]) -> list[list[str]]:
     return [sources[i * len(sources) // charts : (i + 1) * len(sources) // charts] for i in range(charts)]
 
 
-def _chart(by: dict[str, list], sources: list[str]) -> str:
+def _chart(title: str, by: dict[str, list], sources: list[str]) -> str:
     series = [Series(source, by[source], "train", i) for i, source in enumerate(sources)]
     last = [number(rollouts.ends(by[source])[1]) for source in sources]
     legend = (f'<span><i style="background:var(--c{i})"></i>{text(source)} <small>{value}</small></span>'
               for i, (source, value) in enumerate(zip(sources, last)))  # fmt: skip
-    return f"<figure>{line_chart(series)}<figcaption>{' '.join(legend)}</figcaption></figure>"
+    return f"<figure><h4>{text(title)}</h4>{line_chart(series)}<figcaption>{' '.join(legend)}</figcaption></figure>"
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -94,11 +96,17 @@ def _answers(group: rollouts.Group) -> str:
         tone = "good" if reward >= 0.5 else "bad"
         often = f" <small class=quiet>× {count}</small>" if count > 1 else ""
         why = f" <small class=quiet>{text(flags)}</small>" if flags else ""
-        shown = text(said) or "<span class=quiet>(nothing)</span>"
+        shown = text(_short(said)) or "<span class=quiet>(nothing)</span>"
         lines.append(f"<li><b class={tone}>{reward:.2f}</b> {shown}{often}{why}</li>")
     if len(every) > len(kept):
-        lines.insert(-1, f"<li class=quiet>and {len(every) - len(kept)} other answers</li>")
+        lines.insert(-1, f"<li class=quiet>… {len(every) - len(kept)} more</li>")
     return "".join(lines)
+
+
+def _short(said: str) -> str:
+    """Box tokens as brackets; the middle of a long answer left out."""
+    said = said.replace(BEGIN_BOX, "⟦").replace(END_BOX, "⟧")
+    return said if len(said) <= LONGEST else f"{said[: LONGEST // 2]} … {said[-LONGEST // 2 :]}"
 
 
 # --- the pipeline -----------------------------------------------------------------------------------------------------

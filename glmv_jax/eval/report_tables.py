@@ -152,7 +152,7 @@ def _rl_table(stages: dict[str, StageRun], kind: str, controls: dict[str, tuple[
 
 def _rl_row(task: str, values: list[float | None]) -> list[Cell]:
     first, after, gain, *rest = values
-    tone = "" if gain is None else "good" if gain > 0 else "bad"
+    tone = "" if not gain else "good" if gain > 0 else "bad"
     sign = "" if gain is None else f"{gain:+.3f}"
     cells = [Cell(number(first)), Cell(number(after), tone), Cell(sign, tone), *(Cell(number(value)) for value in rest)]
     return [Cell(task, "head" if task == "mean" else ""), *cells]

@@ -70,13 +70,12 @@ def test_the_table_has_the_first_and_the_last_tenth_of_each_source(run):
     for row in table.rows:
         n = SOURCES.index(row[0].text)
         first, last = (np.mean([reward(n, step) for step in steps]) for steps in (range(1, 5), range(37, 41)))
-        assert [cell.text for cell in row[1:5]] == ["40", f"{first:.3f}", f"{last:.3f}", f"{last - first:+.3f}"]
-        assert row[3].tone == "good"
-        of = lambda name, more=0, row=row: row[column[name] + more]  # noqa: E731
-        assert of("truncated, share: first", 1) == (f"{0.5 - 0.385:.3f}", "good", "")
-        assert of("pass@k: first").text == "0.900" and of("engine to trainer, KL: first").text == "0.001"
-        assert of("aborted answers").text == ("40.0" if n == 4 else "0.000")
-        assert of("graders out of time, share").text == ("25%" if n == 3 else "–")
+        assert [cell.text for cell in row[1:4]] == ["40", f"{first:.3f} → {last:.3f}", f"{last - first:+.3f}"]
+        assert row[2].tone == row[3].tone == "good"
+        of = lambda name, row=row: row[column[name]]  # noqa: E731
+        assert of("truncated") == (f"{0.5 - 0.025:.3f} → {0.5 - 0.385:.3f}", "good", "")
+        assert of("pass@k").text == "0.900 → 0.900" and of("mismatch KL").text == "0.001 → 0.001"
+        assert of("aborted").text == ("40" if n == 4 else "0") and of("timeouts").text == ("25%" if n == 3 else "–")
 
 
 def test_early_and_late_groups_are_shown_with_their_pictures_and_every_different_answer(run, monkeypatch):
