@@ -5,7 +5,7 @@
 The packer is the one of stage 5 and of the loader (data/balancing.py). Sets are random mixtures of 1 to 1,024 samples:
 text alone, one image, several images, and long episodes with a picture a turn, in shares that differ from set to set,
 so that now tokens and now patches are what there is too much of. A row has 8,192 tokens, patches for 1.05 of what comes
-with a full row of the set's tokens, and 64 images. Its targets are those of requirement 8 of issue 6:
+with a full row of the set's tokens, and 64 images. Numbers, and what they should be:
 
     over          rows over any bound                                           none
     doubled       samples that are in no row or in two                          none

@@ -122,6 +122,16 @@ def test_nothing_is_lost_repeated_or_over_budget():
     assert sorted(seen) == sorted(tuple(d.tokens) for d in docs)
 
 
+@pytest.mark.parametrize("fit", packing.FITS)
+def test_a_bound_on_images_holds(fit, tmp_path):
+    """Of a row; documents with more are counted and dropped, nothing else is."""
+    docs, log = documents(60, 3), FaultLog(tmp_path / "faults.jsonl")
+    made = list(batches(docs, images=1, fit=fit, ahead=4, log=log))
+    assert max(int(batch["frame"].max()) for batch in made) == 1 < max(int(b["frame"].max()) for b in batches(docs))
+    placed = sum(len(np.unique(row[row > 0])) for batch in made for row in batch["segments"])
+    assert placed == sum(len(d.images) < 2 for d in docs) and sum(log.counts().values()) == len(docs) - placed > 0
+
+
 def test_rows_are_mostly_full():
     filled = [packing.efficiency(b) for b in batches(documents(600, seed=4), rows=8, patches=200, tokens=128)]
     assert np.mean([f["tokens"] for f in filled[:-1]]) > 0.85

@@ -136,8 +136,9 @@ class RL(VLMStage):
         else:
             data = questions(episodes.weights if episodes else dict(d.weights), batch=asked) if asked else None
         if episodes is None:
-            return self.samples.open(Closing(data, self.grading.close))
-        return self.samples.open(Closing(Mixed(data, episodes.groups), episodes.close, self.grading.close))
+            return self.samples.open(Closing(data, self.grading.close, self.samples.close))
+        ends = episodes.close, self.grading.close, self.samples.close
+        return self.samples.open(Closing(Mixed(data, episodes.groups), *ends))
 
     def batch_shapes(self):
         d = self.cfg.data
@@ -164,7 +165,8 @@ class RL(VLMStage):
             # As the records are: questions, then episodes.
             answers.sort(key=lambda row: isinstance(row["key"], dict))
             add_trained(answers, records, [rows], [others])
-            data.keep([*self.samples.asked(answers, records), *drawn])
+            if self.samples.folder is not None:
+                data.keep([*self.samples.asked(answers, records), *drawn])
             return checked(rows) | others, summary(drawn) | left_out | self._told(taken, drawn) | self.grading.metrics()
         if not self._waiting:
             self._waiting.extend(self._rollouts(data, state))
@@ -196,8 +198,12 @@ class RL(VLMStage):
             self._scheduler = Scheduler(prompts, settings, note, keep=useful if r.dynamic else None)
             return self._scheduler
 
-        parts = Parts(scheduler, engine, self.grading.answers(rows), build, self.grading.close)
-        return Background(parts, self.samples.folder)
+        def close():
+            self.grading.close()
+            self.samples.close()
+
+        parts = Parts(scheduler, engine, self.grading.answers(rows), build, close)
+        return Background(parts, self.samples.run)
 
     def _batch(self, groups, rows: Rows | None):
         """The rows of the pipeline's groups, what is told of them, and their records."""

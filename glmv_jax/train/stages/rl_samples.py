@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,25 +26,36 @@ Row = dict[str, Any]
 
 
 class Samples:
-    """Of one stage. folder: the run's; None where nothing is kept (of several processes the first keeps its own)."""
+    """Of one stage. run: its folder, None but in the first of several processes, which keeps its own.   folder: the
+    same, None where nothing is kept."""
 
     def __init__(self, stage: RL) -> None:
         self._stage = stage
         kept = stage.cfg.rollout.get("samples", {"rows": True, "pictures": 2000})
-        keeps = kept["rows"] and stage.cfg.faults and jax.process_index() == 0
-        self.folder = Path(stage.cfg.faults).parent if keeps else None
+        first = stage.cfg.faults and jax.process_index() == 0
+        self.run = Path(stage.cfg.faults).parent if first else None
+        self.folder = self.run if kept["rows"] else None
         self._most, self._pictures = kept["pictures"], None
+        self._writer: ThreadPoolExecutor | None = None
+        self._written: Future | None = None
 
     def open(self, data: Any) -> Kept:
         """The data with their log."""
         return Kept(data, self.folder and self.folder / "samples.jsonl")
 
     def show(self, records: Sequence[Rollout], batch: Batch) -> None:
-        """Keeps the pictures that records were drawn from. batch: the prompts of those that are no episodes."""
+        """Keeps the pictures that records were drawn from; they are written while training goes on. batch: the prompts
+        of those that are no episodes."""
         if self.folder is None or not self._most:
             return
-        if self._pictures is None:
+        if self._writer is None:
             self._pictures = Pictures(self.folder / "pictures", self._most, self._stage.asker.patcher.patch)
+            self._writer = ThreadPoolExecutor(1, "pictures")
+        if self._written is not None:
+            self._written.result()  # what went wrong with the last ones is said now
+        self._written = self._writer.submit(self._write, list(records), batch)
+
+    def _write(self, records: Sequence[Rollout], batch: Batch) -> None:
         for record in records:
             for name, image in zip(record.image_hash.split(","), record.images):
                 self._pictures.put(name, *image)
@@ -51,6 +63,12 @@ class Samples:
             for number, name in enumerate(batch["hashes"][row], start=1):
                 at = batch["frame"][row] == number
                 self._pictures.put(name, batch["patches"][row][at], batch["yx"][row][at])
+
+    def close(self) -> None:
+        """Waits for the pictures."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.shutdown()
 
     def asked(self, rows: Sequence[Row], records: Sequence[Rollout]) -> list[Row]:
         """What the groups of these rows of records were asked; of episodes what their environment said first."""
