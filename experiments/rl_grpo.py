@@ -31,6 +31,7 @@ def get_config(arg=None):
         "minibatches": 1,
         "rows": (16,) if nano else (16, 24, 32),
         "max_new_tokens": 14,
+        "thinking": 0,  # tokens that answers may think before; then </think> is put there. 0: they do not think
         "temperature": 1.0,
         "top_p": 1.0,
         "advantage": "grpo",  # all of these and of the loss: glmv_jax/losses/policy

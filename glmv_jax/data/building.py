@@ -59,6 +59,7 @@ class DocumentBuilder:
         averaging").
     prompt_weight: loss weight of prompt tokens in the pretrain form (questions come from templates, so little is
     learnt from them and much of the gradient would be theirs).
+    thinking: whether the answer to a `prompt` is to begin with thinking.
     """
 
     tokenizer: Tokenizer
@@ -69,6 +70,7 @@ class DocumentBuilder:
     max_targets: int | None = None
     per: str = "token"
     max_images: int | None = None
+    thinking: bool = False
 
     def __post_init__(self) -> None:
         if self.per not in POWERS:
@@ -110,7 +112,8 @@ class DocumentBuilder:
     def _conversation(self, sample: Sample, turns: list[dict]) -> Document:
         images = self._images(sample)
         messages = [{"role": "user", "content": sample.parts()}, *turns]
-        rendered = chat.render(messages, self.tokenizer, self._merged(images), generation_prompt=not turns)
+        merged, asks = self._merged(images), not turns
+        rendered = chat.render(messages, self.tokenizer, merged, generation_prompt=asks, thinking=self.thinking)
         return self._checked(rendered, images, sample)
 
     def _images(self, sample: Sample) -> tuple[tuple[np.ndarray, np.ndarray], ...]:

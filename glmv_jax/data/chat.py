@@ -100,12 +100,14 @@ def render(
     tokenizer: Tokenizer,
     image_tokens: Sequence[int] = (),
     generation_prompt: bool = False,
+    thinking: bool = False,
 ) -> Rendered:
     """Messages -> tokens.
 
     messages: {"role": system|user|assistant, "content": text or a list of {"type": "text", "text": ...} and
         {"type": "image"}}; images are numbered in reading order and take `image_tokens[i]` visual tokens each.
-    generation_prompt: end with `<|assistant|></think>`, ready for sampling; the last message must not be assistant's.
+    generation_prompt: end with `<|assistant|></think>`, or with `<|assistant|><think>` for `thinking`, ready for
+        sampling; the last message must not be assistant's.
     Raises UserError for an unknown role or part, when the user wrote nothing, and when images and placeholders differ
     in number.
     """
@@ -125,7 +127,7 @@ def render(
     pieces = COMPACT.pieces(messages, (), keeps=lambda n: False)
     writer.pieces(pieces, [1.0] * len(messages), lambda: writer.image(image_tokens[writer.images]))
     if generation_prompt:
-        writer.special("<|assistant|>", *COMPACT.no_thinking)
+        writer.special("<|assistant|>", *((COMPACT.thinking,) if thinking else COMPACT.no_thinking))
     elif messages[-1]["role"] == "assistant":
         writer.special("<|endoftext|>", weight=1.0)
     return writer.done()

@@ -38,6 +38,8 @@ class Sampling:
     stop:           ids that end an answer; they are returned as its last token.
     suppress:       ids that are never drawn (image placeholders and the like).
     pad:            what stands after the end.
+    think, close:   the id that ends thinking; where it is not among the first `think` tokens it is put at the place
+                    behind them, and the answer goes on from there (force answering, GLM-V 5.3.2). 0: no limit.
     """
 
     max_new_tokens: int
@@ -46,10 +48,14 @@ class Sampling:
     stop: tuple[int, ...] = ()
     suppress: tuple[int, ...] = ()
     pad: int = 0
+    think: int = 0
+    close: int = -1
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(f"{self}: max_new_tokens must be >= 1, temperature >= 0 and top_p in (0, 1]")
+        if self.think and (self.close < 0 or not 0 < self.think < self.max_new_tokens - 1):
+            raise ValueError(f"{self}: think leaves room for close and an answer, and there is a close")
 
     @classmethod
     def chat(cls, tokenizer: Any, max_new_tokens: int, *, allow: Iterable[str] = BOX, **settings: Any) -> Sampling:
@@ -58,6 +64,11 @@ class Sampling:
         suppress = tuple(sorted(set(tokenizer.special.values()) - kept))
         stop = tuple(sorted(tokenizer.stops))
         return cls(max_new_tokens, stop=stop, suppress=suppress, pad=tokenizer.pad, **settings)
+
+    def put_at(self, ids: Any) -> int | None:
+        """The place of the token that ended the thinking of an answer by force; None where none did."""
+        put = self.think and len(ids) > self.think and self.close not in ids[: self.think]
+        return self.think if put else None
 
 
 class Prompts(NamedTuple):
@@ -88,7 +99,7 @@ class Generated(NamedTuple):
     tokens:   [N, Tn] sampled ids, the stop token included, then `pad`.
     logprobs: [N, Tn] log softmax(logits / temperature)[token] over the whole vocabulary: before suppression and
               before top-p, so it is what a training forward pass of the same parameters recomputes (greedy: at
-              temperature 1). 0 after the end.
+              temperature 1). 0 after the end, and where the token was put there (`Sampling.put_at`).
     lengths:  [N] sampled ids, the stop token included.
     finished: [N] bool, a stop token was sampled; false = cut at max_new_tokens.
     """
@@ -144,6 +155,9 @@ def sample(
 
     def draw(t, logits_NV, done_N, out: Generated):
         token_N, logprob_N = choose(logits_NV, jax.vmap(jax.random.fold_in, (0, None))(keys_N, t), sampling)
+        if sampling.think:
+            put_N = (t == sampling.think) & ~(out.tokens[:, : sampling.think] == sampling.close).any(-1)
+            token_N, logprob_N = jnp.where(put_N, sampling.close, token_N), jnp.where(put_N, 0.0, logprob_N)
         token_N = jnp.where(done_N, sampling.pad, token_N)
         ends_N = (token_N[:, None] == stop).any(-1) & ~done_N
         return token_N, done_N | ends_N, Generated(

@@ -9,6 +9,12 @@ from typing import Any
 import numpy as np
 
 
+def behind(ids: Sequence[int] | np.ndarray, close: int) -> Sequence[int] | np.ndarray:
+    """What was said when thinking had ended: ids behind the first `close`, none without one."""
+    at = np.flatnonzero(np.asarray(ids) == close)
+    return ids[at[0] + 1 :] if len(at) else ids[:0]
+
+
 def answer_text(tokenizer: Any, ids: Sequence[int] | np.ndarray, stops: Collection[int] = ()) -> str:
     """The text of an answer with special tokens by name, without the stop token that ends it.
 

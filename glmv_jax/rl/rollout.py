@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 import numpy as np
 
-from glmv_jax.inference.sampler import Generated, Prompts, Sampler
-from glmv_jax.inference.text import answer_text
+from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
+from glmv_jax.inference.text import answer_text, behind
 from glmv_jax.rl.integrity import check_prompt
 from glmv_jax.typing import Batch, Params
 
@@ -104,6 +104,19 @@ def drawn(sampler: Sampler, long: Long, params: Params, batch: Batch, key: jax.A
     return whole
 
 
+def heard(sampling: Sampling, ids: np.ndarray, tokenizer: Any) -> str:
+    """The text of an answer that is graded: what is behind its thinking, where it is to think."""
+    return answer_text(tokenizer, behind(ids, sampling.close) if sampling.think else ids, sampling.stop)
+
+
+def versions(sampling: Sampling, ids: np.ndarray, version: int) -> np.ndarray:
+    """`Rollout.versions` of an answer that weights of one version drew: -1 where thinking was ended by force."""
+    found = np.full(len(ids), version, np.int32)
+    if (put := sampling.put_at(ids)) is not None:
+        found[put] = -1
+    return found
+
+
 def rollout(
     sampler: Sampler,
     params: Params,
@@ -133,7 +146,7 @@ def rollout(
         sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]
     answers = [tokens[:length] for tokens, length in zip(out.tokens[: len(samples)], out.lengths)]
-    texts = [answer_text(tokenizer, ids, sampler.sampling.stop) for ids in answers]
+    texts = [heard(sampler.sampling, ids, tokenizer) for ids in answers]
     grades = score(samples, texts)
     records = []
     for n, (sample, answer, text, grade) in enumerate(zip(samples, answers, texts, grades)):
@@ -144,6 +157,7 @@ def rollout(
                 prompt=asked[row], answer=answer,
                 logprobs=out.logprobs[n, : len(answer)], text=text, grade=grade,
                 truncated=not out.finished[n], image_hash=hashes[row], sample=sample,
+                versions=versions(sampler.sampling, answer, 0) if sampler.sampling.think else None,
             )
         )  # fmt: skip
     return records

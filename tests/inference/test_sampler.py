@@ -100,6 +100,29 @@ def test_stop_tokens_end_a_row_and_only_that_row(params, rows):
     assert out.finished[0] and not out.finished.all()
 
 
+def test_thinking_that_does_not_end_is_ended(params, rows):
+    """The close is put behind so many tokens, unless it was drawn among them; what follows has it in sight."""
+    free = run(params, batch(rows), GREEDY)
+    close = int(free.tokens[0, 1])
+    thinking = dataclasses.replace(GREEDY, think=3, close=close)
+    out = run(params, batch(rows), thinking)
+    logits = tiny_vlm.forward(CFG, params, [tiny_vlm.extended(r, a) for r, a in zip(rows, out.tokens)])
+    logits = np.where(np.isin(np.arange(tiny_vlm.VOCAB), GREEDY.suppress), -np.inf, logits)
+    forced = 0
+    for n, (answer, logprobs, unhindered) in enumerate(zip(out.tokens, out.logprobs, free.tokens)):
+        row, wanted = rows[n], logits[n].argmax(-1)
+        place, at = thinking.put_at(answer), len(row["tokens"]) - 1 + np.arange(8)
+        assert place == (None if close in answer[:3] else 3)
+        np.testing.assert_array_equal(answer[:3], unhindered[:3])
+        if place is None:
+            np.testing.assert_array_equal(answer, unhindered)
+        else:
+            forced += 1
+            assert answer[3] == close and logprobs[3] == 0.0 and (logprobs[[0, 1, 2, 4, 5, 6, 7]] < 0).all()
+            np.testing.assert_array_equal(np.delete(answer, 3), np.delete(wanted[at], 3))
+    assert 0 < forced < len(rows) and thinking.put_at(out.tokens[1, :3]) is None
+
+
 def test_rows_that_fill_the_batch_stay_empty(params, rows):
     prompts = batch(rows)
     prompts = prompts._replace(length=np.array([len(rows[0]["tokens"]), 0, 0, 0], np.int32))
@@ -147,6 +170,7 @@ def test_nucleus_keeps_the_smallest_sufficient_set(top_p):
 
 
 def test_bad_settings_are_refused():
-    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}):
+    for bad in ({"max_new_tokens": 0}, {"temperature": -1.0}, {"top_p": 0.0}, {"think": 3, "max_new_tokens": 9},
+                {"think": 3, "close": 1, "max_new_tokens": 4}):  # fmt: skip
         with pytest.raises(ValueError):
             Sampling(**{"max_new_tokens": 1} | bad)

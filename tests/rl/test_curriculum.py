@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from glmv_jax.rl.curriculum import Curriculum, Expansion, Item, most_balanced, useful
+from glmv_jax.rl.curriculum import Curriculum, Expansion, Item, kept, most_balanced, useful
 from glmv_jax.rl.pipeline import Completion, Drawn, Group, Member, Prompt, Scheduler, Settings
 from glmv_jax.rl.rewards import Grade
 from glmv_jax.typing import UserError
@@ -108,6 +108,16 @@ def test_expansion_is_bounded():
 def test_the_most_balanced_groups_are_kept():
     correct = np.array([[1, 1, 1, 1], [1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0], [0, 1, 1, 0]], bool)
     assert list(most_balanced(correct, 3)) == [2, 4, 1]
+
+
+def test_what_is_kept_differs_in_rewards_though_none_is_right():
+    """Graded rewards: a group of half-right answers teaches, one that is right throughout does not."""
+    prompt, wrong = Prompt(0, 0, "s"), group(Prompt(0, 0, "s"), np.zeros(4))
+    partly = group(prompt, np.zeros(4))
+    partly.members[0].grade = Grade(0.4, False, {})
+    even, all_right = group(prompt, np.array([1, 1, 0, 0])), group(prompt, np.ones(4))
+    groups = [wrong, partly, all_right, even]
+    assert kept(groups, 3) == [1, 3] and kept(groups, 1) == [3] and kept([wrong, all_right], 2) == [0]
 
 
 def test_it_feeds_a_pipeline_that_expands_its_steps():

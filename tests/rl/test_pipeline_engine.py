@@ -19,7 +19,7 @@ from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front
-from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.sampler import BOX, Prompts, Sampler, Sampling
 from glmv_jax.inference.settings import Settings as Sizes
 from glmv_jax.rl.pipeline import Request, Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
@@ -33,7 +33,8 @@ GROUP, NAMES = 2, ["count", "read"]
 TOKENIZER = Tokenizer()
 BUILDER = DocumentBuilder(TOKENIZER, Patcher(max_patches=16), max_tokens=40, max_patches=16)
 CFG = tiny_vlm.config(vocab=TOKENIZER.vocab_size, patch=8)
-SAMPLING = Sampling.chat(TOKENIZER, 12)
+CLOSE = TOKENIZER.special["</think>"]
+SAMPLING = Sampling.chat(TOKENIZER, 12, allow=(*BOX, "</think>"), think=5, close=CLOSE)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_every_token_is_what_its_version_draws_and_every_answer_is_graded(polici
         data.close()
         system.close()
     sampler = Sampler(CFG, SAMPLING, GROUP)
-    uids, whole, aborted = [], 0, 0
+    uids, whole, aborted, forced = [], 0, 0, 0
     for batch in taken:
         records, prompts = batch.batch
         for row, group in enumerate(batch.groups):
@@ -79,9 +80,12 @@ def test_every_token_is_what_its_version_draws_and_every_answer_is_graded(polici
             for i, member in enumerate(group.members):
                 drawn, record = member.answer.drawn, records[row * GROUP + i]
                 aborted += member.aborts
-                assert 0 <= batch.step - drawn.versions[0] <= 2 and (np.diff(drawn.versions) >= 0).all()
+                own = drawn.versions[drawn.versions >= 0]
+                assert 0 <= batch.step - own[0] <= 2 and (np.diff(own) >= 0).all()
                 assert record.text == member.answer.facts["text"] and "error" not in record.grade.flags
-                if drawn.versions[0] < drawn.versions[-1]:
+                put, forced = SAMPLING.put_at(drawn.tokens), forced + (len(own) < len(drawn))
+                assert np.flatnonzero(drawn.versions < 0).tolist() == ([] if put is None else [put])
+                if own[0] < own[-1]:
                     continue  # no one policy drew it
                 request = Request(0, group.prompt, i, member.attempt)
                 one = {name: x[row : row + 1] for name, x in prompts.items() if name != "samples"}
@@ -90,5 +94,5 @@ def test_every_token_is_what_its_version_draws_and_every_answer_is_graded(polici
                 np.testing.assert_array_equal(out.tokens[i, : out.lengths[i]], drawn.tokens)
                 np.testing.assert_allclose(out.logprobs[i, : out.lengths[i]], drawn.logprobs, atol=1e-4)
                 whole += 1
-    assert len(uids) == len(set(uids)) == 16 and whole >= 16 and aborted > 0
+    assert len(uids) == len(set(uids)) == 16 and whole >= 16 and aborted > 0 and forced > 4
     assert {r.source for batch in taken for r in batch.batch[0]} == set(NAMES) == {*rl.verifiers(NAMES)}

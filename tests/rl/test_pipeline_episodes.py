@@ -23,9 +23,10 @@ from glmv_jax.data.tokenizer import Tokenizer
 from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.episodes import verdict
 from glmv_jax.rl.gym import Observation, Step, asked, said_by
-from glmv_jax.rl.pipeline import Request, Scheduler, Settings
+from glmv_jax.rl.pipeline import Group, Request, Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.episodes import EpisodeEngine, Mixture, is_episode, records
+from glmv_jax.rl.pipeline.local import Rows
 from glmv_jax.rl.play import Limits
 from glmv_jax.rl.transcript import Form
 
@@ -304,11 +305,17 @@ def wait_until(what, seconds=10.0):
 
 
 def test_questions_and_episodes_come_in_turn():
-    class Rows:
-        def row(self, key):
+    class Sources:
+        def __getitem__(self, key):
             return {"samples": [types.SimpleNamespace(source=f"q{key}")]}
 
-    mixed = Mixture(Rows(), 2, 1, lambda n: ("e", f"e{n}", 10 + n))
+    class Told(Rows):
+        told = ()
+
+        def learn(self, groups):
+            self.told = [group.prompt.source for group in groups]
+
+    mixed = Mixture(rows := Told(Sources()), 2, 1, lambda n: ("e", f"e{n}", 10 + n))
     prompts = [mixed.draw() for _ in range(6)]
     assert [p.source for p in prompts] == ["q0", "q1", "e0", "q2", "q3", "e1"]
     assert [is_episode(p) for p in prompts] == [False, False, True] * 2 and prompts[5].key == {
@@ -317,4 +324,6 @@ def test_questions_and_episodes_come_in_turn():
     }
     state, following = mixed.get_state(), mixed.draw()
     mixed.set_state(json.loads(json.dumps(state)))
-    assert mixed.draw() == following
+    assert mixed.draw() == following and following.source == "q4"
+    mixed.learn([Group.fresh(prompt, 1) for prompt in prompts])
+    assert rows.told == ["q0", "q1", "q2", "q3"], "a curriculum hears of its questions"

@@ -15,6 +15,7 @@ from glmv_jax.rl.batch import to_batch
 from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.train import main
+from glmv_jax.typing import UserError
 from tests.losses import policy_oracle as oracle
 
 SMALL = ["model.vision.depth=1", "model.decoder.depth=1", "rollout.group=4", "rollout.max_new_tokens=16"]
@@ -97,3 +98,35 @@ def test_the_mismatch_is_told_by_whether_there_is_an_image():
         kl = (rho - 1 - np.log(rho))[where].mean()
         assert metrics[f"mismatch_kl/{name}"] == pytest.approx(kl, rel=1e-4) and kl > 0.001
         assert metrics[f"mismatch_gap/{name}_max"] == pytest.approx(np.abs(np.log(rho[where])).max(), rel=1e-4)
+
+
+def test_thinking_is_ended_by_force_and_what_was_put_there_is_not_learnt():
+    made = stage("rollout.thinking=4", "rollout.prompts=4", "rollout.rows=(8,)", "data.ahead=0")
+    graded, special = [], made.tokenizer.special
+
+    def by_length(text, sample):
+        graded.append(text)
+        return Grade(float(len(text) % 3), False, {})
+
+    made.verifiers = dict.fromkeys(made.names, by_length)
+    data, state = made.train_data(), types.SimpleNamespace(params=made.init_params(jax.random.key(0)), step=0)
+    prompts = next(data)
+    assert {int(row[n - 1]) for row, n in zip(prompts["tokens"], prompts["length"])} == {special["<think>"]}
+    batch, metrics = made.next_batch(data, state)
+    data.close()
+    assert metrics["length/mean"] <= 15.0, "of what was drawn"
+    starts = np.argwhere((batch["branches"] > 0) & (np.diff(batch["branches"], prepend=0, axis=1) != 0))
+    put = 0
+    for row, at in starts:
+        of = batch["branches"][row, at + 1 :] == batch["branches"][row, at]
+        n = int(np.argmin(of)) if not of.all() else len(of)
+        ids = batch["tokens"][row, at + 1 : at + 1 + n]
+        learnt, old = (batch[name][row, at + 1 : at + 1 + n] for name in ("loss_weight", "old_logprob"))
+        if n > 4 and special["</think>"] not in ids[:4]:
+            assert ids[4] == special["</think>"] and learnt[4] == 0 and old[4] == 0 and learnt.sum() == n - 1
+            put += 1
+        else:
+            assert learnt.all()
+    assert put > 4 and len(starts) >= 8 and not any("think>" in text for text in graded)
+    with pytest.raises(UserError, match="leaves no room for an answer in rollout.max_new_tokens=16"):
+        stage("rollout.thinking=15")

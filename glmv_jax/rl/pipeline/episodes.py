@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -52,19 +53,22 @@ class Mixture:
         uid, self._drawn = self._drawn, self._drawn + 1
         step, at = divmod(uid, self._questions + self._episodes)
         if at < self._questions:
-            key = step * self._questions + at
-            return Prompt(uid, key, self._rows.row(key)["samples"][0].source)
+            return dataclasses.replace(self._rows.draw(), uid=uid)
         name, source, seed = self._episode(step * self._episodes + at - self._questions)
         return Prompt(uid, {"environment": name, "seed": seed}, source)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """Nothing: the order is fixed."""
+        """The questions may have a curriculum; the order of the episodes is fixed."""
+        if self._rows is not None:
+            self._rows.learn([group for group in groups if not is_episode(group.prompt)])
 
-    def get_state(self) -> int:
-        return self._drawn
+    def get_state(self) -> dict[str, Any]:
+        return {"drawn": self._drawn, "questions": None if self._rows is None else self._rows.get_state()}
 
-    def set_state(self, state: int) -> None:
-        self._drawn = state
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._drawn = state["drawn"]
+        if self._rows is not None:
+            self._rows.set_state(state["questions"])
 
 
 def is_episode(prompt: Prompt) -> bool:

@@ -18,12 +18,11 @@ import numpy as np
 
 from glmv_jax.inference.sampler import Prompts as Asked
 from glmv_jax.inference.sampler import Sampler
-from glmv_jax.inference.text import answer_text
 from glmv_jax.rl.integrity import check_handed, check_prompt, handed, seen
 from glmv_jax.rl.pipeline.group import Group
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, GradeAnswer, OnDone, Prompt, Request
 from glmv_jax.rl.pipeline.together import Together
-from glmv_jax.rl.rollout import Rollout
+from glmv_jax.rl.rollout import Rollout, heard, versions
 from glmv_jax.typing import Batch, Params
 
 log = logging.getLogger(__name__)
@@ -140,8 +139,9 @@ class SamplerEngine:
             row = keys.index(request.prompt.key)
             n = row * self._sampler.group + request.member
             ids = out.tokens[n, : out.lengths[n]]
-            drawn = Drawn(ids, out.logprobs[n, : len(ids)], np.full(len(ids), version, np.int32))
-            text = answer_text(self._tokenizer, ids, self._sampler.sampling.stop)
+            sampling = self._sampler.sampling
+            drawn = Drawn(ids, out.logprobs[n, : len(ids)], versions(sampling, ids, version))
+            text = heard(sampling, ids, self._tokenizer)
             facts = {"id": batch["samples"][row].id, "text": text, **told[row]}
             done.append(Completion(drawn, "stop" if out.finished[n] else "length", facts))
         return done

@@ -12,10 +12,10 @@ import numpy as np
 from glmv_jax.data.hashes import image_hash
 from glmv_jax.inference import requests
 from glmv_jax.inference.front import Front, Ticket
-from glmv_jax.inference.text import answer_text
 from glmv_jax.rl.integrity import handed
 from glmv_jax.rl.pipeline.local import Rows, nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
+from glmv_jax.rl.rollout import heard
 from glmv_jax.typing import Params
 
 
@@ -39,16 +39,23 @@ class SlotEngine:
         return None
 
     def submit(self, request: Request, on_done: OnDone) -> None:
-        row, prefix = self._rows.row(request.prompt.key), request.prefix
-        begun = None
+        prefix, begun = request.prefix, None
         if prefix is not None and len(prefix):
             begun = requests.Completion(prefix.tokens, prefix.logprobs, prefix.versions, "aborted")
+        self._ask(request, begun, on_done)
+
+    def _ask(self, request: Request, begun: requests.Completion | None, on_done: OnDone) -> None:
+        """The whole answer; or its thinking alone, as far as there is a limit to that and it has not ended."""
+        row, think = self._rows.row(request.prompt.key), self._front.engine.sampling.think
+        thinks = think if begun is None or len(begun.tokens) < think else None
         prompt = requests.Prompt.of_row(row, 0)
-        asked = requests.Request(prompt, seed=seed_of(self._seed, request), draw=request.member, begun=begun)
+        asked = requests.Request(
+            prompt, seed=seed_of(self._seed, request), draw=request.member, begun=begun, max_new_tokens=thinks or None
+        )
         self._tickets[request.id] = ticket = self._front.submit(asked)
         images = ",".join(image_hash(picture.patches, picture.yx) for picture in prompt.pictures)
         facts = {"id": row["samples"][0].id, **handed(prompt.tokens, images)}
-        ticket.done.add_done_callback(lambda done: self._ended(request, done, facts, on_done))
+        ticket.done.add_done_callback(lambda done: self._ended(request, thinks, done, facts, on_done))
 
     def abort(self, id: int) -> None:
         if (ticket := self._tickets.get(id)) is not None:
@@ -58,13 +65,19 @@ class SlotEngine:
         if self._front is not None:
             self._front.close()
 
-    def _ended(self, request: Request, done: Future, facts: dict[str, str], on_done: OnDone) -> None:
+    def _ended(
+        self, request: Request, thinks: int | None, done: Future, facts: dict[str, str], on_done: OnDone
+    ) -> None:
         self._tickets.pop(request.id, None)
         if (error := done.exception()) is not None:
             on_done(Completion(nothing(), "failed", {"error": f"{type(error).__name__}: {error}"}))
             return
-        got = done.result()
-        text = answer_text(self._tokenizer, got.tokens, self._front.engine.sampling.stop)
+        got, sampling = done.result(), self._front.engine.sampling
+        if thinks and got.reason == "length":
+            ended = () if sampling.close in got.tokens else (sampling.close,)
+            self._ask(request, requests.Completion.forced(ended, after=got), on_done)
+            return
+        text = heard(sampling, got.tokens, self._tokenizer)
         drawn = Drawn(np.asarray(got.tokens), np.asarray(got.logprobs), np.asarray(got.versions))
         on_done(Completion(drawn, got.reason, {**facts, "text": text}))
 

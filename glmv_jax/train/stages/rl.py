@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from glmv_jax import optim
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front
-from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.sampler import Sampler
 from glmv_jax.inference.settings import Settings as EngineSettings
 from glmv_jax.losses import policy
 from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
@@ -76,8 +76,8 @@ class RL(VLMStage):
             self.names = list(dict.fromkeys([*self.names, *self.episodes.parts]))
         self.verifiers = {} if cfg.get("rewards") else tasks.verifiers(cfg.data.weights)
         self.grading = Grading(self)
-        sampling = Sampling.chat(self.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p)
-        self.sampler = Sampler(self.model, sampling, r.group)
+        self.questioner = dataclasses.replace(self.asker, thinking=bool(r.get("thinking", 0)))
+        self.sampler = Sampler(self.model, rl_questions.sampling(self), r.group)
         self.long = self._long()
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
         self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
@@ -126,7 +126,7 @@ class RL(VLMStage):
         if r.get("pipeline", "sync") == "async":
             return self._pipeline()
         questions = functools.partial(
-            prompts, builder=self.asker, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
+            prompts, builder=self.questioner, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
             faults=self.cfg.faults or None,
         )  # fmt: skip
         self.grading.open()

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
+from glmv_jax.data.tokenizer import BOX
+from glmv_jax.inference.sampler import Sampling
 from glmv_jax.rl.curriculum import Expansion, kept, useful
 from glmv_jax.rl.pipeline import Group, Member
 from glmv_jax.rl.pipeline.local import Rows
 from glmv_jax.rl.prompts import prompt_rows
 from glmv_jax.rl.rollout import Rollout, rollout
 from glmv_jax.rl.tiers import Tiers
-from glmv_jax.typing import Batch, Params
+from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
     from glmv_jax.train.stages.rl import RL
@@ -36,15 +38,32 @@ class Answered(NamedTuple):
     metrics: dict[str, float]
 
 
+def sampling(stage: RL) -> Sampling:
+    """How answers are drawn: with cfg.rollout.thinking they begin with so many tokens of thinking at most.
+
+    UserError where nothing is left for the answer, and for episodes, whose turns have no such limit.
+    """
+    r, settings = stage.cfg.rollout, {}
+    if think := r.get("thinking", 0):
+        if stage.episodes:
+            raise UserError("rollout.thinking is of questions; set it to 0 with rollout.environments")
+        if not 0 < think < r.max_new_tokens - 1:
+            raise UserError(f"rollout.thinking={think} leaves no room for an answer in rollout.max_new_tokens="
+                            f"{r.max_new_tokens}; raise that")  # fmt: skip
+        close = stage.tokenizer.special["</think>"]
+        settings = {"think": think, "close": close, "allow": (*BOX, "</think>")}
+    return Sampling.chat(stage.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p, **settings)
+
+
 def rows(stage: RL) -> Rows:
     """Where the prompts of the run come from one by one: in the order of the mixture, or of a curriculum."""
     cfg = stage.cfg
     weights = stage.episodes.weights if stage.episodes else dict(cfg.data.weights)
     common = {"seed": stage.data_seed, "faults": cfg.faults or None}
     if not curriculum(cfg):
-        return Rows(prompt_rows(weights, stage.asker, **common))
+        return Rows(prompt_rows(weights, stage.questioner, **common))
     settings = {name: cfg.rollout.curriculum[name] for name in ("w_min", "decay")}
-    return Tiers(weights, stage.asker, **common, **settings)
+    return Tiers(weights, stage.questioner, **common, **settings)
 
 
 def curriculum(cfg: Any) -> bool:
