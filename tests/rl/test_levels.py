@@ -16,7 +16,7 @@ LEVELED = [name for name, task in tasks.TASKS.items() if task.levels.count > 1 a
 def test_every_level_of_a_task_is_drawn_often_enough(name):
     task = tasks.get(name)
     plain = task.source("train", 3)
-    counts = collections.Counter(task.levels.of(plain[i]) for i in range(30))
+    counts = collections.Counter(task.levels.of(plain[i]) for i in range(40))
     assert set(counts) == set(range(task.levels.count)) and min(counts.values()) >= 2, counts
 
 

@@ -113,5 +113,5 @@ def unsolved(sample: Sample) -> list[str]:
     return other_numbers(sample) + [drawn, f"{drawn}={sample.answer}", f"={sample.answer}"]
 
 
-LEVELS = levels.by(lambda s: len(s.meta["problem"]), 4, 5)
+LEVELS = levels.by(lambda s: len(s.meta["problem"]), 5)
 TASKS = (Task("arithmetic", boxed(text.number()), unsolved, make=generate, levels=LEVELS),)
