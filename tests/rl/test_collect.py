@@ -21,6 +21,7 @@ from glmv_jax.rl.episodes import to_rows, verdict
 from glmv_jax.rl.gym import Action
 from glmv_jax.rl.play import Limits
 from glmv_jax.rl.players import scripted, served
+from glmv_jax.rl.rewards import Grade
 from glmv_jax.rl.rewards.system import RewardSystem
 from glmv_jax.rl.transcript import Form
 
@@ -122,6 +123,22 @@ def test_episodes_are_graded_as_they_end():
     assert len(times) == 4 and times[-1][0] == 1 and [seed for seed, _ in times].count(2) == 2
     silent = gathered(Windows, policy, grade, [1], size=2, limits=Limits(tokens=8))
     assert not silent.records and len(silent.silent) == 2 and len(times) == 4
+
+
+def test_what_is_left_of_a_group_is_compared_when_it_is_there():
+    class Kind(Watched):
+        breaks = collections.Counter({1: 1, 2: 100})
+
+    seen = []
+
+    async def compare(episodes, grades):
+        assert len({episode.seed for episode in episodes}) == 1 and len(episodes) == len(grades)
+        seen.append([grade.reward for grade in grades])
+        return [Grade(10.0 * grade.reward + n, False, {}) for n, grade in enumerate(grades)]
+
+    out = collected(Kind, parallel=2, compare=compare)
+    assert seen == [[1.0, 0.0, 0.0]] * 2, "of seed 2 nothing is left"
+    assert [r.grade.reward for r in out.records] == [10.0, 1.0, 2.0] * 2
 
 
 def test_a_grader_that_raises_ends_it_and_environments_are_closed():

@@ -6,6 +6,7 @@ trained on. Not covered: that training on episodes improves a policy, and a brow
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import types
 
@@ -16,6 +17,10 @@ import pytest
 from glmv_jax import config
 from glmv_jax.rl import Grade, envs
 from glmv_jax.rl.envs.windows import Windows
+from glmv_jax.rl.gym import Action
+from glmv_jax.rl.pipeline import Completion, Prompt, Request
+from glmv_jax.rl.play import Limits, play
+from glmv_jax.rl.players import scripted
 from glmv_jax.train import main
 from glmv_jax.typing import UserError
 from tests.random_params import switched_on
@@ -192,6 +197,52 @@ def test_groups_that_lost_episodes_are_compared_among_what_is_left():
     wanted = np.concatenate([(x - x.mean()) / (x.std(ddof=1) + 1e-6) for x in compared])
     np.testing.assert_allclose(advantages[[1, 3, 5, 0, 4]], wanted, rtol=1e-5)
     assert advantages[2] == 0.0
+
+
+def test_the_episodes_of_a_group_are_compared_in_both_forms():
+    """By rules that see what the environment gave, or the question; one without an answer is worst of all. Rewards are
+    counted here from the ranks."""
+    ruled = {"kind": "rule", "rule": "tests.rl.rewards.hostile:"}
+    table = {"workers": 1, "sources": {
+        "windows": {"group": {"comparator": ruled | {"rule": ruled["rule"] + "earns_and_says"}, "limit": 20.0}},
+        "desk/count": {"group": {"comparator": ruled | {"rule": ruled["rule"] + "says_more"}, "form": "equation9"}},
+    }}  # fmt: skip
+    made = build(*ALONE, rewards=table)
+    made.grading.open()
+    form, said = made.episodes._form, ("hm", "hmmm", "", "hmm", "hmmm")
+
+    def played(name, turns):
+        policy = lambda text: scripted(lambda: Action(text))  # noqa: E731
+        return [asyncio.run(play(envs.make(name), policy(text), 3, form, Limits(turns))) for text in said]
+
+    async def beside(episodes):
+        grade = made.grading.answers(None)
+        prompt = Prompt(0, {"environment": "any", "seed": 3}, episodes[0].source)
+        asked = [Request(n, prompt, n) for n in range(len(said))]
+        return await asyncio.gather(*(grade(one, Completion(None, "stop", {}, e)) for one, e in zip(asked, episodes)))
+
+    try:
+        made.cfg.rollout.group = len(said)
+        for name, turns in (("windows", 2), ("desk/count", 2)):
+            episodes = played(name, turns)
+            if name == "desk/count":  # as one that met a limit is
+                episodes[3] = dataclasses.replace(episodes[3], ended="tokens", info={})
+            scores = [100 * (e.reward or 0.0) + len(e.text) for e in episodes]
+            pool = [n for n, e in enumerate(episodes) if e.reward is not None or e.sample is not None]
+            first, tie = (1.0, 0.5) if name == "windows" else (0.0, 0.0)
+            wanted = [-1.0] * len(said)
+            for n in pool:
+                rest = [scores[m] for m in pool if m != n]
+                wanted[n] = first + sum((scores[n] > x) + tie * (scores[n] == x) for x in rest)
+            assert len(set(wanted)) > 3
+            grades = [asyncio.run(made.grading.episode(episode)) for episode in episodes]
+            assert [g.reward for g in asyncio.run(made.grading.compared(episodes, grades))] == wanted
+            assert [g.reward for g in asyncio.run(beside(episodes))] == wanted
+    finally:
+        made.grading.close()
+    table["sources"]["windows"]["group"]["polish"] = True
+    with pytest.raises(UserError, match="no sample to show to a judge or a renderer"):
+        build(*ALONE, rewards=table)
 
 
 def test_a_restart_plays_the_episodes_that_come_next():

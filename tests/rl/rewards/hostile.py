@@ -115,3 +115,14 @@ def loops(answer, sample):
 
 def longer(sample, a, b):
     return len(a.text), len(b.text)
+
+
+def earns_and_says(sample, a, b):
+    """A comparator of episodes: by what the environment gave, then by how much was said."""
+    assert sample is None
+    return tuple(100 * candidate.reward + len(candidate.text) for candidate in (a, b))
+
+
+def says_more(sample, a, b):
+    assert sample.source
+    return len(a.text), len(b.text)
