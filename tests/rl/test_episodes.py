@@ -14,11 +14,15 @@ from PIL import Image
 from glmv_jax import rl
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.inference.engine import Engine
+from glmv_jax.inference.front import Front
+from glmv_jax.inference.requests import Prompt, Request
 from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.settings import Settings
 from glmv_jax.rl import Grade, episodes, integrity
 from glmv_jax.rl.gym import Observation, Step, asked, said_by
 from glmv_jax.rl.play import Limits, play
-from glmv_jax.rl.players import sampled
+from glmv_jax.rl.players import sampled, served
 from glmv_jax.rl.transcript import Form, Turn
 from glmv_jax.typing import UserError
 from tests import tiny_vlm
@@ -83,14 +87,38 @@ def records(talks):
     return recorded(talks)
 
 
-def test_trained_log_probabilities_are_the_sampled_ones(params):
+def drawn_by_sampler(params, sampling) -> list:
+    sampler = Sampler(CFG, sampling)
+    policy = lambda seed: sampled(sampler, params, jax.random.key(seed), tokens=TOKENS, patches=PATCHES)  # noqa: E731
+    return [talked(policy(seed), seed) for seed in (1, 2)]
+
+
+def drawn_by_engine(params, sampling) -> list:
+    """Two at a time, so that a slot reads on where it was, and where another was."""
+    sizes = Settings(slots=2, length=TOKENS, steps=4, chunks=(16, 64), patches=(16,), pictures=64)
+    limits = Limits(turns=3, tokens=TOKENS, patches=PATCHES)
+    with Front(Engine(CFG, params, sampling, sizes)) as front:
+
+        def policy(seed):
+            async def complete(document, room, turn):
+                most = min(room, sampling.max_new_tokens)
+                return await front.complete(Request(Prompt.of_document(document), 9 * seed + turn, max_new_tokens=most))
+
+            return served(complete)
+
+        async def both():
+            return await asyncio.gather(*(play(Talk(), policy(seed), seed, FORM, limits) for seed in (1, 2)))
+
+        return asyncio.run(both())
+
+
+@pytest.mark.parametrize("drawn_by", [drawn_by_sampler, drawn_by_engine])
+def test_trained_log_probabilities_are_the_sampled_ones(params, drawn_by):
     """To 1e-4 in float32: through prefills of three lengths, pictures that arrive later, packing, other positions.
 
-    The sampler may draw image tokens here, as an engine without suppression would.
+    Image tokens may be drawn here, as they are without suppression.
     """
-    sampler = Sampler(CFG, Sampling(8, stop=tuple(TOKENIZER.stops)))
-    policy = lambda seed: sampled(sampler, params, jax.random.key(seed), tokens=TOKENS, patches=PATCHES)  # noqa: E731
-    records = recorded([talked(policy(seed), seed) for seed in (1, 2)])
+    records = recorded(drawn_by(params, Sampling(8, stop=tuple(TOKENIZER.stops))))
     rows, left_out = episodes.to_rows(records, np.array([1.0, -2.0]), **(SIZES | {"rows": (1,)}))
     logits = tiny_vlm.batch_logits(CFG, params, rows).astype(np.float64)
     logprob = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -141,6 +169,29 @@ def test_an_image_token_that_the_model_draws_shows_nothing():
     assert (image & (rows["loss_weight"][0] > 0)).sum() == 4
     assert (rows["image_row"][0] >= 0).sum() == sum(len(p) // 4 for p, _ in record.images) == image.sum() - 4
     np.testing.assert_array_equal(rows["image_row"][0] >= 0, image & (rows["loss_weight"][0] == 0))
+
+
+def test_a_limit_inside_an_image_leaves_the_whole_image_out():
+    """Wherever it falls, and where there is no room for an image's patches: what nobody answered is not there, and the
+    image tokens that are left are as many as the visual tokens of the images that are left."""
+
+    async def policy(transcript, room):
+        return Turn.of(([2600, 2601, 2602] + [TOKENIZER.special["<|user|>"]])[:room], -1.0)
+
+    whole = asyncio.run(play(Talk(), policy, 0, FORM, Limits(turns=3)))
+    image = TOKENIZER.image
+    block = np.flatnonzero(whole.transcript.image_of_token == 1)  # the first picture of the second answer
+    assert len(block) > 3 and whole.ended == "done"
+    places = [Limits(turns=3, tokens=int(n)) for n in (block[0], block[0] + 1, block[-1], block[-1] + 1)]
+    for limits in [*places, Limits(turns=3, patches=whole.transcript.patches - 4)]:
+        episode = asyncio.run(play(Talk(), policy, 0, FORM, limits))
+        script = episode.transcript
+        assert episode.ended == "tokens" and len(script.images) == len(script.hashes) == 1 and script.drawn[-1]
+        assert len(script) < block[0] and (script.tokens == image).sum() == len(script.images[0][0]) // 4
+        np.testing.assert_array_equal(script.tokens, whole.transcript.tokens[: len(script)])
+        record = episodes.record(episode, Grade(0.0, False, {}), 0)
+        rows, _ = episodes.to_rows([record], np.ones(1), **SIZES)
+        assert (rows["image_row"][0] >= 0).sum() == (rows["tokens"][0] == image).sum() > 0
 
 
 def test_pixels_that_are_not_those_it_was_drawn_from_raise(records):
