@@ -51,7 +51,9 @@ def get_config(arg=None):
         # decay: of their pass rates p.
         "curriculum": {"on": False, "w_min": 0.05, "decay": 0.7},
         "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
-        "environments": (),  # pairs (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0)
+        # (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0), and perhaps its options:
+        # ("gymnasium/FrozenLake-v1", 1.0, {"is_slippery": False, "instructions": "Reach the goal."}).
+        "environments": (),
         # Rows of an update for episodes; their limits, 0: what a row holds; environments at a time; sync: tries.
         "episodes": {
             "rows": 8,

@@ -22,6 +22,7 @@ from glmv_jax.rl.envs import browser, oracles
 from glmv_jax.rl.play import Limits, play
 from glmv_jax.rl.players import scripted
 from glmv_jax.rl.transcript import Form
+from glmv_jax.typing import UserError
 
 pytestmark = pytest.mark.skipif(bool(browser.missing()), reason=browser.missing() or "a browser is here")
 
@@ -63,6 +64,13 @@ def test_tasks_are_won_by_coordinates_and_begin_the_same(started, task):
     one, other = (np.asarray(environment.reset(5).images[0]) for _ in range(2))
     np.testing.assert_array_equal(one, other)
     assert one.shape == (210, 160, 3)
+
+
+def test_tools_may_be_fewer():
+    few = envs.make("miniwob/click-test", tools=("click", "wait"))
+    assert [each["function"]["name"] for each in few.tools] == ["click", "wait"]
+    with pytest.raises(UserError, match="a browser has no tool 'clik'; it has click, double_click"):
+        envs.make("miniwob/click-test", tools=("clik",))
 
 
 def test_keys_wheel_and_what_a_browser_refuses(started):

@@ -279,6 +279,8 @@ def test_a_restart_plays_the_episodes_that_come_next():
         (["rollout.episodes.tokens=4096"], "raise data.tokens"),
         (["rollout.environments=(('windw', 1.0),)"], "of no family that there is"),
         (["rollout.environments=(('windows', 0.0),)"], "weights are above 0"),
+        (["rollout.environments=(('windows', 1.0, {'colour': 1}),)"], "unexpected keyword argument 'colour'"),
+        (["rollout.environments=(('gymnasium/FrozenLake-v1', 1.0, {'actions': ('up',)}),)"], "and 1 names have no"),
         (["rollout.overlong.buffer=4"], "rollout.overlong.buffer=0"),
         (["rollout.prompts=1"], "cannot be shared"),
     ],

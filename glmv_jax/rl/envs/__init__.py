@@ -11,6 +11,7 @@ gymnasium/<id>          whatever is registered with Gymnasium
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,11 +25,15 @@ from glmv_jax.typing import UserError
 def make(name: str, split: str = "train", seed: int = 0, **options: Any) -> Environment:
     """An environment by name. split, seed: of those that draw their own questions. options: of its class.
 
-    Raises UserError for a family or a member that there is not, and where its package is not installed.
+    Raises UserError for a family, a member or an option that there is not, and where its package is not installed.
     """
     family, _, member = name.partition("/")
     if family not in FAMILIES:
         raise UserError(f"environment {name!r} is of no family that there is; use {', '.join(FAMILIES)}")
+    try:
+        inspect.signature(FAMILIES[family]).bind(member, split, seed, **options)
+    except TypeError as error:
+        raise UserError(f"environment {name!r} of options {', '.join(options) or 'none'}: {error}") from None
     return FAMILIES[family](member, split, seed, **options)
 
 
@@ -59,7 +64,7 @@ FAMILIES: dict[str, Callable[..., Environment]] = {
     "desk": _desk,
     "windows": lambda name, split, seed: windows.Windows(split, seed),
     "reasoning_gym": lambda name, split, seed, **options: reasoning.Reasoning(name, **options),
-    "miniwob": lambda name, split, seed, **options: browser.Browser(name, **options),
+    "miniwob": lambda name, split, seed, pause=0.05, tools=(): browser.Browser(name, pause, tools),
     "gymnasium": _gymnasium,
 }
 

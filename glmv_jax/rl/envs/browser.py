@@ -19,7 +19,7 @@ import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -68,17 +68,19 @@ def missing() -> str:
 
 
 class Browser(Acting):
-    """task: one of `names()`.   pause: seconds between an action and the screenshot after it.
+    """task: one of `names()`.   pause: seconds between an action and the screenshot after it.   tools: names of those
+    of TOOLS that are announced and may be called; () for all.
 
     utterance: what the page asks for. size: (width, height) of screenshots.
     dom: the page as MiniWoB++ describes it (`miniwob.dom.DOMElement`), for a script.
     """
 
-    tools = TOOLS
-
-    def __init__(self, task: str, pause: float = 0.05):
+    def __init__(self, task: str, pause: float = 0.05, tools: Sequence[str] = ()):
         if task not in names():
             raise UserError(f"miniwob has no task {task!r}; `envs.browser.names()` lists them")
+        if unknown := [name for name in tools if name not in _ACTIONS]:
+            raise UserError(f"a browser has no tool {unknown[0]!r}; it has {', '.join(_ACTIONS)}")
+        self.tools = [each for each in TOOLS if not tools or each["function"]["name"] in tools]
         self.source = f"miniwob/{task}"
         self._task, self._pause = task, pause
         self._env: Any = None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
-import functools
 import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -53,11 +52,13 @@ class Episodes:
 
         self._stage = stage
         d, r, e = stage.cfg.data, stage.cfg.rollout, stage.cfg.rollout.episodes
-        share = {name: float(weight) for name, weight in r.environments}
+        share = {name: float(weight) for name, weight, *_ in r.environments}
+        options = {name: dict(*given) for name, _, *given in r.environments}
         if min(share.values()) <= 0:
             raise UserError(f"rollout.environments={r.environments}: weights are above 0; leave others out")
         self._names, self._share = list(share), np.array(list(share.values())) / sum(share.values())
-        make = functools.partial(envs.make, split="train", seed=namespaced("rl", stage.data_seed))
+        seed = namespaced("rl", stage.data_seed)
+        make = lambda name: envs.make(name, "train", seed, **options[name])  # noqa: E731
         self._sources = {name: _source(make(name)) for name in share}
         self.parts = {source: envs.part(name) for name, source in self._sources.items()}
         self.weights = {name: weight for name, weight in d.weights.items() if weight}
