@@ -44,6 +44,14 @@ class Ticket:
         """Has it end soon, from any thread: `done` is what it had so far, or the whole if that came first."""
         self.front.ask(lambda: self.front.abort(self))
 
+    async def answer(self) -> Completion:
+        """What `done` will be. Cancelled, the request is aborted."""
+        try:
+            return await asyncio.wrap_future(self.done)
+        except asyncio.CancelledError:
+            self.abort()
+            raise
+
 
 class Front:
     """The thread of one engine; a context manager that ends it. Nobody else may call the engine meanwhile."""
@@ -67,12 +75,7 @@ class Front:
         wait: for room in the queue, else Busy is raised.
         Raises UserError as `Engine.submit`, and whatever ended the engine.
         """
-        ticket = self.submit(request, wait=wait)
-        try:
-            return await asyncio.wrap_future(ticket.done)
-        except asyncio.CancelledError:
-            ticket.abort()
-            raise
+        return await self.submit(request, wait=wait).answer()
 
     async def stream(self, request: Request, *, wait: bool = True) -> AsyncIterator[Piece | Completion]:
         """Pieces of the answer as they come, and last of all the whole. Left early, the request is aborted."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import functools
 import json
 import threading
@@ -20,15 +21,16 @@ from PIL import Image
 
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import Tokenizer
+from glmv_jax.inference.front import Ticket
 from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.episodes import verdict
 from glmv_jax.rl.gym import Observation, Step, asked, said_by
 from glmv_jax.rl.pipeline import Group, Request, Scheduler, Settings
 from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.episodes import EpisodeEngine, Mixture, is_episode, records
-from glmv_jax.rl.pipeline.local import Rows
 from glmv_jax.rl.play import Limits
 from glmv_jax.rl.transcript import Form
+from tests.rl.simulated import Numbers
 
 TOKENIZER = Tokenizer()
 FORM = Form(TOKENIZER, Patcher(max_patches=16))
@@ -66,14 +68,26 @@ class Talk:
         self.world.closed += 1
 
 
+class Writing(Ticket):
+    """Of what draws here."""
+
+    def __init__(self, done, stop, task):
+        self.done, self.stop, self.task = done, stop, task
+
+    def abort(self):
+        self.stop.set()
+
+
 class World:
     """What draws, a token a tick, with the weights there are; and the arena.
 
-    patience: by seed, seconds an answer of the environment takes. breaks: seeds that fail. mood: of all it says.
+    hangs: the turn from which a token takes a minute. patience: by seed, seconds an answer of the environment takes.
+    breaks: seeds that fail. mood: of all it says.
     """
 
     def __init__(self, tick=0.0, size=8):
         self.tick, self.patience, self.breaks, self.mood, self.closed = tick, {}, set(), "", 0
+        self.hangs, self.tickets = 99, []
         self.version, self.resets, self.drawn = 0, 0, collections.Counter()
         self.arena = Arena(lambda name: Talk(self), size)
         self.engine = EpisodeEngine(self.arena, self.ask, FORM, LIMITS, LONGEST)
@@ -87,15 +101,15 @@ class World:
         ids = (words[: length - 1] + [TOKENIZER.special["<|user|>"]])[: min(room, LONGEST)]
         known = [] if begun is None else [(*x,) for x in zip(begun.tokens, begun.logprobs, begun.versions)]
         assert [int(x[0]) for x in known] == ids[: len(known)] and len(known) < len(ids)
-        return self._ticket(request, known, ids)
+        return self._ticket(request, known, ids, self.tick if turn < self.hangs else 60.0)
 
-    def _ticket(self, request, known, ids):
+    def _ticket(self, request, known, ids, tick):
         done, stop = Future(), threading.Event()
         done.set_running_or_notify_cancel()
 
         async def write():
             while len(known) < len(ids) and not stop.is_set():
-                await asyncio.sleep(self.tick)
+                await asyncio.sleep(tick)
                 known.append((ids[len(known)], -len(known) / 8, self.version))
                 self.drawn[request.prompt.uid] += 1
             tokens, logprobs, versions = (np.array(x) for x in (zip(*known) if known else ((), (), ())))
@@ -103,7 +117,8 @@ class World:
             done.set_result(types.SimpleNamespace(tokens=tokens, logprobs=logprobs, versions=versions, reason=reason))
 
         task = asyncio.get_running_loop().create_task(write())
-        return types.SimpleNamespace(done=done, abort=stop.set, task=task)
+        self.tickets.append(Writing(done, stop, task))
+        return self.tickets[-1]
 
     def set_params(self, params, version):
         self.version = version
@@ -246,6 +261,16 @@ def test_what_is_stopped_is_answered_at_once_whatever_its_environment_does():
     assert gone_on.drawn.tokens.tolist() == whole.tokens.tolist() and not gone_on.facts["thrown_away"]
 
 
+def test_time_that_is_up_stops_what_draws():
+    """And is an end as others are: what was said in whole turns is graded."""
+    world, prompt = World(), mixture().draw()
+    world.hangs, world.engine.limits = 1, dataclasses.replace(LIMITS, seconds=1.0)
+    ended = answer(world, prompt)
+    assert (ended.facts["ended"], ended.facts["turns"], ended.reason) == ("time", 1, "stop")
+    assert ended.drawn.tokens.tolist() == answer(World(), prompt).drawn.tokens[: len(ended.drawn)].tolist()
+    assert [ticket.stop.is_set() for ticket in world.tickets] == [False, True]
+
+
 def test_an_environment_that_fails_costs_its_group_and_another_is_played():
     world = World()
     world.breaks = {1, 3}
@@ -304,26 +329,23 @@ def wait_until(what, seconds=10.0):
     pytest.fail("it does not come")
 
 
+class Learning(Numbers):
+    """Questions of three sources, which are told what was trained on."""
+
+    def learn(self, groups):
+        self.learnt = [group.prompt.key for group in groups]
+
+
 def test_questions_and_episodes_come_in_turn():
-    class Sources:
-        def __getitem__(self, key):
-            return {"samples": [types.SimpleNamespace(source=f"q{key}")]}
-
-    class Told(Rows):
-        told = ()
-
-        def learn(self, groups):
-            self.told = [group.prompt.source for group in groups]
-
-    mixed = Mixture(rows := Told(Sources()), 2, 1, lambda n: ("e", f"e{n}", 10 + n))
+    rows = Learning(("q0", "q1", "q2"))
+    mixed = Mixture(rows, 2, 1, lambda n: ("e", f"e{n}", 10 + n))
     prompts = [mixed.draw() for _ in range(6)]
-    assert [p.source for p in prompts] == ["q0", "q1", "e0", "q2", "q3", "e1"]
-    assert [is_episode(p) for p in prompts] == [False, False, True] * 2 and prompts[5].key == {
-        "environment": "e",
-        "seed": 11,
-    }
+    assert [(p.uid, p.source) for p in prompts] == [*enumerate(["q0", "q1", "e0", "q2", "q0", "e1"])]
+    assert [is_episode(p) for p in prompts] == [False, False, True] * 2
+    assert [p.key for p in prompts[1:3]] == [1, {"environment": "e", "seed": 10}]
     state, following = mixed.get_state(), mixed.draw()
+    assert following.key == 4
     mixed.set_state(json.loads(json.dumps(state)))
-    assert mixed.draw() == following and following.source == "q4"
+    assert mixed.draw() == following
     mixed.learn([Group.fresh(prompt, 1) for prompt in prompts])
-    assert rows.told == ["q0", "q1", "q2", "q3"], "a curriculum hears of its questions"
+    assert rows.learnt == [0, 1, 2, 3]

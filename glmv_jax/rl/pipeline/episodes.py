@@ -13,7 +13,7 @@ import asyncio
 import copy
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ Ask = Callable[[Request, Document, int, int, requests.Completion | None], Ticket
 class Mixture:
     """`Prompts` that are questions and episodes in turn, so many of a step each.
 
-    rows: of the questions; None without.   episode: of a number: the environment's name, its source and a seed.
+    rows: the `Prompts` of the questions; None without.
+    episode: of a number: the environment's name, its source and a seed.
     """
 
     def __init__(
@@ -58,17 +59,17 @@ class Mixture:
         return Prompt(uid, {"environment": name, "seed": seed}, source)
 
     def learn(self, groups: Sequence[Group]) -> None:
-        """The questions may have a curriculum; the order of the episodes is fixed."""
-        if self._rows is not None:
-            self._rows.learn([group for group in groups if not is_episode(group.prompt)])
+        """The order of episodes is fixed, that of questions may be a curriculum's."""
+        if asked := [group for group in groups if not is_episode(group.prompt)]:
+            self._rows.learn(asked)
 
     def get_state(self) -> dict[str, Any]:
-        return {"drawn": self._drawn, "questions": None if self._rows is None else self._rows.get_state()}
+        return {"drawn": self._drawn, "rows": self._rows and self._rows.get_state()}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: Mapping[str, Any]) -> None:
         self._drawn = state["drawn"]
         if self._rows is not None:
-            self._rows.set_state(state["questions"])
+            self._rows.set_state(state["rows"])
 
 
 def is_episode(prompt: Prompt) -> bool:
@@ -210,7 +211,7 @@ class _Playing:
             return begun
         self._ticket = self._engine.ask(self._request, transcript.document(), room, transcript.turns, _begun(begun))
         try:
-            answer = await asyncio.wrap_future(self._ticket.done)
+            answer = await self._ticket.answer()
         finally:
             self._ticket = None
         turn = Turn.of(answer.tokens, answer.logprobs, answer.versions)

@@ -3,7 +3,6 @@ cfg.rollout.slots the inference engine, which gets the weights of each step, in 
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 from typing import TYPE_CHECKING
 
@@ -62,7 +61,7 @@ class Players:
             return sampled(self._sampler, self._params, own, tokens=self._limits.tokens, patches=self._limits.patches)
 
         async def complete(document: Document, room: int, turn: int) -> Completion:
-            return await asyncio.wrap_future(self._drawn(document, room, f"{seed}/{member}/{turn}").done)
+            return await self._drawn(document, room, f"{seed}/{member}/{turn}").answer()
 
         return served(complete)
 
