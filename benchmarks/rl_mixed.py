@@ -1,6 +1,6 @@
 """Do tasks train better together? One start, RL on 31 kinds at once, RL on some of them alone, held-out rewards of all.
 
-    python benchmarks/rl_mixed.py --init RUN/pretrain [--runs runs/mixed] [--steps 300] [--out FILE.json]
+    python benchmarks/rl_mixed.py --init RUN/pretrain [--runs runs/mixed] [--steps 150] [--out FILE.json]
 
 RUN: of launch/quickstart.sh. In order: the start (SFT), `joint`, a run a kind of --alone with as many questions of it
 as `joint` had, and the rewards on held-out questions: answers drawn at temperature 1, and greedy ones, each with the
@@ -32,10 +32,10 @@ from glmv_jax.train import weights
 from glmv_jax.train.checkpoint import load_config, newest
 from glmv_jax.train.main import stage_class
 from glmv_jax.train.stages.vlm_measures import held_out
-from glmv_jax.train.sweep.child import Child, progress_of, train_command
+from glmv_jax.train.sweep.child import Child, Stopper, progress_of, train_command
 
 EXPERIMENT = "experiments/rl_mixed.py"
-ALONE = ("name", "count", "attribute", "point", "difference", "gui_ground")
+ALONE = ("attribute", "gui_step", "formula", "count", "point", "arithmetic")
 CONDITIONS = ("drawn", "drawn shuffled", "greedy", "greedy shuffled")
 ROWS = 64  # answers at a time
 BINS = 10  # parts of a run whose mean rewards are compared
@@ -46,24 +46,29 @@ FORGOTTEN = -0.05
 
 
 def train(folder: pathlib.Path, config: str, *overrides: str) -> None:
-    """One `glmv train`, with a line about how far it is every half minute; notes its processor time."""
-    child, began = Child(folder.with_suffix(".log"), train_command(config, folder, overrides), apart=False), _spent()
-    steps, first, said = next(int(o[6:]) for o in overrides if o.startswith("steps=")), None, time.monotonic()
-    while not child.poll():
-        time.sleep(1)
-        step = progress_of(folder)[0]
-        if step and first is None:
-            first = (step, time.monotonic())
-        if time.monotonic() - said > 30:
-            said = time.monotonic()
-            left = (said - first[1]) / max(1, step - first[0]) * (steps - step) / 60 if first else float("nan")
-            print(f"{folder.name}: step {step} of {steps}, {left:.0f} min left", file=sys.stderr, flush=True)
+    """One `glmv train`, the last override its steps. Says every half minute how far it is; notes its processor time."""
+    steps, first, said, began = int(overrides[-1].removeprefix("steps=")), None, time.monotonic(), _spent()
+    say = functools.partial(print, file=sys.stderr, flush=True)
+    with Stopper(say) as stopper:
+        child = stopper.children[folder.name] = Child(
+            folder.with_suffix(".log"), train_command(config, folder, overrides)
+        )
+        while not child.poll():
+            time.sleep(1)
+            step = progress_of(folder)[0]
+            if step and first is None:
+                first = (step, time.monotonic())
+            if first and time.monotonic() - said > 30:
+                said = time.monotonic()
+                left = (said - first[1]) / max(1, step - first[0]) * (steps - step) / 60
+                say(f"{folder.name}: step {step} of {steps}, {left:.0f} min left")
+    with open(folder / "processor.jsonl", "a", encoding="utf-8") as file:
+        file.write(json.dumps({"step": progress_of(folder)[0], "seconds": _spent() - began}) + "\n")
+    if stopper.number:
+        raise SystemExit("rl_mixed.py: stopped; the same command goes on from here")
     if child.exit_code:
         raise SystemExit(f"rl_mixed.py: {folder} ended with {child.exit_code}; its last words:\n{child.last_words(5)}")
-    if (steps_done := progress_of(folder)[0]) and first:
-        with open(folder / "processor.jsonl", "a") as file:
-            file.write(json.dumps({"step": steps_done, "seconds": _spent() - began}) + "\n")
-    print(f"{folder.name}: done", file=sys.stderr, flush=True)
+    say(f"{folder.name}: done")
 
 
 def _spent() -> float:
@@ -248,7 +253,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="a finished run of stage 3 that the start is tuned from")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mixed"), help="folder of the runs")
-    parser.add_argument("--steps", type=int, default=300, help="of joint")
+    parser.add_argument("--steps", type=int, default=150, help="of joint")
     parser.add_argument("--alone", nargs="*", default=list(ALONE), help="kinds that are trained alone as well")
     parser.add_argument("--questions", type=int, default=32, help="held-out questions a kind")
     parser.add_argument("--draws", type=int, default=4, help="answers drawn to each")
@@ -261,14 +266,14 @@ def main() -> None:
     start = f"init_from={runs / 'start'}"
     train(runs / "start", f"{EXPERIMENT}:role=start", f"init_from={args.init}", f"steps={tuned.steps}")
     train(runs / "joint", EXPERIMENT, start, f"steps={args.steps}")
-    steps = {kind: _alone_steps(kind, args.steps, cfg) for kind in args.alone}
-    for kind in args.alone:
-        train(runs / f"alone_{kind}", f"{EXPERIMENT}:task={kind}", start, f"steps={steps[kind]}")
-
     kinds = list(cfg.data.weights)
     before, after = (rewards(runs / name, kinds, args.questions, args.draws) for name in ("start", "joint"))
     found = compared(before, after, kinds)
     print(table(found))
+    steps = {kind: _alone_steps(kind, args.steps, cfg) for kind in args.alone}
+    for kind in args.alone:
+        train(runs / f"alone_{kind}", f"{EXPERIMENT}:task={kind}", start, f"steps={steps[kind]}")
+
     visual = [kind for kind in kinds if len(before[kind]["drawn shuffled"]) > args.questions // 2]
     record = {"verdict": {}, "without the images": {}}
     for way in ("drawn", "greedy"):

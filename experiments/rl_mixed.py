@@ -40,7 +40,10 @@ def _data(size, weights, seed, **more):
 def _eval(weights):
     """A glance; benchmarks/rl_mixed.py asks more."""
     kinds = tuple(kind for kind in weights if weights[kind])
-    return {"kinds": kinds, "documents": 4, "questions": 8, "few": 4, "batch": 64, "max_new_tokens": 80, "shown": 2}
+    return {
+        "kinds": kinds, "documents": 4, "questions": 8, "few": 4, "batch": 64 if len(kinds) > 1 else 8,
+        "max_new_tokens": 80, "shown": 2,
+    }  # fmt: skip
 
 
 def _start(size, weights):
@@ -61,7 +64,7 @@ def _start(size, weights):
 
 def _rl(size, weights, single):
     nano = size == "nano"
-    steps, prompts = (300, 64) if nano else (2_000, 256)
+    steps, prompts = (150, 64) if nano else (2_000, 256)
     if single:  # as many questions of this kind as `joint` asks
         steps, prompts = round(4 * steps * weights[single] / sum(weights.values())), prompts // 4
         weights = {kind: float(kind == single) for kind in weights}
@@ -76,7 +79,7 @@ def _rl(size, weights, single):
         "max_new_tokens": 32 if nano else 4096, "temperature": 1.0, "top_p": 1.0,
         # Of some kinds, written apart: tokens of an answer, how many prompts at a time.
         "long": {"kinds": LONG if nano else (), "max_new_tokens": 80, "prompts": 4},
-        "advantage": "grpo", "components": (), "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},
+        "advantage": "dr_grpo", "components": (), "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},
         "pipeline": "sync", "proximal": False,
     }  # fmt: skip
     cfg.loss = {
@@ -92,7 +95,7 @@ def _rl(size, weights, single):
     cfg.rewards = {}
     cfg.reference = {"policy": "", "teachers": ()}
     cfg.optim = {
-        "lr": 1e-3 if nano else 1e-6, "clip": 1.0, "schedule": {"warmup": 0.02, "decay": "constant"},
+        "lr": 1e-3 if nano else 1e-6, "clip": 1.0, "schedule": {"warmup": 0.02, "decay": "cosine", "final": 0.1},
         "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.0 if nano else 0.5)),
     }  # fmt: skip
     cfg.eval = _eval(weights)

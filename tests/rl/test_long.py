@@ -28,22 +28,30 @@ GROUP = 2
 
 def test_answers_are_those_of_the_sampler_of_their_length():
     batch = next(prompts({"count": 1.0, "ground": 1.0}, BUILDER, batch=6, seed=0))
-    long_rows = np.repeat([sample.source == "ground" for sample in batch["samples"]], GROUP)
-    assert long_rows.sum() == 3 * GROUP  # two at a time: the second part is not full
+    (chosen,) = np.nonzero([sample.source == "ground" for sample in batch["samples"]])
+    assert len(chosen) == 3  # two at a time: the second part is not full
     params, key = tiny_vlm.params(CFG), jax.random.key(0)
     # Greedy: which random numbers a row draws with depends on its place in the batch.
     short, long = (Sampler(CFG, Sampling.chat(TOKENIZER, n, temperature=0.0), GROUP) for n in (3, 7))
     found = drawn(short, Long(long, frozenset({"ground"}), 2), params, batch, key)
-    of_short, of_long = (jax.device_get(sampler(params, Prompts.of(batch), key)) for sampler in (short, long))
-    assert (of_long.lengths[long_rows] > 3).all(), "the test needs answers that are longer than the others may be"
-    for name in ("tokens", "logprobs"):
-        ours, width = getattr(found, name), 3
-        np.testing.assert_allclose(ours[long_rows], getattr(of_long, name)[long_rows], atol=1e-5)
-        np.testing.assert_allclose(ours[~long_rows, :width], getattr(of_short, name)[~long_rows], atol=1e-5)
-    assert (found.tokens[~long_rows, 3:] == TOKENIZER.pad).all() and not found.logprobs[~long_rows, 3:].any()
-    for name in ("lengths", "finished"):
-        whole = np.where(long_rows, getattr(of_long, name), getattr(of_short, name))
-        np.testing.assert_array_equal(getattr(found, name), whole)
+    whole = jax.device_get(short(params, Prompts.of(batch), key))
+    others = np.repeat(~np.isin(np.arange(6), chosen), GROUP)
+    check(found, np.flatnonzero(others), whole, np.flatnonzero(others), 3)
+    assert (found.tokens[others, 3:] == TOKENIZER.pad).all() and not found.logprobs[others, 3:].any()
+    for pair in chosen[[0, 2]], chosen[[1, 1]]:  # beside others than there
+        rows = {name: batch[name][pair] for name in ("patches", "yx", "frame", *Prompts._fields[1:])}
+        check(found, answers_of(pair), jax.device_get(long(params, Prompts.of(rows), key)), np.arange(2 * GROUP), 7)
+    assert (found.lengths[~others] > 3).all(), "the test needs answers that are longer than the others may be"
+
+
+def answers_of(prompts):
+    return (prompts[:, None] * GROUP + np.arange(GROUP)).reshape(-1)
+
+
+def check(found, rows, want, at, width):
+    np.testing.assert_allclose(found.logprobs[rows, :width], want.logprobs[at], atol=1e-5)
+    for ours, theirs in zip((found.tokens[:, :width], *found[2:]), (want.tokens, *want[2:])):
+        np.testing.assert_array_equal(ours[rows], theirs[at])
 
 
 @pytest.mark.parametrize(
