@@ -58,9 +58,9 @@ def train(folder: pathlib.Path, config: str, *overrides: str) -> None:
             step = progress_of(folder)[0]
             if step and first is None:
                 first = (step, time.monotonic())
-            if first and time.monotonic() - said > 30:
+            if first and step > first[0] and time.monotonic() - said > 30:
                 said = time.monotonic()
-                left = (said - first[1]) / max(1, step - first[0]) * (steps - step) / 60
+                left = (said - first[1]) / (step - first[0]) * (steps - step) / 60
                 say(f"{folder.name}: step {step} of {steps}, {left:.0f} min left")
     with open(folder / "processor.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": progress_of(folder)[0], "seconds": _spent() - began}) + "\n")

@@ -16,6 +16,7 @@ from glmv_jax.data.building import DocumentBuilder
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.tokenizer import open_tokenizer
 from glmv_jax.rl import tasks
+from glmv_jax.train.sweep.child import progress_of
 
 REPO = pathlib.Path(__file__).resolve().parent.parent.parent
 EXPERIMENT = str(REPO / "experiments" / "rl_mixed.py")
@@ -90,6 +91,12 @@ def test_curve_takes_the_last_word_on_a_step(mixed, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     mixed.BINS = 2
     assert mixed.curve(tmp_path, "x") == pytest.approx([0.1, 0.5])
+
+
+def test_progress_is_read_from_lines_of_many_sources(tmp_path):
+    lines = [{"step": step} | {f"reward/{source}": 1 / 3 for source in range(900)} for step in (6, 7)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 8, "cut')
+    assert progress_of(tmp_path) == (7, None)
 
 
 def test_plot_is_an_svg(mixed):
