@@ -27,7 +27,8 @@ import numpy as np
 from glmv_jax.config import load
 from glmv_jax.data.heldout import prompt_chunks
 from glmv_jax.eval.vlm import with_shuffled_images
-from glmv_jax.inference.sampler import Sampler, Sampling
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
+from glmv_jax.inference.text import answer_text
 from glmv_jax.train import weights
 from glmv_jax.train.checkpoint import load_config, newest
 from glmv_jax.train.main import stage_class
@@ -102,7 +103,6 @@ def rewards(run: pathlib.Path, kinds: Sequence[str], questions: int, draws: int)
 
 def _asker(run: pathlib.Path, kinds: Sequence[str], draws: int):
     from glmv_jax.rl import score, tasks
-    from glmv_jax.rl.rollout import rollout
 
     cfg = load_config(run)
     r = load(EXPERIMENT).rollout
@@ -123,11 +123,12 @@ def _asker(run: pathlib.Path, kinds: Sequence[str], draws: int):
             asked = with_shuffled_images(samples) if condition.endswith("shuffled") else samples
             values: dict[str, list[float]] = {}
             for n, (rows, chunk) in enumerate(prompt_chunks(asked, stage.asker, ROWS // using.group, [kind])):
-                filled = [*chunk, *[chunk[-1]] * (len(rows["length"]) - len(chunk))]
-                key = jax.random.fold_in(jax.random.key(1), n)
-                records = rollout(using, params, rows | {"samples": filled}, key, stage.tokenizer, graded)
-                for record in records[: len(chunk) * using.group]:
-                    values.setdefault(record.id, []).append(record.grade.reward)
+                out = jax.device_get(using(params, Prompts.of(rows), jax.random.fold_in(jax.random.key(1), n)))
+                each = [sample for sample in chunk for _ in range(using.group)]
+                answers = [ids[:length] for ids, length in zip(out.tokens[: len(each)], out.lengths)]
+                texts = [answer_text(stage.tokenizer, ids, using.sampling.stop) for ids in answers]
+                for sample, grade in zip(each, graded(each, texts)):
+                    values.setdefault(sample.id, []).append(grade.reward)
             found[condition] = {name: float(np.mean(x)) for name, x in values.items()}
         return found
 
@@ -155,7 +156,7 @@ def verdict(gains: dict[str, dict[str, float]]) -> dict[str, Any]:
     sure = lambda sign: [k for k, g in gains.items() if sign * g["mean"] > 1.96 * g["error"]]  # noqa: E731
     return {
         "sources": len(gains), "mean": float(np.mean(list(means.values()))), "interval": interval(list(means.values())),
-        "better": sum(x > 0 for x in means.values()), "surely better": len(sure(1)), "surely worse": sure(-1),
+        "better": sum(x > 0 for x in means.values()), "surely better": sure(1), "surely worse": sure(-1),
         "least": min(means.items(), key=lambda item: item[1]),
         "forgotten": [kind for kind, x in means.items() if x < FORGOTTEN],
     }  # fmt: skip
@@ -164,7 +165,7 @@ def verdict(gains: dict[str, dict[str, float]]) -> dict[str, Any]:
 # --- curves -----------------------------------------------------------------------------------------------------------
 
 
-def curve(run: pathlib.Path, kind: str, last: int | None = None) -> list[float]:
+def curve(run: pathlib.Path, kind: str) -> list[float]:
     """Mean training reward of a kind in each of BINS equal parts of the run's steps; its questions are always new."""
     steps = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
@@ -233,7 +234,8 @@ def table(found: dict[str, dict[str, dict]]) -> str:
 
 
 def compared(start: dict, joint: dict, kinds: Sequence[str]) -> dict[str, dict[str, dict]]:
-    """By source and way of answering: mean rewards, the gain, and the gain when joint sees another question's image."""
+    """By source and way of answering: mean rewards; the gain, that left when joint sees another question's image, and
+    that when both do; what either earns by seeing its own image rather than another's."""
     mean = lambda values: float(np.mean(list(values.values()))) if values else None  # noqa: E731
     found: dict[str, dict[str, dict]] = {}
     for kind in kinds:
@@ -245,6 +247,8 @@ def compared(start: dict, joint: dict, kinds: Sequence[str]) -> dict[str, dict[s
                 "start shuffled": mean(a[f"{way} shuffled"]), "shuffled": mean(b[f"{way} shuffled"]),
                 "gain shuffled": paired(a[way], b[f"{way} shuffled"]),
                 "gain both shuffled": paired(a[f"{way} shuffled"], b[f"{way} shuffled"]),
+                "start by its image": paired(a[f"{way} shuffled"], a[way]),
+                "joint by its image": paired(b[f"{way} shuffled"], b[way]),
             }  # fmt: skip
     return found
 
@@ -253,6 +257,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="a finished run of stage 3 that the start is tuned from")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mixed"), help="folder of the runs")
+    parser.add_argument("--start-steps", type=int, default=150, help="of the start")
     parser.add_argument("--steps", type=int, default=150, help="of joint")
     parser.add_argument("--alone", nargs="*", default=list(ALONE), help="kinds that are trained alone as well")
     parser.add_argument("--questions", type=int, default=32, help="held-out questions a kind")
@@ -262,9 +267,9 @@ def main() -> None:
     runs = args.runs.absolute()
     runs.mkdir(parents=True, exist_ok=True)
     _compilation_cache()
-    tuned, cfg = load(f"{EXPERIMENT}:role=start"), load(EXPERIMENT)
+    cfg = load(EXPERIMENT)
     start = f"init_from={runs / 'start'}"
-    train(runs / "start", f"{EXPERIMENT}:role=start", f"init_from={args.init}", f"steps={tuned.steps}")
+    train(runs / "start", f"{EXPERIMENT}:role=start", f"init_from={args.init}", f"steps={args.start_steps}")
     train(runs / "joint", EXPERIMENT, start, f"steps={args.steps}")
     kinds = list(cfg.data.weights)
     before, after = (rewards(runs / name, kinds, args.questions, args.draws) for name in ("start", "joint"))
@@ -275,12 +280,13 @@ def main() -> None:
         train(runs / f"alone_{kind}", f"{EXPERIMENT}:task={kind}", start, f"steps={steps[kind]}")
 
     visual = [kind for kind in kinds if len(before[kind]["drawn shuffled"]) > args.questions // 2]
-    record = {"verdict": {}, "without the images": {}}
+    record = {"verdict": {}, "visual": {}}
     for way in ("drawn", "greedy"):
         record["verdict"][way] = verdict({kind: found[kind][way]["gain"] for kind in kinds})
-        for name in ("gain", "gain shuffled", "gain both shuffled"):
+        names = ("gain", "gain shuffled", "gain both shuffled", "start by its image", "joint by its image")
+        for name in names:
             seen = {kind: found[kind][way][name] for kind in visual}
-            record["without the images"][f"{way}: {name}"] = verdict(seen)
+            record["visual"][f"{way}: {name}"] = verdict(seen)
     alone = {kind: rewards(runs / f"alone_{kind}", [kind], args.questions, args.draws)[kind] for kind in args.alone}
     runs_of = {kind: {"joint": runs / "joint", "alone": runs / f"alone_{kind}"} for kind in args.alone}
     curves = {kind: {name: curve(run, kind) for name, run in pair.items()} for kind, pair in runs_of.items()}
@@ -294,7 +300,7 @@ def main() -> None:
         }
         for kind in args.alone
     }  # fmt: skip
-    print(json.dumps({name: record[name] for name in ("verdict", "without the images")}, indent=1))
+    print(json.dumps({name: record[name] for name in ("verdict", "visual", "alone")}, indent=1))
     if args.out:
         meta = json.loads((runs / "joint" / "meta.json").read_text())
         r = cfg.rollout
@@ -303,7 +309,7 @@ def main() -> None:
             for name in ("start", "joint")
         }
         budget["joint"]["answers"] = budget["joint"]["steps"] * r.prompts * r.group
-        about = {"budget": budget, "questions": args.questions, "draws": args.draws, "visual": visual}
+        about = {"budget": budget, "questions": args.questions, "draws": args.draws, "visual kinds": visual}
         line = about | record | {"sources": found} | {name: meta[name] for name in ("jax", "devices", "host")}
         args.out.write_text(json.dumps(line) + "\n", encoding="utf-8")
         shown = {kind: row["drawn"] for kind, row in found.items()}

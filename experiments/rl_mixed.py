@@ -80,7 +80,7 @@ def _rl(size, weights, single):
         # Of some kinds, written apart: tokens of an answer, how many prompts at a time.
         "long": {"kinds": LONG if nano else (), "max_new_tokens": 80, "prompts": 4},
         "advantage": "dr_grpo", "components": (), "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},
-        "pipeline": "sync", "proximal": False,
+        "pipeline": "sync", "dynamic": False, "proximal": False,
     }  # fmt: skip
     cfg.loss = {
         "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28, "dual_clip": 0.0, "ratio_cap": 5.0, "tv": 0.2,

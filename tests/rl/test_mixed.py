@@ -64,7 +64,7 @@ def test_gains_are_paired_and_judged(mixed):
     assert math.isnan(mixed.paired({"a": 0.0}, {"a": 1.0})["mean"])
     worse = {"mean": -0.2, "error": 0.01}
     said = mixed.verdict({"x": rose, "y": mixed_one, "z": worse})
-    assert said["better"] == said["surely better"] == 1 and said["surely worse"] == ["z"]
+    assert said["better"] == 1 and said["surely better"] == ["x"] and said["surely worse"] == ["z"]
     assert said["least"] == ("z", -0.2) and said["forgotten"] == ["y", "z"]
     assert said["interval"][0] < said["mean"] < said["interval"][1]
 
