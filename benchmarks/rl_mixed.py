@@ -1,6 +1,6 @@
 """Do tasks train better together? One start, RL on 31 kinds at once, RL on some of them alone, held-out rewards of all.
 
-    python benchmarks/rl_mixed.py --init RUN/pretrain [--runs runs/mixed] [--steps 150] [--out FILE.json]
+    python benchmarks/rl_mixed.py --init RUN/pretrain [--runs runs/mixed] [--steps 300] [--out FILE.json]
 
 RUN: of launch/quickstart.sh. In order: the start (SFT), `joint`, a run a kind of --alone with as many questions of it
 as `joint` had, and the rewards on held-out questions: answers drawn at temperature 1, and greedy ones, each with the
@@ -49,7 +49,9 @@ FORGOTTEN = -0.05
 def train(folder: pathlib.Path, config: str, *overrides: str) -> None:
     """One `glmv train`, the last override its steps. Says every half minute how far it is; notes its processor time."""
     steps, first, said, began = int(overrides[-1].removeprefix("steps=")), None, time.monotonic(), _spent()
-    say = functools.partial(print, file=sys.stderr, flush=True)
+    say, before = functools.partial(print, file=sys.stderr, flush=True), progress_of(folder)[0]
+    if before >= steps and (folder / "results.json").exists():
+        return say(f"{folder.name}: done before")
     with Stopper(say) as stopper:
         child = stopper.children[folder.name] = Child(
             folder.with_suffix(".log"), train_command(config, folder, overrides)
@@ -63,8 +65,9 @@ def train(folder: pathlib.Path, config: str, *overrides: str) -> None:
                 said = time.monotonic()
                 left = (said - first[1]) / (step - first[0]) * (steps - step) / 60
                 say(f"{folder.name}: step {step} of {steps}, {left:.0f} min left")
-    with open(folder / "processor.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps({"step": progress_of(folder)[0], "seconds": _spent() - began}) + "\n")
+    if (step := progress_of(folder)[0]) > before:
+        with open(folder / "processor.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"to": step, "of": steps, "seconds": round(_spent() - began, 1)}) + "\n")
     if stopper.number:
         raise SystemExit("rl_mixed.py: stopped; the same command goes on from here")
     if child.exit_code:
@@ -77,9 +80,9 @@ def _spent() -> float:
     return used.ru_utime + used.ru_stime
 
 
-def processor_seconds(folder: pathlib.Path) -> float:
-    path = folder / "processor.jsonl"
-    return sum(json.loads(line)["seconds"] for line in path.read_text().splitlines()) if path.exists() else float("nan")
+def attempts(folder: pathlib.Path) -> list[dict[str, float]]:
+    """What a run took: of each attempt the step it came to, of how many, and its processor seconds, all included."""
+    return [json.loads(line) for line in (folder / "processor.jsonl").read_text().splitlines()]
 
 
 # --- held-out rewards -------------------------------------------------------------------------------------------------
@@ -258,7 +261,7 @@ def main() -> None:
     parser.add_argument("--init", required=True, help="a finished run of stage 3 that the start is tuned from")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mixed"), help="folder of the runs")
     parser.add_argument("--start-steps", type=int, default=150, help="of the start")
-    parser.add_argument("--steps", type=int, default=150, help="of joint")
+    parser.add_argument("--steps", type=int, default=300, help="of joint")
     parser.add_argument("--alone", nargs="*", default=list(ALONE), help="kinds that are trained alone as well")
     parser.add_argument("--questions", type=int, default=32, help="held-out questions a kind")
     parser.add_argument("--draws", type=int, default=4, help="answers drawn to each")
@@ -292,8 +295,7 @@ def main() -> None:
     curves = {kind: {name: curve(run, kind) for name, run in pair.items()} for kind, pair in runs_of.items()}
     record["alone"] = {
         kind: {
-            "steps": steps[kind], "processor_seconds": processor_seconds(runs_of[kind]["alone"]),
-            "curves": curves[kind],
+            "steps": steps[kind], "attempts": attempts(runs_of[kind]["alone"]), "curves": curves[kind],
             "oscillation": {name: oscillation(values) for name, values in curves[kind].items()},
             "gain": {way: paired(before[kind][way], alone[kind][way]) for way in ("drawn", "greedy")},
             "joint gain": {way: found[kind][way]["gain"] for way in ("drawn", "greedy")},
@@ -304,11 +306,8 @@ def main() -> None:
     if args.out:
         meta = json.loads((runs / "joint" / "meta.json").read_text())
         r = cfg.rollout
-        budget = {
-            name: {"steps": progress_of(runs / name)[0], "processor_seconds": processor_seconds(runs / name)}
-            for name in ("start", "joint")
-        }
-        budget["joint"]["answers"] = budget["joint"]["steps"] * r.prompts * r.group
+        budget = {name: {"attempts": attempts(runs / name)} for name in ("start", "joint")}
+        budget["joint"] |= {"steps": args.steps, "answers": args.steps * r.prompts * r.group}
         about = {"budget": budget, "questions": args.questions, "draws": args.draws, "visual kinds": visual}
         line = about | record | {"sources": found} | {name: meta[name] for name in ("jax", "devices", "host")}
         args.out.write_text(json.dumps(line) + "\n", encoding="utf-8")

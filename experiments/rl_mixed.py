@@ -64,7 +64,7 @@ def _start(size, weights):
 
 def _rl(size, weights, single):
     nano = size == "nano"
-    steps, prompts = (150, 64) if nano else (2_000, 256)
+    steps, prompts = (300, 64) if nano else (2_000, 256)
     if single:  # as many questions of this kind as `joint` asks
         steps, prompts = round(4 * steps * weights[single] / sum(weights.values())), prompts // 4
         weights = {kind: float(kind == single) for kind in weights}
