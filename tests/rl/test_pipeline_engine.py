@@ -55,7 +55,7 @@ def test_every_token_is_what_its_version_draws_and_every_answer_is_graded(polici
         "count": {"parts": {"rule": {"kind": "rule", "rule": "number"}}},
         "read": {"parts": {"rule": {"kind": "rule", "rule": "reading"}}},
     }})  # fmt: skip
-    settings = Settings(2, GROUP, staleness=2, late="abort", in_flight=4)
+    settings = Settings(2, GROUP, staleness=2, late="abort", in_flight=6)  # more than rows: some always wait
 
     async def build(step, groups):
         return rollouts(groups, rows)
