@@ -56,6 +56,8 @@ def reply(body: dict, number: int) -> tuple[float, str]:
     """(seconds until it comes, the verdict).   number: of the request, which all chance here depends on."""
     from tests.rl.rewards.fake_judge import between, word
 
+    if "VERDICT" not in body["messages"][0]["content"]:
+        return 0.0, "yes"  # it is asked whether it is there
     rng = random.Random(number)
     seconds = SLOW if rng.random() < SHARE else rng.expovariate(1 / TYPICAL)
     letters = [c for c in between(body, "ANSWER").lower() if c.isalpha()]
