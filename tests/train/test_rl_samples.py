@@ -101,6 +101,9 @@ def test_rows_say_what_was_asked_and_answered(run):
         assert (prompt["prompt"], prompt["gold"]) == (sample.prompt, sample.answer) and row["id"] == sample.id
         assert stage.tokenizer.decode(row["tokens"]).startswith(row["text"])
         assert len(row["tokens"]) == len(row["logprobs"]) == len(row["versions"]) == row["length"]
+        assert set(row["versions"]) == {row["step"]} == {row["trained_at"]}
+        grade = by_letters(row["text"], sample)
+        assert (row["reward"], row["correct"], row["flags"]) == (grade.reward, grade.correct, list(grade.flags))
 
 
 def test_pictures_are_those_that_were_seen_each_once(run):
