@@ -5,7 +5,11 @@
     glmv train --config experiments/rl_mixed.py:task=count --workdir runs/count --config.init_from=runs/mixed/start
 
 RUN: of launch/quickstart.sh. `python benchmarks/rl_mixed.py` does all of this and compares them; its numbers are in
-benchmarks/results/rl_mixed_nano.json.
+benchmarks/results/rl_mixed_nano.json: 300 steps lift the held-out reward of drawn answers from .216 to .258, 25 of 31
+kinds, mean gain .042 (.023 to .063 over kinds); of greedy ones by .014 (-.010 to .037). Most kinds are answered without
+looking: where both see another question's image the gain is .041 of .043, `name` apart; 150 steps of SFT showed some
+360 questions of each kind. With "grpo" advantages and a constant rate the reward had not risen after 212 steps, while
+the entropy fell from 1.0 to .45; both were changed at once.
 role=start: a cold start by supervised tuning on the tasks' own questions and gold answers, of another seed than RL's.
 task=NAME: one kind alone, with as many questions as `joint` spends on it, in batches a quarter as large.
 size=nano: one CPU thread; 64 prompts x 8 answers a step, 64 patches a question. The kinds of LONG, whose answers take
