@@ -195,7 +195,7 @@ class Programs:
             pick = lambda a, b, axis: jnp.where(_along(works, a, axis), a, b)  # noqa: E731
             return self._put(cache, jax.tree.map(pick, made, there, self._axes), at(chunk.row))
 
-        return self._pinned(jax.lax.fori_loop(0, works_DL.sum(axis=1).max(), one, cache))
+        return self._pinned(jax.lax.fori_loop(0, L, one, cache))  # not until all work is done: shards need not agree
 
     def _of_lane(self, x: jax.Array, axis: int, lane: jax.Array, lanes: int) -> jax.Array:
         """Of rows of D shards with `lanes` each those of one."""

@@ -453,7 +453,7 @@ def test_two_devices_are_as_one(params, wanted, compilations, monkeypatch):
     monkeypatch.setattr(vlm, "layers_apart", lambda cfg, params, cache, rows: (params, cache))
     monkeypatch.setattr(vlm, "for_rows", lambda cfg, params, rows: params)
     engine = on_mesh(params, wanted, compilations, make_mesh({"data": 2}, jax.devices()[:2]))
-    chunk = engine._chunk(1, SETTINGS.chunks[0])
+    chunk = engine._chunk(SETTINGS.lanes, SETTINGS.chunks[0])
     prefill = engine._programs.prefill.lower(engine._weights.prefill, engine._visual, engine._cache, chunk).compile()
     assert collectives(prefill) == []
 
