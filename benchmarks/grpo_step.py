@@ -109,7 +109,7 @@ class Ours:
         from glmv_jax.losses.chunked import head_logprobs
         from glmv_jax.losses.select import predictors, select
         from glmv_jax.models import vlm
-        from glmv_jax.train.stages.rl import at_targets
+        from glmv_jax.train.stages.rl_update import at_targets
         from glmv_jax.typing import TokenInput
 
         params = params | self.vision

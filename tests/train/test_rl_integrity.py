@@ -169,34 +169,34 @@ class _Each:
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_front_of_the_packing_is_said(stage, fault, monkeypatch):
-    packed = stage._packed
+    packed = stage.packed
 
     def spoilt(records, batch):
         batch = {name: x.copy() for name, x in batch.items()}
         fault(batch)
         return packed(records, batch)
 
-    monkeypatch.setattr(stage, "_packed", spoilt)
+    monkeypatch.setattr(stage, "packed", spoilt)
     with pytest.raises(ValueError, match=SHOWS_ANOTHER):
         one(stage)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_behind_the_packing_is_said(stage, fault, monkeypatch):
-    packed = stage._packed
+    packed = stage.packed
 
     def spoilt(records, batch):
         for rows, left_out in packed(records, batch):
             fault(rows)
             yield rows, left_out
 
-    monkeypatch.setattr(stage, "_packed", spoilt)
+    monkeypatch.setattr(stage, "packed", spoilt)
     with pytest.raises(ValueError, match=SHOWS_ANOTHER):
         one(stage)
 
 
 def test_what_else_is_changed_behind_the_packing_is_said(stage, monkeypatch):
-    packed = stage._packed
+    packed = stage.packed
     for change, message in (
         (lambda rows: rows["tokens"].__setitem__((0, 3), 999), "rollout .* other tokens than were asked and drawn"),
         (lambda rows: rows["loss_weight"].__imul__(0), "rollout .* what is learnt of it is not what was drawn"),
@@ -209,7 +209,7 @@ def test_what_else_is_changed_behind_the_packing_is_said(stage, monkeypatch):
                 change(rows)
                 yield rows, left_out
 
-        monkeypatch.setattr(stage, "_packed", spoilt)
+        monkeypatch.setattr(stage, "packed", spoilt)
         with pytest.raises(ValueError, match=message):
             one(stage)
 

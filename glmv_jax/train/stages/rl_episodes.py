@@ -183,6 +183,17 @@ class Episodes:
             made.append((batch, left_out / max(1, len(of))))
         return made
 
+    def behind(
+        self, parts: Sequence[tuple[Batch, dict[str, float]]], records: Sequence[Rollout]
+    ) -> list[tuple[Batch, dict[str, float]]]:
+        """For each update the rows of its questions, where there are any, and those of these episodes behind them.
+        parts: rows of questions and what is told of them."""
+        played, found = self.rows(records), []
+        for (rows, told), (episodes, without_room) in zip(parts or [({}, {})] * len(played), played):
+            both = {name: np.concatenate([rows[name], x]) if rows else x for name, x in episodes.items()}
+            found.append((both, told | {"left_out/episodes": without_room}))
+        return found
+
     def _learnt(self, records: Sequence[Rollout]) -> tuple[list[list[int]], np.ndarray]:
         """The records of each update, by their place, and the advantage of each. Groups that lost some of their
         episodes are smaller; one that is left alone has nothing to be compared with."""
