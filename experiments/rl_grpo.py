@@ -25,7 +25,28 @@ def get_config(arg=None):
     cfg.data = presets.documents(arg.size, weights, seed=5, ahead=2)
     if nano:
         cfg.data.tokens, cfg.data.targets = 256, 208
-    cfg.rollout = {
+    cfg.rollout = _answers(nano) | _form() | _asked()
+    cfg.loss = _loss(nano)
+    cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' own rules, here
+    # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
+    # pairs (source, folder) of teachers for loss.distil, "*" for every other source.
+    cfg.reference = {"policy": "", "teachers": ()}
+    cfg.optim = {
+        "lr": 1e-3 if nano else 1e-6,
+        "clip": 1.0,
+        "schedule": {"warmup": 0.02, "decay": "constant"},
+        # At nano size training the encoder too costs an eighth more time and gains nothing that 1,152 questions show.
+        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.0 if nano else 0.5)),
+    }
+    cfg.eval = {
+        "kinds": TASKS, "documents": 32, "questions": 96, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4,
+    }  # fmt: skip
+    return cfg
+
+
+def _answers(nano):
+    """How answers are drawn, what of them is trained on, and what is kept."""
+    return {
         "prompts": 64,
         "group": 8,
         "minibatches": 1,
@@ -37,11 +58,28 @@ def get_config(arg=None):
         "advantage": "grpo",  # all of these and of the loss: glmv_jax/losses/policy
         "components": (),  # of grades with their weights, for gdpo: (("score", 1.0), ("format", 0.5))
         "overlong": {"buffer": 0, "penalty": 1.0, "drop": False},  # tokens before max_new_tokens that cost reward
+        "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
+        # Beside the checkpoints: answers, one a line; pictures at most, and of how many groups of a source each step.
+        "samples": {"rows": True, "pictures": 2000, "groups": 2},
+    }
+
+
+def _form():
+    """Whether answers are drawn before each update or beside the training."""
+    return {
         "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
-        "staleness": 1,  # async: updates that a token may be old
         "slots": 0,  # async, episodes: answers that are written at a time, one by one; 0: by whole batches
-        "late": "wait",  # async: "wait" for slow groups, "drop" or "abort" them
-        "in_flight": 0,  # async: groups that are written at a time; 0: as many as can be trained in time
+        # Of "async" alone:
+        "staleness": 1,  # updates that a token may be old
+        "late": "wait",  # "wait" for slow groups, "drop" or "abort" them
+        "in_flight": 0,  # groups that are written at a time; 0: as many as can be trained in time
+        "seconds": 0.0,  # "abort": of a step's rollouts; 0: no limit
+    }
+
+
+def _asked():
+    """What is asked in place of the next prompts of the mixture."""
+    return {
         # Groups whose rewards are all equal are not trained on: others take their place (async), or as many more are
         # asked at once as there will be of them, by the running mean of 1 / (1 - their share), at most `most` times a
         # batch; of the useful ones the most balanced are kept (sync; async with late: as many more begin at once).
@@ -50,24 +88,19 @@ def get_config(arg=None):
         # More of the levels of tasks (`rl.levels`) that are solved half of the time: weight max(w_min, 4 p (1 - p));
         # decay: of their pass rates p.
         "curriculum": {"on": False, "w_min": 0.05, "decay": 0.7},
-        "seconds": 0.0,  # async, "abort": of a step's rollouts; 0: no limit
         # (name as `rl.envs` has it, weight beside those of data.weights, which may all be 0), and perhaps its options:
         # ("gymnasium/FrozenLake-v1", 1.0, {"is_slippery": False, "instructions": "Reach the goal."}).
         "environments": (),
         # Rows of an update for episodes; their limits, 0: what a row holds; environments at a time; sync: tries.
         "episodes": {
-            "rows": 8,
-            "turns": 8,
-            "tokens": 0,
-            "patches": 0,
-            "seconds": 300.0,
-            "parallel": 8,
-            "tries": 2,
+            "rows": 8, "turns": 8, "tokens": 0, "patches": 0, "seconds": 300.0, "parallel": 8, "tries": 2,
         },
-        "samples": {"rows": True, "pictures": 2000},  # beside the checkpoints: answers, one a line; pictures at most
-        "proximal": False,  # the trainer's own log-probabilities before the update, beside the sampler's
-    }
-    cfg.loss = {
+    }  # fmt: skip
+
+
+def _loss(nano):
+    """What is learnt from them: see `glmv_jax.losses.policy`."""
+    return {
         "surrogate": "clip",
         "clip_low": 0.2,
         "clip_high": 0.28,
@@ -88,18 +121,3 @@ def get_config(arg=None):
         },
         "chunk": 256 if nano else 1024,  # as in SFT
     }  # fmt: skip
-    cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' own rules, here
-    # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
-    # pairs (source, folder) of teachers for loss.distil, "*" for every other source.
-    cfg.reference = {"policy": "", "teachers": ()}
-    cfg.optim = {
-        "lr": 1e-3 if nano else 1e-6,
-        "clip": 1.0,
-        "schedule": {"warmup": 0.02, "decay": "constant"},
-        # At nano size training the encoder too costs an eighth more time and gains nothing that 1,152 questions show.
-        "groups": ((r"mtp/.*", {"kind": "frozen"}), *presets.vlm_groups(vision=0.0 if nano else 0.5)),
-    }
-    cfg.eval = {
-        "kinds": TASKS, "documents": 32, "questions": 96, "few": 16, "batch": 64, "max_new_tokens": 24, "shown": 4,
-    }  # fmt: skip
-    return cfg

@@ -19,7 +19,7 @@ import numpy as np
 
 from glmv_jax.data import balancing
 from glmv_jax.data.packing import Loads
-from glmv_jax.rl.integrity import MERGE, Shown, check_row, column
+from glmv_jax.rl.integrity import MERGE, Shown, column
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.typing import Batch, UserError
 
@@ -124,7 +124,6 @@ def to_batch(
         rollouts of their token means (GRPO), however the rollouts are packed.
     Raises:
       UserError: a rollout is longer than a row.
-      ValueError: the prompt or its pixels are not those the answer was sampled from (`integrity.check_row`).
     """
     if per not in ("token", "rollout"):
         raise ValueError(f"per={per!r} must be 'token' or 'rollout'")
@@ -153,9 +152,7 @@ def loads_of(pieces: Sequence[_Piece]) -> np.ndarray:
 
 
 def stacked(rows: Sequence[Batch], shown: Sequence[Sequence[Shown]]) -> Batch:
-    """The rows of a batch with what they show; ValueError where that is not so."""
-    for arrays, there in zip(rows, shown):
-        check_row(arrays, there)
+    """The rows of a batch with what they are to show, which `integrity.checked` looks at."""
     return {name: np.stack([arrays[name] for arrays in rows]) for name in rows[0]} | {"shown": column(shown)}
 
 

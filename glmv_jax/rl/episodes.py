@@ -82,7 +82,7 @@ def to_rows(
     Args: see `batch.to_batch`; channels: of a patch vector; image: the id of `<|image|>`.
     Raises:
       UserError: a record is longer than a row.
-      ValueError: a row would not show a record's images, pixel for pixel and in order.
+      ValueError: a record does not name the images that it has.
     """
     texts = [document(rollout, image, per) for rollout in records]
     shape = (tokens, patches, channels, targets, images)

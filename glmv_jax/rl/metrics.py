@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import itertools
 import math
+import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -119,7 +120,7 @@ def _said(row: Row, name: str = "logprobs") -> Sequence[float]:
 
 
 def _mean(values: Iterable[float]) -> float:
-    return float(np.mean(list(values)))
+    return statistics.fmean(values)
 
 
 def _per_token(rows: Sequence[Row], of: Callable[[Row], Iterable[float]]) -> float:

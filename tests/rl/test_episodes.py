@@ -202,7 +202,7 @@ def test_pixels_that_are_not_those_it_was_drawn_from_raise(records):
     shows, whole = "the training row shows image", "drop it whole"
     for images, message in (((b, a, c), shows), ((a, b), whole), (((other, a[1]), b, c), shows), ((), whole)):
         with pytest.raises(ValueError, match=message):
-            episodes.to_rows([dataclasses.replace(record, images=images)], np.ones(1), **SIZES)
+            integrity.checked(episodes.to_rows([dataclasses.replace(record, images=images)], np.ones(1), **SIZES)[0])
     cut = dataclasses.replace(record, answer=record.answer[:-60], drawn=record.drawn[:-60])
     with pytest.raises(ValueError, match="drop it whole"):
         episodes.to_rows([cut], np.ones(1), **SIZES)

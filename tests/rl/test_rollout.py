@@ -138,15 +138,15 @@ def test_the_mean_over_rollouts_does_not_depend_on_packing(records, batch):
 def test_another_picture_or_none_raises(records, batch):
     swapped = {**batch, "patches": batch["patches"][::-1]}
     with pytest.raises(ValueError, match="the training row shows image"):
-        packed(records, swapped)
+        checked(packed(records, swapped))
     pixel = batch["patches"].copy()
     pixel[0, 0, 0] ^= 1
     with pytest.raises(ValueError, match="the training row shows image"):
-        packed(records, {**batch, "patches": pixel})
+        checked(packed(records, {**batch, "patches": pixel}))
     with pytest.raises(ValueError, match="shows image none"):
-        packed(records, {**batch, "image_row": np.full_like(batch["image_row"], -1)})
+        checked(packed(records, {**batch, "image_row": np.full_like(batch["image_row"], -1)}))
     with pytest.raises(ValueError, match="other tokens than were asked and drawn"):
-        packed(records, {**batch, "tokens": batch["tokens"][::-1]})
+        checked(packed(records, {**batch, "tokens": batch["tokens"][::-1]}))
 
 
 def test_row_counts_come_from_the_list(records, batch):

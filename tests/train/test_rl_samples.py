@@ -39,7 +39,7 @@ def run(request, tmp_path_factory):
     """(stage, folder, metrics of each step) of a few steps with the trainer's own log-probabilities."""
     folder = tmp_path_factory.mktemp(request.param)
     stage = build(folder, request.param, "rollout.prompts=12", "rollout.group=3", "rollout.proximal=true",
-                  "rollout.rows=(12,)", "rollout.samples.pictures=1000")  # fmt: skip
+                  "rollout.rows=(12,)", "rollout.samples.pictures=1000", "rollout.samples.groups=12")  # fmt: skip
     stage.verifiers = dict.fromkeys(stage.names, by_letters)
     near = lambda params, rows: jnp.asarray(rows["old_logprob"]) + 0.1 * (rows["old_logprob"] != 0)  # noqa: E731
     stage.others.logprobs = near
@@ -104,6 +104,31 @@ def test_rows_say_what_was_asked_and_answered(run):
         assert set(row["versions"]) == {row["step"]} == {row["trained_at"]}
         grade = by_letters(row["text"], sample)
         assert (row["reward"], row["correct"], row["flags"]) == (grade.reward, grade.correct, list(grade.flags))
+
+
+def test_rows_of_what_is_trained_on_have_the_trainers_log_probabilities(run):
+    _, folder, told = run
+    assert not any(metrics["left_out"] for metrics in told)
+    answers = [row for row in map(json.loads, (folder / "samples.jsonl").open()) if row["kind"] == "sample"]
+    rewards = {uid: {row["reward"] for row in answers if row["uid"] == uid} for uid in {row["uid"] for row in answers}}
+    for row in answers:
+        assert ("trained_logprobs" in row) == (len(rewards[row["uid"]]) > 1), "of groups that teach something"
+        if "trained_logprobs" in row:
+            assert row["trained_logprobs"] == pytest.approx(np.add(row["logprobs"], 0.1), abs=1e-6)
+    assert len({"trained_logprobs" in row for row in answers}) == 2, "the test needs groups of both kinds"
+
+
+def test_pictures_are_of_so_many_groups_of_each_source(tmp_path):
+    stage = build(tmp_path, "sync", "rollout.prompts=12", "rollout.rows=(12,)", "rollout.samples.groups=1")
+    data = stage.train_data()
+    try:
+        stage.next_batch(data, types.SimpleNamespace(params={}, step=0))
+    finally:
+        data.close()
+    rows = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    first = {row["source"]: row["images"] for row in reversed(rows) if row["kind"] == "sample"}
+    there = {path.stem for path in (tmp_path / "pictures").iterdir()}
+    assert there == {name for names in first.values() for name in names} and len(rows) == 12 + 24
 
 
 def test_pictures_are_those_that_were_seen_each_once(run):

@@ -11,7 +11,8 @@ from __future__ import annotations
 import collections
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +82,10 @@ def _split(hashes: str) -> list[str]:
 
 
 class SampleLog:
-    """A JSONL file that a restart cuts back to where it was when the state was saved, so that no row is there twice."""
+    """A JSONL file that a restart cuts back to where it was when the state was saved, so that no row is there twice.
+
+    A thread of its own writes it; what goes wrong there is said by the call after.
+    """
 
     def __init__(self, path: Path, state: Mapping[str, int] | None = None) -> None:
         """state: of `get_state`, to go on from; None to begin anew. ValueError when the file is shorter than that."""
@@ -91,18 +95,32 @@ class SampleLog:
             raise ValueError(f"{path} has {size} bytes where {begin} were written; it is not the file of this run")
         os.truncate(path, begin)
         self._file = open(path, "a", encoding="utf-8", errors="replace")
+        self._writer, self._written = ThreadPoolExecutor(1, "samples"), None
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """Rows that nobody changes any more."""
+        self._wait()
+        self._written = self._writer.submit(self._write, list(rows))
+
+    def _write(self, rows: Sequence[Mapping[str, Any]]) -> None:
         self._file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    def _wait(self) -> None:
+        written, self._written = self._written, None
+        if written is not None:
+            written.result()
 
     def get_state(self) -> dict[str, int]:
         """Everything written so far is in the file from now on."""
+        self._wait()
         self._file.flush()
         os.fsync(self._file.fileno())
         return {"bytes": self._file.tell()}
 
     def close(self) -> None:
+        self._writer.shutdown()
         self._file.close()
+        self._wait()
 
 
 class Pictures:

@@ -1,10 +1,12 @@
 """What stage 5 keeps of its rollouts beside the checkpoints: samples.jsonl and the pictures, see `rl.pipeline.samples`.
 
-cfg.rollout.samples: rows (whether anything is kept) and pictures (how many at most).
+cfg.rollout.samples: rows (whether anything is kept), pictures (how many at most) and groups (of each source, whose
+pictures are written in a step). Files are written by threads, while training goes on.
 """
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -31,11 +33,11 @@ class Samples:
 
     def __init__(self, stage: RL) -> None:
         self._stage = stage
-        kept = stage.cfg.rollout.get("samples", {"rows": True, "pictures": 2000})
+        kept = {"rows": True, "pictures": 2000, "groups": 2} | dict(stage.cfg.rollout.get("samples", {}))
         first = stage.cfg.faults and jax.process_index() == 0
         self.run = Path(stage.cfg.faults).parent if first else None
         self.folder = self.run if kept["rows"] else None
-        self._most, self._pictures = kept["pictures"], None
+        self._most, self._groups, self._pictures = kept["pictures"], kept["groups"], None
         self._writer: ThreadPoolExecutor | None = None
         self._written: Future | None = None
 
@@ -44,8 +46,8 @@ class Samples:
         return Kept(data, self.folder and self.folder / "samples.jsonl")
 
     def show(self, records: Sequence[Rollout], batch: Batch) -> None:
-        """Keeps the pictures that records were drawn from; they are written while training goes on. batch: the prompts
-        of those that are no episodes."""
+        """Keeps pictures that records were drawn from; they are written while training goes on. batch: the prompts of
+        those that are no episodes."""
         if self.folder is None or not self._most:
             return
         if self._writer is None:
@@ -53,7 +55,13 @@ class Samples:
             self._writer = ThreadPoolExecutor(1, "pictures")
         if self._written is not None:
             self._written.result()  # what went wrong with the last ones is said now
-        self._written = self._writer.submit(self._write, list(records), batch)
+        self._written = self._writer.submit(self._write, self._some(records), batch)
+
+    def _some(self, records: Sequence[Rollout]) -> list[Rollout]:
+        """Those of the first groups of each source."""
+        rows: dict[str, set[int]] = collections.defaultdict(set)
+        return [r for r in records if r.row in rows[r.source] or len(rows[r.source]) < self._groups
+                and not rows[r.source].add(r.row)]  # fmt: skip
 
     def _write(self, records: Sequence[Rollout], batch: Batch) -> None:
         for record in records:
