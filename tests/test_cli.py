@@ -5,6 +5,7 @@ The subcommands that need a trained model are covered by their own parts' tests;
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import json
 import os
@@ -204,3 +205,20 @@ with alone_in(sys.argv[1]):
     with open(tmp_path / ".lock", "a") as lock:
         fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert os.listdir(tmp_path) == [".lock"]
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_devices_of_what_serves(capsys):
+    import jax
+
+    from glmv_jax.cli.common import mesh_of
+
+    of = lambda *words: mesh_of(argparse.Namespace(mesh=list(words) or None))  # noqa: E731
+    assert of() is None and of("tensor=-1").size == jax.device_count()
+    mesh = of("data=2", "tensor=2")
+    assert dict(mesh.shape) == {"data": 2, "tensor": 2} and set(mesh.devices.flat) == set(jax.devices()[:4])
+    for wrong in ("fsdp=2", "tensor", "tensor=x", "tensor=--1"):
+        said = complaint(capsys, "generate", "--run", "runs/x", "--prompt", "x", "--mesh", "data=2", wrong)
+        assert f"--mesh {wrong}: give AXIS=N for data, expert, tensor" in said

@@ -25,6 +25,7 @@ from glmv_jax.aot.topology import Topology
 from glmv_jax.data import packing
 from glmv_jax.inference import sampler
 from glmv_jax.models import vlm
+from glmv_jax.parallel import caches
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import loop, lora, main, reference, teachers
@@ -179,11 +180,12 @@ def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params,
 
 
 def _cache_shapes(model: vlm.VLMConfig, rows: int, slots: int, placement: Placement) -> Params:
-    """With rows where those of a batch are: axis 1 behind the layers' (of a dense decoder rows x heads, rows first)."""
-    split = NamedSharding(placement.mesh, PartitionSpec(None, mesh_lib.data_axes(placement.mesh)))
+    """With rows where those of a batch are, axis 1 behind the layers'; or, of a dense decoder, rows and heads."""
 
     def put(x):
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=split if x.ndim > 2 else placement.replicated)
+        kept = caches.spec(placement.mesh, placement.rules, heads=x.ndim > 1 and x.shape[1] > rows)
+        where = NamedSharding(placement.mesh, PartitionSpec(None, *kept)) if x.ndim > 2 else placement.replicated
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree.map(put, jax.eval_shape(lambda: vlm.init_cache(model, rows, slots)))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from glmv_jax.cli.common import mesh_of, mesh_options
 from glmv_jax.typing import UserError
 
 
@@ -69,6 +70,8 @@ def generate(args: argparse.Namespace) -> int:
       glmv generate --checkpoint checkpoints/glm-ocr --image page.png --prompt "Text Recognition:"
       glmv generate --checkpoint checkpoints/glm-ocr --messages chat.json --image a.png b.png --json
       glmv generate --checkpoint checkpoints/glm-ocr --token-ids 5,6,7 --max-new-tokens 8 --json
+
+    --mesh tensor=4 spreads the model over four devices.
     """
     from glmv_jax.inference.generate import generate_from_run
     from glmv_jax.train.checkpoint import quiet_orbax
@@ -78,8 +81,9 @@ def generate(args: argparse.Namespace) -> int:
         raise UserError("give either --run or --checkpoint; see glmv generate --help")
     images = [file for files in args.image or () for file in files]
     settings = dict(
-        max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, drafts=args.speculative
-    )
+        max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, drafts=args.speculative,
+        mesh=mesh_of(args),
+    )  # fmt: skip
     if args.checkpoint is not None:
         return _generate_from_checkpoint(args, images, settings)
     if args.prompt is None:
@@ -110,7 +114,7 @@ def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], setti
         asked = question(args.prompt, len(images)) if args.messages is None else read_messages(args.messages)
         prompt = processor.conversation(asked, images)
     public.check_length(processor, prompt, settings["max_new_tokens"])
-    cfg, params = exchange.load(args.checkpoint, args.dtype)
+    cfg, params = exchange.load(args.checkpoint, args.dtype, settings["mesh"])
     answer = public.reply(cfg, params, processor, prompt, **settings)
     print(public.as_json(answer, processor) if args.json else public.as_text(answer, processor))
     return 0
@@ -145,4 +149,5 @@ def generate_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling, when the temperature is not 0")
     sub.add_argument("--speculative", type=int, default=0, metavar="K", help="tokens the MTP head drafts a pass (0)")
     sub.add_argument("--dtype", metavar="NAME", help="of a checkpoint: bfloat16 or float32 (default: as stored)")
+    mesh_options(sub)
     sub.add_argument("--json", action="store_true", help="of a checkpoint: token ids and log-probabilities as JSON")

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+
+from glmv_jax.typing import UserError
+
+# What splits a model that learns nothing, see `parallel.rules`.
+_AXES = ("data", "expert", "tensor")
 
 
 def config_options(sub: argparse.ArgumentParser) -> None:
@@ -29,3 +35,27 @@ def write_json(target: str | None, content: dict) -> None:
         return
     with open(target, "w", encoding="utf-8") as file:
         file.write(text + "\n")
+
+
+def mesh_options(sub: argparse.ArgumentParser) -> None:
+    """--mesh, of commands in which nothing learns."""
+    about = "devices that share the work: data (rows), expert (rows and experts), tensor (heads and widths)"
+    sub.add_argument("--mesh", nargs="+", metavar="AXIS=N", help=f"{about}, as in data=2 tensor=4 (default: one)")
+
+
+def mesh_of(args: argparse.Namespace):
+    """The mesh that --mesh names; None for one device. UserError for what is no size of such an axis."""
+    if args.mesh is None:
+        return None
+    sizes = {}
+    for word in args.mesh:
+        axis, _, size = word.partition("=")
+        if axis not in _AXES or not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh {word}: give AXIS=N for {', '.join(_AXES)}, as in tensor=4; -1 takes what is left")
+        sizes[axis] = int(size)
+    import jax
+
+    from glmv_jax.parallel.mesh import make_mesh
+
+    devices = jax.devices()
+    return make_mesh(sizes, devices if -1 in sizes.values() else devices[: math.prod(sizes.values())])

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from glmv_jax.cli.common import mesh_of, mesh_options
 from glmv_jax.typing import UserError
 
 KEY = "GLMV_API_KEY"
@@ -18,10 +19,12 @@ def serve(args: argparse.Namespace) -> int:
 
       glmv serve --checkpoint runs/quickstart
       glmv serve --checkpoint checkpoints/glm-ocr --port 8000 --slots 32 --length 16384
+      glmv serve --checkpoint checkpoints/glm-4.5v --slots 32 --mesh data=2 tensor=4
 
     --checkpoint takes a recipe's run directory (its last finished stage answers), one stage's work directory, what
     `glmv import-hf` wrote, a run that began from it, or a folder in Hugging Face layout. Any client of either API will
     do, with the base URL that is printed; an API key is asked for when the environment variable GLMV_API_KEY is set.
+    --mesh spreads the model over devices: parameters are read straight to where they lie and are never gathered.
     SIGTERM lets the answers that run end. /health and /metrics (Prometheus) are for those who watch it.
     """
     import asyncio
@@ -38,7 +41,8 @@ def serve(args: argparse.Namespace) -> int:
 
     quiet_orbax()
     limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
-    model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype)
+    mesh = mesh_of(args)
+    model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype, mesh)
     length = min(args.length, longest)
     settings = Settings(
         slots=args.slots, length=length, steps=args.steps, chunks=tuple(args.chunks),
@@ -46,7 +50,8 @@ def serve(args: argparse.Namespace) -> int:
         pictures=max(4096, args.image_patches), drafts=args.speculative,
     )  # fmt: skip
     cfg, params = load()
-    engine = Engine(cfg, params, model.sampling(limits.tokens), settings)
+    engine = Engine(cfg, None, model.sampling(limits.tokens), settings, mesh=mesh)
+    engine.set_params(params, 0, copy=False)
     engine.warm()
     names = args.name or [Path(args.checkpoint).resolve().name]
     with Front(engine) as front:
@@ -61,6 +66,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--host", default="127.0.0.1", help="the address to listen at (default 127.0.0.1)")
     sub.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
     sub.add_argument("--dtype", metavar="NAME", help="of a public checkpoint: bfloat16 or float32 (default: as stored)")
+    mesh_options(sub)
     sub.add_argument("--slots", type=int, default=8, metavar="N", help="answers that decode together (default 8)")
     sub.add_argument("--length", type=int, default=8192, metavar="N", help="of prompt and answer in tokens (8192)")
     sub.add_argument("--steps", type=int, default=4, metavar="N", help="tokens between two looks at the queue (4)")
@@ -90,7 +96,7 @@ def _rows(most: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def _model(checkpoint: str, patches: int, dtype: str | None) -> tuple[Any, int, Any]:
+def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any) -> tuple[Any, int, Any]:
     """(how its prompts are written, how long they may be, what loads (cfg, params))."""
     from glmv_jax.cli.checkpoints import answering_model
     from glmv_jax.data.processor import Processor
@@ -105,7 +111,7 @@ def _model(checkpoint: str, patches: int, dtype: str | None) -> tuple[Any, int, 
         folder = last_stage(folder)
     if exchange.is_of_public(folder):
         model = Public(Processor(exchange.files(folder), patches))
-        return model, model.processor.longest, lambda: exchange.load(folder, dtype)
+        return model, model.processor.longest, lambda: exchange.load(folder, dtype, mesh)
     found = answering_model(folder)
     patcher = dataclasses.replace(found.patcher, max_patches=min(found.patcher.max_patches, patches))
     return Own(found.tokenizer, patcher), 1 << 30, lambda: (found.cfg, found.params)

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
 from PIL import Image
 
 from glmv_jax.data.building import Document, DocumentBuilder
@@ -21,6 +22,7 @@ from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Settings
 from glmv_jax.inference.text import answer_text
 from glmv_jax.models import vlm
+from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.typing import Params, UserError
 
 # Stages whose result can answer, best first. The control `sft_more` is no product.
@@ -71,22 +73,25 @@ def question(image: str | pathlib.Path | Image.Image | None, prompt: str) -> Sam
 
 
 def generate(
-    model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0
-) -> str:
-    """The model's answer to a `question`, without box tokens. drafts: tokens that the MTP head drafts a step.
+    model: Model, asked: Sample, *, max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0,
+    mesh: Mesh | None = None,
+) -> str:  # fmt: skip
+    """The model's answer to a `question`, without box tokens. drafts: tokens that the MTP head drafts a step. mesh:
+    devices that share the model by the rules "serve".
 
     Raises UserError for a prompt that is too long, an image that is too elongated, and settings out of range.
     """
     check_settings(max_new_tokens, temperature, drafts)
     document = _document(model, asked)
     sampling = Sampling.chat(model.tokenizer, max_new_tokens, temperature=temperature)
-    out = complete(model.cfg, model.params, document, sampling, seed=seed, drafts=drafts)
+    out = complete(model.cfg, model.params, document, sampling, seed=seed, drafts=drafts, mesh=mesh)
     return parse_answer(answer_text(model.tokenizer, out.tokens, sampling.stop))
 
 
 def complete(
-    cfg: vlm.VLMConfig, params: Params, document: Document, sampling: Sampling, *, seed: int, drafts: int
-) -> Completion:
+    cfg: vlm.VLMConfig, params: Params, document: Document, sampling: Sampling, *, seed: int, drafts: int,
+    mesh: Mesh | None = None,
+) -> Completion:  # fmt: skip
     """One answer, of a run or a public checkpoint.
 
     Raises UserError for drafts of a model without a head, and images for a model of text alone.
@@ -98,6 +103,7 @@ def complete(
         cfg, sampling, drafts, _up(len(prompt.tokens), BUCKET) + sampling.max_new_tokens,
         _up(longest, PATCH_BUCKET), _up(visual, PATCH_BUCKET),
         (prompt.pictures[0].patches.shape[1], str(prompt.pictures[0].patches.dtype)) if prompt.pictures else None,
+        mesh,
     )  # fmt: skip
     engine.set_params(params, 0, copy=False)
     done: list[Completion] = []
@@ -114,14 +120,15 @@ def _up(n: int, to: int) -> int:
 @functools.lru_cache(maxsize=8)
 def _engine(
     cfg: vlm.VLMConfig, sampling: Sampling, drafts: int, length: int, patches: int, pictures: int,
-    pixels: tuple[int, str] | None,
+    pixels: tuple[int, str] | None, mesh: Mesh | None,
 ) -> Engine:  # fmt: skip
-    """Of one row. Kept between questions, so that the second one does not compile again."""
+    """Of one row a data shard. Kept between questions, so that the second one does not compile again."""
     settings = Settings(
-        slots=1, length=length, alone=min(length, 256), chunks=tuple(sorted({min(length, n) for n in (BUCKET, CHUNK)})),
-        patches=(patches,), pictures=pictures, pixels=pixels, drafts=drafts,
+        slots=data_shards(mesh), length=length, alone=min(length, 256),
+        chunks=tuple(sorted({min(length, n) for n in (BUCKET, CHUNK)})), patches=(patches,),
+        pictures=pictures, pixels=pixels, drafts=drafts,
     )  # fmt: skip
-    return Engine(cfg, None, sampling, settings)
+    return Engine(cfg, None, sampling, settings, mesh=mesh)
 
 
 def check_settings(max_new_tokens: int, temperature: float, drafts: int) -> None:

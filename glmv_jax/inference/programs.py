@@ -10,7 +10,8 @@ host, as is everything else about a row: few numbers, which go with every call. 
 decoding, and no program but that one has an output layer.
 
 The rows of the cache are split over the D data shards of a mesh, equal runs of them each. What concerns some rows is
-then done to as many of each shard, and nothing passes between shards.
+then done to as many of each shard, and nothing passes between shards. Heads may be split too (`parallel.caches`): then
+each of their H parts has those rows once more, with its own heads, and the entries of a leaf are in D * H runs.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glmv_jax.inference.sampler import Sampling, draw_index, likeliest, nucleus, without
 from glmv_jax.models import abstract_params, logical_axes, vlm
 from glmv_jax.models.glm5_next import GLM5NextConfig
-from glmv_jax.parallel.mesh import data_axes, data_shards
-from glmv_jax.parallel.rules import Rules, preset, use
+from glmv_jax.parallel import caches
+from glmv_jax.parallel.mesh import data_shards
+from glmv_jax.parallel.rules import SERVE, Rules, preset, use
 from glmv_jax.typing import Params, TokenInput, VisionInput
 
 
@@ -103,6 +105,15 @@ class Weights(NamedTuple):
     decode: Params
 
 
+class At(NamedTuple):
+    """Of a leaf of the cache. axis: that of its rows, one after the other; runs: that they are in, see the file's
+    head; own: entries of a row in one of them, its heads."""
+
+    axis: int
+    own: int
+    runs: int
+
+
 class Programs:
     """The programs of one model, for `slots` rows of `length` entries. `traces` counts compilations."""
 
@@ -113,12 +124,10 @@ class Programs:
         mesh: Mesh | None, rules: Rules | None, placed: bool,
     ) -> None:  # fmt: skip
         self.cfg, self.sampling, self.slots, self.length, self.steps = cfg, sampling, slots, length, steps
-        self.pictures, self.mesh, self.rules = pictures, mesh, None if placed else rules or preset("data")
+        self.pictures, self.mesh, self.rules = pictures, mesh, None if placed else rules or preset(SERVE)
         self.shards = data_shards(mesh)
         self.traces = 0
-        # Which axis of each leaf of the cache holds its rows, one after the other (some have entries for every head).
-        self._axes = jax.tree.map(lambda a, b: next(i for i, n in enumerate(a.shape) if n != b.shape[i]),
-                                  self._shapes(1), self._shapes(2))  # fmt: skip
+        self._at_rows = jax.tree.map(self._place, self._shapes(1), self._shapes(2))
         self._copied = self._jit(lambda params: self._apart(jax.tree.map(jnp.copy, params)))
         self._borrowed = self._jit(self._apart)
         self._for_rows = self._jit(lambda params: vlm.for_rows(cfg, params, slots * self.width))
@@ -177,7 +186,7 @@ class Programs:
         rows = self._take(cache, chunk.row)
         if recurrent(self.cfg):  # a text that begins finds no state of another
             goes_on = chunk.start.reshape(-1) > 0
-            rows = jax.tree.map(lambda x, axis: jnp.where(_along(goes_on, x, axis), x, 0), rows, self._axes)
+            rows = jax.tree.map(lambda x, at: jnp.where(_along(goes_on, x, at.axis), x, 0), rows, self._at_rows)
         visual = None if table_XD is None else jnp.broadcast_to(table_XD, (self.shards, *table_XD.shape))
         flat = Chunk(*(x.reshape(-1, *x.shape[2:]) for x in chunk))
         new = self._read(params, visual, rows, flat)
@@ -189,19 +198,13 @@ class Programs:
         def one(lane, cache: dict) -> dict:
             """What a lane without work would write is what is there."""
             at = lambda x_DL: jax.lax.dynamic_slice_in_dim(x_DL, lane, 1, axis=1)  # noqa: E731
-            made = jax.tree.map(lambda x, axis: self._of_lane(x, axis, lane, L), new, self._axes)
+            made = jax.tree.map(lambda x, at: _of_lane(x, at, lane, L), new, self._at_rows)
             there = self._take(cache, at(chunk.row))
             works = at(works_DL)[:, 0]
-            pick = lambda a, b, axis: jnp.where(_along(works, a, axis), a, b)  # noqa: E731
-            return self._put(cache, jax.tree.map(pick, made, there, self._axes), at(chunk.row))
+            pick = lambda a, b, at: jnp.where(_along(works, a, at.axis), a, b)  # noqa: E731
+            return self._put(cache, jax.tree.map(pick, made, there, self._at_rows), at(chunk.row))
 
         return self._pinned(jax.lax.fori_loop(0, L, one, cache))  # not until all work is done: shards need not agree
-
-    def _of_lane(self, x: jax.Array, axis: int, lane: jax.Array, lanes: int) -> jax.Array:
-        """Of rows of D shards with `lanes` each those of one."""
-        x = _apart(_apart(x, axis, self.shards), axis + 1, lanes)
-        x = jax.lax.dynamic_index_in_dim(x, lane, axis + 1, keepdims=False)
-        return _merged(x, axis)
 
     def _read(self, params: Params, visual: jax.Array | None, rows: dict, chunk: Chunk) -> dict:
         """Rows of a cache with a chunk's tokens in them."""
@@ -264,38 +267,52 @@ class Programs:
     def _take(self, cache: dict, row_DL: jax.Array) -> dict:
         """L rows of each shard, as a cache of D * L rows."""
 
-        def take(x, axis):
-            x, each = self._by_shard(x, axis)
-            cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * each, each, axis)  # noqa: E731
-            rows = jax.vmap(jax.vmap(cut, (None, 0), axis), (axis, 0), axis)(x, row_DL)
-            return _merged(_merged(rows, axis), axis)
+        def take(x, at):
+            cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * at.own, at.own, at.axis)  # noqa: E731
+            of_run = jax.vmap(jax.vmap(cut, (None, 0), at.axis), (at.axis, 0), at.axis)
+            rows = of_run(_apart(x, at.axis, at.runs), self._by_run(row_DL, at))
+            return _merged(_merged(rows, at.axis), at.axis)
 
-        return jax.tree.map(take, cache, self._axes)
+        return jax.tree.map(take, cache, self._at_rows)
 
     def _put(self, cache: dict, rows: dict, row_D1: jax.Array) -> dict:
         """The cache with these rows in place of one of each shard."""
 
-        def put(x, new, axis):
-            x, each = self._by_shard(x, axis)
-            new = _apart(new, axis, self.shards)
-            write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * each, axis)  # noqa: E731
-            return _merged(jax.vmap(write, (axis, axis, 0), axis)(x, new, row_D1[:, 0]), axis)
+        def put(x, new, at):
+            x, new = (_apart(x, at.axis, at.runs) for x in (x, new))
+            write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * at.own, at.axis)  # noqa: E731
+            written = jax.vmap(write, (at.axis, at.axis, 0), at.axis)(x, new, self._by_run(row_D1, at)[:, 0])
+            return _merged(written, at.axis)
 
-        return jax.tree.map(put, cache, rows, self._axes)
+        return jax.tree.map(put, cache, rows, self._at_rows)
 
-    def _by_shard(self, x: jax.Array, axis: int) -> tuple[jax.Array, int]:
-        """The rows of each shard on an axis of their own, and how many entries of that axis are one row's."""
-        return _apart(x, axis, self.shards), x.shape[axis] // self.slots
+    def _by_run(self, row_DL: jax.Array, at: At) -> jax.Array:
+        """The same rows for every part of the heads."""
+        return jnp.repeat(row_DL, at.runs // self.shards, axis=0)
 
     # --- placement ----------------------------------------------------------------------------------------------------
 
+    def _place(self, one: jax.Array, two: jax.Array) -> At:
+        """Of a leaf, from its shapes for one and for two rows."""
+        axis = next(i for i, n in enumerate(one.shape) if n != two.shape[i])
+        heads, parts = one.shape[axis], 1
+        if heads > 1:
+            with self._in_force():
+                caches.check(heads)
+                parts = caches.parts()
+        return At(axis, heads // parts, self.shards * parts)
+
     def _pinned(self, cache: dict) -> dict:
-        """Rows over the data shards."""
+        """Rows over the data shards, and heads where the rules have them."""
         if self.mesh is None:
             return cache
-        spec = lambda axis: PartitionSpec(*[None] * axis, data_axes(self.mesh))  # noqa: E731
-        pin = lambda x, axis: jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec(axis)))  # noqa: E731
-        return jax.tree.map(pin, cache, self._axes)
+        of_rows, of_heads = (caches.spec(self.mesh, self.rules or preset("data"), heads) for heads in (False, True))
+
+        def pin(x, at):
+            spec = PartitionSpec(*[None] * at.axis, *(of_heads if at.runs > self.shards else of_rows))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+
+        return jax.tree.map(pin, cache, self._at_rows)
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """On every device."""
@@ -380,6 +397,13 @@ def _apart(x: jax.Array, axis: int, parts: int) -> jax.Array:
 
 def _merged(x: jax.Array, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], math.prod(x.shape[axis : axis + 2]), *x.shape[axis + 2 :])
+
+
+def _of_lane(x: jax.Array, at: At, lane: jax.Array, lanes: int) -> jax.Array:
+    """Of rows of each shard, `lanes` of them, those of one lane."""
+    x = _apart(_apart(x, at.axis, at.runs), at.axis + 1, lanes)
+    x = jax.lax.dynamic_index_in_dim(x, lane, at.axis + 1, keepdims=False)
+    return _merged(x, at.axis)
 
 
 def _along(x_D: jax.Array, like: jax.Array, axis: int) -> jax.Array:

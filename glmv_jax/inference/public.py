@@ -6,6 +6,7 @@ import dataclasses
 import json
 
 import numpy as np
+from jax.sharding import Mesh
 
 from glmv_jax.data.building import Document
 from glmv_jax.data.processor import Processor
@@ -37,8 +38,10 @@ def check_length(processor: Processor, prompt: Document, max_new_tokens: int) ->
 def reply(
     cfg: vlm.VLMConfig, params: Params, processor: Processor, prompt: Document, *,
     max_new_tokens: int = 64, temperature: float = 0.0, seed: int = 0, drafts: int = 0,
+    mesh: Mesh | None = None,
 ) -> Reply:  # fmt: skip
-    """What the model says next. Nothing is suppressed: greedy ids are those of transformers' `generate`.
+    """What the model says next. Nothing is suppressed: greedy ids are those of transformers' `generate`. mesh: as
+    `generate`.
 
     Raises UserError for a prompt and an answer that exceed the model's positions, images that a model of text alone is
     given, and settings out of range.
@@ -46,7 +49,7 @@ def reply(
     check_settings(max_new_tokens, temperature, drafts)
     check_length(processor, prompt, max_new_tokens)
     sampling = Sampling(max_new_tokens, temperature=temperature, stop=processor.stops)
-    out = complete(cfg, params, prompt, sampling, seed=seed, drafts=drafts)
+    out = complete(cfg, params, prompt, sampling, seed=seed, drafts=drafts, mesh=mesh)
     logprobs = np.asarray(out.logprobs, np.float64)
     return Reply(out.tokens.tolist(), logprobs.tolist(), out.reason == "stop")
 

@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels import forked, splash
-from glmv_jax.parallel import context
+from glmv_jax.parallel import caches, context, rules
 
 # Not -inf: a query with no key at all (padding) must stay finite. Far below any logit in float32 and bfloat16.
 MASKED = -2.0e38
@@ -105,7 +106,19 @@ def cached(
     A product with the few queries of a step of decoding reads them where they lie; those of `attention` would first
     copy the cache. Merged, because XLA's CPU backend otherwise writes a step's keys twice, each time into a copy of the
     whole cache: in the form that it is kept in, and in the one that its products take.
+    Over a mesh that splits heads each device has its own, see `parallel.caches`. UserError when these do not divide.
     """
+    if caches.parts() == 1:
+        return _cached(q_BTHK, k_CSK, v_CSK, query, key, shared)
+    caches.check(len(k_CSK) // len(q_BTHK))
+    rows, heads, kept = context.spec("batch"), context.spec("batch", None, "heads"), caches.spec(*rules.active())
+    spans = jax.tree.map(lambda x: rows if len(x) > 1 else P(), (query, key))  # of one row: the same for all
+    prompts = rows if shared is None else Shared(*[context.spec("batch", "kv_heads")] * 2, rows)
+    mapped = context.per_device(_cached, (heads, kept, kept, *spans, prompts), heads, kernel=True)
+    return mapped(q_BTHK, k_CSK, v_CSK, query, key, shared)
+
+
+def _cached(q_BTHK, k_CSK, v_CSK, query: Span, key: Span, shared: Shared | None) -> jax.Array:
     B, T, _, K = q_BTHK.shape
     C, S, _ = k_CSK.shape
     G = C // B

@@ -10,11 +10,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
-from glmv_jax.parallel import micro, pipeline
+from glmv_jax.parallel import caches, context, micro, pipeline, rules
 from glmv_jax.parallel.remat import named, policy
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
@@ -280,6 +281,15 @@ def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerC
 def write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
     """The cache with T new keys or values a row in the row's next slots, or in the same ones of all rows (slots_BT is
     [1, T]). Slots are consecutive within a row, so the first counts."""
+    if caches.parts() == 1:
+        return _write(cache_CSK, new_BTGK, slots_BT)
+    caches.check(new_BTGK.shape[2])
+    kept, new = caches.spec(*rules.active()), context.spec("batch", None, "kv_heads")
+    slots = context.spec("batch") if len(slots_BT) > 1 else P()
+    return context.per_device(_write, (kept, new, slots), kept, kernel=True)(cache_CSK, new_BTGK, slots_BT)
+
+
+def _write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
     B, T, G, K = new_BTGK.shape
     new_CTK = new_BTGK.swapaxes(1, 2).reshape(B * G, T, K).astype(cache_CSK.dtype)
     if len(slots_BT) == 1:
@@ -291,6 +301,14 @@ def write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax
 def as_prompt(cache: LayerCache, valid: jax.Array) -> Shared:
     """What rows have in common, from the cache of their prompts (with or without a leading L) and which of its slots
     are filled [..., N, S]."""
-    *lead, N, S = valid.shape
-    apart = lambda x: x.reshape(*lead, N, -1, S, x.shape[-1])  # noqa: E731
-    return Shared(apart(cache["k"]), apart(cache["v"]), valid)
+
+    def apart(x: jax.Array, valid: jax.Array) -> jax.Array:
+        *lead, N, S = valid.shape
+        return x.reshape(*lead, N, -1, S, x.shape[-1])
+
+    if caches.parts() > 1:
+        lead = [None] * (valid.ndim - 2)
+        kept, rows = caches.spec(*rules.active()), context.spec(*lead, "batch")
+        heads = context.spec(*lead, "batch", "kv_heads")
+        apart = context.per_device(apart, (P(*lead, *kept), rows), heads, kernel=True)
+    return Shared(apart(cache["k"], valid), apart(cache["v"], valid), valid)

@@ -136,9 +136,16 @@ def _choice(parts: Sequence[str]) -> Rules:
 
 # "data": parameters replicated, the batch split: the laptop, and towers that fit. The others are called by what they
 # split, "fsdp", "fsdp_tensor", "fsdp_expert_tensor": every choice there is. An axis that a mesh lacks does nothing.
+#
+# "serve": where nothing learns, which is where tokens are drawn one by one. A matrix is read where it lies: experts on
+# `expert`, heads, hidden width and vocabulary over `tensor`, and the rest whole on every device, for to gather it would
+# take longer than the token. All axes but `tensor` (and `context`) split rows; so does what they remember, and its
+# heads lie where those of its matrices do (`parallel.caches`).
+SERVE = "serve"
 PRESETS: dict[str, Rules] = {"data": _choice(())} | {
     "_".join(parts): _choice(parts) for n in range(len(_PARTS)) for parts in itertools.combinations(_PARTS, n + 1)
 }
+PRESETS[SERVE] = Rules({"batch": DATA_AXES, "expert": "expert", **_SPLITS["tensor"]})
 
 
 def preset(name: str) -> Rules:
@@ -146,7 +153,7 @@ def preset(name: str) -> Rules:
     if name not in PRESETS:
         parts = ", ".join(_PARTS)
         raise UserError(f"rules preset {name!r} is not known; choose data, or join of {parts} what the mesh has, in "
-                        f"this order, as in {'_'.join(_PARTS)}")  # fmt: skip
+                        f"this order, as in {'_'.join(_PARTS)}; or {SERVE} where nothing learns")  # fmt: skip
     return PRESETS[name]
 
 

@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from jax.sharding import Mesh
 
 from glmv_jax.interop import families, folder, hub, mtp
 from glmv_jax.interop.arrays import write_arrays
 from glmv_jax.interop.table import check_shapes
-from glmv_jax.models.api import abstract_params
+from glmv_jax.models.api import abstract_params, logical_axes
+from glmv_jax.parallel import rules
 from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.disk import disk_errors, seal, write_json
 from glmv_jax.trees import flatten, nest, put_like, slash_path
@@ -92,16 +94,17 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     return f"{target}: {hf['model_type']}, {sum(_size(t) for t in tensors):,} numbers in {len(tensors)} tensors"
 
 
-def load(source: str | Path, dtype: str | None = None, shardings: Params | None = None) -> Loaded:
+def load(source: str | Path, dtype: str | None = None, mesh: Mesh | None = None) -> Loaded:
     """A model from a folder of ours, a run that began from one, or a folder in Hugging Face's layout.
 
-    dtype: what it computes in and its parameters are; default: as stored. shardings: a tree like the parameters;
-    default: the first device. Raises UserError as `families.open_checkpoint` and `checkpoint.newest`.
+    dtype: what it computes in and its parameters are; default: as stored. mesh: where they are read to, each
+    device its part by the rules "serve"; default: the first device.
+    Raises UserError as `families.open_checkpoint` and `checkpoint.newest`.
     """
     source = Path(source).expanduser()
     if _is_public(source):
         found = families.open_checkpoint(source, dtype)
-        return Loaded(found.cfg, families.load(found, shardings, dtype))
+        return Loaded(found.cfg, families.load(found, _places(found.cfg, mesh), dtype))
     origin = _origin(source)
     about, hf, cfg = _model(origin)
     if dtype is not None:
@@ -109,18 +112,24 @@ def load(source: str | Path, dtype: str | None = None, shardings: Params | None 
         cfg = families.model_config(hf, mtp_layers=about["mtp"], dtype=dtype)
     arrays = weights.opened(source)
     check_shapes(dict(arrays), abstract_params(cfg))
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    where = shardings or jax.tree.map(lambda _: first, abstract_params(cfg))
 
     def wanted(path, leaf, sharding):
         stored = arrays[slash_path(path)].dtype
         as_dtype = stored if dtype is None else families.np_dtype(dtype)
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)
 
-    like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), where)
+    like = jax.tree_util.tree_map_with_path(wanted, abstract_params(cfg), _places(cfg, mesh))
     if any(weights.made(source)):
         return Loaded(cfg, nest({path: put_like(arrays[path][()], x) for path, x in flatten(like).items()}))
     return Loaded(cfg, checkpoint.load_item(checkpoint.newest(source) / "params", like=like))
+
+
+def _places(cfg: Any, mesh: Mesh | None) -> Params:
+    shapes = abstract_params(cfg)
+    if mesh is None:
+        first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return jax.tree.map(lambda _: first, shapes)
+    return rules.preset(rules.SERVE).shardings(mesh, logical_axes(cfg), shapes)
 
 
 def model_config(

@@ -19,6 +19,7 @@ import pytest
 from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front, Piece
+from glmv_jax.inference.programs import Until
 from glmv_jax.inference.requests import Busy, Completion, Prompt, Request, group
 from glmv_jax.inference.sampler import Prompts, Sampler, Sampling, choose
 from glmv_jax.inference.settings import Settings
@@ -26,7 +27,6 @@ from glmv_jax.models import MTPConfig, VLMConfig, abstract_params, vlm
 from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.parallel.mesh import make_mesh
-from glmv_jax.parallel.rules import preset
 from glmv_jax.typing import TokenInput, UserError
 from tests import tiny_vlm
 from tests.inference.test_drafting import made_half_right
@@ -458,13 +458,27 @@ def test_two_devices_are_as_one(params, wanted, compilations, monkeypatch):
     assert collectives(prefill) == []
 
 
+def parts_of(shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """A matrix and what half of it is, whichever way; its sides in order of their length."""
+    sides = tuple(sorted(n for n in shape if n > 1))
+    return [sides, *(tuple(sorted((*sides[:i], n // 2, *sides[i + 1 :]))) for i, n in enumerate(sides))]
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 def test_parameters_over_eight_devices(params, wanted, compilations):
-    """Split by a preset of rules, rows over four and heads over two."""
-    mesh = make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
-    engine = on_mesh(params, wanted, compilations, mesh, rules=preset("fsdp_tensor"))
+    """By the rules "serve": rows over four, and over two heads, their caches and widths. A step of decoding gathers no
+    parameter: what passes is as wide as the model and as many as the rows that decode."""
+    engine = on_mesh(params, wanted, compilations, make_mesh({"data": 2, "expert": 2, "tensor": 2}))
     split = [x for x in jax.tree.leaves(engine._weights) if len(x.addressable_shards) > 1 and not x.is_fully_replicated]
     assert len(split) > 10, "nothing is split"
+    for name, x in engine._cache["own"]["layers"][0].items():
+        assert {part.data.shape[0] for part in x.addressable_shards} == {8 // 4 * CFG.decoder.kv_heads // 2}, name
+    args = engine._weights.decode, engine._cache, engine._running(), Until(1, 0)
+    found = collectives(engine._programs.decode.lower(*args).compile())
+    assert found and max(c.size for c in found) <= 8 * CFG.decoder.vocab, found
+    halves = {part for x in jax.tree.leaves(engine._weights.decode) if x.ndim > 1 for part in parts_of(x.shape)}
+    gathered = [c.shape for c in found if c.kind == "all-gather" and c.dtype == "f32"]
+    assert gathered and not halves.intersection(parts_of(shape)[0] for shape in gathered), gathered
 
 
 # --- asyncio ----------------------------------------------------------------------------------------------------------

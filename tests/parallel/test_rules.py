@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from glmv_jax import models, presets
 from glmv_jax.models import build, two_tower, vlm
+from glmv_jax.parallel import caches
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import TokenInput, UserError, VisionInput
@@ -51,6 +52,13 @@ def test_presets_are_every_choice_of_what_splits_parameters():
     assert rules.spec(("embed", "heads"), mesh) == P(("fsdp", "expert"), "tensor")
     assert rules.spec(("batch", "length"), mesh) == P(("fsdp", "expert"), None)
     assert rules_lib.preset("fsdp_tensor").spec(("expert", "expert_embed", "mlp"), mesh) == P(None, "fsdp", "tensor")
+    serve = rules_lib.preset("serve")  # matrices are read where they lie
+    assert serve.spec(("layers", "expert", "expert_embed", "mlp"), mesh) == P(None, "expert", None, "tensor")
+    assert serve.spec(("embed", "heads"), mesh) == P(None, "tensor") and serve.spec(("vocab", "embed"), mesh)[1] is None
+    assert serve.spec(("batch", "length"), mesh) == P(("fsdp", "expert"), None)
+    assert caches.spec(mesh, serve) == P(("fsdp", "expert", "tensor"))
+    with rules_lib.use(mesh, serve), pytest.raises(UserError, match="3 heads of keys .* 2 devices, over 1 they do"):
+        caches.check(3)
     with pytest.raises(UserError, match="'tensor_fsdp' is not known; choose data, or join .* as in .*_tensor"):
         rules_lib.preset("tensor_fsdp")
 
