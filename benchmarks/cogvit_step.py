@@ -33,16 +33,14 @@ from typing import Any
 
 import numpy as np
 from contest import Contender, Failed, device, emit, environment, in_turns, log, save, serve, significant, spread
+from steps import TOLERANCE, OnJax, OnTorch, Spec
 
 SIDE = 16  # patches
 SIZES = {"s": dict(depth=12, width=384, heads=6, mlp=1536), "l": dict(depth=24, width=1024, heads=16, mlp=4096)}
 PEERS = ("hf", "hf-batched", "hf-compiled", "timm", "timm-compiled")
 ADAM = dict(lr=3e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.05)
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the losses of the first steps, relative
 
 PATIENCE = 600.0  # seconds until a side that is silent has failed
-
-Spec = dict[str, Any]
 
 
 def inputs(spec: Spec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -55,24 +53,8 @@ def inputs(spec: Spec) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return patches, grid_coordinates(SIDE, SIDE), target
 
 
-class Side:
-    """What both sides do: count, wait, and be timed. A subclass has step() -> loss, wait(loss), product(a side)."""
-
-    def prepare(self) -> dict[str, Any]:
-        """Compiles, and takes the first steps; their losses are compared."""
-        began = time.monotonic()
-        losses = [float(self.step()) for _ in range(self.spec["checked"])]
-        return {"losses": losses, "seconds": time.monotonic() - began}
-
-    def turn(self, steps: int, warm: int) -> list[float]:
-        """Seconds of one step: on the clock, and of processors (of all threads together)."""
-        for _ in range(warm):
-            self.wait(self.step())
-        began = time.perf_counter(), time.process_time()
-        for _ in range(steps):
-            loss = self.step()
-        self.wait(loss)
-        return [(time.perf_counter() - began[0]) / steps, (time.process_time() - began[1]) / steps]
+class Measured:
+    """What both sides have besides. product(a side): a product of two matrices of that side, to be called."""
 
     def ceiling(self, side: int, seconds: float) -> float:
         """FLOP/s of a product of two random square matrices in the dtype of the tower, the best of its repetitions."""
@@ -116,22 +98,18 @@ def write_weights(size: str, file: str) -> float:
     return cfg.flops(SIDE**2)
 
 
-class Ours(Side):
+class Ours(OnJax, Measured):
     def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
         import jax
         import jax.numpy as jnp
-        import optax
         from safetensors.numpy import load_file
 
         from glmv_jax.interop.table import to_params
         from glmv_jax.models import CogViTConfig, cogvit
-        from glmv_jax.parallel.host import prepare_memory
         from glmv_jax.typing import VisionInput
 
-        prepare_memory()  # as `glmv train` does before anything else
-        self.jax, self.spec = jax, spec
         cfg = CogViTConfig(**SIZES[spec["size"]], dtype=spec["dtype"], remat=spec["remat"], unroll=spec["unroll"])
-        optimizer = optax.adamw(ADAM["lr"], ADAM["b1"], ADAM["b2"], ADAM["eps"], weight_decay=ADAM["weight_decay"])
         params = jax.device_put(to_params(entries(cfg), load_file(spec["weights"]))["vision"])
         patches, yx, target = jax.device_put(inputs(spec))
         B, P, _ = patches.shape
@@ -141,35 +119,16 @@ class Ours(Side):
             features = cogvit.apply(cfg, params, vision).astype(jnp.float32)
             return jnp.mean(jnp.square(features - target))
 
-        def step(params, state, vision, target):
-            loss, grads = jax.value_and_grad(loss_fn)(params, vision, target)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        self._state = params, jax.jit(optimizer.init)(params)
-        self._data = vision, target
-        self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._state, *self._data).compile()
+        self.learn(loss_fn, params, ADAM, vision, target)
 
     def device(self) -> str:
         return self.jax.devices()[0].device_kind
-
-    def step(self):
-        *self._state, loss = self._step(*self._state, *self._data)
-        return loss
-
-    def wait(self, loss) -> None:
-        loss.block_until_ready()
 
     def product(self, side: int):
         keys = self.jax.random.split(self.jax.random.key(0))
         a, b = (self.jax.random.normal(key, (side, side), self.spec["dtype"]) for key in keys)
         multiply = self.jax.jit(lambda a, b: a @ b)
         return lambda: multiply(a, b).block_until_ready()
-
-    def memory(self) -> float | None:
-        """GB, the most there was on the device; None on a CPU."""
-        stats = self.jax.devices()[0].memory_stats()
-        return stats["peak_bytes_in_use"] / 1e9 if stats else None
 
     def profile(self, steps: int) -> dict[str, Any]:
         from step_profile import profile
@@ -180,13 +139,10 @@ class Ours(Side):
 # --- PyTorch ----------------------------------------------------------------------------------------------------------
 
 
-class Torch(Side):
+class Torch(OnTorch, Measured):
     def __init__(self, spec: Spec) -> None:
-        import torch
-
-        torch.set_num_threads(spec["threads"])
-        self.torch, self.spec = torch, spec
-        self.place = torch.device(spec["device"])
+        super().__init__(spec)
+        torch = self.torch
         patches, yx, target = (torch.tensor(x, device=self.place) for x in inputs(spec))
         build = self.hf if spec["name"].startswith("hf") else self.timm
         self.model, self.features = build(patches, yx.long())
@@ -194,9 +150,7 @@ class Torch(Side):
         if spec["name"].endswith("-compiled"):
             self.features = torch.compile(self.features)
         self.target = target
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), ADAM["lr"], (ADAM["b1"], ADAM["b2"]), ADAM["eps"], ADAM["weight_decay"], fused=True
-        )
+        self.learn(ADAM)
 
     def hf(self, patches, yx):
         """The trunk of GlmOcrVisionModel: its forward up to the merger."""
@@ -253,28 +207,15 @@ class Torch(Side):
 
         return model, features
 
-    def step(self):
-        torch, bf16 = self.torch, self.spec["dtype"] == "bfloat16"
-        with torch.autocast(self.place.type, torch.bfloat16, enabled=bf16):
+    def loss(self):
+        with self.half():
             features = self.features()
-        loss = (features.float() - self.target).square().mean()
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def wait(self, loss) -> None:
-        loss.item()
-        if self.place.type == "cuda":
-            self.torch.cuda.synchronize()
+        return (features.float() - self.target).square().mean()
 
     def product(self, side: int):
         torch = self.torch
         a, b = (torch.randn(side, side, device=self.place).to(getattr(torch, self.spec["dtype"])) for _ in range(2))
         return lambda: self.wait((a @ b)[0, 0])
-
-    def memory(self) -> float | None:
-        return self.torch.cuda.max_memory_allocated() / 1e9 if self.place.type == "cuda" else None
 
     def forward_flops(self) -> float:
         """Of an image, as torch counts them while it runs one forward pass (with plain attention: not all others are

@@ -23,12 +23,12 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from contest import Contender, Failed, device, emit, environment, in_turns, log, save, serve, significant, spread
+from steps import TOLERANCE, OnJax, OnTorch, Spec
 
 IMAGE = 4  # a token that no text has
 ADAM = dict(lr=1e-4, b1=0.9, b2=0.95, eps=1e-8, weight_decay=0.01)
@@ -42,10 +42,7 @@ VISION = dict(
     l=dict(depth=24, hidden_size=1024, num_heads=16, intermediate_size=4096, out_hidden_size=1536),
     s=dict(depth=2, hidden_size=64, num_heads=2, intermediate_size=128, out_hidden_size=128),
 )
-TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}  # of the losses of the first steps, relative
 PATIENCE = 900.0
-
-Spec = dict[str, Any]
 
 
 def hf_config(size: str) -> Any:
@@ -66,34 +63,11 @@ def rows(spec: Spec) -> tuple[np.ndarray, np.ndarray]:
     return tokens, rng.standard_normal((spec["batch"], spec["side"] ** 2, 3 * 2 * 14**2), np.float32)
 
 
-class Side:
-    """A subclass has step() -> loss, and wait(loss)."""
-
-    def prepare(self) -> dict[str, Any]:
-        """Compiles, and takes the first steps; their losses are compared."""
-        began = time.monotonic()
-        losses = [float(self.step()) for _ in range(self.spec["checked"])]
-        return {"losses": losses, "seconds": time.monotonic() - began}
-
-    def turn(self, steps: int, warm: int) -> float:
-        """Seconds of one step."""
-        for _ in range(warm):
-            self.wait(self.step())
-        began = time.perf_counter()
-        for _ in range(steps):
-            loss = self.step()
-        self.wait(loss)
-        return (time.perf_counter() - began) / steps
-
-
-class Ours(Side):
+class Ours(OnJax):
     def __init__(self, spec: Spec) -> None:
-        from glmv_jax.parallel.host import prepare_memory
-
-        prepare_memory()  # as `glmv train` does before anything else
+        super().__init__(spec)
         import jax
         import jax.numpy as jnp
-        import optax
 
         from glmv_jax.data.naflex import grid_coordinates
         from glmv_jax.data.packing import rope_positions
@@ -103,7 +77,6 @@ class Ours(Side):
         from glmv_jax.models import vlm
         from glmv_jax.typing import TokenInput, VisionInput
 
-        self.jax, self.spec = jax, spec
         where = Path(spec["weights"])
         cfg = self.policies(glm_ocr.config(folder.read_config(where)))
         params = jax.device_put(to_params(glm_ocr.table(cfg), dict(folder.Tensors(where).items())))
@@ -119,19 +92,12 @@ class Ours(Side):
         ids = jnp.asarray(tokens, jnp.int32)
         text = TokenInput(ids, each(positions.astype(np.int32)), jnp.ones((B, T), jnp.int32), row)
         weight_BT = each((np.arange(1, T) >= merged) / (B * (T - merged)))
-        optimizer = optax.adamw(ADAM["lr"], ADAM["b1"], ADAM["b2"], ADAM["eps"], weight_decay=ADAM["weight_decay"])
 
         def loss_fn(params):
             hidden = vlm.apply(cfg, params, vision, text).hidden[:, :-1]
             return head_loss(hidden, vlm.head(cfg, params), ids[:, 1:], weight_BT).total
 
-        def step(params, state):
-            loss, grads = jax.value_and_grad(loss_fn)(params)
-            updates, state = optimizer.update(grads, state, params)
-            return optax.apply_updates(params, updates), state, loss
-
-        self._state = params, jax.jit(optimizer.init)(params)
-        self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._state).compile()
+        self.learn(loss_fn, params, ADAM)
         self._flops = 3 * cfg.flops(B * T, T / 2, B, side**2)
 
     def policies(self, whole: Any) -> Any:
@@ -147,28 +113,18 @@ class Ours(Side):
             ),
         )  # fmt: skip
 
-    def step(self):
-        *self._state, loss = self._step(*self._state)
-        return loss
-
-    def wait(self, loss) -> None:
-        loss.block_until_ready()
-
     def about(self) -> dict[str, Any]:
         """The device, the FLOPs of a step, and GB: the most there was on a GPU, temporary memory on a CPU."""
-        place = self.jax.devices()[0]
-        stats = place.memory_stats()
-        peak = stats["peak_bytes_in_use"] if stats else self._step.memory_analysis().temp_size_in_bytes
-        return {"device": place.device_kind, "flops": self._flops, "memory": peak / 1e9}
+        peak = self.memory() or self._step.memory_analysis().temp_size_in_bytes / 1e9
+        return {"device": self.jax.devices()[0].device_kind, "flops": self._flops, "memory": peak}
 
 
-class Theirs(Side):
+class Theirs(OnTorch):
     def __init__(self, spec: Spec) -> None:
+        super().__init__(spec)
         import torch
         from transformers import GlmOcrForConditionalGeneration
 
-        torch.set_num_threads(spec["threads"])
-        self.torch, self.spec, self.place = torch, spec, torch.device(spec["device"])
         self.model = GlmOcrForConditionalGeneration.from_pretrained(
             spec["weights"], attn_implementation="sdpa", dtype=torch.float32
         )
@@ -183,25 +139,14 @@ class Theirs(Side):
             image_grid_thw=torch.tensor([[1, side, side]] * len(tokens), device=self.place),
         )  # fmt: skip
         self.run = torch.compile(self.model) if spec["name"].endswith("-compiled") else self.model
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), ADAM["lr"], (ADAM["b1"], ADAM["b2"]), ADAM["eps"], ADAM["weight_decay"], fused=True
-        )
+        self.learn(ADAM)
 
-    def step(self):
-        torch = self.torch
-        with torch.autocast(self.place.type, torch.bfloat16, enabled=self.spec["dtype"] == "bfloat16"):
-            loss = self.run(**self.given).loss
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    def wait(self, loss) -> None:
-        loss.item()
+    def loss(self):
+        with self.half():
+            return self.run(**self.given).loss
 
     def about(self) -> dict[str, Any]:
-        on_gpu = self.place.type == "cuda"
-        return {"memory": self.torch.cuda.max_memory_allocated() / 1e9 if on_gpu else None}
+        return {"memory": self.memory()}
 
 
 def contender(spec: Spec) -> Contender:
@@ -244,7 +189,8 @@ def against(args: argparse.Namespace, ours: Contender, peer: Contender, own: dic
             raise Failed(f"{peer.name}: other losses, {theirs['losses']}, than ours, {own['losses']}")
         turn = dict(steps=args.steps, warm=args.warm)
         runs = {side.name: functools.partial(side.ask, "turn", PATIENCE, **turn) for side in (ours, peer)}
-        seconds = in_turns(runs, args.rounds, args.seconds)
+        turns = in_turns(runs, args.rounds, args.seconds)
+        seconds = {name: [clock for clock, _ in found] for name, found in turns.items()}
         rate = {name: [args.batch * args.length / s for s in found] for name, found in seconds.items()}
         memory = peer.ask("about", PATIENCE)["memory"]
         ratio = statistics.median(rate["ours"]) / statistics.median(rate[peer.name])
