@@ -476,7 +476,9 @@ def test_parameters_over_eight_devices(params, wanted, compilations):
     args = engine._weights.decode, engine._cache, engine._running(), Until(1, 0)
     found = collectives(engine._programs.decode.lower(*args).compile())
     assert found and max(c.size for c in found) <= 8 * CFG.decoder.vocab, found
-    halves = {part for x in jax.tree.leaves(engine._weights.decode) if x.ndim > 1 for part in parts_of(x.shape)}
+    matrices = [x.shape for x in jax.tree.leaves(engine._weights.decode["decoder"]) if x.ndim > 1]
+    assert min(map(np.prod, matrices)) > 8 * CFG.decoder.width
+    halves = {part for shape in matrices for part in parts_of(shape)}
     gathered = [c.shape for c in found if c.kind == "all-gather" and c.dtype == "f32"]
     assert gathered and not halves.intersection(parts_of(shape)[0] for shape in gathered), gathered
 
