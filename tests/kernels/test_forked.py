@@ -72,5 +72,8 @@ def test_is_taken_where_it_can_be(monkeypatch):
     assert not forked.supported(q, k, where._replace(branches=None), where), "splash does these"
     with use(make_mesh({"tensor": 4}, jax.devices()[:4]), preset("tensor")):
         assert not forked.supported(q, k, where, where), "2 heads of keys over 4 devices"
+    with use(make_mesh({"context": 2}, jax.devices()[:2]), preset("context")):  # a device has two chunks
+        assert not forked.supported(q, k, where, where), "chunks of 64"
+        assert forked.supported(*(jnp.tile(x, (1, 2, 1, 1)) for x in (q, k)), where, where)
     monkeypatch.setattr(forked, "forked", lambda *_: "taken")
     assert lib.attention(q, k, v, where, where) == "taken"
