@@ -61,5 +61,5 @@ glmv train --config experiments/vlm_sft.py:size=nano,role=control --workdir "$RU
   --config.seed="$SEED" --config.init_from="$RUN/sft" --config.match_wall="$RUN/rl"
 
 # The table on this terminal, and report.html with curves, pictures and answers.
-glmv report --run "$RUN"
+glmv report "$RUN"
 printf 'total wall time of this call: %d min %02d s\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -53,7 +53,7 @@ _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, o
   glmv train --config experiments/vlm_sft.py:size=nano --workdir runs/sft
   glmv import-hf GLM-OCR/ checkpoints/glm-ocr          a public checkpoint, to train on or to answer
   glmv serve --checkpoint runs/quickstart              to talk to it, in a browser or by any client
-  glmv report --run runs/quickstart                    the table and report.html
+  glmv report runs/quickstart                          tables and one page, of one run or several
   glmv COMMAND --help                                  each command, with examples
 """
 

@@ -95,20 +95,29 @@ def evaluate_options(sub: argparse.ArgumentParser) -> None:
 
 
 def report(args: argparse.Namespace) -> int:
-    """Prints the final table of a recipe, or of a sweep, and writes report.html beside its stages or runs.
+    """Shows what runs have come to: tables here, and all of it as one self-contained page.
 
-      glmv report --run runs/quickstart
-      glmv report --run runs/mmtp
+      glmv report runs/quickstart          a recipe, stage by stage: report.html in its folder
+      glmv report runs/sft                 one run
+      glmv report runs/a runs/b runs/c     several beside each other: what they differ in, a colour a run
+      glmv report runs/rates               a sweep, arm by arm, with means and intervals over seeds
 
-    The page is one self-contained file. What has not run is named as such, so it may be made at any time.
+    A run is a --workdir of glmv train; folders of runs stand for those in them. Several runs are written to report.html
+    here, or to --out. What has not run or finished is named as such, so a report may be made at any time.
     """
     from glmv_jax.eval import report as eval_report
 
-    path = eval_report.write(args.run)
-    eval_report.show(args.run)
+    runs = [*args.runs, *args.run] or [DEFAULT]
+    path = eval_report.write(runs, args.out)
+    eval_report.show(runs)
     print(f"report: {path}")
     return 0
 
 
+DEFAULT = "runs/quickstart"  # of `glmv report`
+
+
 def report_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--run", default="runs/quickstart", metavar="DIR", help="default: runs/quickstart")
+    sub.add_argument("runs", nargs="*", metavar="RUN", help=f"a run, or a folder of runs (default: {DEFAULT})")
+    sub.add_argument("--run", action="append", default=[], metavar="RUN", help="the same")
+    sub.add_argument("--out", metavar="FILE", help="the page (default: report.html in the folder; of several, here)")

@@ -1,8 +1,11 @@
-"""The end of a recipe or of a sweep: tables on the terminal and one self-contained page, `report.html`, that works by
-itself anywhere: no script, no network, light and dark, on a phone.
+"""What runs have come to: tables on the terminal and one self-contained page that works by itself anywhere: no script,
+no network, light and dark, on a phone.
 
-    write("runs/quickstart")      -> runs/quickstart/report.html
-    show("runs/quickstart")       the same tables on the terminal
+    write(["runs/quickstart"])         a recipe, stage by stage -> runs/quickstart/report.html
+    write(["runs/rates"])              a sweep, arm by arm      -> runs/rates/report.html
+    write(["runs/a", "runs/b"])        runs beside each other   -> report.html here, or `out`
+    write(["runs/a"])                  one run                  -> runs/a/report.html
+    show(...)                          the same tables on the terminal
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import collections
 import importlib.resources
 import os
 import pathlib
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -19,56 +23,98 @@ from rich.text import Text
 
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
-from glmv_jax.eval import report_rollouts, report_rollouts_html, report_sweep, report_sweep_html, report_sweep_tables
+from glmv_jax.eval import (
+    report_rollouts,
+    report_rollouts_html,
+    report_run,
+    report_runs,
+    report_runs_html,
+    report_runs_tables,
+    report_sweep,
+    report_sweep_html,
+    report_sweep_tables,
+)
 from glmv_jax.eval.report_run import STAGES, StageRun, read
 from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
+from glmv_jax.typing import UserError
 
+Paths = str | os.PathLike | Sequence[str | os.PathLike]
 _LEFT = ("metric", "arm", "arms")  # columns of words
 _TONES = {"good": "green", "bad": "red", "quiet": "dim", "head": "bold", "": ""}
 
 
-def write(run_root: str | os.PathLike) -> pathlib.Path:
-    """Writes report.html into the run directory (whole or not at all) and returns its path.
+def write(paths: Paths, out: str | os.PathLike | None = None) -> pathlib.Path:
+    """Writes the page (whole or not at all) and returns its path. out: the file, by default report.html in the folder
+    of a recipe, sweep or run, or here for several.
 
     Raises:
-        UserError: no such run directory.
+        UserError: no such run directory, or nowhere to write.
     """
-    root = pathlib.Path(run_root)
-    name = root.resolve().name
-    if report_sweep.is_sweep(root):
-        text = _document(name, report_sweep_html.body(report_sweep.read(root)))
+    roots = _roots(paths)
+    if _are_runs(roots):
+        found = report_runs.find(roots)
+        title, body = found[0].name if len(found) == 1 else f"{len(found)} runs", report_runs_html.body(found)
+    elif report_sweep.is_sweep(roots[0]):
+        title, body = roots[0].resolve().name, report_sweep_html.body(report_sweep.read(roots[0]))
     else:
-        text = _document(name, _body(name, read(root)))
-    path = root / "report.html"
-    partial = path.with_suffix(".html.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+        title = roots[0].resolve().name
+        body = _body(title, read(roots[0]))
+    path = pathlib.Path(out) if out else (roots[0] if len(roots) == 1 else pathlib.Path()) / "report.html"
+    partial = path.with_name(path.name + ".partial")
+    try:
+        partial.write_text(_document(title, body), encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"{path} cannot be written ({error.strerror}); give another file with --out") from None
     return path
 
 
-def show(run_root: str | os.PathLike, console: Console | None = None) -> None:
-    """Prints the tables: held-out results, before and after RL, time and arithmetic; of a sweep its arms.
+def show(paths: Paths, console: Console | None = None) -> None:
+    """Prints the tables: held-out results, before and after RL, time and arithmetic; of a sweep its arms; of runs what
+    they differ in.
 
     Raises:
         UserError: no such run directory.
     """
     console = console or Console()
-    if report_sweep.is_sweep(run_root):
-        tables = report_sweep_tables.tables(report_sweep.read(run_root), report_sweep_tables.SHOWN)
+    roots = _roots(paths)
+    if _are_runs(roots):
+        tables = report_runs_tables.shown(report_runs.find(roots))
+    elif report_sweep.is_sweep(roots[0]):
+        tables = report_sweep_tables.tables(report_sweep.read(roots[0]), report_sweep_tables.SHOWN)
     else:
-        tables = _tables(read(run_root))
+        tables = _tables(read(roots[0]))
     for content in tables:
-        drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-        for i, name in enumerate(content.header):
-            drawn.add_column(
-                name, justify="left" if i == 0 or name in _LEFT else "right", overflow="fold", no_wrap=i == 0
-            )
-        for row in content.rows:
-            drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
-        console.print(Text(f"\n{content.title}", style="bold"))
+        _print(content, console)
+
+
+def _roots(paths: Paths) -> list[pathlib.Path]:
+    """The folders, each once."""
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+    return list({pathlib.Path(path).resolve(): pathlib.Path(path) for path in given}.values())
+
+
+def _are_runs(roots: list[pathlib.Path]) -> bool:
+    """Whether these are runs to lay beside each other; not so a recipe (also one that has just begun) or a sweep."""
+    root = roots[0]
+    if len(roots) > 1 or not root.is_dir() or report_run.is_run(root):
+        return True
+    inside = {path.name for path in root.iterdir()} - {"report.html"}
+    return not (report_sweep.is_sweep(root) or not inside or inside & set(STAGES))
+
+
+def _print(content: Table, console: Console) -> None:
+    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
+    for i, name in enumerate(content.header):
+        words = i == 0 or name in _LEFT or content.kind == "values"
+        drawn.add_column(Text(name), justify="left" if words else "right", overflow="fold", no_wrap=i == 0)
+    for row in content.rows:
+        drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
+    console.print(Text(f"\n{content.title}", style="bold"))
+    if content.rows:
         console.print(drawn)
-        if content.note:
-            console.print(Text(content.note, style="dim"))
+    if content.note:
+        console.print(Text(content.note, style="dim"))
 
 
 def _tables(stages: dict[str, StageRun]) -> list[Table]:

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from glmv_jax.data import coordinates
-from glmv_jax.eval.report_run import StageRun
+from glmv_jax.eval.report_run import StageRun, is_number
 from glmv_jax.eval.report_svg import Series, line_chart
 from glmv_jax.eval.report_tables import Cell, Table, number
 
@@ -37,7 +37,9 @@ def table(content: Table, level: int = 2) -> str:
         cells = "".join(f'<td class="{cell.tone}">{_cell(cell)}</td>' for cell in row)
         rows.append(f'<tr class="{"group" if row[0].tone == "head" else ""}">{cells}</tr>')
     note = f"<p class=quiet>{text(content.note)}</p>" if content.note else ""
-    kind = " class=results" if "metric" in content.header else ""
+    if not rows:
+        return f"<h{level}>{text(content.title)}</h{level}>{note}"
+    kind = f' class="{content.kind}"' if content.kind else ""
     return (
         f"<h{level}>{text(content.title)}</h{level}><div class=scroll><table{kind}><thead><tr>{head}</tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>{note}"
@@ -126,20 +128,22 @@ def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
 
 def _card(run: StageRun, row: dict[str, Any]) -> str:
     shown = picture(run.folder / "samples", row["image"], row.get("boxes") or ()) if row.get("image") else ""
-    verdict, tone = "", ""
-    if row.get("correct") is not None:
-        tone = "good" if row["correct"] else "bad"
-        verdict = "✓ right" if row["correct"] else "✗ wrong"
-    elif isinstance(row.get("reward"), (int, float)):
-        tone = "good" if row["reward"] >= 0.5 else "bad"
-        verdict = f"reward {row['reward']:.2f}"
     lines = [
-        f"<small class=quiet>{text(row.get('source', ''))}</small> <small class={tone or 'quiet'}>{verdict}</small>",
+        f"<small class=quiet>{text(row.get('source', ''))}</small> {verdict(row)}",
         f"<p class=prompt>{text(row['prompt'])}</p>" if row.get("prompt") else "",
         f"<p class=answer>{text(row['answer']) or '<span class=quiet>(nothing)</span>'}</p>" if "answer" in row else "",
         f"<p class=quiet>gold: {text(row['gold'])}</p>" if row.get("gold") not in (None, "", row.get("answer")) else "",
     ]
     return f"<article>{shown}{''.join(lines)}</article>"
+
+
+def verdict(row: dict[str, Any]) -> str:
+    """Right or wrong, or what was earned, where a row says it."""
+    if row.get("correct") is not None:
+        return "<small class=good>✓ right</small>" if row["correct"] else "<small class=bad>✗ wrong</small>"
+    if is_number(row.get("reward")):
+        return f"<small class={'good' if row['reward'] >= 0.5 else 'bad'}>reward {row['reward']:.2f}</small>"
+    return ""
 
 
 def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
@@ -161,7 +165,7 @@ def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
 def picture(folder: pathlib.Path, name: str, boxes: Any) -> str:
     """The picture as an SVG of its own pixels, with boxes and points drawn over it; a missing picture is named."""
     try:
-        data, width, height = _png(folder / name)
+        data, width, height = _png(folder / str(name))
     except (OSError, ValueError) as error:
         return f'<p class="nopicture quiet">{text(name)} cannot be shown ({text(type(error).__name__)})</p>'
     marks = "".join(_mark(item, width, height) for item in boxes if isinstance(item, dict))
@@ -182,6 +186,8 @@ def _png(path: pathlib.Path) -> tuple[str, int, int]:
 def _mark(item: dict[str, Any], width: int, height: int) -> str:
     """A box as a rectangle, a point as a cross in a circle; coordinates 0..999, anything else is not drawn."""
     role = "gold" if item.get("role") == "gold" else "model"
+    if "colour" in item:  # of a run, where there are several
+        role += f' style="stroke:var(--c{item["colour"]})"'
     box, point = item.get("box"), item.get("point")
     if _numbers(box, 4):
         x1, y1, x2, y2 = coordinates.decode_box(box, width, height)

@@ -17,13 +17,15 @@ MAX_POINTS = 240
 
 class Series(NamedTuple):
     """A curve. `kind` "train" is drawn as a pale line under its running mean, "eval" as a line with a dot a value,
-    "mean" as a line on its band: (step, low, high)."""
+    "mean" as a line on its band: (step, low, high). colour: from `COLOURS` on the colours come again, broken.
+    group: a class by which the page can take the curve away."""
 
     name: str
     points: list[Point]
     kind: str = "train"
     colour: int = 0
     band: list[tuple[float, float, float]] = []
+    group: str = ""
 
 
 def line_chart(series: list[Series]) -> str:
@@ -51,7 +53,10 @@ def line_chart(series: list[Series]) -> str:
         if LEFT + 8 <= x <= WIDTH - RIGHT:
             parts.append(f'<text x="{x}" y="{HEIGHT - 7}" text-anchor="{_anchor(x)}">{label(value)}</text>')
     for one in series:
-        parts += _curve(one, place)
+        drawn = _curve(one, place)
+        again = f"dash{one.colour // COLOURS}" if one.colour >= COLOURS else ""
+        classes = " ".join(filter(None, (one.group, again)))
+        parts += [f'<g class="{classes}">', *drawn, "</g>"] if classes else drawn
     parts.append(f'<text x="{LEFT - 5}" y="{HEIGHT - 7}" text-anchor="end">step</text>')
     return f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">{"".join(parts)}</svg>'
 

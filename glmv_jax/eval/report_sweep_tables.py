@@ -51,7 +51,7 @@ def final_table(sweep: Sweep, names: list[str], of: int) -> Table:
         "tenth of the steps logged. sd: over seeds. Interval: of the mean, 95 %, Student's t."
     )
     rest = f" {of - len(names)} more metrics are in report.html." if of > len(names) else ""
-    return Table("Final values", ["metric", "arm", "mean", "sd", "interval", "seeds"], rows, note + rest)
+    return Table("Final values", ["metric", "arm", "mean", "sd", "interval", "seeds"], rows, note + rest, "results")
 
 
 def difference_table(sweep: Sweep, names: list[str]) -> list[Table]:
@@ -70,7 +70,7 @@ def difference_table(sweep: Sweep, names: list[str]) -> list[Table]:
         "95 % interval leaves 0 out, which by chance alone one in twenty does. Strays: see Steadiness."
     )
     header = ["metric", "arms", "difference", "interval", "seeds"]
-    return [Table("Paired differences", header, rows, note)] if rows else []
+    return [Table("Paired differences", header, rows, note, "results")] if rows else []
 
 
 def steadiness_table(sweep: Sweep) -> Table:
@@ -89,7 +89,7 @@ def steadiness_table(sweep: Sweep) -> Table:
         "(over about a twentieth of the run), mean over seeds. Largest rise: above that mean, of any seed. Between "
         "seeds: standard deviation at the same step, root mean square over the steps."
     )
-    return Table("Steadiness", ["metric", "arm", "strays", "largest rise", "between seeds"], rows, note)
+    return Table("Steadiness", ["metric", "arm", "strays", "largest rise", "between seeds"], rows, note, "results")
 
 
 def head_table(sweep: Sweep) -> list[Table]:

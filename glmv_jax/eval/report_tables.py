@@ -10,11 +10,13 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
+import re
 from typing import Any, NamedTuple
 
 from glmv_jax.eval.report_run import StageRun
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
+_MTP_LOSS = re.compile(r"\bmtp(?!_)")  # which mtp_accuracy and mtp_agreement are not
 _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
 _CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
 _PROGRESS = ("steps", "rollouts")  # parts of a run's time that goodput counts
@@ -39,17 +41,20 @@ class Cell(NamedTuple):
 
 @dataclasses.dataclass
 class Table:
+    """kind: how the page sets it: "results" (its second column is words) or "values" (long words, which are broken)."""
+
     title: str
     header: list[str]
     rows: list[list[Cell]]
     note: str = ""
+    kind: str = ""
 
 
 def final_table(stages: dict[str, StageRun]) -> Table:
     """Held-out numbers of every stage: untrained, trained, chance. A number that got worse is marked."""
     rows = []
     for name, run in stages.items():
-        metrics = {key: values for key, values in run.results.get("metrics", {}).items() if not _is_detail(key)}
+        metrics = {key: values for key, values in run.results.get("metrics", {}).items() if not is_detail(key)}
         if not metrics:
             nothing = "no held-out numbers" if run.results else run.status
             rows.append([Cell(name, "head"), Cell(nothing, "quiet"), *[Cell("–", "quiet")] * 3])
@@ -61,10 +66,10 @@ def final_table(stages: dict[str, StageRun]) -> Table:
             chance = Cell(number(values.get("chance")), "quiet")
             rows.append([first, subject, Cell(number(untrained)), Cell(number(trained), tone), chance])
     note = "Untrained: at the stage's first step, with what it took over from the stage before."
-    return Table("Held-out results", ["stage", "metric", "untrained", "trained", "chance"], rows, note)
+    return Table("Held-out results", ["stage", "metric", "untrained", "trained", "chance"], rows, note, "results")
 
 
-def _is_detail(metric: str) -> bool:
+def is_detail(metric: str) -> bool:
     """Single tasks under other conditions; their means stay."""
     return metric.startswith(_CONTROLS) and not metric.endswith("/mean")
 
@@ -76,7 +81,8 @@ def improved(metric: str, untrained: Any, trained: Any) -> bool | None:
         return None
     if any(word in metric for word in _NO_DIRECTION):
         return None
-    return trained < untrained if any(word in metric for word in _LOWER_IS_BETTER) else trained > untrained
+    falls = any(word in metric for word in _LOWER_IS_BETTER) or _MTP_LOSS.search(metric)
+    return trained < untrained if falls else trained > untrained
 
 
 def share_table(stages: dict[str, StageRun]) -> Table:

@@ -1,7 +1,7 @@
 """Where the wall time of a run went, over all its attempts: what of it made progress, and what did not.
 
-The loop says at each turn what it does now, one of PARTS; `Goodput` adds up the seconds and appends them to
-goodput.jsonl, which no resume ever cuts. A row is
+The loop says at each turn what it does now, one of PARTS (see `eval.goodput`, which reads the account); `Goodput` adds
+up the seconds and appends them to goodput.jsonl, which no resume ever cuts. A row is
 
     {"attempt": 1, "step": 40, "seconds": {"steps": 12.3, "evaluation": 1.0}}
 
@@ -22,20 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from glmv_jax.eval.goodput import is_row, summary
 from glmv_jax.train.disk import disk_errors
 from glmv_jax.train.metrics import read_jsonl
 
-PARTS = {
-    "steps": "training steps, and what the host does between them",
-    "rollouts": "answers being written and graded, of reinforcement learning",
-    "data wait": "devices without a batch",
-    "start-up": "set-up, parameters, restoring",
-    "compile": "programs being compiled",
-    "checkpoint": "the loop waiting for a copy or a disk",
-    "evaluation": "on held-out data, samples among them",
-    "lost": "steps, evaluations and checkpoints that a restart has undone",
-}
-USEFUL = ("steps", "rollouts")
 EVERY = 5.0  # seconds between rows, if not more often
 
 
@@ -75,13 +65,15 @@ class Goodput:
         self._seconds[source] -= seconds
         self._seconds[target] += seconds
 
-    def row(self, step: int, *, due: bool = True) -> None:
-        """Writes down what was spent on the way to `step`. due: False: only if the last row is `EVERY` seconds old."""
+    def row(self, step: int, *, due: bool = True, signal: int | None = None) -> None:
+        """Writes down what was spent on the way to `step`. due: False: only if the last row is `EVERY` seconds old.
+        signal: that ends this attempt; 0 for one that came to another process."""
         if not due and time.monotonic() - self._written < EVERY:
             return
         self.turn(self._part)
         seconds = {part: round(spent, 4) for part, spent in self._seconds.items() if spent}
         row = {"attempt": self._attempt, "step": step, "seconds": seconds}
+        row |= {} if signal is None else {"signal": signal}
         self._rows.append(row)
         self._seconds.clear()
         self._written = self._since
@@ -97,35 +89,7 @@ class Goodput:
 
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a goodput.jsonl; what a kill cut off is left out."""
-    return [row for row in read_jsonl(path) if row.keys() >= {"attempt", "seconds"}]
-
-
-def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"goodput": share of the time in USEFUL parts, "seconds": {part: seconds}, "attempts": how many}.
-
-    The first row of an attempt says from which step it goes on. What earlier attempts did behind that step is lost:
-    all but their start-up and their compiling, which have a name already.
-    """
-    kept: list[tuple[int, dict[str, float]]] = []
-    attempt = 0
-    for row in rows:
-        if row["attempt"] != attempt:
-            attempt = row["attempt"]
-            kept = [(step, _lost(seconds) if step > row["step"] else seconds) for step, seconds in kept]
-        kept.append((row["step"], row["seconds"]))
-    total: collections.Counter[str] = collections.Counter()
-    for _, seconds in kept:
-        total.update(seconds)
-    spent = sum(total.values())
-    useful = sum(total[part] for part in USEFUL)
-    parts = {part: round(total[part], 3) for part in PARTS if total[part]}
-    return {"goodput": useful / spent if spent else None, "seconds": parts, "attempts": attempt}
-
-
-def _lost(seconds: dict[str, float]) -> dict[str, float]:
-    own = {part: spent for part, spent in seconds.items() if part in ("start-up", "compile", "lost")}
-    gone = sum(seconds.values()) - sum(own.values())
-    return own | {"lost": own.get("lost", 0.0) + gone}
+    return [row for row in read_jsonl(path) if is_row(row)]
 
 
 def line(found: dict[str, Any]) -> str:

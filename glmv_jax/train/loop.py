@@ -59,12 +59,20 @@ class Totals:
     tokens: int = 0
     flops: float = 0.0
     skipped: int = 0  # updates left out because a gradient was not finite
+    sources: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)  # name -> {"samples", "tokens"}
 
-    def add(self, counts: dict[str, int], flops: float) -> None:
+    def add(self, counts: dict[str, int], flops: float, sources: dict[str, dict[str, int]]) -> None:
         """Counts a step."""
         self.samples += counts["samples"]
         self.tokens += counts["tokens"]
         self.flops += flops
+        for name, more in sources.items():
+            so_far = self.sources.setdefault(name, {"samples": 0, "tokens": 0})
+            self.sources[name] = {what: n + more[what] for what, n in so_far.items()}
+
+    def seen(self) -> dict[str, int]:
+        """Metrics: samples by source."""
+        return {f"seen/{name}": counts["samples"] for name, counts in self.sources.items()}
 
 
 def train(stage: Stage, workdir: Path, profiled: str | None = None) -> dict[str, Any]:
@@ -257,9 +265,10 @@ class _Run:
         self.step += 1
         self.suspects.started(self.step, batch)
 
-        counts, flops = _of_all_processes(self.stage.counts(batch), self.stage.flops(batch))
-        self.totals.add(counts, flops)
-        values |= told | self.learning_rates(self.step - 1)
+        counts, flops = _of_all_processes(self.stage.counts(batch)), _of_all_processes(self.stage.flops(batch))
+        sources = _of_all_processes(self.stage.counts_by_source(batch))
+        self.totals.add(counts, flops, sources)
+        values |= told | self.learning_rates(self.step - 1) | self.totals.seen()
         self.recorder.started(self.step, values, waited, counts, flops, called)
         if self.recorder.skipped_in_a_row >= MAX_SKIPPED:
             self._give_up(placed)
@@ -307,6 +316,7 @@ class _Run:
             self._save()
         with self.goodput.spent_on("checkpoint"):
             self.checkpoints.wait()
+        self.goodput.row(self.step, signal=self.signals.number or 0)
         self.progress.say(f"stopped at step {self.step} of {self.total}, saved; run the same command to go on")
 
     def close(self) -> None:
@@ -370,10 +380,9 @@ class _Clock:
         return time.monotonic() - self._zero
 
 
-def _of_all_processes(counts: dict[str, int], flops: float) -> tuple[dict[str, int], float]:
-    """What this process counted of its rows, times the processes: each has as many."""
-    n = jax.process_count()
-    return {name: n * count for name, count in counts.items()}, n * flops
+def _of_all_processes(counted: Any) -> Any:
+    """What this process counted of its rows, numbers in any tree, times the processes: each has as many."""
+    return jax.tree.map(lambda n: n * jax.process_count(), counted)
 
 
 def _is_over(totals: Totals, max_seconds: float) -> bool:

@@ -9,6 +9,8 @@ import importlib
 import importlib.metadata
 import json
 import os
+import platform
+import subprocess
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -35,6 +37,9 @@ STAGES = {
     "sft": "glmv_jax.train.stages.sft:SFT",
     "rl": "glmv_jax.train.stages.rl:RL",
 }
+
+# Packages whose versions meta.json has, beside glmv_jax and jax.
+RECORDED = ("flax", "grain", "jaxlib", "numpy", "optax", "orbax-checkpoint")
 
 
 def run(cfg: Any, workdir: str | Path, profile: str | None = None) -> dict[str, Any]:
@@ -176,7 +181,14 @@ def _write_records(stage: Stage, workdir: Path) -> None:
     meta = {
         "stage": stage.name,
         **_versions(),
-        "host": {"cores": os.cpu_count(), "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")},
+        "commit": commit(),
+        "versions": {"python": platform.python_version()} | {name: _version(name) for name in RECORDED},
+        "processes": jax.process_count(),
+        "host": {
+            "cores": os.cpu_count(),
+            "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+            "system": platform.platform(),
+        },
         "started": _now(),
         "params": sum(x.size for x in jax.tree.leaves(shapes)),
     }
@@ -185,15 +197,33 @@ def _write_records(stage: Stage, workdir: Path) -> None:
 
 def _versions() -> dict[str, Any]:
     devices = [f"{d.platform}:{d.device_kind}" for d in jax.devices()]
-    return {"glmv_jax": _version(), "jax": jax.__version__, "devices": devices}
+    return {"glmv_jax": _version("glmv_jax"), "jax": jax.__version__, "devices": devices}
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _version() -> str:
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("glmv_jax")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # run from a source tree that was never installed
         return "source"
+
+
+def commit(folder: Path | None = None) -> str | None:
+    """The commit of the source tree that a package (by default this one) is run from, "+ changes" behind it where files
+    that git knows differ from it. None for a package that was installed, or where there is no git."""
+    folder = folder or Path(__file__).resolve().parents[1]
+
+    def git(*command: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(folder), *command], capture_output=True, text=True, timeout=20)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    if git("ls-files", "--error-unmatch", "__init__.py") is None:  # say, an environment inside of some other repository
+        return None
+    head, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return f"{head} + changes" if head and changes else head

@@ -177,6 +177,7 @@ def test_direction_of_improvement():
     assert better("accuracy/read", 0.1, 0.2) is True and better("knn", 0.2, 0.2) is False
     assert better("accuracy_shuffled/read", 0.1, 0.2) is None and better("r1", None, 0.2) is None
     assert better("loss", 1.0, math.nan) is None
+    assert better("heldout mtp behind images", 2.0, 1.0) is True and better("heldout mtp_accuracy", 0.2, 0.1) is False
 
 
 def test_half_done_and_damaged_runs_are_shown_as_far_as_they_got(run):
@@ -203,10 +204,13 @@ def test_an_empty_folder_is_a_report_too(tmp_path):
 
 
 def test_wrong_folders_are_named(run, tmp_path):
-    with pytest.raises(UserError, match=r"no run directory .*nowhere"):
+    with pytest.raises(UserError, match=r"no run directory .*nowhere; give work directories"):
         report.write(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"work directory of one stage; give the folder above it, --run .*quick"):
-        report.show(run / "mim")
+    (tmp_path / "notes" / "more").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"notes is no run, nor a folder of runs: nothing there has metrics.jsonl"):
+        report.write([run / "mim", tmp_path / "notes"])
+    with pytest.raises(UserError, match=r"notes is no run"):
+        report.show(tmp_path / "notes")
 
 
 def test_resumed_run_keeps_the_last_value_of_a_step(tmp_path):

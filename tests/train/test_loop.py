@@ -16,12 +16,12 @@ import jax
 import numpy as np
 import pytest
 
-from glmv_jax.train import main
+from glmv_jax.train import goodput, main
 from glmv_jax.train.checkpoint import load_params
 from glmv_jax.train.metrics import read_jsonl
 from glmv_jax.train.step import RecompileError
 from glmv_jax.typing import UserError
-from tests.train.toy import Toy, config
+from tests.train.toy import Data, Toy, config
 
 ROOT = Path(__file__).parents[2]
 
@@ -58,6 +58,10 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     assert results["flops"] == 12 * 100.0 * 16 * 4 * 6
     assert results["skipped"] == 0 and 0 < results["train_seconds"] < results["seconds"]
     assert results["metrics"]["seen"]["trained"] == 12 * 16  # extra is carried
+    data = Data(config())
+    ups = sum(next(data)["y"].sum() > 0 for _ in range(12))
+    assert results["sources"] == {"up": {"samples": 16 * ups, "tokens": 64 * ups},
+                                  "down": {"samples": 16 * (12 - ups), "tokens": 64 * (12 - ups)}}  # fmt: skip
 
     rows = read_jsonl(workdir / "metrics.jsonl")
     trained = [(step, "train") for step in range(1, 13)]
@@ -65,9 +69,11 @@ def test_a_run_learns_and_leaves_what_it_promises(whole):
     walls = [row["wall"] for row in rows]
     assert walls == sorted(walls) and results["seconds"] >= walls[-1] - 1e-3
     assert set(rows[5]) >= {"loss", "grad_norm", "param_norm", "skipped", "noise", "host", "lr", "samples_per_second"}
+    assert rows[12]["seen/up"] == 16 * ups and rows[5].get("seen/up", 0) + rows[5].get("seen/down", 0) == 5 * 16
     assert rows[5]["host"] == 5.0 and rows[2]["lr"] == pytest.approx(0.1 * 2 / 3)
     assert json.loads((workdir / "config.json").read_text())["optim.lr"] == 0.1
     meta = json.loads((workdir / "meta.json").read_text())
+    assert meta["versions"]["numpy"] == np.__version__ and meta["processes"] == 1 and meta["host"]["system"]
     assert meta["stage"] == "toy" and meta["params"] == 6 * 8 + 8 + 8 + 1 and meta["host"]["cores"] > 0
     assert (workdir / "samples" / "samples.jsonl").exists() and list((workdir / "tb").iterdir())
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["12", "8"]
@@ -99,7 +105,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_bitwise_equal(whole, tmp_path,
     assert step in (2, 4, 6, 8)
     assert losses(tmp_path) == losses(whole[0]) and same_params(tmp_path, whole[0])
     assert Toy.evaluations == evaluations + 1  # the untrained evaluation was not repeated
-    for name in ("samples", "tokens", "flops", "step", "metrics"):
+    for name in ("samples", "tokens", "flops", "step", "metrics", "sources"):
         assert results[name] == whole[1][name]
     rows = read_jsonl(tmp_path / "metrics.jsonl")
     assert [row["wall"] for row in rows] == sorted(row["wall"] for row in rows)  # time goes on where it stopped
@@ -111,6 +117,8 @@ def test_asked_to_stop_it_saves_and_leaves(whole, tmp_path, number, code, capsys
         main.run(config(signal=(6, int(number)), save_every=100), tmp_path)
     assert error.value.code == code
     said = capsys.readouterr().out
+    ended = [row["signal"] for row in goodput.read(tmp_path / "goodput.jsonl") if "signal" in row]
+    assert ended == [number]
     assert "stopping after this step" in said and "stopped at step 6 of 12, saved" in said
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
@@ -263,3 +271,23 @@ def test_batch_counts_the_rows_of_all_processes(monkeypatch):
     monkeypatch.setattr(jax, "process_count", lambda: 4)
     with pytest.raises(UserError, match="batch=6 does not divide over 4 processes; try 8"):
         stage.own_rows  # noqa: B018
+
+
+def test_the_commit_of_a_source_tree_is_told(tmp_path):
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        done = subprocess.run(["git", *identity, *command], cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    package = tmp_path / "package"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    assert main.commit(package) is None  # no repository
+    git("init", "-q")
+    assert main.commit(package) is None  # one that knows nothing of the package, as when it is installed in there
+    git("add", ".")
+    git("commit", "-qm", "first")
+    (package / "scratch.txt").write_text("")
+    assert main.commit(package) == git("rev-parse", "HEAD")
+    (package / "__init__.py").write_text("x = 1")
+    assert main.commit(package) == git("rev-parse", "HEAD") + " + changes"

@@ -241,6 +241,26 @@ def test_accept_lengths_of_a_stage_are_measured_where_it_asks_for_drafts():
     assert not any("accept" in name for name in stage.evaluate(params, {}, full=False))
 
 
+def test_what_is_trained_on_is_counted_by_source():
+    """Against a count token by token; of stage 5 samples are answers, which share the tokens of their prompt."""
+    stage = build("pretrain")
+    batch, wanted = next(stage.train_data()), {}
+    for source_T, segments_T in zip(batch["source"], batch["segments"]):
+        for segment in set(segments_T[segments_T > 0]):
+            (source,) = set(source_T[segments_T == segment])
+            row = wanted.setdefault(stage.names[source], {"samples": 0, "tokens": 0})
+            row["samples"] += 1
+            row["tokens"] += int((segments_T == segment).sum())
+    assert len(wanted) > 3 and stage.counts_by_source(batch) == wanted
+    assert sum(row["samples"] for row in wanted.values()) == stage.counts(batch)["samples"]
+
+    stage = build("rl")
+    rows = {"source": [[0, 0, 0, 0, 0, 2, 2, -1]], "branches": [[0, 0, 1, 2, 2, 0, 3, 0]]}
+    batch = {name: np.array(row) for name, row in rows.items()} | {"segments": np.array([[1] * 5 + [2] * 2 + [0]])}
+    first, _, third, *_ = stage.names
+    assert stage.counts_by_source(batch) == {first: {"samples": 2, "tokens": 5}, third: {"samples": 1, "tokens": 2}}
+
+
 def test_rl_packs_only_groups_whose_rewards_differ():
     """An untrained policy earns nothing: no row is filled, and the update leaves the weights as they are."""
     stage = build("rl")

@@ -114,6 +114,9 @@ class Toy(Stage):
     def counts(self, batch):
         return {"samples": len(batch["x"]), "tokens": batch["x"].shape[0] * batch["x"].shape[1]}
 
+    def counts_by_source(self, batch):
+        return {"up" if batch["y"].sum() > 0 else "down": self.counts(batch)}
+
     def flops(self, batch):
         return 100.0 * batch["x"].size
 

@@ -158,6 +158,12 @@ class Stage(abc.ABC):
     def counts(self, batch: Batch) -> dict[str, int]:
         """{"samples": n, "tokens": n} of a batch as `next_batch` gave it; tokens are real ones, without padding."""
 
+    def counts_by_source(self, batch: Batch) -> dict[str, dict[str, int]]:
+        """Of a batch as `next_batch` gave it: source -> {"samples": n, "tokens": n}, of what is trained on of each; {}
+        for a stage whose batches do not say where their rows are from."""
+        del batch
+        return {}
+
     @abc.abstractmethod
     def flops(self, batch: Batch) -> float:
         """Floating-point operations that the model needs for one step on the batch (recomputation not counted)."""

@@ -34,6 +34,7 @@ from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.rl_samples import Samples, add_trained
 from glmv_jax.train.stages.rl_update import PolicyUpdate
+from glmv_jax.train.stages.vlm import begins
 from glmv_jax.typing import Batch, UserError
 
 
@@ -173,9 +174,10 @@ class RL(PolicyUpdate):
 
     def counts(self, batch):
         """Samples are answers."""
-        branches = np.asarray(batch["branches"])
-        starts = (branches > 0) & (branches != np.pad(branches, ((0, 0), (1, 0)))[:, :-1])
-        return super().counts(batch) | {"samples": int(starts.sum())}
+        return super().counts(batch) | {"samples": int(begins(self._samples(batch)).sum())}
+
+    def _samples(self, batch):
+        return np.asarray(batch["branches"])
 
     def flops(self, batch):
         """Of the update alone. The draft head is not run; a frozen encoder is not run backwards."""

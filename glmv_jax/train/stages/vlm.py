@@ -234,6 +234,23 @@ class VLMStage(MeasuredVLM):
         real = int((np.asarray(batch["segments"]) > 0).sum() + (np.asarray(batch["frame"]) > 0).sum())
         return {"samples": documents, "tokens": real}
 
+    def counts_by_source(self, batch):
+        """Tokens are those of the text rows, images' placeholders among them."""
+        source_BT, real_BT = np.asarray(batch["source"]), np.asarray(batch["segments"]) > 0
+        count = lambda at_BT: np.bincount(source_BT[at_BT & (source_BT >= 0)], minlength=len(self.names))  # noqa: E731
+        samples_N, tokens_N = count(begins(self._samples(batch))), count(real_BT)
+        return {name: {"samples": int(n), "tokens": int(t)}
+                for name, n, t in zip(self.names, samples_N, tokens_N) if t}  # fmt: skip
+
+    def _samples(self, batch: Batch) -> np.ndarray:
+        """[B, T], for each token the number of its sample in its row, 0: of none."""
+        return np.asarray(batch["segments"])
+
     def flops(self, batch):
         B, T = batch["tokens"].shape
         return 3 * self.model.flops(B * T, T / 2, *batch["frame"].shape)
+
+
+def begins(ids_BT: np.ndarray) -> np.ndarray:
+    """Where in each row a new number begins that is not 0."""
+    return (ids_BT > 0) & (ids_BT != np.pad(ids_BT, ((0, 0), (1, 0)))[:, :-1])
