@@ -119,7 +119,7 @@ class _Run:
         self.save_every = cfg.get("save_every", 100)
         self.wait = "rollouts" if stage.on_policy else "data wait"
         self.progress = metrics.Progress(
-            workdir.name, self.total, headline=stage.headline, wait=self.wait, quiet=not self.first
+            workdir.name, self.total, stage=stage.name, headline=stage.headline, wait=self.wait, quiet=not self.first
         )
         self.placement, self.optimizer, trainable = prepare(stage)
         self.train_step = make_train_step(stage, self.optimizer, self.placement, trainable=trainable, seed=cfg.seed)
@@ -217,7 +217,7 @@ class _Run:
             self.totals.train_seconds += time.monotonic() - began
             if self.max_seconds:
                 out_of_time = multihost.agreed(_is_over(self.totals, self.max_seconds))
-                self.progress.seconds_left = self.max_seconds - self.totals.train_seconds
+                self.progress.view.seconds_left = self.max_seconds - self.totals.train_seconds
             if traced:
                 for line in self.profile.stop(self.train_step.texts):
                     self.progress.say(line)

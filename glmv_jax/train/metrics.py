@@ -1,4 +1,4 @@
-"""What a run tells: metrics.jsonl and TensorBoard for machines, one progress line for people."""
+"""What a run tells: metrics.jsonl and TensorBoard for machines, a panel or progress lines for people."""
 
 from __future__ import annotations
 
@@ -20,11 +20,14 @@ from rich.text import Text
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2, summary_pb2
 
+from glmv_jax.train import panel
 from glmv_jax.train.disk import disk_errors
+from glmv_jax.train.panel import View
 
 WINDOW = 50  # steps that rates and ETA are averaged over
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 LIVE_EVERY = 0.25
+MEMORY_EVERY = 1.0
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
@@ -216,44 +219,52 @@ class Meter:
 
 
 class Progress:
-    """One line a stage: live on a terminal, a plain one now and then elsewhere. Messages go above it.
+    """Where a stage is: one panel on a terminal (`train.panel`), a line now and then elsewhere. Messages go above it.
 
-    headline: the metric that is shown. wait: what the time is called that batches take to come. quiet: says nothing.
+    stage: its name, for the panel. headline: the metric that is shown. wait: what the time is called that batches take
+    to come. quiet: says nothing. view: what is known, of which seconds_left is set by a run with a time budget.
     """
 
     def __init__(
-        self, name: str, total: int, file: Any = None, *, headline: str = "loss", wait: str = "data wait",
-        quiet: bool = False,
+        self, name: str, total: int, file: Any = None, *, stage: str = "", headline: str = "loss",
+        wait: str = "data wait", quiet: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.total, self.headline, self.wait = name, total, headline, wait
-        self.seconds_left = math.inf  # set by a run that has a time budget
+        self.view = View(name, stage, total, headline, wait)
         self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True, quiet=quiet)
         self._live: Live | None = None
-        self._next = 0.0
+        self._next = self._next_memory = 0.0
+        self._memory: list[str] = []
+
+    @property
+    def total(self) -> int:
+        return self.view.total
 
     def say(self, message: str) -> None:
         """A line that stays."""
-        self._console.print(Text(f"{self.name}: {message}"), soft_wrap=True)
+        self._console.print(Text(f"{self.view.name}: {message}"), soft_wrap=True)
 
     def update(self, step: int, values: dict[str, float], rates: dict[str, float], *, last: bool = False) -> None:
         """Shows where the run is, if it is time to. values: metrics of the step, the headline among them."""
-        now = time.monotonic()
+        view, now = self.view, time.monotonic()
+        view.update(step, values, rates)
         if now < self._next and not last:
             return
-        shown = f"{self.headline.removesuffix('/mean')} {values[self.headline]:.4g}"
-        line = progress_line(self.name, step, self.total, shown, rates, self.seconds_left, self.wait)
         if not self._console.is_terminal:
+            shown = f"{view.headline.removesuffix('/mean')} {values[view.headline]:.4g}"
+            line = progress_line(view.name, step, view.total, shown, rates, view.seconds_left, view.wait)
             self._console.print(Text(line), soft_wrap=True)
             self._next = now + PLAIN_EVERY
             return
+        if now >= self._next_memory:
+            self._memory, self._next_memory = panel.memory(), now + MEMORY_EVERY
         if self._live is None:
             self._live = Live(console=self._console, auto_refresh=False)
             self._live.start()
-        self._live.update(Text(line), refresh=True)
+        self._live.update(panel.draw(view, self._memory), refresh=True)
         self._next = now + LIVE_EVERY
 
     def close(self) -> None:
-        """Leaves the line as it is."""
+        """Leaves the panel as it is."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -267,27 +278,8 @@ def progress_line(
     data wait 3%  host 2%`."""
     parts = [f"{name:<8} {step}/{total}", f"{100 * step // max(1, total)}%"]
     if rates:
-        parts.append(f"eta {_clock(min(seconds_left, (total - step) / rates['steps_per_second']))}")
+        parts.append(f"eta {panel.eta(step, total, rates, seconds_left)}")
     parts.append(shown)
     if rates:
-        used = f" ({rates['flop_utilisation']:.0%} of peak)" if "flop_utilisation" in rates else ""
-        parts += [
-            f"{_number(rates['samples_per_second'])} samples/s",
-            f"{_number(rates['tokens_per_second'])} tokens/s",
-            f"{_number(rates['flops_per_second'], ' ')}FLOP/s{used}",
-            f"{wait} {rates['data_wait']:.0%}",
-            f"host {rates['time/host']:.0%}",
-        ]
+        parts += [*panel.speed(rates), f"{wait} {rates['data_wait']:.0%}", f"host {rates['time/host']:.0%}"]
     return "  ".join(parts)
-
-
-def _number(x: float, gap: str = "") -> str:
-    for prefix, scale in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if x >= scale:
-            return f"{x / scale:.3g}{gap}{prefix}"
-    return f"{x:.3g}{gap}"
-
-
-def _clock(seconds: float) -> str:
-    hours, rest = divmod(max(0, round(seconds)), 3600)
-    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
