@@ -145,6 +145,11 @@ def _signal(number: int) -> str:
         return "a signal to another process"
 
 
+def spiked(row: dict[str, Any]) -> str:
+    """The metric that a row of kind "spike" is about."""
+    return next((name for name in ("loss", "grad_norm") if name in row), "?")
+
+
 def seen(run: StageRun) -> dict[str, dict[str, float]]:
     """source -> {"samples", "tokens"} that were trained on; of a run under way the samples alone, by its last row; {}
     of one that did not count them."""

@@ -14,7 +14,7 @@ from glmv_jax.eval import report_rollouts, report_rollouts_html
 from glmv_jax.eval import report_runs as runs_lib
 from glmv_jax.eval import report_runs_tables as tables
 from glmv_jax.eval.report_html import text
-from glmv_jax.eval.report_run import STAGES, Point, StageRun
+from glmv_jax.eval.report_run import STAGES, Point, StageRun, is_number
 from glmv_jax.eval.report_runs_tables import Runs
 from glmv_jax.eval.report_svg import COLOURS, Series, line_chart, running_mean
 from glmv_jax.eval.report_tables import Table, duration, number, quantity
@@ -102,7 +102,8 @@ def _curves(group: Runs, colours: list[int]) -> str:
     for (name, kind), curves in sorted(found.items(), key=lambda item: _order(*item[0])):
         place = _place(name, kind, sources)
         if place and max(map(len, curves.values())) > 2 and _moves(curves.values()):
-            places[place].append(_chart(name, kind, curves, names))
+            marks = {i: _spikes(run, name) for run, i in zip(group, colours)} if kind == "train" else {}
+            places[place].append(_chart(name, kind, curves, names, marks))
     shown = places.pop("shown")
     rest = "".join(f"<details><summary>{title}</summary>{_grid(charts)}</details>"
                    for title, charts in places.items() if charts)  # fmt: skip
@@ -139,12 +140,21 @@ def _order(name: str, kind: str) -> tuple:
     return (name != "loss", not name.endswith("/mean"), kind != "train", name)
 
 
-def _chart(name: str, kind: str, curves: dict[int, list[Point]], names: dict[int, str]) -> str:
+def _spikes(run: StageRun, metric: str) -> list[Point]:
+    return [(row["step"], row[metric]) for row in run.rows("spike") if is_number(row.get(metric))]
+
+
+def _chart(
+    name: str, kind: str, curves: dict[int, list[Point]], names: dict[int, str], marks: dict[int, list[Point]]
+) -> str:
+    """marks: points of each run that are ringed."""
     series, legend = [], []
     for i, points in curves.items():
         crowded = kind == "train" and len(curves) > CROWD and len(points) > 8
         drawn, how = (running_mean(points), "mean") if crowded else (points, kind)
         series.append(Series(names[i], drawn, how, i, group=f"r{i}"))
+        if marks.get(i):
+            series.append(Series(f"{names[i]}, spike", marks[i], "marks", i, group=f"r{i}"))
         # A step of training is noise: the mean over the last twentieth of them.
         last = points[-1:] if kind == "eval" else points[-max(1, len(points) // 20) :]
         value = number(math.fsum(y for _, y in last) / len(last))

@@ -211,11 +211,16 @@ def spikes_table(runs: Runs, shown: int = 20) -> Table | None:
     if not found:
         return None
     found.sort(key=lambda item: -item[1]["deviations"])
-    rows = [[Cell(run.name), Cell(f"{row['step']:,}"), Cell(number(row.get("value"))), Cell(number(row.get("median"))),
-             Cell(f"{row['deviations']:.1f}"), Cell(_batch(row))] for run, row in found[:shown]]  # fmt: skip
+    rows = []
+    for run, row in found[:shown]:
+        metric = runs_lib.spiked(row)
+        numbers = (number(row.get(metric)), number(row.get("median")), f"{row['deviations']:.1f}")
+        rows.append([Cell(run.name), Cell(f"{row['step']:,}"), Cell(metric), *map(Cell, numbers), Cell(_batch(row))])
     note = "Deviations: how many robust standard deviations above the running median. Batch: its samples by source."
     note += f" {len(found) - shown} more are in metrics.jsonl." if len(found) > shown else ""
-    return Table("Loss spikes", ["run", "step", "loss", "median", "deviations", "batch"], rows, note, "values")
+    return Table(
+        "Loss spikes", ["run", "step", "metric", "value", "median", "deviations", "batch"], rows, note, "values"
+    )
 
 
 def _batch(row: dict[str, Any]) -> str:

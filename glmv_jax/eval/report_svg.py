@@ -17,8 +17,8 @@ MAX_POINTS = 240
 
 class Series(NamedTuple):
     """A curve. `kind` "train" is drawn as a pale line under its running mean, "eval" as a line with a dot a value,
-    "mean" as a line on its band: (step, low, high). colour: from `COLOURS` on the colours come again, broken.
-    group: a class by which the page can take the curve away."""
+    "mean" as a line on its band: (step, low, high), "marks" as rings. colour: from `COLOURS` on the colours come
+    again, broken. group: a class by which the page can take the curve away."""
 
     name: str
     points: list[Point]
@@ -113,6 +113,10 @@ def _curve(series: Series, place) -> list[str]:
         area = [f'<path class="band" fill="{colour}" d="{_path(around)}Z"/>'] if around else []
         line = _path([place(point) for point in thin(series.points)])
         return [*area, f'<path class="bold" stroke="{colour}" d="{line}"><title>{name}</title></path>']
+    if series.kind == "marks":
+        found = ((place(point), point) for point in series.points)
+        return [f'<circle class="ring" stroke="{colour}" cx="{x}" cy="{y}" r="4"><title>{name}, step {step:g}: '
+                f"{value:.4g}</title></circle>" for (x, y), (step, value) in found]  # fmt: skip
     if series.kind == "train" and len(series.points) > 8:
         pale = _path([place(point) for point in thin(series.points)])
         bold = _path([place(point) for point in thin(running_mean(series.points))])

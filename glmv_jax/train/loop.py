@@ -4,6 +4,7 @@ Keys of the config that the loop reads (everything else is the stage's):
 
     seed, steps, optim     required; optim as in `optim.build`
     log_every   10         steps between rows of metrics.jsonl
+    spikes      8.0        a loss so many robust deviations above its running median is told (`train.spikes`), 0: never
     eval_every  0          steps between short evaluations, 0: only before and after
     save_every  100        steps between checkpoints
     keep        2          checkpoints kept
@@ -42,6 +43,7 @@ from glmv_jax.train import state as state_lib
 from glmv_jax.train.disk import write_json
 from glmv_jax.train.nonfinite import Suspects, words
 from glmv_jax.train.signals import Interrupted, Signals
+from glmv_jax.train.spikes import Spikes
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.step import make_train_step
 from glmv_jax.typing import UserError
@@ -175,9 +177,14 @@ class _Run:
         self.suspects = Suspects(workdir / "nonfinite", progress.say)
         self.recorder = metrics.StepRecorder(
             self.log, progress, self.clock, self.log_every, self.totals.skipped, chips.peak(devices),
-            on_skip=self.suspects.keep,
+            on_skip=self.suspects.keep, spikes=self._spikes(),
         )  # fmt: skip
         self.signals = Signals(progress.say, interrupts=jax.process_count() == 1)
+
+    def _spikes(self) -> Spikes:
+        """What watches the loss; of stage 5, whose loss is about 0 whatever happens, the norm of the gradient."""
+        before = (self.host or {}).get("losses", ())
+        return Spikes(self.cfg.get("spikes", 8.0), before, "grad_norm" if self.stage.on_policy else "loss")
 
     # ------------------------------------------------------------------------------------------------------------------
     # The untrained evaluation. Written before the first step, so that a run that was resumed still has it.
@@ -269,7 +276,7 @@ class _Run:
         sources = _of_all_processes(self.stage.counts_by_source(batch))
         self.totals.add(counts, flops, sources)
         values |= told | self.learning_rates(self.step - 1) | self.totals.seen()
-        self.recorder.started(self.step, values, waited, counts, flops, called)
+        self.recorder.started(self.step, values, waited, counts, flops, called, sources)
         if self.recorder.skipped_in_a_row >= MAX_SKIPPED:
             self._give_up(placed)
         self.goodput.row(self.step, due=self.step % self.log_every == 0)
@@ -346,6 +353,7 @@ class _Run:
         self.totals.seconds, self.totals.skipped = self.clock(), self.recorder.skipped
         with self.goodput.spent_on("checkpoint"):
             host = {"data": self.data.get_state(), "totals": dataclasses.asdict(self.totals)}
+            host["losses"] = self.recorder.spikes.losses
             self.checkpoints.save(self.step, self.state, host)
         self.goodput.row(self.step)
         self.saved_step = self.step

@@ -9,8 +9,9 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from glmv_jax.train import panel
 from glmv_jax.train.disk import disk_errors
 from glmv_jax.train.panel import View
+from glmv_jax.train.spikes import Spikes
 
 WINDOW = 50  # steps that rates and ETA are averaged over
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
@@ -122,32 +124,33 @@ class StepRecorder:
     In a step that was not skipped nan is the mean of nothing, as of a source that is not in the batch: it is left out.
 
     Args: clock: seconds the run has taken. skipped: updates left out in earlier attempts. peak: as for `Meter`.
-      on_skip: gets the number of a step whose update was left out, as soon as that is known.
+      on_skip: gets the number of a step whose update was left out, as soon as that is known. spikes: what watches the
+      loss; a step that it tells is a row of kind "spike" with the samples of its batch by source.
     Attributes: meter: rates of the steps that are done. skipped, skipped_in_a_row: updates left out because the
       gradient was not finite.
     """
 
     def __init__(
         self, log: MetricsLog, progress: Progress, clock: Callable[[], float], log_every: int, skipped: int,
-        peak: float = 0.0, on_skip: Callable[[int], None] = lambda step: None,
+        peak: float = 0.0, on_skip: Callable[[int], None] = lambda step: None, spikes: Spikes | None = None,
     ) -> None:  # fmt: skip
         self._log, self._progress, self._clock, self._every = log, progress, clock, log_every
-        self._on_skip = on_skip
+        self._on_skip, self.spikes, self._in_spike = on_skip, spikes or Spikes(0.0), False
         self.meter = Meter(peak)
         self.skipped, self.skipped_in_a_row = skipped, 0
-        self._pending: tuple[int, dict[str, Any], tuple, float] | None = None
+        self._pending: tuple[int, dict[str, Any], tuple, float, Mapping[str, dict[str, int]]] | None = None
 
     def started(
         self, step: int, values: dict[str, Any], waited: float, counts: dict[str, int], flops: float,
-        called: float = 0.0,
+        called: float = 0.0, sources: Mapping[str, dict[str, int]] = MappingProxyType({}),
     ) -> None:  # fmt: skip
         """Step `step` is under way and will give `values` (device scalars or numbers); writes the one before.
 
-        waited: seconds that its batch took to come. counts, flops: of the batch. called: seconds of its call,
+        waited: seconds that its batch took to come. counts, flops, sources: of the batch. called: seconds of its call,
         where that may compute it, as on a CPU; elsewhere it only starts it, 0.0.
         """
         self.flush()
-        self._pending = (step, values, (waited, counts, flops), called)
+        self._pending = (step, values, (waited, counts, flops), called, sources)
 
     @property
     def computing(self) -> bool:
@@ -160,7 +163,7 @@ class StepRecorder:
         """Waits for the step under way, if there is one, and writes it."""
         if self._pending is None:
             return
-        (step, values, work, called), self._pending = self._pending, None
+        (step, values, work, called, sources), self._pending = self._pending, None
         asked = time.monotonic()
         values = {name: float(value) for name, value in jax.device_get(values).items()}
         # Only now is the step done: one that has merely been started took no time yet.
@@ -175,6 +178,20 @@ class StepRecorder:
         self._progress.update(step, values, rates, last=last)
         if values["skipped"]:
             self._on_skip(step)
+        self._watch(step, values, sources)
+
+    def _watch(self, step: int, values: dict[str, float], sources: Mapping[str, dict[str, int]]) -> None:
+        """Notes a loss that stands out; of several in a row the first one is said."""
+        metric = self.spikes.metric
+        spike = self.spikes.next(values.get(metric, math.nan))
+        if spike is not None:
+            row = {metric: spike.value, "median": spike.median, "deviations": spike.deviations}
+            row |= {f"samples/{name}": float(counts["samples"]) for name, counts in sources.items()}
+            self._log.write(step, self._clock(), "spike", row)
+            if not self._in_spike:
+                above = f"{metric} {spike.value:.4g} is {spike.deviations:.0f} deviations above {spike.median:.4g}"
+                self._progress.say(f"step {step}: {above}; in its batch: {', '.join(sources) or 'no named sources'}")
+        self._in_spike = spike is not None
 
 
 class Meter:

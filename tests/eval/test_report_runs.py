@@ -214,7 +214,7 @@ def test_faults_are_counted_by_their_reason(two):
     attempts = [{"attempt": n, "step": 9 * n, "seconds": {"steps": 1.0}} for n in (1, 2, 3, 4)]
     attempts[1]["signal"], attempts[2]["signal"] = 15, 0
     (folder / "goodput.jsonl").write_text(lines(attempts))
-    spikes = [{"step": 30 + i, "wall": 1.0, "kind": "spike", "value": 9.0, "median": 2.0, "deviations": 8.5 + i,
+    spikes = [{"step": 30 + i, "wall": 1.0, "kind": "spike", "loss": 9.0, "median": 2.0, "deviations": 8.5 + i,
                "samples/count": 3, "samples/<read>": 5} for i in range(2)]  # fmt: skip
     with open(folder / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(lines(spikes))
@@ -226,10 +226,14 @@ def test_faults_are_counted_by_their_reason(two):
     }  # fmt: skip
     assert report_runs.faults(runs[1]) == {"update left out: not finite": 2}
     rows = report_runs_tables.spikes_table(runs).rows
-    assert [cell.text for cell in rows[0]] == ["a<b>/sft", "31", "9.000", "2.000", "9.5", "<read> 5, count 3"]
+    assert [cell.text for cell in rows[0]] == ["a<b>/sft", "31", "loss", "9.000", "2.000", "9.5", "<read> 5, count 3"]
     assert report_runs_tables.spikes_table(runs[1:]) is None
     assert ("deviations", "spike") not in runs[0].curves()  # no curve of its own
-    Reader(report.write(folder).read_text(encoding="utf-8"))
+    text = report.write(two[0]).read_text(encoding="utf-8")
+    Reader(text)
+    chart = ElementTree.fromstring(re.search(r"loss, train</b></figcaption>(<svg.*?</svg>)", text).group(1))
+    rings = [ring[0].text for ring in chart.iter("circle") if ring.get("class") == "ring"]
+    assert rings == ["sft, spike, step 30: 9", "sft, spike, step 31: 9"]
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------

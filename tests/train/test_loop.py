@@ -16,9 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from glmv_jax.train import goodput, main
+from glmv_jax.train import goodput, loop, main
 from glmv_jax.train.checkpoint import load_params
 from glmv_jax.train.metrics import read_jsonl
+from glmv_jax.train.spikes import Spikes
 from glmv_jax.train.step import RecompileError
 from glmv_jax.typing import UserError
 from tests.train.toy import Data, Toy, config
@@ -112,7 +113,7 @@ def test_killed_in_the_middle_it_goes_on_and_ends_bitwise_equal(whole, tmp_path,
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
-def test_asked_to_stop_it_saves_and_leaves(whole, tmp_path, number, code, capsys):
+def test_asked_to_stop_it_saves_and_leaves(whole, tmp_path, number, code, capsys, monkeypatch):
     with pytest.raises(SystemExit) as error:
         main.run(config(signal=(6, int(number)), save_every=100), tmp_path)
     assert error.value.code == code
@@ -122,9 +123,12 @@ def test_asked_to_stop_it_saves_and_leaves(whole, tmp_path, number, code, capsys
     assert "stopping after this step" in said and "stopped at step 6 of 12, saved" in said
     assert signal.getsignal(number) in (signal.default_int_handler, signal.SIG_DFL)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["6"]
-    main.run(config(), tmp_path)
+    watched = []
+    monkeypatch.setattr(loop, "Spikes", lambda *given: watched.append(given) or Spikes(*given))
+    main.run(config(spikes=5.0), tmp_path)
     assert "resuming from step 6 of 12" in capsys.readouterr().out
     assert losses(tmp_path) == losses(whole[0]) and same_params(tmp_path, whole[0])
+    assert watched == [(5.0, list(losses(tmp_path).values())[:6], "loss")]  # it goes on watching where it was
 
 
 def test_stopped_in_the_final_evaluation_it_only_evaluates_again(tmp_path, monkeypatch):
