@@ -118,7 +118,10 @@ def _print(content: Table, console: Console) -> None:
 
 
 def _tables(stages: dict[str, StageRun]) -> list[Table]:
-    return [final_table(stages), *rl_tables(stages), share_table(stages)]
+    ran = [run for run in stages.values() if run.metrics]
+    wrong = (report_runs_tables.faults_table(ran), report_runs_tables.spikes_table(ran))
+    told = [table for table in wrong if table and table.rows]
+    return [final_table(stages), *rl_tables(stages), share_table(stages), *told]
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

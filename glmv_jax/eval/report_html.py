@@ -61,7 +61,7 @@ def curves(run: StageRun, elsewhere: Collection[str] = ()) -> str:
     """
     table = {}
     for (name, kind), points in run.curves().items():  # a held-out number belongs beside the training's of that name
-        if kind == "train" and name.endswith(tuple(f"/{source}" for source in elsewhere)):
+        if kind == "train" and (name.startswith("seen/") or name.endswith(tuple(f"/{one}" for one in elsewhere))):
             continue
         plain = name.removeprefix("heldout/").removeprefix("heldout ") if kind == "eval" else name
         table[plain, kind] = points

@@ -138,7 +138,7 @@ def is_main(name: str) -> bool:
 
 
 def is_rate(name: str) -> bool:
-    return name.endswith(_RATES) or name == "lr" or name.startswith("lr/")
+    return name.endswith(_RATES) or name == "lr" or name.startswith(("lr/", "seen/"))
 
 
 def stray(points: list[Point]) -> Steadiness:

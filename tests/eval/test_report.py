@@ -122,6 +122,19 @@ def test_page_is_whole_and_self_contained(run):
     assert "optim.lr = 0.001" in page.text and "8 x cpu:cpu" in page.text
 
 
+def test_what_went_wrong_in_a_recipe_is_told(run):
+    assert "Faults" not in Reader(report.write(run).read_text(encoding="utf-8")).text
+    fault = {"source": "web", "index": 1, "id": "a.png", "reason": "OSError: truncated"}
+    (run / "pretrain" / "faults.jsonl").write_text(json.dumps(fault) + "\n")
+    (run / "sft" / "goodput.jsonl").write_text('{"attempt": 2, "step": 9, "seconds": {"steps": 1.0}}\n')
+    console = Console(width=160, record=True, file=io.StringIO())
+    report.show(run, console)
+    shown = console.export_text()
+    assert re.search(r"record left out: OSError: truncated +– +– +– +1 +– +–", shown), shown
+    assert re.search(r"restart +– +– +– +– +1 +–", shown)
+    assert "Faults" in Reader(report.write(run).read_text(encoding="utf-8")).text
+
+
 def test_held_out_curve_lies_beside_the_training_curve_of_its_name(run):
     page = report.write(run).read_text(encoding="utf-8")
     charts = [ElementTree.fromstring(svg) for svg in re.findall(r'<svg class="chart".*?</svg>', page)]
