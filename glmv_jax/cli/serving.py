@@ -26,21 +26,32 @@ def serve(args: argparse.Namespace) -> int:
     do, with the base URL that is printed; an API key is asked for when the environment variable GLMV_API_KEY is set.
     --mesh spreads the model over devices: parameters are read straight to where they lie and are never gathered.
     SIGTERM lets the answers that run end. /health and /metrics (Prometheus) are for those who watch it.
+
+    As the rollout engine of a stage 5 (its rollout.engine is the URL) it takes new weights while it answers, from
+    folders in --weights alone and with the key that both have in GLMV_API_KEY; --allow has it draw as the stage does:
+
+      glmv serve --checkpoint runs/sft --weights runs/rl/weights --allow "<|begin_of_box|>" "<|end_of_box|>"
     """
     import asyncio
 
     try:
         from glmv_jax.serving import main
+        from glmv_jax.serving.weights import Weights
     except ImportError:
         raise UserError('serving takes starlette and uvicorn; pip install "glmv_jax[serve]"') from None
     from glmv_jax.inference.engine import Engine
     from glmv_jax.inference.front import Front
+    from glmv_jax.inference.sampler import Sampling
     from glmv_jax.inference.settings import Settings
     from glmv_jax.serving.limits import Limits
+    from glmv_jax.train import handover
     from glmv_jax.train.checkpoint import quiet_orbax
 
     quiet_orbax()
     limits = Limits(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Limits)})
+    key = os.environ.get(KEY, "")
+    if args.weights and not key:
+        raise UserError(f"--weights lets others change what answers; set {KEY} here and for the trainer")
     mesh = mesh_of(args)
     model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype, mesh)
     length = min(args.length, longest)
@@ -50,13 +61,18 @@ def serve(args: argparse.Namespace) -> int:
         pictures=max(4096, args.image_patches), drafts=args.speculative,
     )  # fmt: skip
     cfg, params = load()
-    engine = Engine(cfg, None, model.sampling(limits.tokens), settings, mesh=mesh)
+    sampling = model.sampling(limits.tokens)
+    if args.allow is not None:
+        sampling = Sampling.chat(model.tokenizer, limits.tokens, allow=_known(model.tokenizer, args.allow))
+    engine = Engine(cfg, None, sampling, settings, mesh=mesh)
     engine.set_params(params, 0, copy=False)
     engine.warm()
+    weights = Weights(args.weights, handover.reader(params)) if args.weights else None
     names = args.name or [Path(args.checkpoint).resolve().name]
     with Front(engine) as front:
-        asyncio.run(main.serve(front, model, names, host=args.host, port=args.port, key=os.environ.get(KEY, ""),
-                               limits=limits, say=lambda text: print(f"glmv serve: {text}", flush=True)))  # fmt: skip
+        say = lambda text: print(f"glmv serve: {text}", flush=True)  # noqa: E731
+        asyncio.run(main.serve(front, model, names, host=args.host, port=args.port, key=key, limits=limits,
+                               weights=weights, say=say))  # fmt: skip
     return 0
 
 
@@ -74,6 +90,9 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
                      "that are read at once, a program each (16 64 256)")  # fmt: skip
     sub.add_argument("--image-patches", type=int, default=4096, metavar="N", help="larger images are shrunk (4096)")
     sub.add_argument("--speculative", type=int, default=0, metavar="K", help="tokens the MTP head drafts a pass (0)")
+    sub.add_argument("--weights", metavar="DIR", help="folder that a trainer's new weights come in (default: none do)")
+    sub.add_argument("--allow", nargs="*", metavar="NAME", help="special tokens that answers may hold beside those "
+                     "that end them (default: boxes, thinking and tool calls; a public checkpoint's: all)")  # fmt: skip
     for name, kind, default, about in (
         ("tokens", int, 1024, "of an answer, where the request does not say"),
         ("requests", int, 256, "answers that run or wait; more are refused"),
@@ -86,6 +105,14 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     ):
         sub.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
     sub.add_argument("--fetch", action="store_true", help="fetch images by URL, from public addresses (default: no)")
+
+
+def _known(tokenizer: Any, names: list[str]) -> list[str]:
+    """Names of special tokens, if they are."""
+    if unknown := [name for name in names if name not in tokenizer.special]:
+        raise UserError(f"--allow {unknown[0]}: the tokenizer has no such special token; it has "
+                        f"{', '.join(tokenizer.special)}")  # fmt: skip
+    return names
 
 
 def _rows(most: int) -> tuple[int, ...]:

@@ -24,10 +24,11 @@ OnTokens = Callable[[np.ndarray, np.ndarray], None]
 
 
 class Piece(NamedTuple):
-    """Some more tokens of an answer, and their log-probabilities."""
+    """Some more tokens of an answer, their log-probabilities, and the version of the parameters that drew them."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
+    version: int
 
 
 @dataclasses.dataclass(eq=False)
@@ -81,7 +82,7 @@ class Front:
         """Pieces of the answer as they come, and last of all the whole. Left early, the request is aborted."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         put = lambda x: _in_loop(loop, lambda: queue.put_nowait(x))  # noqa: E731
-        ticket = self.submit(request, lambda *new: put(Piece(*new)), wait)
+        ticket = self.submit(request, lambda *new: put(Piece(*new, self.engine.version)), wait)
         ticket.done.add_done_callback(put)
         try:
             while isinstance(piece := await queue.get(), Piece):

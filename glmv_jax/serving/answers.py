@@ -40,6 +40,9 @@ class Model(Protocol):
     ) -> Prompt:  # fmt: skip
         """A conversation up to the model's turn. thinking: None for what the model is made for. Raises UserError."""
 
+    def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
+        """A prompt of ids, with a placeholder for each visual token of its images. Raises UserError."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
@@ -48,6 +51,9 @@ class Asked:
     one_call: whether the first call ends the answer.
     tokens: of the answer at most, None for `Limits.tokens`.   others: as `inference.requests.Request`.
     stop: texts that end an answer.   choices: how many answers.
+
+    ids: of a prompt that is written already, placeholders of images included, in place of messages; the last `begun` of
+    them are the answer's own beginning.   draw: as `inference.requests.Request`.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -62,10 +68,14 @@ class Asked:
     seed: int | None = None
     stop: tuple[str, ...] = ()
     choices: int = 1
+    ids: Sequence[int] = ()
+    begun: int = 0
+    draw: int = 0
 
 
 class Prepared(NamedTuple):
-    """asked, as tokens; opened: ids that the answer begins with, as it has to call; thinking: whether it thinks."""
+    """asked, as tokens; opened: ids that the answer begins with, as it has to call or was begun; thinking: whether it
+    thinks."""
 
     asked: Asked
     prompt: Prompt
@@ -76,11 +86,13 @@ class Prepared(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some more of an answer: what its tokens say (often nothing yet), the tokens, their log-probabilities."""
+    """Some more of an answer: what its tokens say (often nothing yet), the tokens, their log-probabilities, and the
+    version of the parameters that drew them."""
 
     events: list[Event]
     tokens: np.ndarray
     logprobs: np.ndarray
+    version: int
 
 
 class Ended(NamedTuple):
@@ -106,14 +118,18 @@ class Answers:
     def _prepare(self, asked: Asked) -> Prepared:
         tokenizer, room = self.model.tokenizer, self.front.engine.settings.length
         thinking = False if asked.call else asked.thinking
-        prompt = self.model.prompt(asked.messages, asked.images, asked.tools, thinking)
-        opened = self._opened(asked)
+        if asked.ids:
+            told = len(asked.ids) - asked.begun
+            prompt, opened = self.model.of_ids(asked.ids[:told], asked.images), list(asked.ids[told:])
+        else:
+            prompt = self.model.prompt(asked.messages, asked.images, asked.tools, thinking)
+            opened = self._opened(asked)
         if (left := room - len(prompt.tokens) - len(opened)) < 1:
             raise Refused(f"the prompt has {len(prompt.tokens)} tokens, but prompt and answer together may have "
                           f"{room}; shorten it, or serve with a greater --length", field="messages")  # fmt: skip
         limit = min(asked.tokens or self.limits.tokens, left) + len(opened)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed % (1 << 64)
-        return Prepared(asked, prompt, opened, _thinks(prompt, tokenizer), limit, seed)
+        return Prepared(asked, prompt, opened, not asked.ids and _thinks(prompt, tokenizer), limit, seed)
 
     def _opened(self, asked: Asked) -> list[int]:
         """The beginning of a call, where there has to be one: as much as is certain."""
@@ -149,8 +165,8 @@ class Answers:
         """One answer. Left early, the engine stops drawing it. Raises UserError for what the engine refuses."""
         begun = Completion.forced(prepared.opened) if prepared.opened else None
         request = Request(
-            prepared.prompt, prepared.seed, choice, prepared.limit, prepared.asked.temperature, prepared.asked.top_p,
-            begun,
+            prepared.prompt, prepared.seed, prepared.asked.draw + choice, prepared.limit, prepared.asked.temperature,
+            prepared.asked.top_p, begun,
         )  # fmt: skip
         watch = self.metrics.began(len(prepared.prompt.tokens) if not choice else 0)
         try:
@@ -179,11 +195,11 @@ class Answers:
                 calls = [n for n, event in enumerate(events) if isinstance(event, Called)]
                 called |= bool(calls)
                 if asked.one_call and calls:
-                    yield Part(events[: calls[0] + 1], piece.tokens, piece.logprobs)
+                    yield Part(events[: calls[0] + 1], *piece)
                     yield Ended("tool_calls", None, count + len(piece.tokens))
                     return
                 count += len(piece.tokens)
-                yield Part(events, piece.tokens, piece.logprobs)
+                yield Part(events, *piece)
                 if reader.stopped is not None:
                     reason = "stop"
                     break
@@ -198,7 +214,7 @@ class Answers:
         events = reader.end()
         called |= any(isinstance(event, Called) for event in events)
         if events:
-            yield Part(events, none, none)
+            yield Part(events, none, none, self.front.engine.version)
         whole = reason == "stop" and called and reader.stopped is None
         yield Ended("tool_calls" if whole else "stop" if reason == "stop" else "length", reader.stopped, count)
 

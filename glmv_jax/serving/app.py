@@ -17,9 +17,10 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from glmv_jax.serving import anthropic, fields, openai, page
+from glmv_jax.serving import anthropic, completions, fields, openai, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
 from glmv_jax.serving.limits import Limits, Refused
+from glmv_jax.serving.weights import Weights
 from glmv_jax.typing import UserError
 
 log = logging.getLogger(__name__)
@@ -61,16 +62,22 @@ class Server:
     """One model's routes.
 
     names: what the model is called; any of them may be asked for.   key: what who asks has to show; "" for nothing.
+    weights: where new ones may come from; None for nowhere. They take a key.
     """
 
-    def __init__(self, answers: Answers, names: Sequence[str], key: str = "") -> None:
-        self.answers, self.names, self._key = answers, list(names), key
+    def __init__(self, answers: Answers, names: Sequence[str], key: str = "", weights: Weights | None = None) -> None:
+        if weights is not None and not key:
+            raise UserError("a server that takes new weights asks for a key; set GLMV_API_KEY here and for the trainer")
+        self.answers, self.names, self._key, self._weights = answers, list(names), key, weights
         self._created = int(time.time())
 
     def app(self) -> Starlette:
         """As an ASGI application."""
+        ids = Format(self._of_ids, completions.Reply, completions.error, _data, "data: [DONE]\n\n")
         routes = [
             self._guarded("/v1/chat/completions", self._asking(OPENAI), method="POST"),
+            self._guarded("/v1/completions", self._asking(ids), method="POST"),
+            self._guarded("/v1/weights", self._take_weights, method="POST"),
             self._guarded("/v1/messages", self._asking(ANTHROPIC), ANTHROPIC, "POST"),
             self._guarded("/v1/messages/count_tokens", self._count_tokens, ANTHROPIC, "POST"),
             self._guarded("/v1/models", self._models),
@@ -121,6 +128,11 @@ class Server:
         asked = await asyncio.to_thread(anthropic.asked, body, self.answers.limits, counted=True)
         return JSONResponse({"input_tokens": len((await self.answers.prepare(asked)).prompt.tokens)})
 
+    async def _take_weights(self, request: Request) -> Response:
+        if self._weights is None:
+            raise Refused("this server takes no new weights; serve with --weights and the folder they come in", 403)
+        return JSONResponse(await self._weights.take(self.answers.front, fields.parsed(await self._body(request))))
+
     # --- questions ----------------------------------------------------------------------------------------------------
 
     def _asking(self, form: Format) -> Callable[[Request], Awaitable[Response]]:
@@ -138,6 +150,10 @@ class Server:
                 return JSONResponse(await _unless_left(request, self._whole(reply, parts)))
 
         return route
+
+    def _of_ids(self, body: Mapping[str, Any], limits: Limits) -> Asked:
+        engine = self.answers.front.engine
+        return completions.asked(body, limits, engine.sampling, engine.cfg.decoder.vocab)
 
     async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack):
         """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event."""

@@ -14,6 +14,7 @@ from glmv_jax.serving.answers import Answers, Model
 from glmv_jax.serving.app import Server
 from glmv_jax.serving.limits import Limits
 from glmv_jax.serving.metrics import Metrics
+from glmv_jax.serving.weights import Weights
 from glmv_jax.typing import UserError
 
 
@@ -43,6 +44,7 @@ async def serve(
     port: int = 8000,
     key: str = "",
     limits: Limits = Limits(),  # noqa: B008
+    weights: Weights | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
     """Serves until SIGTERM or SIGINT; then nobody new is let in and those that run end, within `limits.drain` seconds.
@@ -50,7 +52,7 @@ async def serve(
     say: told the address, once it is open. Raises UserError when it cannot listen there.
     """
     answers = Answers(front, model, limits, Metrics())
-    listening = listener(Server(answers, names, key), host, port)
+    listening = listener(Server(answers, names, key, weights), host, port)
 
     def end() -> None:
         answers.draining = listening.should_exit = True

@@ -57,6 +57,10 @@ class Public:
         settings = {} if thinking is None else {"enable_thinking": thinking}
         return Prompt.of_document(self.processor.conversation(Conversation(messages, tools, settings), images))
 
+    def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
+        """See `answers.Model`."""
+        return Prompt.of_document(self.processor.document(ids, images))
+
 
 @dataclasses.dataclass(frozen=True)
 class Own:
@@ -92,6 +96,19 @@ class Own:
             Document(written.tokens, np.zeros(len(written.tokens), np.float32), written.image_of_token, tuple(patched),
                      "asked", "asked")
         )  # fmt: skip
+
+    def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
+        """See `answers.Model`."""
+        tokens, patched = np.asarray(ids, np.int32), [self.patcher(image) for image in images]
+        merged = [self._merged(each) for each in patched]
+        shown = tokens == self.tokenizer.image
+        if shown.sum() != sum(merged):
+            raise UserError(f"the prompt has {shown.sum()} image tokens, but its images are {sum(merged)} visual ones "
+                            "here; send them at the size that they have in the prompt")  # fmt: skip
+        image_of_token = np.full(len(tokens), -1, np.int32)
+        image_of_token[shown] = np.repeat(np.arange(len(merged)), merged)
+        return Prompt.of_document(Document(tokens, np.zeros(len(tokens), np.float32), image_of_token,
+                                           tuple(patched), "asked", "asked"))  # fmt: skip
 
     def _merged(self, patched: tuple[np.ndarray, np.ndarray]) -> int:
         return len(patched[0]) // self.patcher.merge**2

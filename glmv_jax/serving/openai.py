@@ -22,7 +22,7 @@ from glmv_jax.serving.reply import Called, Said, Thought
 from glmv_jax.typing import UserError
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-_UNSERVED = {
+UNSERVED = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},),
     "top_logprobs": (0,), "top_k": (-1, 0), "min_p": (0,), "response_format": ({"type": "text"},), "functions": ([],),
     "modalities": (["text"],), "echo": (False,), "best_of": (1,), "use_beam_search": (False,),
@@ -31,7 +31,7 @@ _UNSERVED = {
 
 def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
     """What a body asks. Raises Refused for what is wrong or not served."""
-    fields.without(body, _UNSERVED)
+    fields.without(body, UNSERVED)
     gallery = Gallery(limits)
     messages = [_message(fields.of(dict, m, f"messages[{n}]"), f"messages[{n}]", gallery)
                 for n, m in enumerate(fields.need(body, "messages", list))]  # fmt: skip

@@ -56,7 +56,7 @@ def import_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     kept = None if dtype is None else families.np_dtype(dtype)
     _check_target(target)
     found = families.open_checkpoint(hub.local(source), dtype)
-    with _whole(target) as part:
+    with whole(target) as part:
         _copy_files(found.folder, part / FILES)
         step = part / "checkpoints" / "0"
         step.mkdir(parents=True)
@@ -80,14 +80,19 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     `import_hf`, and for a run that began from no public checkpoint.
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
-    kept = None if dtype is None else families.np_dtype(dtype)
     _check_target(target)
-    origin = _origin(source)
+    return give(weights.opened(source), source, target, dtype)
+
+
+def give(arrays: Mapping[str, Any], source: str | Path, target: Path, dtype: str | None = None) -> str:
+    """Arrays by slash path (as `table.saved` takes them) of the model that `source` holds or began from -> Hugging
+    Face's layout. As `export_hf`, but the target is not there."""
+    kept = None if dtype is None else families.np_dtype(dtype)
+    origin = _origin(Path(source).expanduser())
     about, hf, cfg = _model(origin)
-    arrays = weights.opened(source)
     check_shapes(dict(arrays), abstract_params(cfg))
     tensors = families.tensors_of(hf, cfg, arrays, about["repeated"])
-    with _whole(target) as part:
+    with whole(target) as part:
         _copy_files(origin / FILES, part)
         _say(part / "config.json", dtype or families.stored_dtype(arrays), about["mtp"])
         folder.write_tensors(part, tensors, kept)
@@ -152,6 +157,12 @@ def family(source: str | Path) -> str:
     """The model_type of the checkpoint that a folder of ours holds, or that a run began from."""
     _, hf, _ = _model(_origin(Path(source).expanduser()))
     return hf["model_type"]
+
+
+def computes_in(source: str | Path) -> str:
+    """The dtype that the model computes in which a folder of ours holds, or which a run began from."""
+    about, _, _ = _model(_origin(Path(source).expanduser()))
+    return about["dtype"]
 
 
 def files(source: str | Path) -> Path:
@@ -219,7 +230,7 @@ def _check_target(target: Path) -> None:
 
 
 @contextlib.contextmanager
-def _whole(target: Path) -> Iterator[Path]:
+def whole(target: Path) -> Iterator[Path]:
     """A folder to fill that becomes `target` when the block ends well, and is removed when it does not."""
     part = target.absolute().with_name(target.absolute().name + ".part")
     with disk_errors(target):

@@ -26,7 +26,7 @@ from glmv_jax.rl.metrics import summary
 from glmv_jax.rl.pipeline.samples import record_rows
 from glmv_jax.rl.prompts import prompts
 from glmv_jax.rl.rollout import Long
-from glmv_jax.train.stages import rl_questions
+from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.train.stages.rl_async import Asynchronous
 from glmv_jax.train.stages.rl_choice import Choice
 from glmv_jax.train.stages.rl_episodes import Episodes, Mixed
@@ -46,6 +46,7 @@ class RL(PolicyUpdate):
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
+        rl_served.check(cfg)
         from glmv_jax.rl import tasks  # graders are imported where answers are graded, not with the trainer
 
         r = cfg.rollout

@@ -28,7 +28,7 @@ from glmv_jax.rl.pipeline.local import SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.rl.tiers import Tiers
-from glmv_jax.train.stages import rl_questions
+from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.train.stages.rl_samples import add_trained
 from glmv_jax.typing import Batch, UserError
 
@@ -90,6 +90,8 @@ class Asynchronous:
         stage, r = self._stage, self._stage.cfg.rollout
         if stage.episodes:
             return stage.episodes.engine(self._rows)
+        if r.get("engine", ""):
+            return rl_served.engine(stage, self._rows)
         if r.get("slots", 0):
             return SlotEngine(self._front, self._rows, stage.cfg.seed, stage.tokenizer)
         return SamplerEngine(stage.sampler, self._rows, r.prompts, jax.random.key(stage.cfg.seed), stage.tokenizer)
