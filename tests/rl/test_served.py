@@ -24,6 +24,7 @@ from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.front import Front
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Settings
+from glmv_jax.models import abstract_params
 from glmv_jax.rl import Grade
 from glmv_jax.rl.pipeline import Request
 from glmv_jax.rl.pipeline.slots import SlotEngine
@@ -37,7 +38,6 @@ from glmv_jax.serving.weights import Weights
 from glmv_jax.train import handover, main
 from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.typing import UserError
-from tests import tiny_vlm
 
 KEY = "open sesame"
 SMALL = ["model.vision.depth=1", "model.decoder.depth=1", "rollout.prompts=3", "rollout.group=2", "rollout.rows=(3,)",
@@ -58,12 +58,24 @@ def by_letters(text, sample):
     return Grade(value, value > 0.5, {"format": 1.0, "score": value})
 
 
+def random_params(cfg):
+    """Made by NumPy: compiling what draws fresh ones takes longer than all of this."""
+    rng = np.random.default_rng(0)
+
+    def leaf(path, x):
+        if x.ndim == 1:
+            return np.full(x.shape, path[-1].key == "scale", x.dtype)
+        return (rng.normal(size=x.shape) * (1.5 if "embed" in str(path) else 2 * x.shape[-2] ** -0.5)).astype(x.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract_params(cfg))
+
+
 class World:
     """A server, the weights that it began with, and a stage that asks it."""
 
     def __init__(self, folder) -> None:
         stage = build(folder)
-        self.folder, self.params = folder, tiny_vlm.params(stage.model)
+        self.folder, self.params = folder, random_params(stage.model)
         sampling = Sampling.chat(stage.tokenizer, 16, allow=(*BOX, "</think>"))
         sizes = Settings(slots=4, length=stage.asker.max_tokens + 16, steps=2, chunks=(stage.asker.max_tokens,),
                          patches=(stage.asker.max_patches,), pictures=64, queue=64)  # fmt: skip
