@@ -70,8 +70,8 @@ def _form():
         "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
         "slots": 0,  # async, episodes: answers that are written at a time, one by one; 0: by whole batches
         # Of "async" alone:
-        # URL of a server that draws the answers (glmv serve --weights; vLLM, SGLang: `rl.pipeline.dialects`), "" for this
-        # process; the folder in which it finds new weights, under one path for both, "" for the run's weights/
+        # URL of a server that draws the answers (glmv serve --weights; vLLM, SGLang: `rl.pipeline.dialects`), "": this
+        # process does; the folder in which it finds new weights, under one path for both, "" for the run's weights/
         "engine": "",
         "weights": "",
         "staleness": 1,  # updates that a token may be old

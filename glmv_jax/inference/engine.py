@@ -42,8 +42,8 @@ class Engine:
 
     params: None for those that `set_params` is to give.
     sampling: how answers are drawn where a request does not say; stop and suppressed tokens are of all.
-    mesh, rules: where parameters live (default: the rules "serve"); rows of the cache are split over its data axes, their
-        heads where the rules have them.
+    mesh, rules: where parameters live (default: the rules "serve"); rows of the cache are split over its data axes,
+        their heads where the rules have them.
     placed: parameters stay on the mesh as they lie, and the compiler sees to the rest.
     Raises UserError for slots that do not divide over the mesh.
     """
