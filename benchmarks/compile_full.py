@@ -56,6 +56,8 @@ class Program:
 _GLM5V = "experiments/glm5v_pretrain.py:size=l"
 _SPLIT = ("mesh.data=-1", "mesh.fsdp=64")
 _PROMPTS = ("data.prompt_tokens=8192", "mesh.tensor=2")  # nothing learns there, and heads may be apart
+# With a divergence from the policy that the run begins with, which waits in the host's memory.
+_RL = (*_SPLIT, "rules=fsdp", "loss.kl.factor=0.01", "reference.policy=init_from", "init_from=runs/sft")
 _ROWS_OF_128K = ("data.tokens=131072", "data.patches=65536", "data.image_patches=4096", "data.targets=32768")
 
 PROGRAMS = {
@@ -72,8 +74,9 @@ PROGRAMS = {
         ("mesh.expert=16", "mesh.context=8", "mesh.tensor=4", "rules=fsdp_expert_context_tensor", *_ROWS_OF_128K),
         rows=1 / 32,
     ),
-    "rl_grpo_l": Program(
-        "stage 5, the update", "experiments/rl_grpo.py:size=l", (*_SPLIT, "rules=fsdp"), rows=1, key="rollout.rows",
+    "rl_grpo_l": Program("stage 5, the update", "experiments/rl_grpo.py:size=l", _RL, rows=1, key="rollout.rows"),
+    "rl_reference_l": Program(
+        "stage 5, its reference on the host", "experiments/rl_grpo.py:size=l", _RL, "reference", 1, "rollout.rows",
     ),
     "llama2_70b": Program("Llama-2-70B, to compare", "benchmarks/llama2_70b.py"),
     "glm5v_prefill_l": Program("prefill of 8K tokens, GLM-5V", _GLM5V, _PROMPTS, "prefill"),
@@ -83,7 +86,7 @@ PROGRAMS = {
 # Not everywhere: GLM-5V's parameters and momentum alone are 23.6 GB a chip of v6e:16x16, of 34.4.
 POD, SCALING = "v5p:8x8x8", ("v5p:4x4x4", "v5p:8x8x8", "v5p:16x16x16")
 SCALED = ("vlm_pretrain_l", "cogvit_siglip_l")
-TRAINED = [name for name, p in PROGRAMS.items() if p.program == "step" and name != "llama2_70b"]
+TRAINED = [name for name, p in PROGRAMS.items() if p.program in ("step", "reference") and name != "llama2_70b"]
 RUNS = [(name, POD, 1) for name in PROGRAMS]
 RUNS += [(name, where, n) for where, n in (("tpu7x:8x8x8", 1), (POD, 2)) for name in TRAINED]
 RUNS += [(name, "v6e:16x16", 1) for name in TRAINED if not name.startswith("glm5v")]

@@ -21,7 +21,7 @@ def get_config(arg=None):
     cfg.model.mtp.option = arg.mmtp
     if arg.size == "l":  # of 512 chips: 16 x 32. Heads are whole: kernels for an indexer that learns want them so
         cfg.mesh, cfg.rules = presets.mesh(fsdp=-1, expert=32), "fsdp_expert_tensor"
-        cfg.xla = "wide"  # all that is no expert is split over all of them
+        cfg.xla = "sparse"  # all that is no expert is split over all of them
     cfg.loss.aux = {"balance": 1e-4, "index_loss": 1.0}
     cfg.experts = {"bias_rate": 1e-3}
     cfg.optim.groups = (

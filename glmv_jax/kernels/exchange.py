@@ -3,6 +3,9 @@
 On TPUs `ragged_all_to_all` sends the rows and nothing else. Elsewhere (XLA's CPU backend has no such thing) the rows
 for each device are laid into a block as long as the longest can be, which an ordinary all-to-all sends. Both are
 called inside shard_map.
+
+A TPU sends what lies in one piece. Rows of a matrix do not, as tiles hold eight of each, and XLA copies them before and
+behind; of [n, 8, D] it sends first indices as they lie.
 """
 
 from __future__ import annotations
@@ -30,29 +33,27 @@ class Slices(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def exchange(
-    x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int, home: bool
-) -> jax.Array:
-    """[rows, D]: what the devices along `axis` put here.
+def exchange(x: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int, home: bool) -> jax.Array:
+    """[rows, ...]: what the devices along `axis` put here.
 
     Args:
-      x_RD: this device's rows. Its gradient is what `back` brings home.
+      x: [R, ...], this device's rows. Its gradient is what `back` brings home.
       there, back: the way, and the way back of the same rows.
       rows: of the result.
       most: rows that one device sends another at most.
       home: whether this is the second way of rows that were sent out. Then rows that nobody put are zero; on the way
         out they may be anything, as nobody looks at them. The gradient goes the other way.
     """
-    return ragged(x_RD, there, back, axis, rows, home) if supported() else padded(x_RD, there, axis, rows, most)
+    return ragged(x, there, back, axis, rows, home) if supported() else padded(x, there, axis, rows, most)
 
 
-def _forward(x_RD, there, back, axis, rows, most, home):
-    return exchange(x_RD, there, back, axis, rows, most, home), (there, back, x_RD.shape[0])
+def _forward(x, there, back, axis, rows, most, home):
+    return exchange(x, there, back, axis, rows, most, home), (there, back, len(x))
 
 
-def _backward(axis, rows, most, home, saved, g_RD):
+def _backward(axis, rows, most, home, saved, g):
     there, back, own = saved
-    return exchange(g_RD, back, there, axis, own, most, not home), None, None
+    return exchange(g, back, there, axis, own, most, not home), None, None
 
 
 exchange.defvjp(_forward, _backward)
@@ -64,12 +65,12 @@ def supported() -> bool:
     return device.platform == "tpu" and not device.device_kind.startswith(("TPU v2", "TPU v3"))
 
 
-def ragged(x_RD: jax.Array, there: Slices, back: Slices, axis: str, rows: int, home: bool) -> jax.Array:
+def ragged(x: jax.Array, there: Slices, back: Slices, axis: str, rows: int, home: bool) -> jax.Array:
     """The fast path. Rows come into memory as it was found: by the compiler's estimate zeros, in the layout that is
     sent, took 47 of the 117 ms of a layer of GLM-5's experts, forward and backward."""
-    found_RD = jax.lax.empty((rows, x_RD.shape[1]), x_RD.dtype)
-    got_RD = jax.lax.ragged_all_to_all(x_RD, found_RD, *there, axis_name=axis)
-    return jnp.where(put(back, rows)[:, None], got_RD, 0) if home else got_RD
+    found = jax.lax.empty((rows, *x.shape[1:]), x.dtype)
+    got = jax.lax.ragged_all_to_all(x, found, *there, axis_name=axis)
+    return jnp.where(jnp.expand_dims(put(back, rows), [*range(1, x.ndim)]), got, 0) if home else got
 
 
 def put(back: Slices, rows: int) -> jax.Array:
@@ -78,17 +79,17 @@ def put(back: Slices, rows: int) -> jax.Array:
     return ((at_R1 >= back.start) & (at_R1 < back.start + back.size)).any(1)
 
 
-def padded(x_RD: jax.Array, there: Slices, axis: str, rows: int, most: int) -> jax.Array:
+def padded(x: jax.Array, there: Slices, axis: str, rows: int, most: int) -> jax.Array:
     """The twin."""
-    S, D = jax.lax.axis_size(axis), x_RD.shape[1]
+    S = jax.lax.axis_size(axis)
     send = lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)  # noqa: E731
     apart = lambda x: x.reshape(S, -1)  # noqa: E731
-    from_SM = _rows_of(apart(there.start), apart(there.size), most, len(x_RD))
-    come_SMD = send(jnp.take(x_RD, from_SM, axis=0, mode="fill", fill_value=0))
+    from_SM = _rows_of(apart(there.start), apart(there.size), most, len(x))
+    come_SM = send(jnp.take(x, from_SM, axis=0, mode="fill", fill_value=0))
     to_SM = _rows_of(apart(send(there.put)), apart(there.got), most, rows)
     # Numbers of rows are scattered, and the rows themselves gathered by them: XLA scatters one after the other.
     which = jnp.full(rows, S * most).at[to_SM.reshape(-1)].set(jnp.arange(S * most), mode="drop")
-    return jnp.take(come_SMD.reshape(S * most, D), which, axis=0, mode="fill", fill_value=0)
+    return jnp.take(come_SM.reshape(S * most, *x.shape[1:]), which, axis=0, mode="fill", fill_value=0)
 
 
 def _rows_of(start_SK: jax.Array, size_SK: jax.Array, most: int, none: int) -> jax.Array:

@@ -2,7 +2,7 @@
 
 `jax.lax.ragged_dot` is not used: on a CPU it multiplies every row with every matrix, and on a TPU its weight gradient
 does (1 + G times the arithmetic, seen in compiled programs). Here a loop goes over tiles of one group each, as many as
-there are, forward and backward; on TPUs the Megablox kernels of JAX do the same.
+there are, forward and backward; on TPUs the kernels of `grouped_tiles` do the same.
 """
 
 from __future__ import annotations
@@ -13,12 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from glmv_jax.kernels import grouped_tiles
+from glmv_jax.kernels.grouped_tiles import Matrices
 from glmv_jax.parallel import rules
-
-# Tiles of rows of Megablox, of which those of a matrix must be whole, and the most of both widths: an element that is
-# read takes part in 500 multiply-adds a number and more, what a TPU's memory keeps up with, and 11 MB of the 16 MB of
-# vector memory that a kernel has are taken.
-_MEGABLOX_ROWS, _MEGABLOX_WIDTH = (512, 256, 128), 1024
 
 
 def grouped_matmul(
@@ -31,46 +28,49 @@ def grouped_matmul(
     rest: False where nobody looks at rows after the last group, of the product and of x's gradient: they may be
       anything, and need not be written.
     """
-    if supported(x_MK, w_GKN):
-        return megablox(x_MK, w_GKN, sizes_G, expected, rest)
+    return grouped_matmuls(x_MK, (w_GKN,), sizes_G, expected, rest)[0]
+
+
+def grouped_matmuls(
+    x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int = 0, rest: bool = True
+) -> Matrices:
+    """`grouped_matmul` with several stacks of matrices, whose gradients by x are summed as they come."""
+    expected = expected or len(x_MK)
+    if supported(x_MK, *ws_GKN):
+        return kernels(x_MK, ws_GKN, sizes_G, expected, rest)
     if not rest:  # the gradient multiplies whole tiles, with zeros where a group has ended
-        x_MK = jnp.where(jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum(), x_MK, 0)
-    return tiled(x_MK, w_GKN, sizes_G, tile_rows(expected or x_MK.shape[0], len(sizes_G)))
+        x_MK = jnp.where(jnp.arange(len(x_MK))[:, None] < sizes_G.sum(), x_MK, 0)
+    return tuple(tiled(x_MK, w_GKN, sizes_G, tile_rows(expected, len(sizes_G))) for w_GKN in ws_GKN)
 
 
-def supported(x_MK: jax.Array, w_GKN: jax.Array) -> bool:
-    """Whether Megablox takes these: on a TPU, rows and both widths (the gradient swaps them) in whole tiles."""
-    whole = x_MK.shape[0] % _MEGABLOX_ROWS[-1] == 0 and all(width % 128 == 0 for width in w_GKN.shape[1:])
+def supported(x_MK: jax.Array, *ws_GKN: jax.Array) -> bool:
+    """Whether the kernels take these: on a TPU, rows and all widths (the gradient swaps them) in whole tiles."""
+    whole = all(n % grouped_tiles.LANES == 0 for n in (len(x_MK), *(n for w in ws_GKN for n in w.shape[1:])))
     return rules.device().platform == "tpu" and whole
 
 
-def megablox(
-    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, rest: bool = True,
-    interpret: bool = False,
-) -> jax.Array:
+def kernels(
+    x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int, rest: bool = True, interpret: bool = False
+) -> Matrices:
     """The fast path on TPUs. interpret: run by the interpreter, for tests elsewhere."""
-    from jax.experimental.pallas.ops.tpu.megablox import ops
-
-    most = (expected or x_MK.shape[0]) // (5 * len(sizes_G))  # as `tile_rows`: a group ends within a tile
-    rows = next((n for n in _MEGABLOX_ROWS if n <= most and x_MK.shape[0] % n == 0), _MEGABLOX_ROWS[-1])
-    tiling = (rows, *(min(_MEGABLOX_WIDTH, n) for n in w_GKN.shape[1:]))
-    product = functools.partial(ops.gmm, interpret=interpret)
+    ws_GKN = tuple(w.astype(x_MK.dtype) for w in ws_GKN)
     if not rest:
-        return product(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling)
+        return grouped_tiles.grouped(x_MK, ws_GKN, sizes_G, expected, interpret)
     # Rows after the last group are written neither forward nor backward: what lies there must not come out. They take
     # part in nothing else, as the kernels leave them out of an expert's gradient.
-    real_M1 = jnp.arange(x_MK.shape[0])[:, None] < sizes_G.sum()
-    x_MK = jnp.where(real_M1, x_MK, 0)
-    return jnp.where(real_M1, product(x_MK, w_GKN.astype(x_MK.dtype), sizes_G, x_MK.dtype, tiling), 0)
+    real_M1 = jnp.arange(len(x_MK))[:, None] < sizes_G.sum()
+    made = grouped_tiles.grouped(jnp.where(real_M1, x_MK, 0), ws_GKN, sizes_G, expected, interpret)
+    return tuple(jnp.where(real_M1, y_MN, 0) for y_MN in made)
 
 
-def plain(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array) -> jax.Array:
+def plain(x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array) -> Matrices:
     """The twin: every row with every matrix, G times the arithmetic."""
     ends_G = jnp.cumsum(sizes_G)
     rows_M1 = jnp.arange(x_MK.shape[0])[:, None]
     mine_MG = (rows_M1 >= ends_G - sizes_G) & (rows_M1 < ends_G)
     x_MK = jnp.where(mine_MG.any(1, keepdims=True), x_MK, 0)
-    return jnp.einsum("mg,mk,gkn->mn", mine_MG.astype(x_MK.dtype), x_MK, w_GKN.astype(x_MK.dtype))
+    product = lambda w_GKN: jnp.einsum("mg,mk,gkn->mn", mine_MG.astype(x_MK.dtype), x_MK, w_GKN.astype(x_MK.dtype))  # noqa: E731
+    return tuple(map(product, ws_GKN))
 
 
 def tile_rows(rows: int, groups: int) -> int:

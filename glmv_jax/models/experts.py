@@ -2,15 +2,21 @@
 
 Outside the experts the mesh axis `expert` is one more axis of data: every device has rows of its own. Here each also
 has E / S of the experts, S being the axis' size. It sorts its tokens' copies (a row is a token and one of its experts)
-by expert, sends each to the device that has it, multiplies what it gets and sends the results home. Nothing else
-crosses: an expert's matrices are gathered over `fsdp` in the dtype of the products, their gradient is scattered back,
-and `tensor` splits their hidden width, whose halves of the result are summed once a token.
+by expert, sends each to the device that has it with its weight, multiplies what it gets and sends the results home.
+The weight is applied inside of an expert, before its last matrix: its gradient is known there, and the backward pass
+makes no result anew. Nothing else crosses: an expert's matrices are gathered over `fsdp` in the dtype of the products,
+their gradient is scattered back, and `tensor` splits their hidden width, whose halves of the result are summed once a
+token.
 
 No row is lost, and memory does not follow the worst case, in which every token wants the experts of one device: min(k,
 E / S) of them, as they differ. The rows that a device is owed are numbered, by expert and then by sender, and it takes
 a window of them at a time, `WINDOW` times the mean. With balanced experts the first window holds them all; else there
 are as many more as the fullest device needs, each computed anew in the backward pass. Rows arrive sorted by expert,
 ready for the grouped products.
+
+Where slices, the rows of a device for an expert, are long, each is filled up to whole tiles of `TILE` rows: these lie
+in a TPU's memory in one piece, and are sent as they lie. What fills is a token's copy of weight zero, which nothing
+feels.
 
 This is all by hand, in shard_map, also where only the batch is split: what the partitioner makes of a sort and of loops
 over tiles is every row on every device, and a sum over devices for every tile.
@@ -26,12 +32,14 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels.exchange import Slices, exchange
-from glmv_jax.kernels.grouped_matmul import grouped_matmul, plain
+from glmv_jax.kernels.grouped_matmul import grouped_matmuls, plain
 from glmv_jax.models.layers import gated
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
 
 WINDOW = 1.25  # rows a device takes at a time, over its share
+TILE = 8  # rows of a tile in a TPU's memory
+LONG = 16  # tiles of a slice on average: filling it up is a thirtieth more
 
 
 class Experts(NamedTuple):
@@ -63,11 +71,12 @@ class Form(NamedTuple):
 
 class Split(NamedTuple):
     """How the tokens of a device meet experts of others. axis, devices: the mesh axis that experts live on and its
-    size; window: rows of a device at a time; most: that one sends another in it; windows: that there are at most; mesh:
-    all its axes."""
+    size; unit: rows are sent in whole ones of it; window: rows of a device at a time; most: that one sends another in
+    it; windows: that there are at most; mesh: all its axes."""
 
     axis: str
     devices: int
+    unit: int
     window: int
     most: int
     windows: int
@@ -125,10 +134,13 @@ def _gathered(w: jax.Array, axes: tuple[str, ...], dtype: Any) -> jax.Array:
 
 def _split(axis: str, devices: int, chosen: Chosen, experts: Experts, mesh: set[str]) -> Split:
     """For the tokens and the experts of one device."""
-    tokens, k = chosen.valid.size, chosen.expert.shape[-1]
-    at_most = tokens * min(k, len(experts.gate))  # a token's experts are different ones
+    (*_, k), tokens, own = chosen.expert.shape, chosen.valid.size, len(experts.gate)
+    unit = TILE if tokens * k >= LONG * TILE * own * devices and tokens * k % TILE == 0 else 1
+    at_most = tokens * min(k, own) + own * (unit - 1)  # a token's experts are different ones
+    at_most -= at_most % unit
     window = min(_whole_tiles(WINDOW * tokens * k), _whole_tiles(devices * at_most))
-    return Split(axis, devices, window, min(at_most, window), -(-devices * at_most // window), tuple(sorted(mesh)))
+    windows = -(-devices * at_most // window)
+    return Split(axis, devices, unit, window, min(at_most, window), windows, tuple(sorted(mesh)))
 
 
 def _whole_tiles(rows: float) -> int:
@@ -140,52 +152,64 @@ def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, form: For
     D, k = x_BTD.shape[-1], chosen.expert.shape[-1]
     E = len(experts.gate) * (split.devices if split else 1)
     with jax.named_scope("dispatch"):
-        expert_R = jnp.where(chosen.valid[..., None], chosen.expert, E).reshape(-1)
-        order_R = jnp.argsort(expert_R, stable=True)
-        back_R = jnp.argsort(order_R)
-        sizes_E = jnp.bincount(expert_R, length=E + 1)[:-1].astype(jnp.int32)
-        x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_R, k)
+        expert_C = jnp.where(chosen.valid[..., None], chosen.expert, E).reshape(-1)
+        sizes_E = jnp.bincount(expert_C, length=E + 1)[:-1].astype(jnp.int32)
+        filled_E, order_R, back_C = _sorted(expert_C, sizes_E, split.unit if split else 1)
+        x_RD = _spread(x_BTD.reshape(-1, D), order_R, back_C, k)
+        weight_R = _weights(chosen.weight.reshape(-1).astype(x_RD.dtype), order_R, back_C)
     if split is None:
-        y_RD = _mlp(form, x_RD, experts, sizes_E)
+        y_RD = _mlp(form, x_RD, weight_R, experts, filled_E)
     else:
-        sizes_SE = jax.lax.all_gather(sizes_E, split.axis)
-        y_RD = _sent(split, form, x_RD, experts, sizes_SE)
+        sizes_SE = jax.lax.all_gather(filled_E, split.axis)
+        y_RD = _sent(split, form, x_RD, weight_R, experts, sizes_SE)
     with jax.named_scope("combine"):
-        y_NAD = _permute(y_RD, back_R, order_R).reshape(-1, k, D)
-        out_ND = jnp.einsum("nad,na->nd", y_NAD, chosen.weight.reshape(-1, k).astype(y_NAD.dtype))
+        out_ND = _collect(y_RD, order_R, back_C, k)
     return out_ND.reshape(x_BTD.shape), jax.lax.stop_gradient(sizes_E.astype(jnp.float32))
 
 
+def _sorted(expert_C: jax.Array, sizes_E: jax.Array, unit: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Copies by expert, each expert's filled up to whole units: (rows an expert [E], the copy in each row [R], the row
+    of each copy [C]). In rows that fill, numbers of copies that there are not."""
+    E, C = len(sizes_E), len(expert_C)
+    lacking_E = -sizes_E % unit
+    if unit > 1:
+        filling_EU = jnp.where(jnp.arange(unit - 1) < lacking_E[:, None], jnp.arange(E)[:, None], E)
+        expert_C = jnp.append(expert_C, jnp.pad(filling_EU.reshape(-1), (0, E % unit), constant_values=E))
+    order_R = jnp.argsort(expert_C, stable=True)
+    return sizes_E + lacking_E, order_R, jnp.argsort(order_R)[:C]
+
+
 @jax.named_scope("products")
-def _mlp(form: Form, x_RD: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
-    product = plain if form.dense else functools.partial(grouped_matmul, **about)
-    gate_RF, up_RF = (product(x_RD, w, sizes_E) for w in experts[:2])
-    return product(gated(gate_RF, up_RF, form.limit), experts.down, sizes_E)
+def _mlp(form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
+    products = plain if form.dense else functools.partial(grouped_matmuls, **about)
+    gate_RF, up_RF = products(x_RD, experts[:2], sizes_E)
+    inside_RF = gated(gate_RF, up_RF, form.limit) * weight_R[:, None]
+    return products(inside_RF, (experts.down,), sizes_E)[0]
 
 
 # --- rows sent and brought back, a window at a time -------------------------------------------------------------------
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sent(split: Split, form: Form, x_RD: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
+def _sent(split: Split, form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
     """[R, D]: what the experts make of rows that are sorted by expert; sizes_SE: of each device, rows an expert."""
-    return _forward(split, form, x_RD, experts, sizes_SE)[0]
+    return _forward(split, form, x_RD, weight_R, experts, sizes_SE)[0]
 
 
-def _forward(split, form, x_RD, experts, sizes_SE):
+def _forward(split, form, x_RD, weight_R, experts, sizes_SE):
     def more(n, y_RD):
-        return y_RD + _window(split, form, n, sizes_SE, x_RD, experts)
+        return y_RD + _window(split, form, n, sizes_SE, *given)
 
-    first = functools.partial(_window, split, form, 0, sizes_SE)
-    y_RD, pull = jax.vjp(first, x_RD, experts)
-    return _over_windows(split, sizes_SE, more, y_RD), (pull, x_RD, experts, sizes_SE)
+    given = x_RD, weight_R, experts
+    y_RD, pull = jax.vjp(functools.partial(_window, split, form, 0, sizes_SE), *given)
+    return _over_windows(split, sizes_SE, more, y_RD), (pull, given, sizes_SE)
 
 
 def _backward(split, form, saved, g_RD):
-    pull, x_RD, experts, sizes_SE = saved
+    pull, given, sizes_SE = saved
 
     def more(n, grads):
-        _, pull = jax.vjp(functools.partial(_window, split, form, n, sizes_SE), x_RD, experts)
+        _, pull = jax.vjp(functools.partial(_window, split, form, n, sizes_SE), *given)
         return jax.tree.map(jnp.add, grads, pull(g_RD))
 
     return *_over_windows(split, sizes_SE, more, pull(g_RD)), None
@@ -205,15 +229,27 @@ def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> A
         return jax.lax.fori_loop(1, windows, more, value)
 
 
-def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD: jax.Array, experts: Experts) -> jax.Array:
+def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD, weight_R: jax.Array, experts: Experts) -> jax.Array:
     """[R, D]: as `_sent`, for the rows that are in window n of their experts' device; the others are zero."""
-    R = len(x_RD)
+    unit = split.unit
+    window, own, most = (rows // unit for rows in (split.window, len(x_RD), split.most))
+    here = jax.lax.axis_index(split.axis)
+
+    def send(x, there, back, rows, home):
+        return exchange(x, there, back, split.axis, rows, most, home)
+
+    def send_rows(x_RD, there, back, rows, home):
+        tiles = x_RD.reshape(-1, unit, x_RD.shape[-1]) if unit > 1 else x_RD
+        return send(tiles, there, back, rows, home).reshape(-1, x_RD.shape[-1])
+
     with jax.named_scope("dispatch"):
-        there, back, mine_E = ways(sizes_SE, split.devices, split.window, n, jax.lax.axis_index(split.axis))
-        x_CD = exchange(x_RD, there, back, split.axis, split.window, split.most, False)
-    y_CD = _mlp(form, x_CD, experts, mine_E, expected=R, rest=False)  # rows that nobody sent are not sent home
+        there, back, mine_E = ways(sizes_SE // unit, split.devices, window, n, here)
+        x_CD = send_rows(x_RD, there, back, window, False)
+        weight_C = send(weight_R.reshape(-1, unit), there, back, window, False).reshape(-1)
+    # Rows that nobody sent are not sent home.
+    y_CD = _mlp(form, x_CD, weight_C, experts, mine_E * unit, expected=len(x_RD), rest=False)
     with jax.named_scope("combine"):
-        return exchange(y_CD, back, there, split.axis, R, split.most, True)
+        return send_rows(y_CD, back, there, own, True)
 
 
 def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices, Slices, jax.Array]:
@@ -240,26 +276,37 @@ def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices,
 _rows = functools.partial(jnp.take, axis=0, mode="clip")
 
 
-@jax.custom_vjp
-def _permute(x_RD: jax.Array, order_R: jax.Array, back_R: jax.Array) -> jax.Array:
-    """x[order]; `back` is the inverse permutation."""
-    return _rows(x_RD, order_R)
-
-
-_permute.defvjp(
-    lambda x, order, back: (_permute(x, order, back), back),
-    lambda back, g: (_rows(g, back), None, None),
-)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _spread(x_ND: jax.Array, order_R: jax.Array, back_R: jax.Array, copies: int) -> jax.Array:
-    """Row r is token order[r] // copies."""
+def _spread(x_ND: jax.Array, order_R: jax.Array, back_C: jax.Array, copies: int) -> jax.Array:
+    """Row r is token order[r] // copies; a row that fills is any."""
     return _rows(x_ND, order_R // copies)
 
 
-def _collect(copies: int, back_R: jax.Array, g_RD: jax.Array) -> tuple[jax.Array, None, None]:
-    return _rows(g_RD, back_R).reshape(-1, copies, g_RD.shape[-1]).sum(1), None, None
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _collect(x_RD: jax.Array, order_R: jax.Array, back_C: jax.Array, copies: int) -> jax.Array:
+    """Each token's rows, summed: `_spread` transposed, and it is the gradient of it, but in rows that fill, where that
+    would be zero; of what they are multiplied with the weight is zero already."""
+    each_AN = back_C.reshape(-1, copies).T  # a gather each: together they would be laid down before they are summed
+    return sum(_rows(x_RD, back_N).astype(jnp.float32) for back_N in each_AN).astype(x_RD.dtype)
 
 
-_spread.defvjp(lambda x, order, back, copies: (_spread(x, order, back, copies), back), _collect)
+_spread.defvjp(
+    lambda x, order, back, copies: (_spread(x, order, back, copies), (order, back)),
+    lambda copies, ways, g: (_collect(g, *ways, copies), None, None),
+)
+_collect.defvjp(
+    lambda x, order, back, copies: (_collect(x, order, back, copies), (order, back)),
+    lambda copies, ways, g: (_spread(g, *ways, copies), None, None),
+)
+
+
+@jax.custom_vjp
+def _weights(weight_C: jax.Array, order_R: jax.Array, back_C: jax.Array) -> jax.Array:
+    """Of rows; 0 of those that fill."""
+    return jnp.where(order_R < len(weight_C), _rows(weight_C, order_R), 0)
+
+
+_weights.defvjp(
+    lambda weight, order, back: (_weights(weight, order, back), back),
+    lambda back, g: (_rows(g, back), None, None),
+)

@@ -14,6 +14,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
@@ -23,6 +24,7 @@ from glmv_jax.models.expert_decoder import ExpertDecoderConfig, OfConfig
 from glmv_jax.models.latent import LatentAttention
 from glmv_jax.models.layers import RMSNorm, SwiGLU
 from glmv_jax.models.moe import MoE
+from glmv_jax.parallel.remat import ATTENTION
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
 
@@ -163,7 +165,7 @@ class Layer(nn.Module):
             branch, cache, selection, aux = LatentAttention(c, self.indexed, name="attention")(
                 normed, cache, rope, query, key, selection
             )
-            x_BTD = x_BTD + branch
+            x_BTD = checkpoint_name(x_BTD + branch, ATTENTION)
         with jax.named_scope("mlp"):
             normed = RMSNorm("norm", c.norm_eps, name="norm2")(x_BTD)
             if self.mlp == "moe":

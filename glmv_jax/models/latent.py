@@ -34,7 +34,8 @@ class LatentAttention(nn.Module):
         with jax.named_scope("qkv"):
             q_BTQ = RMSNorm("latent", c.latent_eps, name="q_norm")(linear("q_a", c.q_rank, ("embed", "latent"), x_BTD))
             q_BTM = linear("q_b", c.heads * (c.nope_dim + c.rope_dim), ("from_latent", "heads"), q_BTQ)
-            q_BTHN, r_BTHR = jnp.split(q_BTM.reshape(B, T, c.heads, -1), [c.nope_dim], axis=-1)
+            q_BTHK = _rotate(q_BTM.reshape(B, T, c.heads, -1), rope, behind=c.nope_dim)
+            q_BTHN, r_BTHR = jnp.split(q_BTHK, [c.nope_dim], axis=-1)
             kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
             c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
             new = {"c": RMSNorm("latent", c.latent_eps, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
@@ -50,7 +51,7 @@ class LatentAttention(nn.Module):
         sparse = c.attention == "sparse" and new["c"].shape[1] // c.pool > chosen
         learns = c.index_loss and self.indexed and cache is None
         looked = latent_attention(
-            Heads(q_BTHN, _rotate(r_BTHR, rope), *up), Latents(new["c"], new["r"]), query, key,
+            Heads(q_BTHN, r_BTHR, *up), Latents(new["c"], new["r"]), query, key,
             index if sparse or learns else None, selection, chosen if sparse else 0, learns,
         )  # fmt: skip
         aux = {}
@@ -94,8 +95,12 @@ class Indexer(nn.Module):
         return q_BTJK, w_BTJ, _rotate_one(k_BTK, rope)
 
 
-def _rotate(x_BTHK: jax.Array, rope: rope_lib.Rope | None) -> jax.Array:
-    return x_BTHK if rope is None else rope_lib.rotate_pairs(x_BTHK, rope)
+def _rotate(x_BTHK: jax.Array, rope: rope_lib.Rope | None, behind: int = 0) -> jax.Array:
+    """Rotates the dimensions behind so many, as many as the rope has."""
+    if rope is None:
+        return x_BTHK
+    after = x_BTHK.shape[-1] - behind - rope[0].shape[-1]
+    return rope_lib.rotate_pairs(x_BTHK, rope_lib.widened(rope, behind, after))
 
 
 def _rotate_one(x_BTK: jax.Array, rope: rope_lib.Rope | None) -> jax.Array:

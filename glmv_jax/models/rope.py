@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from glmv_jax.parallel import rules
 
 Rope = tuple[jax.Array, jax.Array]
 
@@ -48,8 +51,25 @@ def rotate_half(x_BTHK: jax.Array, rope: Rope) -> jax.Array:
 
 
 def rotate_pairs(x_BTHK: jax.Array, rope: Rope) -> jax.Array:
-    """Rotates dimension 2i with 2i + 1, in float32."""
-    return _rotate(x_BTHK, rope, lambda x: jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape))
+    """Rotates dimension 2i with 2i + 1, in float32. On a TPU neighbours change places in a product with a matrix of
+    ones and zeros, which is exact: the last dimension lies across a vector's lanes."""
+
+    def swapped(x: jax.Array) -> jax.Array:
+        return jnp.stack([-x[..., 1::2], x[..., 0::2]], axis=-1).reshape(x.shape)
+
+    return _rotate(x_BTHK, rope, _swapped_by_product if rules.device().platform == "tpu" else swapped)
+
+
+def _swapped_by_product(x: jax.Array) -> jax.Array:
+    pairs = np.kron(np.eye(x.shape[-1] // 2), [[0, 1], [-1, 0]])
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.matmul(x, pairs.astype(x.dtype), precision=exact, preferred_element_type=jnp.float32)
+
+
+def widened(rope: Rope, before: int, after: int) -> Rope:
+    """Of so many more dimensions, which are not rotated: to rotate a part without cutting it out."""
+    cos, sin = (jnp.pad(r, ((0, 0), (0, 0), (before, after)), constant_values=n) for r, n in zip(rope, (1, 0)))
+    return cos, sin
 
 
 def no_rotation(x_BTHK: jax.Array, rope: None) -> jax.Array:
@@ -60,5 +80,6 @@ def no_rotation(x_BTHK: jax.Array, rope: None) -> jax.Array:
 def _rotate(x_BTHK: jax.Array, rope: Rope, swapped: Callable) -> jax.Array:
     cos, sin = (r[:, :, None, :] for r in rope)
     rotary_dim = cos.shape[-1]
-    x, rest = x_BTHK[..., :rotary_dim].astype(jnp.float32), x_BTHK[..., rotary_dim:]
-    return jnp.concatenate([(x * cos + swapped(x) * sin).astype(x_BTHK.dtype), rest], axis=-1)
+    x, rest = x_BTHK[..., :rotary_dim], x_BTHK[..., rotary_dim:]
+    rotated = (x.astype(jnp.float32) * cos + swapped(x).astype(jnp.float32) * sin).astype(x_BTHK.dtype)
+    return jnp.concatenate([rotated, rest], axis=-1) if rest.shape[-1] else rotated

@@ -7,6 +7,10 @@ wide: that, and a matrix that hundreds of devices split is gathered. By itself l
 them over all, which is twice the bytes, waits, and copies: three layers of 148 M parameters, read along 512 devices of
 v5p:8x8x8, send 3.5 GB so and 5.3 else, half of it asynchronous and none else. Not in it, as the compiler aborts over
 kernels that are split over the cores of a v5p: xla_tpu_enable_async_collective_fusion_with_mosaic_custom_call.
+
+sparse: wide, and collectives are moved by a chip's SparseCores, whose calls the compiler begins early whatever stands
+around them: gathers in front of kernels, scattered and summed gradients. They are there on v5p, v6e and tpu7x, not on
+v5e; on tpu7x the compiler does so by itself. A layer of 32 experts on v5p:2x2x2 has all of its bytes asynchronous.
 """
 
 from __future__ import annotations
@@ -20,9 +24,13 @@ _ASYNC = ("xla_tpu_enable_async_collective_fusion", "xla_tpu_enable_async_collec
           "xla_enable_async_all_gather", "xla_tpu_enable_async_all_to_all",
           "xla_tpu_enable_async_ragged_all_to_all")  # fmt: skip
 _WIDE = ("xla_tpu_prefer_async_allgather_to_allreduce",)
+_SPARSE = tuple(f"xla_tpu_enable_sparse_core_collective_offload_{kind}"
+                for kind in ("all_gather", "reduce_scatter", "all_reduce"))  # fmt: skip
 SETS: dict[str, dict[str, str]] = {
     "none": {}, "async": dict.fromkeys(_ASYNC, "true"), "wide": dict.fromkeys((*_ASYNC, *_WIDE), "true"),
 }  # fmt: skip
+SETS["sparse"] = SETS["wide"] | dict.fromkeys(_SPARSE, "true")
+SETS["sparse"]["xla_tpu_enable_async_collective_fusion_fuse_all_gather"] = "false"
 BY_PLATFORM = {"tpu": ("async",)}  # what a config's xla="auto" is
 
 

@@ -4,7 +4,8 @@ Memory of L layers that are scanned over x, with one layer's own needs beside it
 
     none       whatever the backward pass reads, L times
     dots       results of products and of attention, L times
-    attention  x and the result of attention, whose kernel is then not run again, L times
+    attention  x and the result of attention, whose kernel is then not run again, and what a layer of GLM-5 makes of the
+               two, L times
     full       x, L times
     offload    x, L times, in the host's memory: what a device holds does not grow with L. Each layer's x is sent there
                when the layer begins, and fetched when its backward pass does
@@ -21,7 +22,7 @@ from glmv_jax.parallel import rules
 from glmv_jax.typing import UserError
 
 INPUT = "layer_input"
-ATTENTION = "attention"  # what attention kernels call their results
+ATTENTION = "attention"  # what attention kernels call their results, and layers what they add them to
 HOST = "pinned_host"
 
 _keep = jax.checkpoint_policies

@@ -55,5 +55,5 @@ def test_xla_options():
     assert compiler.options(["--xla_a=1", "xla_b=x=y"]) == {"xla_a": "1", "xla_b": "x=y"}
     found = compiler.options(["async", "xla_enable_async_all_gather=false"])
     assert found == compiler.SETS["async"] | {"xla_enable_async_all_gather": "false"} != compiler.SETS["async"]
-    with pytest.raises(UserError, match=r"--xla asink: .*\(auto, none, async, wide\)"):
+    with pytest.raises(UserError, match=r"--xla asink: .*\(auto, none, async, wide, sparse\)"):
         compiler.options(["asink"], where="--xla ")

@@ -1,8 +1,6 @@
-"""Products by group against float64 loops, and how much arithmetic they take. Not covered: Megablox on a TPU."""
+"""Products by group against float64 loops, and how much arithmetic they take. Not covered: the kernels on a TPU."""
 
 from __future__ import annotations
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -35,31 +33,76 @@ def by_loop(x, w, g, sizes):
 def test_equals_a_loop_over_rows(form, sizes):
     x, w, g = inputs(sizes)
     f32 = [jnp.array(a, jnp.float32) for a in (x, w, g)]
-    product = lib.plain if form == "plain" else functools.partial(lib.tiled, rows=8)
-    y, pull = jax.vjp(lambda x, w: product(x, w, jnp.array(sizes, jnp.int32)), *f32[:2])
+    ends = jnp.array(sizes, jnp.int32)
+    forms = {"plain": lambda x, w: lib.plain(x, (w,), ends)[0], "tiled": lambda x, w: lib.tiled(x, w, ends, 8)}
+    y, pull = jax.vjp(forms[form], *f32[:2])
     for got, want in zip((y, *pull(f32[2])), by_loop(x, w, g, sizes)):
         np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-def test_megablox_in_the_interpreter():
+def test_kernels_in_the_interpreter():
     """Its own path, a group without rows and rows after the last group included."""
     sizes = [70, 0, 100]
     x, w, g = inputs(sizes, M=256, K=128, N=128)
     f32 = [jnp.array(a, jnp.float32) for a in (x, w, g)]
-    y, pull = jax.vjp(lambda x, w: lib.megablox(x, w, jnp.array(sizes, jnp.int32), interpret=True), *f32[:2])
+    ends = jnp.array(sizes, jnp.int32)
+    y, pull = jax.vjp(lambda x, w: lib.kernels(x, (w,), ends, 170, interpret=True)[0], *f32[:2])
     for got, want in zip((y, *pull(f32[2])), by_loop(x, w, g, sizes)):
         np.testing.assert_allclose(got, want, atol=1e-3)
 
 
-def test_megablox_leaves_the_rest_alone():
+def test_kernels_of_two_stacks_sum_the_gradient_of_what_they_share():
+    sizes = [200, 0, 100, 84]  # groups end within tiles and at the end of one; several blocks of both widths
+    x, w, g = inputs(sizes, M=384, K=256, N=128)
+    other, g_other = w[::-1] + 1, g[::-1] - 1
+    f32 = [jnp.array(a, jnp.float32) for a in (x, w, other)]
+    ends = jnp.array(sizes, jnp.int32)
+    ys, pull = jax.vjp(lambda x, *ws: lib.kernels(x, ws, ends, 384, rest=False, interpret=True), *f32)
+    dx, *dws = pull(tuple(jnp.array(a, jnp.float32) for a in (g, g_other)))
+    one, two = by_loop(x, w, g, sizes), by_loop(x, other, g_other, sizes)
+    for got, want in zip((*ys, dx, *dws), (one[0], two[0], one[1] + two[1], one[2], two[2])):
+        np.testing.assert_allclose(got, want, atol=2e-3)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("sizes", [[70, 0, 100, 86], [0, 256, 0], [1, 1, 1, 0], [0, 0], [128, 128]])
+def test_visits(sizes, empty):
+    """Every tile and group that share a row, in order; a tile of each empty group too, if asked."""
+    found = lib.grouped_tiles.visits(jnp.array(sizes, jnp.int32), 256, 128, empty)
+    count, ends = int(found.count), np.cumsum(sizes)
+    want = [
+        (t, e)
+        for e, (end, n) in enumerate(zip(ends, sizes))
+        for t in range(2)
+        if max(end - n, 128 * t) < min(end, 128 * t + 128)
+    ]
+    got = [(t, e) for t, e in zip(found.tile.tolist()[:count], found.group.tolist()[:count]) if sizes[e]]
+    assert got == want and found.ends.tolist() == [0, *ends]
+    assert count == len(want) + empty * sizes.count(0) and found.group.tolist()[:count] == sorted(
+        found.group.tolist()[:count]
+    )
+    assert 0 <= found.tile.min() and found.tile.max() < 2 and len(found.tile) >= count
+
+
+def test_kernels_say_what_they_do_on_average():
+    """The rows of their visits, whatever room there is: random loads of GLM-5's experts on a device."""
+    rng, room, expected = np.random.default_rng(0), 81_920, 65_536
+    tile = lib.grouped_tiles.tile_rows(room, 8, expected)
+    loads = [jnp.array(rng.multinomial(expected, np.full(8, 1 / 8)), jnp.int32) for _ in range(4)]
+    done = [int(lib.grouped_tiles.visits(sizes, room, tile, True).count) for sizes in loads]
+    said = lib.grouped_tiles.estimate(expected, 8, tile, 6144, 2048, 0).flops / (2 * 6144 * 2048)
+    assert np.mean(done) * tile <= said <= 1.005 * np.mean(done) * tile and said <= 1.1 * expected
+
+
+def test_kernels_leave_the_rest_alone():
     """What lies in rows after the last group gets into no other, nor into an expert's gradient."""
     sizes = [70, 0, 100]
     x, w, g = inputs(sizes, M=256, K=128, N=128)
     want = by_loop(x, w, g, sizes)
     x[170:] = g[170:] = np.nan
     f32 = [jnp.array(a, jnp.float32) for a in (x, w, g)]
-    product = functools.partial(lib.megablox, sizes_G=jnp.array(sizes, jnp.int32), rest=False, interpret=True)
-    y, pull = jax.vjp(product, *f32[:2])
+    ends = jnp.array(sizes, jnp.int32)
+    y, pull = jax.vjp(lambda x, w: lib.kernels(x, (w,), ends, 170, rest=False, interpret=True)[0], *f32[:2])
     dx, dw = pull(f32[2])
     for got, right in zip((y[:170], dx[:170], dw), (want[0][:170], want[1][:170], want[2])):
         np.testing.assert_allclose(got, right, atol=1e-3)

@@ -108,12 +108,36 @@ def test_equals_one_device(preset, sizes):
     equals_one_device(preset, sizes)
 
 
-def test_rows_that_nobody_sent_may_be_anything(monkeypatch):
-    """As on TPUs, where they are what memory held, in the gradient too; here of a form that writes NaN there."""
+def test_what_fills_slices_up():
+    """Copies by expert, in order of their tokens, then the rest of a unit; copies of no expert at the end."""
+    rng = np.random.default_rng(2)
+    E, C = 5, 64
+    expert = rng.integers(0, E + 1, C)
+    expert[expert == 3] = 4  # nobody's
+    sizes = np.bincount(expert, minlength=E + 1)[:-1]
+    filled, order, back = experts._sorted(jnp.array(expert), jnp.array(sizes, jnp.int32), 8)
+    np.testing.assert_array_equal(filled, -(-sizes // 8) * 8)
+    assert len(order) % 8 == 0 and sorted(order.tolist()) == list(range(len(order)))
+    np.testing.assert_array_equal(order[back], np.arange(C))
+    begin = 0
+    for e in range(E):
+        mine = np.asarray(order[begin : begin + int(filled[e])])
+        np.testing.assert_array_equal(mine[: sizes[e]], np.flatnonzero(expert == e))
+        assert (mine[sizes[e] :] >= C).all()
+        begin += int(filled[e])
+    nobodys = order[begin:]
+    np.testing.assert_array_equal(nobodys[nobodys < C], np.flatnonzero(expert == E))
 
-    def ragged(x_RD, there, back, axis, rows, home):
-        got_RD = exchange.padded(x_RD, there, axis, rows, len(x_RD))
-        return jnp.where(exchange.put(back, rows)[:, None], got_RD, 0 if home else jnp.nan)
+
+def test_rows_that_nobody_sent_may_be_anything(monkeypatch):
+    """As on TPUs, where they are what memory held, in the gradient too; here of a form that writes NaN there. Slices go
+    in whole tiles, as long ones do: what fills them up is felt by nothing."""
+    monkeypatch.setattr(experts, "LONG", 0)
+
+    def ragged(x, there, back, axis, rows, home):
+        got = exchange.padded(x, there, axis, rows, len(x))
+        known = jnp.expand_dims(exchange.put(back, rows), [*range(1, x.ndim)])
+        return jnp.where(known, got, 0 if home else jnp.nan)
 
     monkeypatch.setattr(exchange, "supported", lambda: True)
     monkeypatch.setattr(exchange, "ragged", ragged)
