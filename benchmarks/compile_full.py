@@ -43,7 +43,8 @@ Report = dict[str, Any]
 @dataclasses.dataclass(frozen=True)
 class Program:
     """overrides: as --config.KEY=VALUE has them. rows: of the batch, a device, where the experiment's batch is for
-    another number of devices; 0: the experiment's own batch. key: of the batch in the config."""
+    another number of devices; 0: the experiment's own batch. key: of the batch in the config. doubled: overrides on
+    1,024 devices, of what is laid out for 512."""
 
     title: str
     config: str
@@ -51,6 +52,7 @@ class Program:
     program: str = "step"
     rows: float = 0
     key: str = "batch"
+    doubled: tuple[str, ...] = ()
 
 
 _GLM5V = "experiments/glm5v_pretrain.py:size=l"
@@ -64,7 +66,9 @@ PROGRAMS = {
     "cogvit_mim_l": Program("stage 1, CogViT", "experiments/cogvit_mim.py:size=l", _SPLIT),
     "cogvit_siglip_l": Program("stage 2, 128 pairs a device", "experiments/cogvit_siglip.py:size=l", _SPLIT, rows=128),
     "vlm_pretrain_l": Program("stage 3, GLM-OCR's decoder", "experiments/vlm_pretrain.py:size=l", _SPLIT, rows=1),
-    "glm5v_pretrain_l": Program("stage 3, GLM-5V", _GLM5V),
+    "glm5v_pretrain_l": Program(
+        "stage 3, GLM-5V", _GLM5V, doubled=("mesh.data=-1", "mesh.fsdp=16", "batch=1024"),
+    ),
     "vlm_sft_l_128k": Program(
         "stage 4, 128K tokens, GLM-OCR's decoder", "experiments/vlm_sft.py:size=l",
         ("mesh.fsdp=-1", "mesh.context=16", "rules=fsdp_context", *_ROWS_OF_128K), rows=1 / 16,
@@ -72,7 +76,7 @@ PROGRAMS = {
     "glm5v_sft_l_128k": Program(
         "128K tokens, GLM-5V", _GLM5V,
         ("mesh.expert=16", "mesh.context=8", "mesh.tensor=4", "rules=fsdp_expert_context_tensor", *_ROWS_OF_128K),
-        rows=1 / 32,
+        rows=1 / 32, doubled=("mesh.data=-1", "mesh.fsdp=1"),
     ),
     "rl_grpo_l": Program("stage 5, the update", "experiments/rl_grpo.py:size=l", _RL, rows=1, key="rollout.rows"),
     "rl_reference_l": Program(
@@ -117,10 +121,10 @@ class Run:
     @property
     def overrides(self) -> list[str]:
         p, chips = self.program, self.topology
-        if not p.rows:
-            return list(p.overrides)
-        rows = round(p.rows * chips.chip.per_chip * chips.slices * math.prod(chips.sizes))
-        return [*p.overrides, f"{p.key}={(rows,) if p.key.endswith('rows') else rows}"]
+        devices = chips.chip.per_chip * chips.slices * math.prod(chips.sizes)
+        given = [*p.overrides, *(p.doubled if devices == 1024 else ())]
+        rows = round(p.rows * devices)
+        return given if not p.rows else [*given, f"{p.key}={(rows,) if p.key.endswith('rows') else rows}"]
 
     def digest(self) -> str:
         cfg = config.override(config.load(self.program.config), self.overrides)

@@ -67,7 +67,8 @@ def _swapped_by_product(x: jax.Array) -> jax.Array:
 
 
 def widened(rope: Rope, before: int, after: int) -> Rope:
-    """Of so many more dimensions, which are not rotated: to rotate a part without cutting it out."""
+    """Of so many more dimensions (even numbers, for pairs), which are not rotated: to rotate a part without cutting it
+    out."""
     cos, sin = (jnp.pad(r, ((0, 0), (0, 0), (before, after)), constant_values=n) for r, n in zip(rope, (1, 0)))
     return cos, sin
 
