@@ -13,6 +13,9 @@ from typing import Any
 from glmv_jax.parallel import compiler
 from glmv_jax.typing import UserError
 
+_OF_THE_LOOP = ("log_every", "eval_every", "save_every", "keep", "spikes", "max_seconds", "faults", "match_wall",
+                "compilation_cache")  # fmt: skip
+
 
 def options(parser: argparse.ArgumentParser) -> None:
     """Adds the command's options."""
@@ -67,10 +70,11 @@ def xla_flags(cfg: Any, given: Sequence[str] | None) -> dict[str, str]:
 
 
 def digest(cfg: Any, topology: Any, program: str, flags: dict[str, str]) -> str:
-    """What a report is of, in 16 letters: every value of the config, the devices, the program and XLA's options."""
+    """What a report is of, in 16 letters: every value of the config but what only the loop around a step reads, the
+    devices, the program and XLA's options."""
     from glmv_jax import config
 
-    said = [config.flat(cfg), str(topology), program, flags]
+    said = [{k: v for k, v in config.flat(cfg).items() if k not in _OF_THE_LOOP}, str(topology), program, flags]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

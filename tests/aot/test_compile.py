@@ -220,7 +220,7 @@ def test_programs_that_answer(name):
 
 def test_a_digest_tells_what_a_report_is_of():
     cfg, where = config.load("experiments/cogvit_mim.py:size=nano"), topology.parse("v5e:2x2")
-    same = aot.digest(config.override(cfg, ["seed=0"]), where, "step", {})
+    same = aot.digest(config.override(cfg, ["seed=0", "log_every=3", "keep=9"]), where, "step", {})
     others = (
         (config.override(cfg, ["seed=1"]), where, "step", {}), (cfg, topology.parse("v5e:2x2", 2), "step", {}),
         (cfg, where, "prefill", {}), (cfg, where, "step", {"xla_some": "true"}),
