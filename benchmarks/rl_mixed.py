@@ -119,7 +119,7 @@ def _asker(run: pathlib.Path, kinds: Sequence[str], draws: int):
         return Sampler(stage.model, sampling, draws if temperature else 1)
 
     def ask(kind, samples):
-        tokens = r.long.max_new_tokens if kind in r.long.kinds else r.max_new_tokens
+        tokens = dict(r.limits).get(kind, r.max_new_tokens)
         found = {}
         for condition in CONDITIONS:
             using = sampler(tokens, 1.0 if condition.startswith("drawn") else 0.0)

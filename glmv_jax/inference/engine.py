@@ -16,6 +16,7 @@ Not thread-safe: `front.Front` gives it a thread and `await`.
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -67,7 +68,8 @@ class Engine:
             self._programs = DraftingPrograms(cfg, sampling, s.slots, s.length + s.drafts, s.drafts, **sizes)
         else:
             self._programs = Programs(cfg, sampling, s.slots, self._room, **sizes)
-        self._slots = Slots(s.slots, shards, s.length, exact=recurrent(cfg))
+        self._no_slots = functools.partial(Slots, s.slots, shards, s.length, exact=recurrent(cfg))
+        self._slots = self._no_slots()
         self._waiting: collections.deque[Work] = collections.deque()
         self._ids, self._clock = itertools.count(), itertools.count(1)
         self.counts = Counts(reached=np.zeros(s.drafts, np.int64), accepted=np.zeros(s.drafts, np.int64))
@@ -140,7 +142,9 @@ class Engine:
         self._slots.forget()
 
     def release(self) -> None:
-        """Lets go of the parameters and of all memory, while nothing runs; `set_params` begins anew."""
+        """Lets go of the parameters and of all memory, while nothing runs; `set_params` begins anew, as a new engine
+        would: what comes then is in the rows that it would have there."""
+        self._slots = self._no_slots()
         self._weights = self._cache = self._visual = None
 
     def warm(self) -> None:

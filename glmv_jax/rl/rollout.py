@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from glmv_jax.inference.sampler import Generated, Prompts, Sampler, Sampling
+from glmv_jax.inference.batches import EngineSampler
+from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
 from glmv_jax.inference.text import answer_text, behind
 from glmv_jax.rl.integrity import check_prompt
 from glmv_jax.typing import Batch, Params
@@ -17,9 +18,6 @@ from glmv_jax.typing import Batch, Params
 if TYPE_CHECKING:  # who trains on rollouts needs no grader; who makes them does, see `rollout`
     from glmv_jax.data.records import Sample
     from glmv_jax.rl.rewards.grade import Grade
-
-
-PROMPT = Prompts._fields[1:]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,37 +71,6 @@ class Rollout:
         return {**said, "images": len(self.images), "grade": dataclasses.asdict(self.grade)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Long:
-    """Kinds whose answers are written apart, in rows of their own: those of the others need not wait for them.
-
-    sampler: of the same group, with answers as long as these kinds need. prompts: how many it takes at a time.
-    """
-
-    sampler: Sampler
-    kinds: frozenset[str]
-    prompts: int
-
-
-def drawn(sampler: Sampler, long: Long, params: Params, batch: Batch, key: jax.Array) -> Generated:
-    """What `sampler` gives for a batch of prompts (arrays of the host), but for the kinds of `long` what its gives."""
-    (chosen,) = np.nonzero([sample.source in long.kinds for sample in batch["samples"]])
-    others = batch | {"length": np.where(np.isin(np.arange(len(batch["length"])), chosen), 0, batch["length"])}
-    found = jax.device_get(sampler(params, Prompts.of(others), key))
-    width = ((0, 0), (0, long.sampler.sampling.max_new_tokens - sampler.sampling.max_new_tokens))
-    tokens = np.pad(found.tokens, width, constant_values=sampler.sampling.pad)
-    whole = Generated(tokens, np.pad(found.logprobs, width), np.array(found.lengths), np.array(found.finished))
-    for n in range(0, len(chosen), long.prompts):
-        at = chosen[n : n + long.prompts]
-        rows = {name: batch[name][np.resize(at, long.prompts)] for name in ("patches", "yx", "frame", *PROMPT)}
-        rows["length"][len(at) :] = 0  # these only fill
-        part = jax.device_get(long.sampler(params, Prompts.of(rows), jax.random.fold_in(key, 1 + n)))
-        to = (at[:, None] * sampler.group + np.arange(sampler.group)).reshape(-1)
-        for into, new in zip(whole, part):
-            into[to] = new[: len(to)]
-    return whole
-
-
 def heard(sampling: Sampling, ids: np.ndarray, tokenizer: Any) -> str:
     """The text of an answer that is graded: what is behind its thinking, where it is to think."""
     return answer_text(tokenizer, behind(ids, sampling.close) if sampling.think else ids, sampling.stop)
@@ -118,18 +85,19 @@ def versions(sampling: Sampling, ids: np.ndarray, version: int) -> np.ndarray:
 
 
 def rollout(
-    sampler: Sampler,
+    sampler: Sampler | EngineSampler,
     params: Params,
     batch: Batch,
     key: jax.Array,
     tokenizer: Any,
     score: Callable[[Sequence[Sample], Sequence[str]], list[Grade]],
     sampled: Callable[[], None] | None = None,
-    long: Long | None = None,
+    limits: Mapping[str, int] | None = None,
 ) -> list[Rollout]:
     """Samples `sampler.group` answers to every prompt of `batch` and grades them.
 
-    sampled: called when the answers are there and none has been graded. long: kinds that are written apart.
+    sampled: called when the answers are there and none has been graded. limits: tokens of an answer by source, where
+    they are not the sampler's, which then is an engine's.
 
     batch: of `rl.prompts` (arrays with one prompt a row, "samples" and "hashes"; rows beyond those only fill it).
     Returns B * group records, groups together.
@@ -138,10 +106,10 @@ def rollout(
     """
     hashes = [check_prompt(batch, row) for row in range(len(batch["samples"]))]
     asked = [np.array(ids[:length]) for ids, length in zip(batch["tokens"], batch["length"])]
-    if long is None:
-        out = jax.device_get(sampler(params, Prompts.of(batch), key))
-    else:
-        out = drawn(sampler, long, params, batch, key)
+    each = {}
+    if limits:
+        each["limits"] = [limits.get(s.source, sampler.sampling.max_new_tokens) for s in batch["samples"]]
+    out = jax.device_get(sampler(params, Prompts.of(batch), key, **each))
     if sampled is not None:
         sampled()
     samples = [sample for sample in batch["samples"] for _ in range(sampler.group)]

@@ -38,7 +38,7 @@ def test_every_prompt_and_gold_answer_has_room():
     r = cfg.rollout
     for kind in cfg.data.weights:
         source = tasks.source(kind, "heldout", 3)
-        most = r.long.max_new_tokens if kind in r.long.kinds else r.max_new_tokens
+        most = dict(r.limits).get(kind, r.max_new_tokens)
         for i in range(12):
             sample = source[i]
             asker.prompt(sample)  # raises for what is too long

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
 from glmv_jax.data.hashes import image_hash
-from glmv_jax.inference import requests
+from glmv_jax.inference import requests, thinking
 from glmv_jax.inference.front import Front, Ticket
 from glmv_jax.rl.integrity import handed
 from glmv_jax.rl.pipeline.local import Rows, nothing
@@ -24,10 +24,14 @@ class SlotEngine:
 
     make: (params, version) -> the front; called with the first weights.   rows: where prompts are found.   seed: of all
     random numbers: an answer depends on (seed, uid, attempt, member), and on the weights that draw it.
+    limits: tokens of an answer by source, where they are not the engine's.
     """
 
-    def __init__(self, make: Callable[[Params, int], Front], rows: Rows, seed: int, tokenizer: Any) -> None:
-        self._make, self._rows, self._seed, self._tokenizer = make, rows, seed, tokenizer
+    def __init__(
+        self, make: Callable[[Params, int], Front], rows: Rows, seed: int, tokenizer: Any,
+        limits: Mapping[str, int] | None = None,
+    ) -> None:  # fmt: skip
+        self._make, self._rows, self._seed, self._tokenizer, self._limits = make, rows, seed, tokenizer, limits or {}
         self._front: Front | None = None
         self._tickets: dict[int, Ticket] = {}
 
@@ -42,20 +46,22 @@ class SlotEngine:
         prefix, begun = request.prefix, None
         if prefix is not None and len(prefix):
             begun = requests.Completion(prefix.tokens, prefix.logprobs, prefix.versions, "aborted")
-        self._ask(request, begun, on_done)
-
-    def _ask(self, request: Request, begun: requests.Completion | None, on_done: OnDone) -> None:
-        """The whole answer; or its thinking alone, as far as there is a limit to that and it has not ended."""
-        row, think = self._rows.row(request.prompt.key), self._front.engine.sampling.think
-        thinks = think if begun is None or len(begun.tokens) < think else None
+        row = self._rows.row(request.prompt.key)
         prompt = requests.Prompt.of_row(row, 0)
-        asked = requests.Request(
-            prompt, seed=seed_of(self._seed, request), draw=request.member, begun=begun, max_new_tokens=thinks or None
-        )
-        self._tickets[request.id] = ticket = self._front.submit(asked)
         images = ",".join(image_hash(picture.patches, picture.yx) for picture in prompt.pictures)
         facts = {"id": row["samples"][0].id, **handed(prompt.tokens, images)}
-        ticket.done.add_done_callback(lambda done: self._ended(request, thinks, done, facts, on_done))
+        whole = requests.Request(
+            prompt, seed=seed_of(self._seed, request), draw=request.member, begun=begun,
+            max_new_tokens=self._limits.get(row["samples"][0].source),
+        )  # fmt: skip
+        self._ask(request, whole, thinking.first(whole, self._front.engine.sampling), facts, on_done)
+
+    def _ask(
+        self, request: Request, whole: requests.Request, asked: requests.Request, facts: dict[str, str],
+        on_done: OnDone,
+    ) -> None:  # fmt: skip
+        self._tickets[request.id] = ticket = self._front.submit(asked)
+        ticket.done.add_done_callback(lambda done: self._ended(request, whole, done, facts, on_done))
 
     def abort(self, id: int) -> None:
         if (ticket := self._tickets.get(id)) is not None:
@@ -66,16 +72,15 @@ class SlotEngine:
             self._front.close()
 
     def _ended(
-        self, request: Request, thinks: int | None, done: Future, facts: dict[str, str], on_done: OnDone
+        self, request: Request, whole: requests.Request, done: Future, facts: dict[str, str], on_done: OnDone
     ) -> None:
         self._tickets.pop(request.id, None)
         if (error := done.exception()) is not None:
             on_done(Completion(nothing(), "failed", {"error": f"{type(error).__name__}: {error}"}))
             return
         got, sampling = done.result(), self._front.engine.sampling
-        if thinks and got.reason == "length":
-            ended = () if sampling.close in got.tokens else (sampling.close,)
-            self._ask(request, requests.Completion.forced(ended, after=got), on_done)
+        if (more := thinking.then(whole, got, sampling)) is not None:
+            self._ask(request, more, more, facts, on_done)
             return
         text = heard(sampling, got.tokens, self._tokenizer)
         drawn = Drawn(np.asarray(got.tokens), np.asarray(got.logprobs), np.asarray(got.versions))

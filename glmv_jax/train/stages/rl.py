@@ -18,6 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from glmv_jax import optim
+from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.sampler import Sampler
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.rl.batch import for_ranks, to_batch
@@ -25,7 +26,6 @@ from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.metrics import summary
 from glmv_jax.rl.pipeline.samples import record_rows
 from glmv_jax.rl.prompts import prompts
-from glmv_jax.rl.rollout import Long
 from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.train.stages.rl_async import Asynchronous
 from glmv_jax.train.stages.rl_choice import Choice
@@ -35,7 +35,7 @@ from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.rl_samples import Samples, add_trained
 from glmv_jax.train.stages.rl_update import PolicyUpdate
 from glmv_jax.train.stages.vlm import begins
-from glmv_jax.typing import Batch, UserError
+from glmv_jax.typing import Batch, Params, UserError
 
 
 class RL(PolicyUpdate):
@@ -57,7 +57,8 @@ class RL(PolicyUpdate):
         self.grading = Grading(self)
         self.questioner = dataclasses.replace(self.asker, thinking=bool(r.get("thinking", 0)))
         self.sampler = Sampler(self.model, rl_questions.sampling(self), r.group)
-        self.long = self._long()
+        self.limits = rl_questions.limits(self)
+        self._drawing: EngineSampler | None = None
         shapes = jax.eval_shape(self.init_params, jax.random.key(0))
         self.trains_encoder = any(jax.tree.leaves(optim.trainable(optim.plan(cfg), shapes)["vision"]))
         self.rows = tuple(r.rows) if self.episodes is None or self.episodes.questions else (0,)  # of questions
@@ -69,25 +70,6 @@ class RL(PolicyUpdate):
         if (form := r.get("pipeline", "sync")) not in ("sync", "async"):
             raise UserError(f"rollout.pipeline={form!r} is not known; choose sync or async")
         self.beside = Asynchronous(self) if form == "async" else None
-
-    def _long(self) -> Long | None:
-        """The kinds of cfg.rollout.long, whose answers are written apart."""
-        r = self.cfg.rollout
-        if not r.get("long") or not r.long.kinds:
-            return None
-        if unknown := set(r.long.kinds) - set(self.cfg.data.weights):
-            raise UserError(f"rollout.long.kinds: {min(unknown)!r} is no source of data.weights; leave it out")
-        if r.get("pipeline", "sync") != "sync":
-            raise UserError("rollout.long is of rollout.pipeline='sync'; with 'async', rollout.slots=N writes answers "
-                            "of all lengths side by side")  # fmt: skip
-        if r.overlong.buffer:
-            raise UserError("rollout.overlong.buffer counts from one length of all answers, and rollout.long gives "
-                            "some kinds another; set one of the two")  # fmt: skip
-        if r.long.max_new_tokens < r.max_new_tokens:
-            raise UserError(f"rollout.long.max_new_tokens={r.long.max_new_tokens} is below rollout.max_new_tokens="
-                            f"{r.max_new_tokens}; exchange them, or leave rollout.long.kinds empty")  # fmt: skip
-        sampling = dataclasses.replace(self.sampler.sampling, max_new_tokens=r.long.max_new_tokens)
-        return Long(Sampler(self.model, sampling, r.group), frozenset(r.long.kinds), r.long.prompts)
 
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
@@ -137,6 +119,22 @@ class RL(PolicyUpdate):
                 self._waiting.extend(self._rollouts(data, state))
             rows, others, metrics = self._waiting.popleft()
         return checked(rows) | others, metrics
+
+    def drawing(self, params: Params) -> Sampler | EngineSampler:
+        """Who draws the answers to a step's questions: a batch in lockstep or, with cfg.rollout.slots, the engine."""
+        r = self.cfg.rollout
+        if not r.get("slots", 0) or self.episodes:
+            return self.sampler
+        if self._drawing is None:
+            sizes = r.slots, self.asker.max_tokens, self.longest
+            engine = self.engine(params, *sizes, sampling=self.sampler.sampling)
+            self._drawing = EngineSampler(engine, r.group)
+        return self._drawing
+
+    @property
+    def longest(self) -> int:
+        """Tokens of an answer to a question."""
+        return max([self.cfg.rollout.max_new_tokens, *self.limits.values()])
 
     def no_prompts(self) -> Batch:
         """A batch of none, for those who ask what rows look like."""

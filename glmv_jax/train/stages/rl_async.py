@@ -93,7 +93,7 @@ class Asynchronous:
         if r.get("engine", ""):
             return rl_served.engine(stage, self._rows)
         if r.get("slots", 0):
-            return SlotEngine(self._front, self._rows, stage.cfg.seed, stage.tokenizer)
+            return SlotEngine(self._front, self._rows, stage.cfg.seed, stage.tokenizer, stage.limits)
         return SamplerEngine(stage.sampler, self._rows, r.prompts, jax.random.key(stage.cfg.seed), stage.tokenizer)
 
     def _front(self, params, version: int) -> Front:
@@ -101,7 +101,7 @@ class Asynchronous:
         stage, r = self._stage, self._stage.cfg.rollout
         longest, patches = stage.asker.max_tokens, stage.asker.max_patches
         sizes = EngineSettings(
-            slots=r.slots, length=longest + r.max_new_tokens, chunks=(min(64, longest), longest), patches=(patches,),
+            slots=r.slots, length=longest + stage.longest, chunks=(min(64, longest), longest), patches=(patches,),
             pictures=r.prompts * patches // 4, queue=4 * r.slots,
         )  # fmt: skip
         engine = Engine(stage.model, params, stage.sampler.sampling, sizes, version=version)

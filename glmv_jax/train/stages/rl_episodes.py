@@ -153,7 +153,7 @@ class Episodes:
     def engine(self, rows: Rows | None) -> Joined:
         """Of the pipeline: one inference engine draws answers and turns."""
         stage, r = self._stage, self._stage.cfg.rollout
-        questions = SlotEngine(self._players.start, rows, stage.cfg.seed, stage.tokenizer)
+        questions = SlotEngine(self._players.start, rows, stage.cfg.seed, stage.tokenizer, stage.limits)
         played = EpisodeEngine(self.arena, self._players.ask, self._form, self.limits, r.max_new_tokens)
         return Joined(questions, played)
 

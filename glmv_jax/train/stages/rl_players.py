@@ -88,7 +88,7 @@ class Players:
         """The engine, in a thread of its own, with room for a whole conversation in each slot, and for a question with
         its answer, which the asynchronous form has it draw as well."""
         r, limits, asker = self._stage.cfg.rollout, self._limits, self._stage.asker
-        length = max(limits.tokens, asker.max_tokens + r.max_new_tokens)
+        length = max(limits.tokens, asker.max_tokens + self._stage.longest)
         chunks = tuple(sorted({min(n, length) for n in (64, 512)}))
         sizes = Settings(
             slots=r.slots, length=length, chunks=chunks, patches=(asker.max_patches,),

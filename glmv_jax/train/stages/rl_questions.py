@@ -55,6 +55,29 @@ def sampling(stage: RL) -> Sampling:
     return Sampling.chat(stage.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p, **settings)
 
 
+def limits(stage: RL) -> dict[str, int]:
+    """Tokens of an answer by kind, where it is not cfg.rollout.max_new_tokens.
+
+    UserError for kinds that are not asked, and for what counts or draws all answers to one length.
+    """
+    r = stage.cfg.rollout
+    if not (found := dict(r.get("limits", ()))):
+        return {}
+    if unknown := set(found) - set(stage.cfg.data.weights):
+        raise UserError(f"rollout.limits: {min(unknown)!r} is no source of data.weights; leave it out")
+    if not r.get("slots", 0):
+        raise UserError("rollout.limits are of answers that are written one by one; set rollout.slots, 128 say")
+    if stage.episodes and r.get("pipeline", "sync") == "sync":
+        raise UserError("rollout.limits with rollout.environments: in the synchronous form such questions are drawn to "
+                        "one length; set rollout.pipeline=async")  # fmt: skip
+    if r.overlong.buffer:
+        raise UserError("rollout.overlong.buffer counts from one length of all answers, and rollout.limits gives some "
+                        "kinds another; set one of the two")  # fmt: skip
+    if min(found.values()) < (least := stage.sampler.sampling.think + 2):
+        raise UserError(f"rollout.limits={r.limits}: answers have at least {least} tokens here; raise the least")
+    return found
+
+
 def rows(stage: RL) -> Rows:
     """Where the prompts of the run come from one by one: in the order of the mixture, or of a curriculum."""
     cfg = stage.cfg
@@ -80,8 +103,8 @@ def answered(stage: RL, batch: Batch, params: Params, step: int, call: int = 0) 
     """Graded answers to a batch of prompts. call: of the step; each draws with a key of its own."""
     key = jax.random.fold_in(jax.random.key(stage.cfg.seed), step)
     key = jax.random.fold_in(key, call) if call else key
-    more = {"sampled": stage.others.prefetch, "long": stage.long}
-    return rollout(stage.sampler, params, batch, key, stage.tokenizer, stage.grading.score, **more)
+    more = {"sampled": stage.others.prefetch, "limits": stage.limits}
+    return rollout(stage.drawing(params), params, batch, key, stage.tokenizer, stage.grading.score, **more)
 
 
 class Asking:

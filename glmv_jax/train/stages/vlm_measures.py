@@ -59,9 +59,11 @@ class MeasuredVLM(Stage):
         """Held-out questions by kind, the same in every stage."""
         return held_out(self.cfg.eval.kinds, self.cfg.eval.questions)
 
-    def engine(self, params: Params, slots: int, prompt: int, new: int, **sizes: Any) -> Engine:
+    def engine(
+        self, params: Params, slots: int, prompt: int, new: int, sampling: Sampling | None = None, **sizes: Any
+    ) -> Engine:
         """The inference engine for parameters that lie as these: `slots` answers at a time, or some more, of up to
-        `new` tokens to prompts of up to `prompt` tokens."""
+        `new` tokens to prompts of up to `prompt` tokens. sampling: how they are drawn; None: as of a chat."""
         mesh, shown = _mesh(params), self.asker.max_patches
         slots = -(-slots // mesh_lib.data_shards(mesh)) * mesh_lib.data_shards(mesh)
         settings = Settings(
@@ -69,7 +71,8 @@ class MeasuredVLM(Stage):
             patches=(shown,), pictures=max(shown, self.builder.max_patches) // 4,
             pixels=(self.asker.patcher.channels, "uint8"), queue=max(1024, slots), **sizes,
         )  # fmt: skip
-        return Engine(self.model, None, Sampling.chat(self.tokenizer, new), settings, mesh=mesh, placed=True)
+        sampling = sampling or Sampling.chat(self.tokenizer, new)
+        return Engine(self.model, None, sampling, settings, mesh=mesh, placed=True)
 
     def answering(self, params: Params) -> Engine:
         """That of evaluations."""
