@@ -52,6 +52,7 @@ def test_answers_are_those_of_the_sampler_of_their_length():
         assert put == ([] if THINKING["close"] in record.answer[:3] else [3]) and record.answer[3] == THINKING["close"]
     assert {len(r.answer) for r in records} == {SHORT, LONG}, "the test needs answers that are cut, of both kinds"
     rollout(engine, params, other, jax.random.key(4), TOKENIZER, score, limits=limits)
+    assert not engine.engine._slots.used.any(), "which rows are taken next must not depend on what was drawn before"
     again = rollout(engine, params, batch, key, TOKENIZER, score, limits=limits)
     for one, two in zip(records, again, strict=True):
         assert np.array_equal(one.answer, two.answer) and np.array_equal(one.logprobs, two.logprobs), "bit for bit"
