@@ -70,7 +70,7 @@ def _form():
     return {
         "pipeline": "sync",  # "async": rollouts go on while the policy is trained; see rl/pipeline
         # Answers that the engine writes at a time, one taking the place of another; 0: a batch at a time, all to the
-        # same length, which is faster where answers are about as long (here by a third on a CPU).
+        # same length, which is faster where answers are about as long (here, see inference/sampler.py).
         "slots": 0,
         # Of "async" alone:
         # URL of a server that draws the answers (glmv serve --weights; vLLM, SGLang: `rl.pipeline.dialects`), "": this

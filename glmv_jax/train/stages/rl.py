@@ -69,7 +69,13 @@ class RL(PolicyUpdate):
         self._waiting: collections.deque = collections.deque()
         if (form := r.get("pipeline", "sync")) not in ("sync", "async"):
             raise UserError(f"rollout.pipeline={form!r} is not known; choose sync or async")
-        self.beside = Asynchronous(self) if form == "async" else None
+        self.beside = Asynchronous(self)
+        if self.asynchronous:
+            self.beside.check()
+
+    @property
+    def asynchronous(self) -> bool:
+        return self.cfg.rollout.get("pipeline", "sync") == "async"
 
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
@@ -80,7 +86,7 @@ class RL(PolicyUpdate):
     def train_data(self):
         self.others.read()
         d, r = self.cfg.data, self.cfg.rollout
-        if self.beside is not None:
+        if self.asynchronous:
             return self.beside.open()
         questions = functools.partial(
             prompts, builder=self.questioner, seed=self.data_seed, workers=d.workers, ahead=d.ahead,
@@ -112,7 +118,7 @@ class RL(PolicyUpdate):
         A resume in between samples them anew from the prompts that follow. ValueError when the rows are not those that
         were drawn (`integrity.checked`).
         """
-        if self.beside is not None:
+        if self.asynchronous:
             rows, others, metrics = self.beside.next_batch(data, state)
         else:
             if not self._waiting:

@@ -37,11 +37,14 @@ if TYPE_CHECKING:
 
 
 class Asynchronous:
-    """Of one stage.   Raises: UserError for updates that are less than a batch."""
+    """Of one stage."""
 
     def __init__(self, stage: RL) -> None:
-        self._stage, r = stage, stage.cfg.rollout
-        if r.minibatches != 1:
+        self._stage = stage
+
+    def check(self) -> None:
+        """UserError for updates that are less than a batch."""
+        if (r := self._stage.cfg.rollout).minibatches != 1:
             raise UserError(f"rollout.minibatches={r.minibatches}: with rollout.pipeline='async' every batch of groups "
                             "is one update; set minibatches=1, and fewer prompts")  # fmt: skip
 

@@ -72,7 +72,7 @@ class Episodes:
 
     def _check(self) -> None:
         d, r, limits = self._stage.cfg.data, self._stage.cfg.rollout, self.limits
-        if r.get("pipeline", "sync") == "async" and not r.get("slots", 0):
+        if self._stage.asynchronous and not r.get("slots", 0):
             raise UserError("rollout.slots=0: episodes of the asynchronous form are drawn by the engine; set "
                             "rollout.slots, 8 say, or rollout.pipeline=sync")  # fmt: skip
         if r.overlong.buffer:

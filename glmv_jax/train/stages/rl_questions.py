@@ -67,7 +67,7 @@ def limits(stage: RL) -> dict[str, int]:
         raise UserError(f"rollout.limits: {min(unknown)!r} is no source of data.weights; leave it out")
     if not r.get("slots", 0):
         raise UserError("rollout.limits are of answers that are written one by one; set rollout.slots, 128 say")
-    if stage.episodes and r.get("pipeline", "sync") == "sync":
+    if stage.episodes and not stage.asynchronous:
         raise UserError("rollout.limits with rollout.environments: in the synchronous form such questions are drawn to "
                         "one length; set rollout.pipeline=async")  # fmt: skip
     if r.overlong.buffer:
