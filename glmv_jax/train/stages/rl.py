@@ -73,10 +73,6 @@ class RL(PolicyUpdate):
         if self.asynchronous:
             self.beside.check()
 
-    @property
-    def asynchronous(self) -> bool:
-        return self.cfg.rollout.get("pipeline", "sync") == "async"
-
     def begin(self, placement, constants, extra, *, fresh):
         self.others.begin(placement)
         shared = rules_lib.batch_sharding(placement.mesh).shard_shape((placement.mesh.size,))[0]
@@ -136,6 +132,11 @@ class RL(PolicyUpdate):
             engine = self.engine(params, *sizes, sampling=self.sampler.sampling)
             self._drawing = EngineSampler(engine, r.group)
         return self._drawing
+
+    @property
+    def asynchronous(self) -> bool:
+        """Whether answers are drawn beside the training."""
+        return self.cfg.rollout.get("pipeline", "sync") == "async"
 
     @property
     def longest(self) -> int:

@@ -65,8 +65,9 @@ def limits(stage: RL) -> dict[str, int]:
         return {}
     if unknown := set(found) - set(stage.cfg.data.weights):
         raise UserError(f"rollout.limits: {min(unknown)!r} is no source of data.weights; leave it out")
-    if not r.get("slots", 0):
-        raise UserError("rollout.limits are of answers that are written one by one; set rollout.slots, 128 say")
+    if not r.get("slots", 0) or r.get("engine", ""):
+        raise UserError("rollout.limits are of answers that are written one by one, in this process; set rollout.slots,"
+                        " 128 say, and leave rollout.engine empty")  # fmt: skip
     if stage.episodes and not stage.asynchronous:
         raise UserError("rollout.limits with rollout.environments: in the synchronous form such questions are drawn to "
                         "one length; set rollout.pipeline=async")  # fmt: skip
