@@ -104,7 +104,8 @@ def test_only_its_own_loss_teaches_an_indexer(batch):
 def test_a_step_over_a_mesh_is_that_of_one_device(batch):
     """The whole of stage 3: loss, gradients, loads and where the biases move."""
     _, want, _, alone = step(build(), batch, rate=1.0)
-    before, after, extra, metrics = step(build(), batch, {"expert": 4, "tensor": 2}, "fsdp_expert_tensor", rate=1.0)
+    sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
+    before, after, extra, metrics = step(build(), batch, sizes, "fsdp_expert_tensor", rate=1.0)
     np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-5)
     np.testing.assert_allclose(metrics["expert_imbalance"], alone["expert_imbalance"], rtol=1e-6)
     assert not any(np.any(x) for x in jax.tree.leaves(extra))
