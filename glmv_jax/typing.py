@@ -51,7 +51,7 @@ class VisionInput(NamedTuple):
 
 
 class Dispatched(NamedTuple):
-    """Images in V rows of the encoder's own, and where their visual tokens go, see `parallel.dispatch.home`.
+    """Images in V rows of the encoder's own, and where their visual tokens go, see `models.home`.
 
     sent:   [V, M] int, device * places + place for each of the M = P / 4 visual tokens of a row, -1 for padding.
     places: an int, how many visual tokens a device gets.

@@ -18,7 +18,6 @@ Arguments that functions share:
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -251,7 +250,7 @@ def _check_sizes(loads_ND: np.ndarray, limits_D: np.ndarray) -> None:
                         "leave it out or lengthen the row")
 
 
-# --------------------------------------------------------------------------------------- rows and patches to ranks
+# ------------------------------------------------------------------------------------------------------ rows to ranks
 
 
 def assign(loads_ND: np.ndarray, ranks: int) -> np.ndarray:
@@ -263,40 +262,3 @@ def assign(loads_ND: np.ndarray, ranks: int) -> np.ndarray:
     limits = np.array([np.inf] * D + [N // ranks])
     return evened(place(counted, limits, ranks, even=D), counted, limits, ranks, even=D)
 
-
-class Exchange(NamedTuple):
-    """Which rank encodes which image.
-
-    rank: of each source rank, for each of its images the rank that encodes it.
-    order: of each source rank, its images as it lays them into its row: by rank, then as they were.
-    counts: int32 [R, R], patches that go from a rank (row) to a rank (column), for `parallel.dispatch`.
-    """
-
-    rank: tuple[np.ndarray, ...]
-    order: tuple[np.ndarray, ...]
-    counts: np.ndarray
-
-
-def exchange(images: list[list[int]], capacity: int, tolerance: float = 0.02) -> Exchange:
-    """Evens out the encoder's load over ranks, by patches; an image stays where it is if that rank is not too full.
-
-    images: for each rank the patches of the images of its rows.   capacity: patches a rank has room for.
-    tolerance: how far over the mean a rank may keep images of its own.
-    Raises: UserError when an image finds no room.
-    """
-    ranks = len(images)
-    sizes = np.array([n for own in images for n in own], np.int64)
-    home_N = np.repeat(np.arange(ranks), [len(own) for own in images])
-    full = min(capacity, (1 + tolerance) * sizes.sum() / ranks)
-    load_R, rank_N = np.zeros(ranks, np.int64), np.zeros(len(sizes), np.int64)
-    for n in np.argsort(-sizes, kind="stable"):
-        stays = load_R[home_N[n]] + sizes[n] <= full
-        rank_N[n] = home_N[n] if stays else load_R.argmin()
-        load_R[rank_N[n]] += sizes[n]
-    if load_R.max() > capacity:
-        raise UserError(f"{load_R.max()} patches for a rank that has room for {capacity}; the ranks hold "
-                        f"{sizes.sum() / ranks:.0f} on average, so raise the budget or make images smaller")
-    counts = np.zeros((ranks, ranks), np.int32)
-    np.add.at(counts, (home_N, rank_N), sizes)
-    rank = tuple(np.split(rank_N, np.cumsum([len(own) for own in images])[:-1]))
-    return Exchange(rank, tuple(np.argsort(r, kind="stable") for r in rank), counts)

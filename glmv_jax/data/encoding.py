@@ -5,7 +5,7 @@ others lack as padding. Here the images of a process' rows (of films the frames,
 rows that the encoder has for itself: each whole, to the emptiest row when its document is placed, and at the end moved
 until rows are even. All devices encode, those of the mesh's axes `context` and `tensor` too, and each is given its own
 rows and no others, so no patch crosses a link (paper, section 2.4). Visual tokens do, to the devices that have their
-text: `parallel.dispatch.home`, by what is decided here on the host,
+text: `models.home`, by what is decided here on the host,
 
     sent [V, M] int32   for each visual token of the encoder's rows: device * places + place, which of this process'
                         devices it goes to, and where among the `places` visual tokens that this one gets; -1 for none

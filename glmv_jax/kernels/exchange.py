@@ -19,6 +19,23 @@ import jax.numpy as jnp
 from glmv_jax.parallel import rules
 
 
+class Way(NamedTuple):
+    """Devices that send each other rows. axes: of the mesh, that they are numbered along; groups: numbers of those that
+    do, all equally many; None for all of them together."""
+
+    axes: str | tuple[str, ...]
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def size(self) -> int:
+        """Inside shard_map: how many there are."""
+        return jax.lax.axis_size(self.axes) if self.groups is None else len(self.groups[0])
+
+    def me(self) -> jax.Array:
+        """Inside shard_map: which of them a device is."""
+        number = jax.lax.axis_index(self.axes)
+        return number if self.groups is None else jnp.argsort(jnp.array(self.groups).reshape(-1))[number] % self.size()
+
+
 class Slices(NamedTuple):
     """What this device sends to each of S others and gets of them: int32 [G], G / S slices a device, in their order.
 
@@ -33,8 +50,10 @@ class Slices(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
-def exchange(x: jax.Array, there: Slices, back: Slices, axis: str, rows: int, most: int, home: bool) -> jax.Array:
-    """[rows, ...]: what the devices along `axis` put here.
+def exchange(
+    x: jax.Array, there: Slices, back: Slices, axis: str | Way, rows: int, most: int, home: bool
+) -> jax.Array:
+    """[rows, ...]: what the devices along `axis` put here, or those of a way.
 
     Args:
       x: [R, ...], this device's rows. Its gradient is what `back` brings home.
@@ -65,12 +84,17 @@ def supported() -> bool:
     return device.platform == "tpu" and not device.device_kind.startswith(("TPU v2", "TPU v3"))
 
 
-def ragged(x: jax.Array, there: Slices, back: Slices, axis: str, rows: int, home: bool) -> jax.Array:
+def ragged(x: jax.Array, there: Slices, back: Slices, axis: str | Way, rows: int, home: bool) -> jax.Array:
     """The fast path. Rows come into memory as it was found: by the compiler's estimate zeros, in the layout that is
     sent, took 47 of the 117 ms of a layer of GLM-5's experts, forward and backward."""
     found = jax.lax.empty((rows, *x.shape[1:]), x.dtype)
-    got = jax.lax.ragged_all_to_all(x, found, *there, axis_name=axis)
+    axes, groups = _way(axis)
+    got = jax.lax.ragged_all_to_all(x, found, *there, axis_name=axes, axis_index_groups=groups)
     return jnp.where(jnp.expand_dims(put(back, rows), [*range(1, x.ndim)]), got, 0) if home else got
+
+
+def _way(axis: str | Way) -> Way:
+    return axis if isinstance(axis, Way) else Way(axis)
 
 
 def put(back: Slices, rows: int) -> jax.Array:
@@ -79,10 +103,11 @@ def put(back: Slices, rows: int) -> jax.Array:
     return ((at_R1 >= back.start) & (at_R1 < back.start + back.size)).any(1)
 
 
-def padded(x: jax.Array, there: Slices, axis: str, rows: int, most: int) -> jax.Array:
+def padded(x: jax.Array, there: Slices, axis: str | Way, rows: int, most: int) -> jax.Array:
     """The twin."""
-    S = jax.lax.axis_size(axis)
-    send = lambda x: jax.lax.all_to_all(x, axis, 0, 0, tiled=True)  # noqa: E731
+    way = _way(axis)
+    S = way.size()
+    send = lambda x: jax.lax.all_to_all(x, way.axes, 0, 0, tiled=True, axis_index_groups=way.groups)  # noqa: E731
     apart = lambda x: x.reshape(S, -1)  # noqa: E731
     from_SM = _rows_of(apart(there.start), apart(there.size), most, len(x))
     come_SM = send(jnp.take(x, from_SM, axis=0, mode="fill", fill_value=0))

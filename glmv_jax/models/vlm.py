@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
+from glmv_jax.models.home import home
 from glmv_jax.parallel import context, dispatch, micro, pipeline, rules
 from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.parallel.rules import constrain
@@ -75,7 +76,7 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput | Dispatch
     if isinstance(vision, Dispatched):
         with dispatch.encoding():
             visual_VMD = encode_images(cfg, params, vision.rows)
-        return dispatch.home(visual_VMD, vision.sent, vision.places)
+        return home(visual_VMD, vision.sent, vision.places)
     B, P = vision.frame.shape
     context.check(P, context.parts(), "patches", 4)
 

@@ -180,43 +180,6 @@ def test_what_is_larger_than_a_row_is_said():
         balancing.bins(np.array([[4, 4], [4, 9]]), np.array([8, 8]))
 
 
-# ------------------------------------------------------------------------------------------------- images to ranks
-
-
-def images_of(ranks: int, seed: int) -> list[list[int]]:
-    rng = np.random.default_rng(seed)
-    return [(4 * np.clip(rng.lognormal(5 + rng.normal() / 2, 1, rng.integers(0, 30)), 1, 1024).astype(int)).tolist()
-            for _ in range(ranks)]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_images_are_evened_out_over_ranks_and_most_stay(seed):
-    images = images_of(16, seed)
-    plan = balancing.exchange(images, 10**9)
-    homes = np.array([sum(own) for own in images])
-    assert plan.counts.sum(1).tolist() == homes.tolist()
-    assert homes.max() / homes.mean() > 1.4 and balancing.imbalance(plan.counts.sum(0)[:, None]) <= 1.05
-    expected = np.zeros((16, 16), int)
-    for s, own in enumerate(images):
-        assert sorted(plan.order[s]) == list(range(len(own)))
-        assert (np.diff(plan.rank[s][plan.order[s]]) >= 0).all()
-        for size, d in zip(own, plan.rank[s]):
-            expected[s, d] += size
-    assert (plan.counts == expected).all()
-    surplus = np.maximum(homes - homes.mean(), 0).sum()
-    assert homes.sum() - np.trace(plan.counts) <= 1.35 * surplus  # little more travels than has to
-
-
-def test_even_ranks_keep_their_images():
-    images = [[400, 200, 400], [1000], [500, 500], []]
-    plan = balancing.exchange(images[:3], 1000)
-    assert (plan.counts == np.diag([1000] * 3)).all()
-    plan = balancing.exchange(images, 1000)
-    assert plan.counts.sum(0).max() <= 1000
-    with pytest.raises(UserError, match="room for 990; the ranks hold 750 on average"):
-        balancing.exchange(images, 990)
-
-
 # ----------------------------------------------------------------------------------------------------- the iterator
 
 

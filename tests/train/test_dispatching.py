@@ -1,7 +1,8 @@
 """Stage 3 with images in rows of the encoder's own, over meshes, against one device with images in the rows of their
 text: loss, metrics and gradients; and what crosses between devices, read from the compiled programs.
 
-Not covered: `ragged_all_to_all` on TPUs (tests/parallel/test_dispatch.py compiles it), several processes.
+Not covered: `ragged_all_to_all` on TPUs (tests/models/test_home.py compiles it); several processes are
+tests/train/test_two_hosts.py's.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -153,27 +153,3 @@ def test_shapes_are_known_before_a_batch_and_a_resume_is_exact():
     np.testing.assert_equal(next(again), next(data))
     data.close(), again.close()
     assert run.flops(batch) == run.flops(shapes) and math.isfinite(run.flops(batch))
-
-
-def test_processes_exchange_among_themselves():
-    """Groups of four of eight devices, as two processes would be: nothing leaves a group."""
-    mesh = stage(sizes=(("data", 4), ("tensor", 2))).place()[0]
-    way = dispatch.Way(dispatch.over(mesh), ((0, 1, 4, 5), (2, 3, 6, 7)))
-    rng = np.random.default_rng(0)
-    counts = rng.integers(0, 3, (2, 4, 4)).astype(np.int32)
-    x = rng.normal(size=(8, 12, 2)).astype(np.float32)
-    table = np.zeros((8, 4, 4), np.int32)
-    for group, numbers in enumerate(way.groups):
-        table[list(numbers)] = counts[group]
-    send = dispatch._sender("padded", mesh)
-    local = lambda x, table: dispatch._exchanged(x[0], table[0], send, way, 16)[None]  # noqa: E731
-    where = jax.P(way.axes)
-    run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=(where, where), out_specs=where, check_vma=False))
-    got = run(jnp.array(x), jnp.array(table))
-    for group, numbers in enumerate(way.groups):
-        for me, device in enumerate(numbers):
-            ends = counts[group].cumsum(1)
-            parts = [x[s][ends[i, me] - counts[group, i, me] : ends[i, me]] for i, s in enumerate(numbers)]
-            want = np.concatenate(parts)
-            np.testing.assert_array_equal(got[device, : len(want)], want)
-            assert not np.any(got[device, len(want) :])
