@@ -38,6 +38,8 @@ def evaluate(args: argparse.Namespace) -> int:
         from glmv_jax.train import main as train_main
 
         numbers = train_main.evaluate(run)
+        if not multihost.is_first():  # which has the same to say
+            return 0
         write_json(args.json, numbers)
         for name, value in sorted(numbers.items()):
             print(f"{name:<40} {value:.4f}", file=sys.stderr if args.json == "-" else sys.stdout)
@@ -67,9 +69,12 @@ def _evaluate_suite(run: str, args: argparse.Namespace) -> int:
         found = result.get("failed") or f"{result['main']} {result['score']:.4f} in {result['seconds']} s"
         print(f"{name}: {found}", file=sys.stderr, flush=True)
 
+    first = multihost.is_first()
+    say = say if first else None
     report = train_main.evaluate_data(run, args.suite, args.datasets or (), settings, say=say, **sizes)
-    write_json(args.json, report)
-    print("\n".join(summary.lines(report)), file=sys.stderr if args.json == "-" else sys.stdout)
+    if first:
+        write_json(args.json, report)
+        print("\n".join(summary.lines(report)), file=sys.stderr if args.json == "-" else sys.stdout)
     return 1 if report["failed"] else 0
 
 

@@ -42,8 +42,9 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     folder, model, tokenizer = served
     log = (tmp_path / "log").open("w+")
     options = ["--port", "0", "--slots", "2", "--length", "640", "--image-patches", "64", "--name", "it",
-               "--steps", "2", "--chunks", "64"]  # fmt: skip
-    environment = os.environ | {"XLA_FLAGS": "", "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
+               "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2"]  # fmt: skip
+    devices = "--xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
     process = subprocess.Popen(
         [sys.executable, "-m", "glmv_jax.cli", "serve", "--checkpoint", folder, *options],
         stdout=subprocess.PIPE, stderr=log, text=True, env=environment,
