@@ -68,12 +68,12 @@ def test_a_token_gathers_no_parameter():
 
 def test_keys_that_answers_have_in_common_lie_by_heads():
     """Prompts written at once, read by two answers of each, which write at places of their own."""
-    N, G, H, K, S, T = 2, 4, 8, 8, 5, 3
+    N, G, H, K, S, T = 4, 4, 8, 8, 5, 3  # two prompts a data shard: else both orders are one
     rng = np.random.default_rng(0)
     draw = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
     keys, own, q = (draw(2, N, S, G, K), draw(2, 2 * N, 1, G, K), draw(2 * N, 1, H, K))
-    valid = np.arange(S) < np.array([[5], [3]])
-    at = np.array([[0], [2], [1], [0]])
+    valid = np.arange(S) < np.array([[5], [3], [4], [1]])
+    at = rng.integers(0, T, (2 * N, 1))
 
     def answered(keys, own, q, valid, at):
         prompt = {n: block.write(jnp.zeros((N * G, S, K)), x, jnp.arange(S)[None]) for n, x in zip("kv", keys)}
