@@ -19,5 +19,6 @@ glmv_environment dev
 cd "$GLMV_REPO"
 
 # Two worker processes, each with one thread for torch: tests are small, and eight emulated devices fill the cores.
+# Each goes through files of its own, where tests share what is made for a file, until one has nothing left to do.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-exec "$GLMV_VENV/bin/python" -m pytest -n 2 "$@"
+exec "$GLMV_VENV/bin/python" -m pytest -n 2 --dist worksteal "$@"

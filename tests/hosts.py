@@ -14,9 +14,14 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def alone() -> str:
+    """XLA_FLAGS of a process that has no emulated devices but those that it asks for."""
+    return " ".join(flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag)
+
+
 def finished(commands: list[list[str]]) -> list[str]:
     """What programs that run together print; all end well."""
-    env = {**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    env = {**os.environ, "XLA_FLAGS": alone(), "JAX_PLATFORMS": "cpu"}
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
     started = [subprocess.Popen(command, **pipes) for command in commands]
     shown = [process.communicate(timeout=240) for process in started]

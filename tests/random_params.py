@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zlib
 from typing import Any
 
@@ -13,7 +14,13 @@ from glmv_jax import models
 
 def random_params(cfg: Any, seed: int = 0) -> dict:
     """Fresh parameters of a model config, their residual branches switched on."""
-    return switched_on(models.init_params(cfg, jax.random.key(seed)))
+    return jax.tree.map(jnp.asarray, _drawn(cfg, seed))
+
+
+@functools.lru_cache(maxsize=32)
+def _drawn(cfg: Any, seed: int) -> dict:
+    """Many tests ask for those of the same few models."""
+    return jax.device_get(jax.jit(lambda key: switched_on(models.init_params(cfg, key)))(jax.random.key(seed)))
 
 
 def switched_on(params: dict) -> dict:

@@ -32,12 +32,10 @@ FILES = {"siglip": "experiments/cogvit_siglip.py:size=nano", "mim": "experiments
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quickly_compiled_and_nothing_left_behind(tmp_path_factory):
-    jax.config.update("jax_disable_most_optimizations", True)
+def nothing_left_behind(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "FOLDER", str(tmp_path_factory.mktemp("cache")))
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def run_of(folder, name, **more):

@@ -16,7 +16,7 @@ import pytest
 from glmv_jax import models
 from glmv_jax.models import mtp, vlm
 from glmv_jax.typing import TokenInput, UserError
-from tests.models.test_vlm import DECODER, config, image_rows, text_rows, weighted_sum
+from tests.models.test_vlm import DECODER, apply, config, image_rows, text_rows, weighted_sum
 from tests.random_params import random_params
 
 
@@ -25,7 +25,6 @@ def with_mtp(**changes) -> models.VLMConfig:
     return dataclasses.replace(cfg, mtp=dataclasses.replace(cfg.mtp, **changes))
 
 
-apply = jax.jit(vlm.apply, static_argnums=0)
 mtp_hidden = jax.jit(vlm.mtp_hidden, static_argnums=0)
 
 
@@ -146,12 +145,12 @@ def test_separate_weights_are_three_times_as_many_and_equal_the_shared_ones_when
     names = jax.tree.leaves(models.logical_axes(separate.mtp), is_leaf=lambda x: isinstance(x, tuple))
     assert all(axes[0] == "layers" for axes in names)
 
-    vision, tokens = image_rows(np.random.default_rng(1))
+    tokens = text_rows(np.random.default_rng(1), 1, 12)
     one = random_params(shared)
     many = one | {"mtp": jax.tree.map(lambda x: jnp.stack([x] * 3), one["mtp"])}
 
     def loss(params, cfg):
-        out = apply(cfg, params, vision, tokens)
+        out = apply(cfg, params, None, tokens)
         return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens)[0])
 
     (a, a_grads), (b, b_grads) = (

@@ -6,6 +6,7 @@ Parity with transformers is in tests/interop. Not covered here: long rows, bfloa
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,9 @@ DECODER = models.DecoderConfig(
 
 def config(option: str = "image_token", depth: int = 2) -> models.VLMConfig:
     return models.VLMConfig(VISION, models.MergerConfig(32, 32, 96), DECODER, models.MTPConfig(DECODER, depth, option))
+
+
+apply = jax.jit(vlm.apply, static_argnums=0)
 
 
 def weighted_sum(hidden_BTD) -> jax.Array:
@@ -58,10 +62,10 @@ def test_packed_documents_do_not_see_each_other():
     packed = tokens._replace(
         segments=jnp.array([[1] * 5 + [2] * 7]), positions=tokens.positions - start[None, :, None]
     )
-    together = vlm.apply(cfg, params, None, packed).hidden
+    together = apply(cfg, params, None, packed).hidden
     for piece in (slice(0, 5), slice(5, 12)):
         one = TokenInput(*(None if a is None else a[:, piece] for a in packed))
-        alone = vlm.apply(cfg, params, None, one._replace(segments=jnp.ones_like(one.segments))).hidden
+        alone = apply(cfg, params, None, one._replace(segments=jnp.ones_like(one.segments))).hidden
         np.testing.assert_allclose(together[:, piece], alone, atol=1e-5)
 
 
@@ -77,15 +81,15 @@ def test_cached_decoding_equals_one_parallel_pass():
     vision, row = image_rows(rng, 12)
     vision = jax.tree.map(lambda a: jnp.concatenate([a, jnp.zeros_like(a)]), vision)
     tokens = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), row, text_rows(rng, 1, 12))
-    whole = vlm.apply(cfg, params, vision, tokens).hidden
+    whole = apply(cfg, params, vision, tokens).hidden
     prompt, lengths = 9, jnp.array([9, 6])
     cut = lambda a, b: TokenInput(*(None if x is None else x[:, a:b] for x in tokens))  # noqa: E731
-    out = vlm.apply(cfg, params, vision, cut(0, prompt), vlm.init_cache(cfg, 2, 16))
+    out = apply(cfg, params, vision, cut(0, prompt), vlm.init_cache(cfg, 2, 16))
     cache = out.cache | {"length": lengths}
     for step in range(3):
         at = lengths + step
         next_token = TokenInput(*(None if x is None else pick(x, at) for x in tokens))
-        out = vlm.apply(cfg, params, None, next_token._replace(image_row=jnp.full((2, 1), -1)), cache)
+        out = apply(cfg, params, None, next_token._replace(image_row=jnp.full((2, 1), -1)), cache)
         cache = out.cache
         np.testing.assert_allclose(out.hidden, pick(whole, at), atol=1e-5)
     np.testing.assert_array_equal(cache["length"], lengths + 3)
@@ -99,10 +103,11 @@ def test_shared_prompts_equal_repeated_ones(monkeypatch, large):
     monkeypatch.setattr(vlm, "LARGE", large)
     cfg, rng = config(), np.random.default_rng(4)
     params = random_params(cfg)
+    apply, logits = (jax.jit(functools.partial(f, cfg)) for f in (vlm.apply, vlm.logits))  # of this LARGE
     group, lengths = 3, jnp.array([7, 4])
     rows = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), text_rows(rng, 1, 7), text_rows(rng, 1, 7))
-    cache = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
-    copied = vlm.apply(cfg, params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
+    cache = apply(params, None, rows, vlm.init_cache(cfg, 2, 7)).cache | {"length": lengths}
+    copied = apply(params, None, rows, vlm.init_cache(cfg, 2, 7 + 3)).cache | {"length": lengths}
     rows_apart = lambda x: x.reshape(len(x), 2, -1, *x.shape[2:])  # noqa: E731
     repeated = lambda x: jnp.repeat(rows_apart(x), group, axis=1).reshape(len(x), -1, *x.shape[2:])  # noqa: E731
     copied["layers"] = {name: repeated(x) for name, x in copied["layers"].items()}
@@ -118,12 +123,11 @@ def test_shared_prompts_equal_repeated_ones(monkeypatch, large):
         tokens = jnp.array(rng.integers(1, 60, (2 * group, 1)), jnp.int32)
         at = jnp.repeat(lengths, group)[:, None] + step
         said = TokenInput(tokens, jnp.repeat(at[..., None], 3, axis=2), jnp.ones_like(at), -jnp.ones_like(at))
-        one, other = (vlm.apply(cfg, params, None, said, cache) for cache in (shared, copied))
+        one, other = (apply(params, None, said, cache) for cache in (shared, copied))
         np.testing.assert_allclose(one.hidden, other.hidden, atol=1e-5)
-        apart = vlm.apply(cfg, apart_params, None, said, apart_cache)
+        apart = apply(apart_params, None, said, apart_cache)
         np.testing.assert_allclose(one.hidden, apart.hidden, atol=1e-5)
-        logits = [vlm.logits(cfg, p, out.hidden) for p, out in ((params, one), (apart_params, apart))]
-        np.testing.assert_allclose(*logits, atol=1e-5)
+        np.testing.assert_allclose(logits(params, one.hidden), logits(apart_params, apart.hidden), atol=1e-5)
         shared, copied, apart_cache = one.cache, other.cache, apart.cache
 
 
@@ -133,10 +137,11 @@ def test_scan_equals_unrolled():
     x = jnp.array(rng.normal(size=(2, 7, 32)), jnp.float32)
     span = Span(jnp.ones((2, 7), jnp.int32), jnp.broadcast_to(jnp.arange(7), (2, 7)))
     positions = jnp.broadcast_to(jnp.arange(7)[None, :, None], (2, 7, 3))
-    scanned = decoder.apply(DECODER, params, x, positions, span, span).prenorm
+    scanned = jax.jit(decoder.apply, static_argnums=0)(DECODER, params, x, positions, span, span).prenorm
+    one = jax.jit(lambda weights, x: block.Block(DECODER.block).apply(
+        {"params": weights}, x, None, DECODER.rope(positions), span, span)[0])  # fmt: skip
     for layer in range(DECODER.depth):
-        weights = jax.tree.map(lambda a, i=layer: a[i], params["blocks"])
-        x, _ = block.Block(DECODER.block).apply({"params": weights}, x, None, DECODER.rope(positions), span, span)
+        x = one(jax.tree.map(lambda a, i=layer: a[i], params["blocks"]), x)
     np.testing.assert_allclose(scanned, x, atol=1e-5)
 
 
@@ -148,8 +153,8 @@ def test_remat_changes_memory_not_gradients():
     def grads(remat: str):
         changed = dataclasses.replace(config(), decoder=dataclasses.replace(DECODER, remat=remat))
         loss = lambda p: weighted_sum(vlm.apply(changed, p, None, tokens).hidden)  # noqa: E731
-        text = jax.jit(jax.grad(loss)).lower(params).as_text()
-        return jax.grad(loss)(params), text
+        lowered = jax.jit(jax.grad(loss)).lower(params)
+        return lowered.compile()(params), lowered.as_text()
 
     plain, plain_text = grads("none")
     for name in ("full", "dots"):
@@ -158,6 +163,7 @@ def test_remat_changes_memory_not_gradients():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4, rtol=1e-4), plain, again)
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def mtp_hidden(cfg, params, vision, tokens):
     out = vlm.apply(cfg, params, vision, tokens)
     return vlm.mtp_hidden(cfg, params, out, tokens)[0]
@@ -188,7 +194,7 @@ def test_pixels_reach_the_mtp_input_only_in_option_1(option, reaches):
         out = out._replace(hidden=jax.lax.stop_gradient(out.hidden), prenorm=jax.lax.stop_gradient(out.prenorm))
         return sum(weighted_sum(h[:, :8]) for h in vlm.mtp_hidden(cfg, params, out, tokens)[0])
 
-    assert bool(jnp.any(jax.grad(loss)(vision.patches) != 0)) is reaches
+    assert bool(jnp.any(jax.jit(jax.grad(loss))(vision.patches) != 0)) is reaches
 
 
 def test_shared_image_row_learns_only_through_option_3():
@@ -205,7 +211,7 @@ def test_shared_image_row_learns_only_through_option_3():
             extra = vlm.mtp_hidden(cfg, p, out, tokens)[0] if with_mtp else []
             return sum(weighted_sum(h[:, :8]) for h in [out.hidden, *extra])
 
-        return jax.grad(loss)(params)["decoder"]["embed"]["embedding"][63]
+        return jax.jit(jax.grad(loss))(params)["decoder"]["embed"]["embedding"][63]
 
     assert not jnp.any(row_gradient("image_token", False))
     assert jnp.any(row_gradient("image_token", True))
@@ -217,9 +223,10 @@ def test_mtp_depth_2_reads_the_token_two_ahead():
     cfg, rng = config(), np.random.default_rng(7)
     params = random_params(cfg)
     tokens = text_rows(rng, 1, 10)
-    out = vlm.apply(cfg, params, None, tokens)
+    out = apply(cfg, params, None, tokens)
     changed = tokens._replace(tokens=tokens.tokens.at[0, 6].add(1))
-    before, after = (vlm.mtp_hidden(cfg, params, out, t)[0] for t in (tokens, changed))
+    drafts = jax.jit(lambda t: vlm.mtp_hidden(cfg, params, out, t)[0])
+    before, after = drafts(tokens), drafts(changed)
     for k, (a, b) in enumerate(zip(before, after), start=1):
         moved = np.flatnonzero(np.abs(np.asarray(a - b)[0, : 10 - k]).max(-1) > 0)
         assert moved[0] == 6 - k

@@ -26,13 +26,6 @@ from tests.random_params import random_params
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def compiled_quickly():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 B, T, D = 8, 12, 32
 SIZES = dict(vocab=64, width=D, heads=4, kv_heads=2, head_dim=8, mlp=64)
 VISION = models.CogViTConfig(depth=1, width=32, heads=4, mlp=64, patch=4)

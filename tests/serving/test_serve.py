@@ -23,6 +23,7 @@ pytest.importorskip("transformers")
 from glmv_jax import cli  # noqa: E402
 from glmv_jax.cli import serving  # noqa: E402
 from glmv_jax.train import exchange  # noqa: E402
+from tests.hosts import alone  # noqa: E402
 from tests.inference.test_public import stops, theirs, write_talking  # noqa: E402
 from tests.serving.test_openai import data_uri, picture  # noqa: E402
 
@@ -43,8 +44,8 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     log = (tmp_path / "log").open("w+")
     options = ["--port", "0", "--slots", "2", "--length", "640", "--image-patches", "64", "--name", "it",
                "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2"]  # fmt: skip
-    devices = "--xla_force_host_platform_device_count=4"
-    environment = os.environ | {"XLA_FLAGS": devices, "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
+    flags = f"{alone()} --xla_force_host_platform_device_count=4"
+    environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
     process = subprocess.Popen(
         [sys.executable, "-m", "glmv_jax.cli", "serve", "--checkpoint", folder, *options],
         stdout=subprocess.PIPE, stderr=log, text=True, env=environment,

@@ -32,10 +32,31 @@ def batch():
 
 
 @pytest.fixture(scope="module")
-def said(batch):
-    """What the blocks of the first parameters say of the batch."""
-    stage = build()
-    return jax.jit(stage.supervised)(stage.init_params(jax.random.key(0)), batch)[2]
+def params():
+    return jax.jit(build().init_params)(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def supervised(params, batch):
+    """(loss, metrics, what the blocks of the first parameters say) of the batch, both auxiliary losses counted."""
+    return jax.jit(build("loss.aux.balance=0.5", "loss.aux.index_loss=2.0").supervised)(params, batch)
+
+
+@pytest.fixture(scope="module")
+def taught(params, batch):
+    """(loss, gradients) by the factor of the indexers' loss."""
+
+    def of(factor):
+        stage = build(f"loss.aux.index_loss={factor}")
+        return jax.jit(jax.value_and_grad(lambda p, batch: stage.supervised(p, batch)[0]))(params, batch)
+
+    return {factor: of(factor) for factor in (0.0, 1.0)}
+
+
+@pytest.fixture(scope="module")
+def alone(batch):
+    """A step of one device; its rate is nothing to biases."""
+    return step(build(), batch, rate=1.0)
 
 
 def build(*overrides: str):
@@ -55,14 +76,14 @@ def step(stage, batch, sizes=None, rules="data", rate=1e-3):
 
 
 @pytest.mark.parametrize("pieces", [1, 2])
-def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch, said):
+def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch, supervised, alone):
     """The head's loads are those of both depths; each valid token chooses `chosen` experts a layer."""
     stage = build(f"accumulate={pieces}")
-    before, after, extra, metrics = step(stage, batch)
+    before, after, extra, metrics = step(stage, batch) if pieces > 1 else alone
     _, tokens = inputs(batch)
     valid = int((np.asarray(tokens.segments) > 0).sum())
     c, rate = stage.model.decoder, stage.cfg.experts.bias_rate
-    loads = {path: np.asarray(x) for path, x in said.items() if path.endswith("/load")}
+    loads = {path: np.asarray(x) for path, x in supervised[2].items() if path.endswith("/load")}
     assert set(loads) == {"decoder/blocks1/layer0/load", "mtp/block/layer0/load"}
     assert loads["decoder/blocks1/layer0/load"].sum() == valid * c.chosen
     assert loads["mtp/block/layer0/load"].sum() == 2 * valid * c.chosen
@@ -77,21 +98,16 @@ def test_biases_follow_the_loads_of_the_whole_batch(pieces, batch, said):
     assert metrics["expert_imbalance"] > 0 and metrics["skipped"] == 0
 
 
-def test_auxiliary_losses_are_in_the_loss(batch):
-    params = build().init_params(jax.random.key(0))
-    plain, more = (build(f"loss.aux.balance={b}", f"loss.aux.index_loss={i}") for b, i in ((0.0, 0.0), (0.5, 2.0)))
-    without, _, _ = jax.jit(plain.supervised)(params, batch)
-    loss, metrics, _ = jax.jit(more.supervised)(params, batch)
+def test_auxiliary_losses_are_in_the_loss(supervised, taught):
+    (loss, metrics, _), (without, _) = supervised, taught[0.0]
     assert metrics["aux/balance"] >= 0.9 and metrics["aux/index_loss"] > 0
-    np.testing.assert_allclose(loss - without, 0.5 * metrics["aux/balance"] + 2 * metrics["aux/index_loss"], rtol=1e-4)
+    balance = 0.5 - build().cfg.loss.aux.balance
+    want = balance * metrics["aux/balance"] + 2 * metrics["aux/index_loss"]
+    np.testing.assert_allclose(loss - without, want, rtol=1e-4)
 
 
-def test_only_its_own_loss_teaches_an_indexer(batch):
-    params = build().init_params(jax.random.key(0))
-    grads = {}
-    for factor in (0.0, 1.0):
-        stage = build(f"loss.aux.index_loss={factor}")
-        grads[factor] = jax.jit(jax.grad(lambda p, s=stage: s.supervised(p, batch)[0]))(params)
+def test_only_its_own_loss_teaches_an_indexer(taught):
+    grads = {factor: grads for factor, (_, grads) in taught.items()}
     of = lambda factor: grads[factor]["decoder"]["blocks1"]["layer0"]["attention"]["indexer"]  # noqa: E731
     assert not any(np.any(g) for g in jax.tree.leaves(of(0.0)))
     assert all(np.any(g) for g in jax.tree.leaves(of(1.0)))
@@ -101,9 +117,9 @@ def test_only_its_own_loss_teaches_an_indexer(batch):
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
-def test_a_step_over_a_mesh_is_that_of_one_device(batch):
+def test_a_step_over_a_mesh_is_that_of_one_device(batch, alone):
     """The whole of stage 3: loss, gradients, loads and where the biases move."""
-    _, want, _, alone = step(build(), batch, rate=1.0)
+    _, want, _, alone = alone
     sizes = {"fsdp": 2, "expert": 2, "tensor": 2}
     before, after, extra, metrics = step(build(), batch, sizes, "fsdp_expert_tensor", rate=1.0)
     np.testing.assert_allclose(metrics["loss"], alone["loss"], rtol=1e-5)

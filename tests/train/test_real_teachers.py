@@ -81,7 +81,7 @@ def experiment(world, *more: str, live=True, kind=("siglip", "dinov3")):
         cfg.teachers[name].path = str(world / folder) if live and folder != "hog" else ""
     small = ["model.vision.depth=1", "model.vision.width=32", "model.vision.mlp=32", "loss.head_hidden=32",
              "data.size=32", "data.crop_scale=(0.3, 1.0)", "batch=8", "steps=6", "eval.batches=1", "log_every=1",
-             "compilation_cache=" + os.environ.get("TOY_CACHE", "")]  # fmt: skip
+             "compilation_cache="]  # fmt: skip
     return config.override(cfg, [*small, *more])
 
 

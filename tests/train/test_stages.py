@@ -58,7 +58,7 @@ def build(name: str, *more: str):
     # a wrong gradient would differ by the rate itself, 1e-4. Gradients themselves: tests/parallel/test_rules.py.
     stage = main.stage_class(name)(config.override(cfg, [*overrides, "optim.lr=1e-4", *more]))
     fresh = stage.init_params
-    stage.init_params = lambda key: switched_on(fresh(key))
+    stage.init_params = jax.jit(lambda key: switched_on(fresh(key)))
     return stage
 
 
@@ -99,11 +99,24 @@ def update(stage, batch, sizes: dict[str, int], rules: str):
     return jax.device_get(state.params), jax.device_get(metrics)
 
 
+@pytest.fixture(scope="module")
+def policy():
+    """(stage 5, its untrained parameters): the sampler is compiled once. Groups of three, see below."""
+    stage = build("rl", "rollout.group=3")
+    return stage, stage.init_params(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def answers(policy):
+    """A batch of stage 5."""
+    return one_batch(policy[0])
+
+
 @needs_8
 @pytest.mark.parametrize("name", SMALL)
-def test_one_update_on_1_and_on_8_devices(name):
-    stage = build(name)
-    batch = one_batch(stage)
+def test_one_update_on_1_and_on_8_devices(name, request):
+    stage = request.getfixturevalue("policy")[0] if name == "rl" else build(name)
+    batch = request.getfixturevalue("answers") if name == "rl" else one_batch(stage)
     alone, metrics = update(stage, batch, {"data": 1}, "data")
     split = {"sft": ({"data": 2, "fsdp": 4}, "fsdp"), "pretrain": ({"stage": 2, "data": 2}, "data")}
     many, many_metrics = update(stage, batch, *split.get(name, ({"data": 8}, "data")))
@@ -189,12 +202,18 @@ def test_heldout_numbers_are_those_of_logits_at_every_token(name):
     common = np.argsort(-np.bincount(learnt, minlength=stage.tokenizer.vocab_size))[:8]
     head = params["decoder"]["head"]
     params["decoder"]["head"] = jnp.zeros_like(head).at[:, common].set(head[:, common])
+
+    @jax.jit
+    def everywhere(params, vision, tokens):
+        out = vlm.apply(stage.model, params, vision, tokens)
+        states = [out.hidden, *vlm.mtp_hidden(stage.model, params, out, tokens)[0]]
+        logits, *drafts = (vlm.logits(stage.model, params, h_BTD) for h_BTD in states)
+        return logits, drafts
+
     sums: dict[str, np.ndarray] = collections.defaultdict(lambda: np.zeros(2))
     for batch in stage._heldout:
         vision, tokens = inputs(batch)
-        out = vlm.apply(stage.model, params, vision, tokens)
-        logits = vlm.logits(stage.model, params, out.hidden)
-        drafts = [vlm.logits(stage.model, params, h) for h in vlm.mtp_hidden(stage.model, params, out, tokens)[0]]
+        logits, drafts = everywhere(params, vision, tokens)
         is_image, behind = tokens.image_row >= 0, _behind_image(batch)
         for suffix, counts in (("", True), (" in text alone", ~behind), (" behind images", behind)):
             learnt_BT = tokens.loss_weight * counts
@@ -261,34 +280,40 @@ def test_what_is_trained_on_is_counted_by_source():
     assert stage.counts_by_source(batch) == {first: {"samples": 2, "tokens": 5}, third: {"samples": 1, "tokens": 2}}
 
 
-def test_rl_packs_only_groups_whose_rewards_differ():
+def next_batch(policy):
+    """What a fresh run of stage 5 makes its first update of, and what it says of that."""
+    stage, params = policy
+    data = stage.train_data()
+    try:
+        return stage.next_batch(data, types.SimpleNamespace(params=params, step=0))
+    finally:
+        data.close()
+
+
+def test_rl_packs_only_groups_whose_rewards_differ(policy):
     """An untrained policy earns nothing: no row is filled, and the update leaves the weights as they are."""
-    stage = build("rl")
-    params = stage.init_params(jax.random.key(0))
-    state = types.SimpleNamespace(params=params, step=0)
-    batch, metrics = stage.next_batch(stage.train_data(), state)
+    stage, params = policy
+    batch, metrics = next_batch(policy)
     assert metrics["same/mean"] == 1.0 and batch["tokens"].shape[0] == stage.rows[0] and not batch["segments"].any()
-    loss, grads = jax.value_and_grad(lambda p: stage.loss(p, {}, {}, batch, jax.random.key(0))[0])(params)
+    gradient = jax.jit(jax.value_and_grad(lambda p, batch: stage.loss(p, {}, {}, batch, jax.random.key(0))[0]))
+    loss, grads = gradient(params, batch)
     assert loss == 0.0 and all(not np.any(g) for g in jax.tree.leaves(grads))
 
 
-def test_rl_takes_equal_rewards_for_equal(monkeypatch):
+def test_rl_takes_equal_rewards_for_equal(policy, monkeypatch):
     """Three times 0.1 has a deviation of 1e-17 in floating point."""
-    stage = main.stage_class("rl")(config.override(build("rl").cfg, ["rollout.group=3"]))
     grade = Grade(0.1, False, {"format": 1.0, "score": 0.0})
-    monkeypatch.setattr(stage, "verifiers", dict.fromkeys(stage.names, lambda text, sample: grade))
-    state = types.SimpleNamespace(params=stage.init_params(jax.random.key(0)), step=0)
-    batch, metrics = stage.next_batch(stage.train_data(), state)
+    monkeypatch.setattr(policy[0], "verifiers", dict.fromkeys(policy[0].names, lambda text, sample: grade))
+    batch, metrics = next_batch(policy)
     assert metrics["same/mean"] == 1.0 and metrics["left_out"] == 0.0 and not batch["segments"].any()
 
 
-def test_rl_packs_whole_groups(monkeypatch):
-    stage = build("rl")
+def test_rl_packs_whole_groups(policy, monkeypatch):
+    stage = policy[0]
     monkeypatch.setattr(stage, "verifiers", {name: _by_parity for name in stage.names})
-    state = types.SimpleNamespace(params=stage.init_params(jax.random.key(0)), step=0)
-    batch, metrics = stage.next_batch(stage.train_data(), state)
+    batch, metrics = next_batch(policy)
     answers = stage.counts(batch)["samples"]
-    assert answers % 4 == 0 and 0 < answers <= 24 and 0.25 <= metrics["same/mean"] < 1
+    assert answers % 3 == 0 and 0 < answers <= 18 and 0.25 <= metrics["same/mean"] < 1
     assert (batch["advantage"][batch["loss_weight"] > 0] != 0).any()
 
 
@@ -298,12 +323,10 @@ def _by_parity(text, sample):
     return Grade(value, value == 1.0, {"format": 1.0, "score": value})
 
 
-def test_the_policy_starts_at_ratio_one():
+def test_the_policy_starts_at_ratio_one(policy, answers):
     """The trainer's log-probabilities on packed rows are the sampler's: the first update's ratio is 1."""
-    stage = build("rl")
-    batch = one_batch(stage)
-    params = stage.init_params(jax.random.key(0))
-    _, (metrics, _) = stage.loss(params, {}, {}, batch, jax.random.key(0))
+    stage, params = policy
+    _, (metrics, _) = jax.jit(stage.loss)(params, {}, {}, answers, jax.random.key(0))
     np.testing.assert_allclose(metrics["ratio"], 1.0, atol=1e-4)
     np.testing.assert_allclose(metrics["ratio_max"], 1.0, atol=1e-3)
 
