@@ -57,6 +57,8 @@ def load(spec: str | Path) -> ConfigDict:
         raise UserError(f"no experiment file {name}{nearest(name, map(str, files), 'nearest', 'files there')}")
 
     module_spec = importlib.util.spec_from_file_location(f"glmv_experiment_{path.stem}", path)
+    if module_spec is None or module_spec.loader is None:
+        raise UserError(f"{name} is no Python file; an experiment is FILE.py or FILE.py:ARG=VALUE")
     module = importlib.util.module_from_spec(module_spec)
     try:
         module_spec.loader.exec_module(module)

@@ -179,3 +179,9 @@ def test_flat_keeps_empty_groups_and_refuses_what_json_cannot_hold():
     assert config.unflat({"a.b": {}, "c": 1}) == ConfigDict(dict(a=dict(b={}), c=1))
     one_line("config key a.f holds .*function", config.flat, ConfigDict(dict(a=dict(f=base))))
     one_line("nan", config.flat, ConfigDict(dict(a=float("nan"))))
+
+
+def test_a_file_that_is_no_python_is_named(tmp_path):
+    (tmp_path / "notes.txt").write_text("x = 1")
+    with pytest.raises(UserError, match=r"notes.txt is no Python file; an experiment is FILE.py"):
+        config.load(tmp_path / "notes.txt")

@@ -103,7 +103,9 @@ class Evaluation:
         Raises: NothingToMeasure, and UserError when the folder is not whole.
         """
         began, s = time.monotonic(), self.settings
-        kind, notes, metrics, facts = data.kind, [], {}, {}
+        kind, notes = data.kind, list[str]()
+        metrics: dict[str, float] = {}
+        facts: dict[str, Any] = {}
         wanted = [m for m in s.measures if (m == RETRIEVAL) == (kind == "retrieval")]
         if kind in ("multilabel", "winogavil"):
             wanted = [m for m in wanted if m == ZEROSHOT]

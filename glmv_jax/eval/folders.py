@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,35 +91,36 @@ class DataSet:
         tars = Tars(_shards(self.path / split), log)
         kind, count = self.kind, min(len(tars), limit or len(tars))
         taken = [n * len(tars) // count for n in range(count)]
-        read = {"classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions}.get(kind)
-        pictures, labels, faults = [], [], 0
+        pictures: list[tuple[str, int, Sequence[str]]] = []
+        found: list[Any] = []
+        faults = 0
         for i in taken:
             id_, files = tars.id(i), tars.read(i, _LABELS)
             try:
                 if kind == "winogavil":
-                    label = winogavil.instance(files["json"], tars.extensions(i), IMAGES)
-                    pictures += [(id_, i, (extension,)) for extension in label.pictures]
+                    instance = winogavil.instance(files["json"], tars.extensions(i), IMAGES)
+                    pictures += [(id_, i, (extension,)) for extension in instance.pictures]
+                    found.append(instance)
                 else:
-                    label = read(files)
+                    found.append(_READ[kind](files))
                     pictures.append((id_, i, IMAGES))
-                labels.append(label)
             except BUGS:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever a broken label raises, and it is logged
                 log.add(self.name, id_, f"{type(error).__name__}: {error}", i)
                 faults += 1
-            if not labels and faults == TRIES:  # data of another kind, most likely; no need to log them all
+            if not found and faults == TRIES:  # data of another kind, most likely; no need to log them all
                 break
-        if not labels:
+        if not found:
             raise UserError(f"{self.path / split}: no sample has a label that can be read as {kind}")
-        facts = None
+        facts, labels = None, found
         if kind == "classification":
-            facts = _stacked(f"{self.path / split}: facts (npy)", [fact for _, fact in labels])
-            labels = np.array([label for label, _ in labels], np.int64)
+            facts = _stacked(f"{self.path / split}: facts (npy)", [fact for _, fact in found])
+            labels = np.array([label for label, _ in found], np.int64)
         elif kind == "multilabel":
-            labels = _stacked(f"{self.path / split}: labels (npy)", labels)
-        files = [(i, extensions) for _, i, extensions in pictures]
-        return Split(_Pictures(tars, files), [id_ for id_, _, _ in pictures], labels, facts, faults)
+            labels = _stacked(f"{self.path / split}: labels (npy)", found)
+        where = [(i, extensions) for _, i, extensions in pictures]
+        return Split(_Pictures(tars, where), [id_ for id_, _, _ in pictures], labels, facts, faults)
 
 
 class _Pictures(Sequence):
@@ -131,7 +132,8 @@ class _Pictures(Sequence):
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def __getitem__(self, i: int) -> Image.Image:
+    def __getitem__(self, i: Any) -> Any:
+        """The picture of a number; slices are not had."""
         files = self.tars.read(*self.chosen[i])
         if not files:
             raise UserError(f"the sample has no picture ({', '.join(IMAGES)})")
@@ -174,11 +176,17 @@ def _array(data: bytes) -> np.ndarray:
     return np.atleast_1d(np.load(io.BytesIO(data), allow_pickle=False))
 
 
+# Of a sample's files, what it is to be told by; winogavil has its own.
+_READ: dict[str, Callable[[dict[str, bytes]], Any]] = {
+    "classification": _class_and_facts, "multilabel": _many_classes, "retrieval": _captions,
+}  # fmt: skip
+
+
 def _stacked(what: str, arrays: Sequence[np.ndarray | None]) -> np.ndarray | None:
     shapes = {None if array is None else array.shape for array in arrays}
     if len(shapes) > 1:
         raise UserError(f"{what} have different shapes: {', '.join(sorted(map(str, shapes)))}")
-    return None if shapes == {None} else np.stack(arrays)
+    return None if shapes == {None} else np.stack([array for array in arrays if array is not None])
 
 
 def find(root: Path, names: Sequence[str]) -> Path | None:

@@ -86,7 +86,7 @@ def _strings(path: Path, dataset: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read ({error}); give a text file, one a line, or JSON") from None
     if path.suffix == ".json":
-        found = _of_json(path, text, dataset)
+        found = list(_of_json(path, text, dataset))
     else:
         found = [line.strip() for line in text.rstrip().split("\n")]
     if not found or not all(isinstance(item, str) and item for item in found):

@@ -68,7 +68,8 @@ def curves(run: StageRun, elsewhere: Collection[str] = ()) -> str:
     groups: dict[str, list[str]] = {}
     for name in dict.fromkeys(name for name, _ in table):
         groups.setdefault(name.partition("/")[0], []).append(name)
-    shown, folded = [], []
+    shown: list[str] = []
+    folded: list[str] = []
     for names in sorted(groups.values(), key=lambda names: (names != ["loss"], "loss" not in names[0])):
         for batch in [names] if len(names) <= TOGETHER else [[name] for name in names]:
             (shown if _is_main(batch, table) else folded).append(_chart(batch, table))

@@ -28,7 +28,8 @@ def section(run: StageRun, found: rollouts.Curves) -> str:
 
 
 def _curves(found: rollouts.Curves) -> str:
-    shown, folded = [], []
+    shown: list[str] = []
+    folded: list[str] = []
     for metric, by in found.items():
         if max(map(len, by.values())) < 2 or (metric not in SHOWN and not any(v for p in by.values() for _, v in p)):
             continue  # nothing to draw, or nothing but zeros

@@ -174,7 +174,8 @@ def _answers(group: Runs, colours: list[int]) -> str:
         for row in run.samples:
             if "answer" in row and row.get("id") is not None:
                 found.setdefault((str(row.get("source", "")), str(row["id"])), []).append((run, i, row))
-    common = [{"source": source, "rows": rows} for (source, _), rows in found.items() if len(rows) > 1]
+    common: list[dict[str, Any]] = [{"source": source, "rows": rows} for (source, _), rows in found.items()
+                                    if len(rows) > 1]  # fmt: skip
     if not common:
         return ""
     common.sort(key=lambda one: len({str(row.get("answer")) for _, _, row in one["rows"]}) == 1)  # where they differ

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.eval import report_runs as runs_lib
@@ -101,7 +101,8 @@ def sources_table(runs: Runs) -> Table | None:
     """What was trained on, by source, and how it went there. None for runs that name no sources."""
     seen = [runs_lib.seen(run) for run in runs]
     plans = [runs_lib.planned(run) if not counted else {} for run, counted in zip(runs, seen)]
-    names = dict.fromkeys(name for table in (*seen, *plans) for name in table)
+    told: list[Mapping[str, Any]] = [*seen, *plans]
+    names = dict.fromkeys(name for table in told for name in table)
     if not names:
         return None
     totals = [sum(row.get("samples", 0.0) for row in counted.values()) for counted in seen]

@@ -19,7 +19,7 @@ def one_device() -> Mesh:
     return mesh_lib.make_mesh({"data": 1}, jax.local_devices()[:1])
 
 
-def split_rows(mesh: Mesh, block: int, *arrays: np.ndarray, fill: float = 0) -> list[jax.Array]:
+def split_rows(mesh: Mesh, block: int, *arrays: np.ndarray, fill: float = 0) -> list[Any]:
     """The arrays, the same on every host, with their rows split over the data axes of `mesh`.
 
     Each is filled up with `fill` so that every shard has the same whole number of blocks of `block` rows; the block
@@ -30,11 +30,11 @@ def split_rows(mesh: Mesh, block: int, *arrays: np.ndarray, fill: float = 0) -> 
     block = min(block, max(1, a_shard))
     total = -(-a_shard // block) * block * shards
     sharding = rules_lib.batch_sharding(mesh)
-    out = []
+    out: list[Any] = []
     for array in arrays:
         padded = np.full((total, *array.shape[1:]), fill, array.dtype)
         padded[:count] = array
-        out.append(jax.make_array_from_callback(padded.shape, sharding, lambda at, padded=padded: padded[at]))
+        out.append(jax.make_array_from_callback(padded.shape, sharding, padded.__getitem__))
     return [*out, block]
 
 

@@ -81,7 +81,7 @@ SUITE = (
 
 # Facts of a sample (columns of its npy), by which groups are made: task -> {measure: (column, accuracy within the
 # group, groups that are left out)}. DataComp's eval_utils/wilds_eval.py and fairness_eval.py.
-GROUPS = {
+GROUPS: dict[str, dict[str, tuple[int, int, tuple[int, ...]]]] = {
     "wilds/fmow": {"acc_worst_region": (0, 1, ()), "acc_worst_named_region": (0, 1, (5,))},
     "fairness/dollar_street": {"acc5_worst_income": (0, 5, ())},
     "fairness/geode": {"acc_worst_region": (0, 1, ())},

@@ -125,7 +125,7 @@ def write_samples(folder: pathlib.Path, samples: Sequence[Sample], texts: Sequen
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
     for sample, text, grade in zip(samples, texts, score(samples, texts)):
-        line = {
+        line: dict[str, Any] = {
             "id": sample.id, "source": sample.source, "prompt": sample.prompt, "answer": parse_answer(text),
             "gold": sample.answer, "reward": float(grade.reward), "correct": bool(grade.correct),
             "boxes": _marks(sample, "gold", sample.answer) + _marks(sample, "model", parse_answer(text)),

@@ -10,7 +10,7 @@ import asyncio
 import collections
 import dataclasses
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -78,7 +78,7 @@ class Front:
         """
         return await self.submit(request, wait=wait).answer()
 
-    async def stream(self, request: Request, *, wait: bool = True) -> AsyncIterator[Piece | Completion]:
+    async def stream(self, request: Request, *, wait: bool = True) -> AsyncGenerator[Piece | Completion, None]:
         """Pieces of the answer as they come, and last of all the whole. Left early, the request is aborted."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         put = lambda x: _in_loop(loop, lambda: queue.put_nowait(x))  # noqa: E731

@@ -204,7 +204,7 @@ def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool)
     (total, d_head), (nll, said, *d_hidden) = jax.lax.scan(
         chunk, (jnp.zeros((), jnp.float32), sums), (hidden_nSCD, targets_nSC, weight_nSC)
     )
-    if not gradient:
+    if d_head is None:
         return (total, nll, said), None
     dtypes = jnp.zeros((0,), hidden_nSCD.dtype), jnp.zeros((0,), head_DV.dtype)
     return (total, nll, said), ((d_hidden[0], head.summed(d_head)), dtypes)

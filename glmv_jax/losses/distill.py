@@ -99,7 +99,7 @@ def distill_loss(
     if set(predicted) != set(target) or not set(weights) <= set(target):
         raise ValueError(f"heads {sorted(predicted)}, teachers {sorted(target)} and weights {sorted(weights)} differ")
     tokens = mask_BP.sum().astype(jnp.float32)
-    total, metrics = jnp.float32(0.0), {}
+    total, metrics = jnp.zeros((), jnp.float32), dict[str, jax.Array]()
     for name in sorted(predicted):
         compared = _compare(predicted[name], target[name])
         cos, l1, square = (divide((x_BP * mask_BP).sum(), tokens) for x_BP in compared)

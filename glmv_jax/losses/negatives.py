@@ -93,7 +93,7 @@ def implementation(
     if name == "dense":
         return dense
     axes = data_axes(mesh)
-    if not axes:
+    if mesh is None or not axes:
         raise UserError(f"loss impl={name!r} needs a mesh with a data or fsdp axis; use impl='dense' without one")
     return _distributed(_ring if name == "ring_bidir" else _gather, mesh, axes, chunk, wire)
 
@@ -125,6 +125,7 @@ def _add(a: _Found, b: _Found) -> _Found:
 def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
     """Own images against the visiting texts and, where there are visiting images, own texts against those."""
     grads = visiting.image is not None
+    assert own.image is not None
 
     def of_images(cosine_CM, unlike_CM):
         sums = _sums(scale * cosine_CM + bias, unlike_CM)
@@ -135,14 +136,15 @@ def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
         return (*sums[:3], *slopes), (sums.highest_B, _times(g_CM, visiting.text))
 
     def of_texts(cosine_CM, unlike_CM):
+        assert visiting.image is not None
         return (), _times(_slope(cosine_CM, unlike_CM, scale, bias), visiting.image)
 
     total, rows = _by_rows(of_images, own.image, visiting.text, chunk)
-    if not grads:
-        return _Found(Negatives(*total, rows), None)
+    if visiting.image is None:
+        return _Found(Negatives._make((*total, rows)), None)
     highest, image = rows
     _, text = _by_rows(of_texts, own.text, visiting.image, chunk)
-    return _Found(Negatives(*total[:3], highest), _Grads(image, text, *total[3:]))
+    return _Found(Negatives._make((*total[:3], highest)), _Grads(image, text, *total[3:]))
 
 
 def _by_rows(fn: Callable, own: _Side, visiting: _Side, chunk: int) -> tuple[Any, Any]:
@@ -263,15 +265,15 @@ def _distributed(visit: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int,
         own = _Rows(_Side(image.astype(wire), image_label), _Side(text.astype(wire), text_label))
         meet = lambda visiting: _meet(own, visiting, scale, bias, chunk)  # noqa: E731
         sums, slopes = visit(meet, own if grads else own._replace(image=None), axes, order)
-        sums = Negatives(*jax.lax.psum(tuple(sums[:3]), axes), sums.highest_B)
+        sums = Negatives._make((*jax.lax.psum(tuple(sums[:3]), axes), sums.highest_B))
         if not grads:
             return sums
         both = jax.lax.psum((slopes.scale, slopes.bias), axes)
         return sums, _Grads((scale * slopes.image).astype(image.dtype), (scale * slopes.text).astype(text.dtype), *both)
 
     def run(*args, grads: bool):
-        out = Negatives(everywhere, everywhere, everywhere, rows)
-        out = (out, _Grads(rows, rows, everywhere, everywhere)) if grads else out
+        out: Any = Negatives._make((everywhere, everywhere, everywhere, rows))
+        out = (out, _Grads._make((rows, rows, everywhere, everywhere))) if grads else out
         specs = (rows, rows, rows, rows, everywhere, everywhere)
         # check_vma off: nothing is differentiated through this, and the sums over devices are explicit.
         return jax.shard_map(functools.partial(local, grads=grads), mesh=mesh, in_specs=specs, out_specs=out,

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import math
 import secrets
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -103,6 +103,13 @@ class Ended(NamedTuple):
     tokens: int
 
 
+def told(answer: Sequence[Part | Ended]) -> tuple[list[Part], Ended]:
+    """The parts of an answer that is whole, and how it ended, which comes last."""
+    *_, ended = answer
+    assert isinstance(ended, Ended)
+    return [part for part in answer if isinstance(part, Part)], ended
+
+
 class Answers:
     """Answers what is asked, with one engine. All calls belong to one event loop."""
 
@@ -161,7 +168,7 @@ class Answers:
         rows = max(self.front.engine.settings.slots, 1)
         return min(60, max(1, math.ceil(self.metrics.seconds_an_answer() * self.running / rows / 8)))
 
-    async def answer(self, prepared: Prepared, choice: int = 0) -> AsyncIterator[Part | Ended]:
+    async def answer(self, prepared: Prepared, choice: int = 0) -> AsyncGenerator[Part | Ended, None]:
         """One answer. Left early, the engine stops drawing it. Raises UserError for what the engine refuses."""
         begun = Completion.forced(prepared.opened) if prepared.opened else None
         request = Request(
@@ -176,7 +183,7 @@ class Answers:
         finally:
             watch.done()
 
-    async def _drawn(self, prepared: Prepared, request: Request) -> AsyncIterator[Part | Ended]:
+    async def _drawn(self, prepared: Prepared, request: Request) -> AsyncGenerator[Part | Ended, None]:
         asked, none = prepared.asked, np.zeros(0)
         reader = Reader(self.model.tokenizer, self.model.stops, asked.tools, prepared.thinking, asked.stop)
         reason, called, count = "length", False, 0

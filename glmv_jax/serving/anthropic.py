@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.data import chat_template
 from glmv_jax.serving import fields
-from glmv_jax.serving.answers import Asked, Ended, Part, Prepared
+from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.reply import Called, Said, Thought
 from glmv_jax.typing import UserError
 
-_UNSERVED = {"top_k": (), "mcp_servers": ([],), "output_format": (), "container": ()}
+_UNSERVED: dict[str, tuple[Any, ...]] = {"top_k": (), "mcp_servers": ([],), "output_format": (), "container": ()}
 Block = Mapping[str, Any]
 
 
@@ -97,7 +97,7 @@ def _message(message: Block, where: str, gallery: Gallery) -> list[dict[str, Any
     return found or [{"role": "user", "content": ""}]
 
 
-def _said(blocks: list[Block], where: str) -> dict[str, Any]:
+def _said(blocks: Sequence[Block], where: str) -> dict[str, Any]:
     """A turn of the assistant."""
     message: dict[str, Any] = {"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": []}
     for n, block in enumerate(blocks):
@@ -169,11 +169,12 @@ class Reply:
     def __init__(self, name: str, body: Mapping[str, Any], prepared: Prepared, tokenizer: Any) -> None:
         self._head = {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": name}
         self._prompt = len(prepared.prompt.tokens)
-        self._block, self._kind = -1, None  # of a stream: the block that is open, and of which events it is
+        self._kind: type | None = None
+        self._block = -1  # of a stream: the block that is open, and of which events it is
 
     def whole(self, choices: list[list[Part | Ended]]) -> dict[str, Any]:
         """The body of an answer that is whole."""
-        *parts, ended = choices[0]
+        parts, ended = told(choices[0])
         content: list[dict[str, Any]] = []
         for event in (event for part in parts for event in part.events):
             kind = _KINDS[type(event)]
@@ -187,7 +188,7 @@ class Reply:
 
     def first(self) -> list[dict[str, Any]]:
         """Events with which a stream begins."""
-        empty = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": self._used(0)}
+        empty: dict[str, Any] = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": self._used(0)}
         return [{"type": "message_start", "message": self._head | empty}]
 
     def part(self, n: int, part: Part | Ended) -> list[dict[str, Any]]:

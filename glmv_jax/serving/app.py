@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.applications import Starlette
@@ -117,7 +117,7 @@ class Server:
         if name not in self.names:
             raise Refused(f"there is no model {name!r:.80}; there is {', '.join(self.names)}", 404, field="model")
 
-    async def _http_error(self, request: Request, error: HTTPException) -> Response:
+    async def _http_error(self, request: Request, error: Any) -> Response:  # an HTTPException
         body = openai.error(error, error.status_code)
         body["error"]["message"] = f"{request.method} {request.url.path}: {error.detail}"
         return JSONResponse(body, error.status_code, error.headers)
@@ -210,8 +210,8 @@ class Server:
             except UserError as error:
                 status = getattr(error, "status", 400)
                 response = JSONResponse(form.error(error, status), status)
-                if getattr(error, "after", None):
-                    response.headers["Retry-After"] = str(error.after)
+                if after := getattr(error, "after", None):
+                    response.headers["Retry-After"] = str(after)
             except _Left:
                 response = Response(status_code=499)  # nobody reads it
             except Exception as error:
@@ -270,13 +270,13 @@ async def _gone(request: Request) -> None:
         continue
 
 
-async def _with_first(first: T, rest: AsyncIterator[T]) -> AsyncIterator[T]:
+async def _with_first(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T, None]:
     yield first
     async for each in rest:
         yield each
 
 
-async def _together(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[int, T]]:
+async def _together(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:
     """What several streams give, as it comes, with the stream's number. The first error ends all."""
     if len(streams) == 1:
         async with contextlib.aclosing(streams[0]) as stream:
@@ -285,7 +285,7 @@ async def _together(streams: Sequence[AsyncIterator[T]]) -> AsyncIterator[tuple[
         return
     queue: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue()
 
-    async def drain(n: int, stream: AsyncIterator[T]) -> None:
+    async def drain(n: int, stream: AsyncGenerator[T, None]) -> None:
         try:
             async with contextlib.aclosing(stream):
                 async for each in stream:

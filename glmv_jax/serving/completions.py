@@ -17,10 +17,11 @@ from typing import Any
 from glmv_jax.data.hashes import image_hash
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.serving import fields
-from glmv_jax.serving.answers import Asked, Ended, Part, Prepared
+from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.openai import UNSERVED, error
+from glmv_jax.serving.reply import Called
 
 __all__ = ["Reply", "asked", "error"]
 
@@ -83,7 +84,7 @@ class Reply:
 
     def whole(self, choices: list[list[Part | Ended]]) -> dict[str, Any]:
         """The body of an answer that is whole."""
-        (*parts, ended) = choices[0]
+        parts, ended = told(choices[0])
         self._tokens = ended.tokens
         return self._head | {"choices": [self._choice(parts, ended.reason) | self._prompt()], "usage": self._used()}
 
@@ -112,7 +113,7 @@ class Reply:
 
     def _choice(self, parts: Sequence[Part], reason: str | None = None) -> dict[str, Any]:
         ids = [i for part in parts for i in part.tokens.tolist()]
-        text = "".join(event.text for part in parts for event in part.events)
+        text = "".join(event.text for part in parts for event in part.events if not isinstance(event, Called))
         found = {"index": 0, "text": text, "logprobs": None, "finish_reason": reason}
         if self._logprobs:
             names = [self._tokenizer.decode([i], keep_special=True) for i in ids]

@@ -72,10 +72,10 @@ def _get(url: str, most: int, until: float) -> bytes | str:
 
 
 def _connected(host: str, port: int, until: float) -> socket.socket:
-    addresses = [found[4] for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
+    addresses = [(str(found[4][0]), port) for found in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
     if not addresses or not all(is_public(address[0]) for address in addresses):
         raise Refused(f"{host[:80]} is no public address, so nothing is fetched from it; send the image as base64")
-    return socket.create_connection(addresses[0][:2], timeout=_left(until))
+    return socket.create_connection(addresses[0], timeout=_left(until))
 
 
 def _read(reply: http.client.HTTPResponse, sock: socket.socket, url: str, most: int, until: float) -> bytes:

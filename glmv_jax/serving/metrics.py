@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 import collections
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from glmv_jax.inference.front import Front
@@ -94,13 +94,14 @@ class Watch:
 
     def part(self, part: Part | Ended) -> None:
         """Told of each part."""
-        if hasattr(part, "reason"):
-            self._reason = part.reason
+        if reason := getattr(part, "reason", ""):  # it has ended
+            self._reason = reason
             return
-        if not self._begun and len(part.tokens):
+        drawn: Any = part.tokens
+        if not self._begun and len(drawn):
             self._begun = True
             self._metrics.first.add(time.monotonic() - self._start)
-        self._metrics.drawn_tokens += len(part.tokens)
+        self._metrics.drawn_tokens += len(drawn)
 
     def done(self) -> None:
         """The answer ended, or whoever asked has gone."""

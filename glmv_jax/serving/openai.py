@@ -15,7 +15,7 @@ from typing import Any
 
 from glmv_jax.data import chat_template
 from glmv_jax.serving import fields
-from glmv_jax.serving.answers import Asked, Ended, Part, Prepared
+from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.reply import Called, Said, Thought
@@ -133,12 +133,12 @@ class Reply:
         """The body of an answer that is whole."""
         found = [self._choice(n, parts) for n, parts in enumerate(choices)]
         for parts in choices:
-            self._tokens += parts[-1].tokens
+            self._tokens += told(parts)[1].tokens
         head = self._head | {"object": "chat.completion", "choices": found, "usage": self._used()}
         return head | ({"prompt_token_ids": self._prepared.prompt.tokens.tolist()} if self._ids else {})
 
-    def _choice(self, n: int, parts: list[Part | Ended]) -> dict[str, Any]:
-        *parts, ended = parts
+    def _choice(self, n: int, answer: list[Part | Ended]) -> dict[str, Any]:
+        parts, ended = told(answer)
         events = [event for part in parts for event in part.events]
         text = "".join(event.text for event in events if isinstance(event, Said))
         thought = "".join(event.text for event in events if isinstance(event, Thought))

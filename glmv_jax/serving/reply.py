@@ -83,7 +83,7 @@ class Reader:
         elif self._call is not None and name != "<tool_call>":
             self._call.append(i)
             if name == "</tool_call>":
-                yield from self._end_call()
+                yield from self._end_call(self._call)
         elif name is None:
             yield from self._text(self._decoder.push(i))
         else:
@@ -97,7 +97,7 @@ class Reader:
             yield from self._turn_to(Said)
         elif name == "<tool_call>" and self._schemas:
             if self._call is not None:  # the one before was never closed
-                yield from self._end_call()
+                yield from self._end_call(self._call)
             yield from self._turn_to(Said)
             self._call = [i]
         else:
@@ -121,13 +121,13 @@ class Reader:
             return
         yield from self._text(self._decoder.flush())
         if self._call is not None:
-            yield from self._end_call()
+            yield from self._end_call(self._call)
         if rest := self._up_to.flush():
             yield Said(rest)
         self._over = True
 
-    def _end_call(self) -> Iterator[Event]:
-        ids, self._call = self._call, None
+    def _end_call(self, ids: list[int]) -> Iterator[Event]:
+        self._call = None
         call = _Call(ids, self._tokenizer, self._names).read(self._schemas)
         if call is None:
             yield from self._text(self._tokenizer.decode(ids, keep_special=True))
@@ -142,8 +142,9 @@ def joined(events: Iterable[Event]) -> list[Event]:
     """The same, texts of one kind that follow each other as one."""
     found: list[Event] = []
     for event in events:
-        if found and type(found[-1]) is type(event) and not isinstance(event, Called):
-            found[-1] = type(event)(found[-1].text + event.text)
+        last = found[-1] if found else None
+        if isinstance(event, (Thought, Said)) and isinstance(last, type(event)):
+            found[-1] = type(event)(last.text + event.text)
         else:
             found.append(event)
     return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax
@@ -53,7 +55,7 @@ def gdpo_advantages(reward_NGC: jax.Array, weight_C: Sequence[float], eps: float
     """
     parts = [group_advantages(floating(reward_NGC)[..., c], "grpo", eps) * weight for c, weight in enumerate(weight_C)]
     same = jnp.stack([_equal(_checked(reward_NGC[..., c])) for c in range(len(parts))]).all(0)
-    return jnp.where(same, 0.0, _whitened(sum(parts), eps))
+    return jnp.where(same, 0.0, _whitened(functools.reduce(operator.add, parts), eps))
 
 
 def overlong(length: jax.Array, limit: int, buffer: int, penalty: float = 1.0) -> jax.Array:

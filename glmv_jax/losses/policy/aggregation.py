@@ -14,10 +14,10 @@ AGGREGATIONS = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum", "seq-
 
 
 class Answers(NamedTuple):
-    """Which answer of its row each token is of. id_BT: [B, T] int in [0, count); count: a Python int."""
+    """Which answer of its row each token is of. id_BT: [B, T] int in [0, ids); ids: a Python int."""
 
     id_BT: jax.Array
-    count: int
+    ids: int
 
     @classmethod
     def of(cls, segments_BT: jax.Array, branches_BT: jax.Array | None = None) -> Answers:
@@ -39,12 +39,12 @@ class Answers(NamedTuple):
 
     def sum(self, value_BT: jax.Array) -> jax.Array:
         """[B, count]: the sum over each answer."""
-        add = lambda x_T, id_T: jax.ops.segment_sum(x_T, id_T, self.count)  # noqa: E731
+        add = lambda x_T, id_T: jax.ops.segment_sum(x_T, id_T, self.ids)  # noqa: E731
         return jax.vmap(add)(value_BT, self.id_BT)
 
     def max(self, value_BT: jax.Array) -> jax.Array:
         """[B, count]: the largest of each answer."""
-        return jax.vmap(lambda x_T, id_T: jax.ops.segment_max(x_T, id_T, self.count))(value_BT, self.id_BT)
+        return jax.vmap(lambda x_T, id_T: jax.ops.segment_max(x_T, id_T, self.ids))(value_BT, self.id_BT)
 
     def mean(self, value_BT: jax.Array, weight_BT: jax.Array) -> jax.Array:
         """[B, count]: the weighted mean over each answer, 0 where nothing has weight."""

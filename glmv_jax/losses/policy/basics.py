@@ -39,7 +39,8 @@ def settings(cls: type[T], given: Mapping[str, Any], where: str = "loss") -> T:
 
     Raises: UserError for a name that it does not have, which names the nearest.
     """
-    fields = {field.name: getattr(cls(), field.name) for field in dataclasses.fields(cls)}
+    default: Any = cls()
+    fields = {field.name: getattr(default, field.name) for field in dataclasses.fields(default)}
     for name in given:
         if name not in fields:
             raise UserError(f"{where}.{name} is not known{nearest(name, fields)}")

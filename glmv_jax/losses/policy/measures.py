@@ -23,7 +23,7 @@ def mismatch_by_source(
     """
     values = {"mismatch_kl": off.kl_BT, "mismatch_masked": off.masked_BT, RATIO: off.ratio_BT,
               SQUARE: jnp.square(off.ratio_BT)}  # fmt: skip
-    metrics = {}
+    metrics: dict[str, jax.Array] = {}
     for key, value_BT in values.items():
         mean_N = per_source(value_BT, weight_BT, source_BT, len(names))[0] / source_N
         metrics |= {f"{key}/{name}": mean for name, mean in zip(names, mean_N)}

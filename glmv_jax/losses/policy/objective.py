@@ -79,7 +79,7 @@ def whole(
     """Of a step that is to be taken in pieces; arguments as of `policy_loss`."""
     weight_BT = floating(weight_BT)
     total, mean = weight_BT.sum(), jnp.ones((), weight_BT.dtype)
-    if o.correction.normalise and proximal_BT is not None:
+    if o.correction.normalise and proximal_BT is not None and old_logprob_BT is not None:
         found = mismatch(o.correction, log_ratio(proximal_BT, old_logprob_BT), weight_BT, answers)
         mean = divide((found.factor_BT * weight_BT).sum(), total)
     return Whole(denominators(weight_BT, o.aggregation, answers), total, mean)
@@ -145,7 +145,7 @@ def policy_loss(
     if reference_BT is not None:
         said["reference_kl"] = kl(logprob_BT, reference_BT, o.kl.kind)
         token_BT = token_BT + o.kl.factor * said["reference_kl"] if o.kl.factor else token_BT
-    if o.distil.kind == "top_k":
+    if o.distil.kind == "top_k" and distil_BT is not None:
         said["distil"] = distil_BT
         token_BT = token_BT + o.distil.factor * distil_BT
     if entropy_BT is not None:

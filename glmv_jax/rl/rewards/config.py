@@ -41,7 +41,7 @@ DEFAULTS = {"workers": 2, "memory_gb": 4.0, "limit": 2.0, "judges": {}, "sources
 SOURCE = {"parts": {}, "gate": (), "how": "sum", "order": (), "weights": {}, "lowest": 0.0, "group": None}
 GROUP = {"comparator": None, "render": None, "render_args": None, "form": "algorithm1", "polish": False, "limit": None}
 _JUDGING = {field.name: field.default for field in dataclasses.fields(Judging)}
-PARTS = {
+PARTS: dict[str, dict[str, Any]] = {
     # args: of a rule that is made by a function; limit: seconds a call, None: that of the system; images: whether the
     # rule is given the pictures of the sample, which cost time on the way to it.
     "rule": {"rule": None, "args": None, "format_weight": None, "limit": None, "images": False},
@@ -49,7 +49,9 @@ PARTS = {
     "environment": {"low": 0.0, "high": 1.0, "passes": 1.0},  # rewards from low to high become 0 to 1
     "style": {"mixed": 0.05, "latin": 0.5, "repetition": 0.3, "span": 8, "box": None},
 }
-COMPARATORS = {"rule": {"rule": None, "args": None, "limit": None}, "judge": {"judge": None, **_JUDGING}}
+COMPARATORS: dict[str, dict[str, Any]] = {
+    "rule": {"rule": None, "args": None, "limit": None}, "judge": {"judge": None, **_JUDGING},
+}  # fmt: skip
 
 
 def _table(what: str, given: Any) -> Mapping[str, Any]:

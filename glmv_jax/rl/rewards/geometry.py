@@ -22,7 +22,8 @@ def match(score_NM: np.ndarray) -> list[tuple[int, int]]:
     for n, m in order.tolist():
         if score_NM[n, m] > 0 and n not in used_n and m not in used_m:
             pairs.append((n, m))
-            used_n.add(n), used_m.add(m)
+            used_n.add(n)
+            used_m.add(m)
     return pairs
 
 

@@ -139,7 +139,7 @@ def failure(flag: str, lowest: float = MIN_REWARD) -> Grade:
 def _share(what: str, value: object) -> float:
     if isinstance(value, str) or not hasattr(value, "__float__"):
         raise BadGrade("error", f"{what} is {type(value).__name__}, not a number")
-    number = float(value)  # type: ignore[arg-type]
+    number = float(value)
     if not math.isfinite(number):
         raise BadGrade("nan", f"{what} is {number}")
     if not 0.0 <= number <= 1.0:

@@ -97,7 +97,8 @@ async def judged(client: Client, judging: Judging, sample: Sample, a: Candidate,
         texts = ("(the last picture but one)", "(the last picture)")
     images = await asyncio.to_thread(data_uris, shown)
     messages = rubric.comparing(sample, texts, judging.rubric, judging.scale, word, images)
-    return await client.ask(messages, lambda reply: rubric.verdict(reply, word, judging.scale, 2))
+    of_a, of_b = await client.ask(messages, lambda reply: rubric.verdict(reply, word, judging.scale, 2))
+    return of_a, of_b
 
 
 async def by_rule(

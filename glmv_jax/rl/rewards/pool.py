@@ -208,7 +208,9 @@ def _outcome(process: _Process, call: _Call) -> tuple[Any, bool]:
 
 def _start(state: _State) -> _Process | None:
     """A worker with its functions built; None when the pool is closed, or when it cannot be had (then `broken`)."""
-    for tries in range(1, STARTS + 1):
+    tries = 0
+    while True:
+        tries += 1
         process = _Process()
         state.processes.add(process)
         try:

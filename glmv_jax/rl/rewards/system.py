@@ -44,7 +44,7 @@ class RewardSystem:
         table, endpoints, self._sources = config.read(cfg)
         self._limit = float(table["limit"])
         self._specs: list[Spec] = []
-        self._counts = {name: collections.Counter[str]() for name in self._sources}
+        self._counts: dict[str, dict[str, float]] = {name: collections.defaultdict(int) for name in self._sources}
         self._clients = {name: judge.Client(endpoint) for name, endpoint in endpoints.items()}
         self._parts = {
             name: {key: self._part(kind, options) for key, (kind, options) in source.parts.items()}
@@ -93,7 +93,7 @@ class RewardSystem:
         And by "judge NAME" the requests, retries, throttled and garbled replies.
         """
         sources = {name: dict(counts) for name, counts in self._counts.items()}
-        return sources | {f"judge {name}": dict(client.counts) for name, client in self._clients.items()}
+        return sources | {f"judge {name}": {**client.counts} for name, client in self._clients.items()}
 
     def check(self) -> None:
         """Asks every judge one small question; UserError when one cannot be used. Before a run, not within."""
