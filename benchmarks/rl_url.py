@@ -7,10 +7,11 @@ vowels in an answer, told by a small judge over HTTP. Three runs with one seed: 
 and `glmv serve` in another, both without staleness, so that the weights of every step go there as a folder of
 safetensors before anything is drawn for it; and the server with answers that may be one update old.
 
-Prints one JSON line: by run the mean reward of each step, its mean over the last third, seconds of the steps, the mean
-KL between who drew and the trainer, and the largest difference of their log-probabilities where the weights were the
-same; the share of the first step's and of all answers that both engines wrote alike, id by id; and the largest
-difference of their reward curves. Exits with 1 when log-probabilities differ by 1e-4, or answers of the first step.
+Prints one JSON line: by run the mean reward of each step, its mean over the last third, seconds of the steps (of the
+first run also what compiles), the mean KL between who drew and the trainer, and the largest difference of their
+log-probabilities where the weights were the same; the share of the first step's and of all answers that both engines
+wrote alike, id by id; and the largest difference of their reward curves. Exits with 1 when log-probabilities differ by
+1e-4, or answers of the first step.
 Five minutes on two cores. This file is also the experiment that it trains.
 """
 

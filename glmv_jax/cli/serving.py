@@ -60,10 +60,10 @@ def serve(args: argparse.Namespace) -> int:
         patches=_rows(args.image_patches), queue=limits.requests,
         pictures=max(4096, args.image_patches), drafts=args.speculative,
     )  # fmt: skip
-    cfg, params = load()
     sampling = model.sampling(limits.tokens)
     if args.allow is not None:
         sampling = Sampling.chat(model.tokenizer, limits.tokens, allow=_known(model.tokenizer, args.allow))
+    cfg, params = load()
     engine = Engine(cfg, None, sampling, settings, mesh=mesh)
     engine.set_params(params, 0, copy=False)
     engine.warm()

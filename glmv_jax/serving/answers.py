@@ -41,7 +41,8 @@ class Model(Protocol):
         """A conversation up to the model's turn. thinking: None for what the model is made for. Raises UserError."""
 
     def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
-        """A prompt of ids, with a placeholder for each visual token of its images. Raises UserError."""
+        """A prompt of ids, with a placeholder for each visual token of its images, which have the sizes that they have
+        in it. Raises UserError."""
 
 
 @dataclasses.dataclass(frozen=True)

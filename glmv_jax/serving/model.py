@@ -12,7 +12,7 @@ from PIL import Image
 from glmv_jax.data.building import Document
 from glmv_jax.data.chat import Writer
 from glmv_jax.data.dialect import COMPACT, Dialect, last_of_user
-from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.naflex import Patcher, patchify
 from glmv_jax.data.processor import Conversation, Processor
 from glmv_jax.inference.requests import Prompt
 from glmv_jax.inference.sampler import Sampling
@@ -59,7 +59,7 @@ class Public:
 
     def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
         """See `answers.Model`."""
-        return Prompt.of_document(self.processor.document(ids, images))
+        return _of_ids(ids, images, self.processor.patcher if images else None, self.processor.image)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,16 +99,29 @@ class Own:
 
     def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
         """See `answers.Model`."""
-        tokens, patched = np.asarray(ids, np.int32), [self.patcher(image) for image in images]
-        merged = [self._merged(each) for each in patched]
-        shown = tokens == self.tokenizer.image
-        if shown.sum() != sum(merged):
-            raise UserError(f"the prompt has {shown.sum()} image tokens, but its images are {sum(merged)} visual ones "
-                            "here; send them at the size that they have in the prompt")  # fmt: skip
-        image_of_token = np.full(len(tokens), -1, np.int32)
-        image_of_token[shown] = np.repeat(np.arange(len(merged)), merged)
-        return Prompt.of_document(Document(tokens, np.zeros(len(tokens), np.float32), image_of_token,
-                                           tuple(patched), "asked", "asked"))  # fmt: skip
+        return _of_ids(ids, images, self.patcher if images else None, self.tokenizer.image)
 
     def _merged(self, patched: tuple[np.ndarray, np.ndarray]) -> int:
         return len(patched[0]) // self.patcher.merge**2
+
+
+def _of_ids(
+    ids: Sequence[int], images: Sequence[Image.Image], patcher: Patcher | None, placeholder: int | None
+) -> Prompt:
+    """A prompt of ids, its images as they are: whoever wrote the ids has sized them, and they are not sized again.
+
+    patcher: for the sizes of patches, None without images.   placeholder: the id of a visual token, None for a model of
+    text alone.
+    """
+    tokens, patched = np.asarray(ids, np.int32), []
+    for image in images:
+        patched.append(patchify(np.asarray(image), patcher.patch, patcher.merge))
+    merged = [len(patches) // patcher.merge**2 for patches, _ in patched]
+    shown = np.zeros(len(tokens), bool) if placeholder is None else tokens == placeholder
+    if shown.sum() != sum(merged):
+        raise UserError(f"the prompt has {shown.sum()} image tokens, but its images are {sum(merged)} visual ones; "
+                        "send them at the size that they have in the prompt")  # fmt: skip
+    image_of_token = np.full(len(tokens), -1, np.int32)
+    image_of_token[shown] = np.repeat(np.arange(len(merged)), merged)
+    weight = np.zeros(len(tokens), np.float32)
+    return Prompt.of_document(Document(tokens, weight, image_of_token, tuple(patched), "asked", "asked"))

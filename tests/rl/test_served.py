@@ -6,8 +6,10 @@ servers, and what goes wrong, are in test_dialects.py. Not covered: a run to its
 
 from __future__ import annotations
 
+import base64
 import concurrent.futures
 import contextlib
+import io
 import itertools
 import json
 import threading
@@ -17,6 +19,7 @@ import httpx
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 
 from glmv_jax import config
 from glmv_jax.data.tokenizer import BOX
@@ -259,8 +262,15 @@ def test_weights_come_from_one_folder_and_fit(world, body, status, said):
     assert world.engine.version == version
 
 
+def data_uri(size: tuple[int, int]) -> str:
+    file = io.BytesIO()
+    Image.new("RGB", size).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"prompt": []}, "one at least"), ({"prompt": [10**9]}, "ids from 0 to"), ({"prompt": ["a"]}, "a whole number"),
+    ({"images": [data_uri((12, 16))]}, "no multiple of 16"), ({"images": [data_uri((16, 16))]}, "0 image tokens, but"),
     ({"begun": 3}, "out of range"), ({"logit_bias": {"5": 1.0}}, "never drawn"), ({"stop_token_ids": [5]}, "--allow"),
     ({"logit_bias": {"5": -100}}, "one list and not in the other"), ({"images": ["file:///etc/x"]}, "no data: URL"),
     ({"logprobs": 5}, "logprobs=5 is not served"), ({"max_tokens": 0}, "out of range"),

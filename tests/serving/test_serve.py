@@ -81,9 +81,11 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
 
 @pytest.mark.parametrize(("change", "said"), [
     (["--checkpoint", "nowhere"], "does not exist"), (["--requests", "0"], "limit requests=0"),
-    (["--checkpiont", "x"], "unknown option"),
+    (["--checkpiont", "x"], "unknown option"), (["--weights", "w"], "set GLMV_API_KEY here and for the trainer"),
+    (["--allow", "<|nope|>"], "no such special token"),
 ])  # fmt: skip
-def test_wrong_options_are_one_line(served, capsys, change, said):
+def test_wrong_options_are_one_line(served, capsys, monkeypatch, change, said):
+    monkeypatch.delenv(serving.KEY, raising=False)
     given = ["serve", "--checkpoint", str(served[0]), *change]
     assert cli.main(given) == 2
     assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
