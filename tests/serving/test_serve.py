@@ -6,6 +6,7 @@ Not covered: a run of ours as a process (its prompts and its engine are those of
 from __future__ import annotations
 
 import base64
+import io
 import os
 import pathlib
 import re
@@ -22,6 +23,8 @@ pytest.importorskip("transformers")
 
 from glmv_jax import cli  # noqa: E402
 from glmv_jax.cli import serving  # noqa: E402
+from glmv_jax.data.naflex import load_image  # noqa: E402
+from glmv_jax.data.processor import Processor  # noqa: E402
 from glmv_jax.train import exchange  # noqa: E402
 from tests.hosts import alone  # noqa: E402
 from tests.inference.test_public import stops, theirs, write_talking  # noqa: E402
@@ -64,6 +67,13 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
             wanted, _ = theirs(model, answer.prompt_token_ids, [tmp_path / "a.png"], 8,
                                tokenizer.convert_tokens_to_ids("<|image|>"), stops(tokenizer))  # fmt: skip
             assert answer.choices[0].token_ids == wanted
+
+            png, patcher = io.BytesIO(), Processor(exchange.files(folder), 64).patcher
+            patcher.resize(load_image(tmp_path / "a.png")).save(png, "PNG")
+            asked = {"prompt": answer.prompt_token_ids, "max_tokens": 8, "temperature": 0, "return_token_ids": True,
+                     "images": ["data:;base64," + base64.b64encode(png.getvalue()).decode()]}  # fmt: skip
+            by_ids = httpx.post(f"{url[1]}/completions", json=asked | {"model": "it"}, headers={"x-api-key": "k"})
+            assert by_ids.json()["choices"][0]["token_ids"] == wanted, "ids with their image are the conversation"
 
             stream = ask(max_tokens=500, stream=True, stream_options={"include_usage": True})
             next(iter(stream))

@@ -7,9 +7,10 @@
 
 All are asked for ids with the log-probability of each; text is never made into ids again. Ours alone was run with this;
 the others are written from what their projects say, and tried against small servers that reply as it is said there:
-vLLM's from docs.vllm.ai v0.32.0 (training/async_rl), `tests/entrypoints/openai/test_return_token_ids.py`, issues 32718
-and 48284 (`reload_weights` with `weights_path`) and `entrypoints/serve/dev/rlhf/api_router.py`; SGLang's from
-docs.sglang.io (basic_usage/sampling_params, advanced_features/sglang_for_rl).
+vLLM's from docs.vllm.ai v0.32.0 (training/async_rl), its `tests/entrypoints/openai/test_return_token_ids.py` and
+`entrypoints/serve/dev/rlhf/api_router.py`, pull requests 22587 (return_token_ids) and 48284 (`reload_weights` with a
+`weights_path`) and issue 32718 (without one it gave old weights); SGLang's from docs.sglang.io
+(basic_usage/sampling_params, advanced_features/sglang_for_rl) and `srt/managers/io_struct.py`.
 
 What they call log-probabilities. Ours: of softmax(logits / temperature), before top-p and before anything is ruled out,
 as the trainer's. vLLM: of softmax(logits), so it is used at temperature 1 (or 0) alone. SGLang: of softmax(logits /

@@ -90,7 +90,7 @@ class ServedEngine:
         self._jobs: dict[int, Job] = {}
         self._dialect: Ours | None = None
         self._version, self._open = -1, asyncio.Event()  # when requests may be sent
-        self._asked = functools.lru_cache(maxsize=1024)(self._make)  # by a group's members
+        self._asked = functools.lru_cache(maxsize=1024)(self._begin_to_make)  # once for all answers of a group
         self._wire = wire
         self._tasks: set[asyncio.Task] = set()
         self._loop = asyncio.new_event_loop()
@@ -121,6 +121,7 @@ class ServedEngine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     async def _update(self, params: Params, version: int) -> None:
+        self._keep(asyncio.current_task())
         self._dialect = self._dialect or await met(self._wire, self._sampling, self._length)
         target = self._folder / f"{version:08d}"
         await asyncio.to_thread(self._write_anew, params, target)
@@ -166,7 +167,7 @@ class ServedEngine:
     async def _answer(self, job: Job, on_done: OnDone) -> None:
         request = job.request
         try:
-            asked, facts = await asyncio.to_thread(self._asked, request.prompt.key)
+            asked, facts = await asyncio.shield(self._asked(request.prompt.key))
             job.ask = asked._replace(seed=seed_of(self._seed, request), draw=request.member)
             reason = await self._written(job)
             text = heard(self._sampling, np.array(job.tokens, np.int32), self._tokenizer)
@@ -240,6 +241,9 @@ class ServedEngine:
             raise Unserved(f"{self._wire.url} says {len(versions)} versions of {len(piece.tokens)} tokens")
         return versions
 
+    def _begin_to_make(self, key: Any) -> asyncio.Future[tuple[Ask, dict[str, str]]]:
+        return asyncio.ensure_future(asyncio.to_thread(self._make, key))
+
     def _make(self, key: Any) -> tuple[Ask, dict[str, str]]:
         """What is asked about a prompt, and what is said of it (`rl.integrity.handed`)."""
         row = self._rows.row(key)
@@ -272,7 +276,10 @@ class ServedEngine:
         drawing.cancel()
 
     def _spawn(self, work: Coroutine) -> None:
-        task = self._loop.create_task(work)
+        self._keep(self._loop.create_task(work))
+
+    def _keep(self, task: asyncio.Task) -> None:
+        """Until it is done, for `_end`."""
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

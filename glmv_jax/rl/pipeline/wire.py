@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
@@ -11,8 +12,11 @@ from typing import Any, TypeVar
 from glmv_jax.typing import UserError
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # overloaded, starting, restarted
 LONGEST_PAUSE = 30.0
+TELLS = 60.0  # seconds between two words of what is tried again
 REMEDIES = {
     401: "set GLMV_API_KEY to the server's key", 403: "set GLMV_API_KEY to the server's key, and see what it says",
     404: "is it the URL of a server of answers, up to its port?",
@@ -49,6 +53,7 @@ class Wire:
         if not url.startswith(("http://", "https://")):
             raise UserError(f"rollout.engine={url!r} is no URL; give http://HOST:PORT, or leave it empty")
         self.url, self._patience, self._errors = url.rstrip("/").removesuffix("/v1"), patience, httpx.RequestError
+        self._told = -TELLS
         self._http = httpx.AsyncClient(
             headers={"Authorization": f"Bearer {key}"} if key else {},
             verify=url.startswith("https"),  # reading the certificates takes 50 ms
@@ -107,6 +112,9 @@ class Wire:
                 failures += 1
                 if loop.time() + pause > since + self._patience:
                     raise Unserved(f"{error}; given up after {failures} tries in {self._patience:g} s") from None
+                if loop.time() > self._told + TELLS:
+                    self._told = loop.time()
+                    log.warning("%s; it is tried again for up to %g s", error, self._patience)
                 await asyncio.sleep(pause)
 
     async def close(self) -> None:
