@@ -20,13 +20,16 @@ from typing import Any
 
 class StandIn:
     """draw: (ids read, how many so far, version) -> (id, log-probability).   stop: ids that end an answer.
-    refuse: (path, body) -> (status, headers, body bytes), or None to serve it.   pause: seconds a token takes.
+    refuse: (path, body) -> (status, headers, body bytes), or None to serve it.
+    hold: tokens of a request after which it waits until it is ended or this is None; at: how far the last one is.
     bodies: (path, body) of every request.   version: updates seen, or the name that was given."""
 
     owner = "vllm"
 
     def __init__(self, draw: Callable[[list[int], int, Any], tuple[int, float]], stop: int) -> None:
-        self.draw, self.stop, self.seconds = draw, stop, 0.002
+        self.draw, self.stop = draw, stop
+        self.hold: int | None = None
+        self.at = 0
         self.refuse: Callable[[str, Any], tuple | None] = lambda path, body: None
         self.bodies: list[tuple[str, Any]] = []
         self.version: Any = 0
@@ -46,7 +49,9 @@ class StandIn:
     def tokens(self, ids: list[int], most: int, ended: Callable[[], bool]) -> Iterator[tuple[int, float, str | None]]:
         """(id, log-probability, reason) one after the other; (-1, 0, "abort") for none more."""
         for n in range(most):
-            time.sleep(self.seconds)
+            self.at = n
+            while self.hold is not None and n >= self.hold and not ended():
+                time.sleep(0.002)
             if ended():
                 yield -1, 0.0, "abort"
                 return
@@ -64,6 +69,7 @@ class VLLM(StandIn):
             with self.paused:
                 self.is_paused = True
                 if path.endswith("=wait"):
+                    self.hold = None
                     self.paused.wait_for(lambda: not self.running)
                 else:
                     self.generation += 1
