@@ -18,13 +18,19 @@ import jax
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2, summary_pb2
 
 from glmv_jax.train import panel
 from glmv_jax.train.disk import disk_errors
 from glmv_jax.train.panel import View
 from glmv_jax.train.spikes import Spikes
+
+# tensorboardX imports torch where there is one, half of the time that a run takes to start; of use to its graphs alone.
+_torch = sys.modules.setdefault("torch", None)
+from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
+from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
+
+if _torch is None:
+    del sys.modules["torch"]
 
 WINDOW = 50  # steps that rates and ETA are averaged over
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal

@@ -175,26 +175,26 @@ def losses(workdir):
 
 
 def test_a_sweep_with_a_failing_arm_is_resumed_and_finished_runs_are_skipped(experiment, tmp_path):
-    """2 x 2: an arm whose data end at step 3 fails, an arm that a signal stops at step 3 is resumed."""
+    """Three arms: one that a signal which is none ends at step 3 fails, one that SIGINT stops there is resumed."""
     runs = tmp_path / "runs"
-    sets = ["--set", "signal=(0,0),(3,2)", "--set", "end=1000,3", "--config.optim.lr=0.05"]
+    sets = ["--set", "signal=(0,0),(3,-1),(3,2)", "--set", "end=1000", "--config.optim.lr=0.05"]
     dry = call(experiment, runs, *sets, "--dry-run")
-    assert dry.returncode == 0 and dry.stdout.count("(new): glmv train --config") == 4 and not runs.exists()
-    assert dry.stdout.count("--config.optim.lr=0.05 ") == 4 and dry.stdout.count("--config.end=3\n") == 2
+    assert dry.returncode == 0 and dry.stdout.count("(new): glmv train --config") == 3 and not runs.exists()
+    assert dry.stdout.count("--config.optim.lr=0.05 ") == dry.stdout.count("--config.end=1000\n") == 3
 
     first = call(experiment, runs, *sets)
     assert first.returncode == 1 and first.stderr == "", first.stderr
-    good, ended, stopped, both = states(runs)  # in the order of the product
-    assert states(runs) == {good: "finished", ended: "failed", stopped: "interrupted", both: "interrupted"}
-    assert "glmv train: toy: the training data ended; make them repeat, or lower steps" in first.stdout
-    assert "3 of 4 runs did not finish; the same command tries them again" in first.stdout
+    good, broken, stopped = states(runs)  # in the order of the product
+    assert states(runs) == {good: "finished", broken: "failed", stopped: "interrupted"}
+    assert f"{broken} failed: exit code 1: OSError: [Errno 22] Invalid argument" in first.stdout
+    assert "2 of 3 runs did not finish; the same command tries them again" in first.stdout
     assert (runs / "report.html").exists()
 
     before = (runs / good / "metrics.jsonl").read_bytes()
     second = call(experiment, runs, *sets)
     assert second.returncode == 1
-    assert states(runs) == {good: "finished", ended: "failed", stopped: "finished", both: "failed"}
-    assert "1 of 4 runs are already finished" in second.stdout and f"{good} begins" not in second.stdout
+    assert states(runs) == {good: "finished", broken: "failed", stopped: "finished"}
+    assert "1 of 3 runs are already finished" in second.stdout and f"{good} begins" not in second.stdout
     assert (runs / good / "metrics.jsonl").read_bytes() == before
     assert "resuming from step 3 of 6" in (runs / stopped / "train.log").read_text()
     assert losses(runs / stopped) == losses(runs / good)
