@@ -9,15 +9,12 @@ A row of the cache holds the entries of a text's first tokens; its next token, w
 host, as is everything else about a row: few numbers, which go with every call. So a prompt's last token is read by
 decoding, and no program but that one has an output layer.
 
-The rows of the cache are split over the D data shards of a mesh, equal runs of them each. What concerns some rows is
-then done to as many of each shard, and nothing passes between shards. Heads may be split too (`parallel.caches`): then
-each of their H parts has those rows once more, with its own heads, and the entries of a leaf are in D * H runs.
+How rows lie on a mesh, `rows` knows: what concerns some is done to as many of each of its D data shards.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -25,10 +22,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from glmv_jax.inference.rows import Rows
 from glmv_jax.inference.sampler import Sampling, draw_index, likeliest, nucleus, without
 from glmv_jax.models import abstract_params, logical_axes, vlm
 from glmv_jax.models.glm5_next import GLM5NextConfig
-from glmv_jax.parallel import caches
 from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.parallel.rules import SERVE, Rules, preset, use
 from glmv_jax.typing import Params, TokenInput, VisionInput
@@ -105,15 +102,6 @@ class Weights(NamedTuple):
     decode: Params
 
 
-class At(NamedTuple):
-    """Of a leaf of the cache. axis: that of its rows, one after the other; runs: that they are in, see the file's
-    head; own: entries of a row in one of them, its heads."""
-
-    axis: int
-    own: int
-    runs: int
-
-
 class Programs:
     """The programs of one model, for `slots` rows of `length` entries. `traces` counts compilations."""
 
@@ -127,7 +115,7 @@ class Programs:
         self.pictures, self.mesh, self.rules = pictures, mesh, None if placed else rules or preset(SERVE)
         self.shards = data_shards(mesh)
         self.traces = 0
-        self._at_rows = jax.tree.map(self._place, self._shapes(1), self._shapes(2))
+        self._rows = Rows(self._shapes(1), self._shapes(2), mesh, self.rules)
         self._copied = self._jit(lambda params: self._apart(jax.tree.map(jnp.copy, params)))
         self._borrowed = self._jit(self._apart)
         self._for_rows = self._jit(lambda params: vlm.for_rows(cfg, params, slots * self.width))
@@ -161,7 +149,7 @@ class Programs:
 
     def _empty(self) -> tuple[dict, jax.Array | None]:
         """An empty cache, and an empty table of visual tokens (None for a model of text alone)."""
-        cache = self._pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes(self.slots)))
+        cache = self._rows.pinned(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), self._shapes(self.slots)))
         merger = self.cfg.merger
         return cache, None if merger is None else self._whole(jnp.zeros((self.pictures, merger.width), merger.dtype))
 
@@ -178,33 +166,30 @@ class Programs:
 
         def one(i, cache: dict) -> dict:
             at = lambda x_DP: jax.lax.dynamic_slice_in_dim(x_DP, i, 1, axis=1)  # noqa: E731
-            return self._put(cache, self._take(cache, at(source_DP)), at(target_DP))
+            return self._rows.put(cache, self._rows.take(cache, at(source_DP)), at(target_DP))
 
-        return self._pinned(jax.lax.fori_loop(0, count, one, cache))
+        return self._rows.pinned(jax.lax.fori_loop(0, count, one, cache))
 
     def _prefill(self, params: Params, table_XD: jax.Array | None, cache: dict, chunk: Chunk) -> dict:
-        rows = self._take(cache, chunk.row)
+        rows = self._rows.take(cache, chunk.row)
         if recurrent(self.cfg):  # a text that begins finds no state of another
-            goes_on = chunk.start.reshape(-1) > 0
-            rows = jax.tree.map(lambda x, at: jnp.where(_along(goes_on, x, at.axis), x, 0), rows, self._at_rows)
+            rows = self._rows.where(chunk.start.reshape(-1) > 0, rows, jax.tree.map(jnp.zeros_like, rows))
         visual = None if table_XD is None else jnp.broadcast_to(table_XD, (self.shards, *table_XD.shape))
         flat = Chunk(*(x.reshape(-1, *x.shape[2:]) for x in chunk))
         new = self._read(params, visual, rows, flat)
         D, L = chunk.row.shape
         if D * L == 1:
-            return self._pinned(self._put(cache, new, chunk.row))
+            return self._rows.pinned(self._rows.put(cache, new, chunk.row))
         works_DL = chunk.valid.any(axis=2)
 
         def one(lane, cache: dict) -> dict:
             """What a lane without work would write is what is there."""
             at = lambda x_DL: jax.lax.dynamic_slice_in_dim(x_DL, lane, 1, axis=1)  # noqa: E731
-            made = jax.tree.map(lambda x, at: _of_lane(x, at, lane, L), new, self._at_rows)
-            there = self._take(cache, at(chunk.row))
-            works = at(works_DL)[:, 0]
-            pick = lambda a, b, at: jnp.where(_along(works, a, at.axis), a, b)  # noqa: E731
-            return self._put(cache, jax.tree.map(pick, made, there, self._at_rows), at(chunk.row))
+            made, there = self._rows.of_lane(new, lane, L), self._rows.take(cache, at(chunk.row))
+            return self._rows.put(cache, self._rows.where(at(works_DL)[:, 0], made, there), at(chunk.row))
 
-        return self._pinned(jax.lax.fori_loop(0, L, one, cache))  # not until all work is done: shards need not agree
+        # Not until all work is done: shards need not agree.
+        return self._rows.pinned(jax.lax.fori_loop(0, L, one, cache))
 
     def _read(self, params: Params, visual: jax.Array | None, rows: dict, chunk: Chunk) -> dict:
         """Rows of a cache with a chunk's tokens in them."""
@@ -233,7 +218,7 @@ class Programs:
         state = State(jnp.int32(0), rows.token, jnp.zeros(N, jnp.int32), cache, none)
         going = lambda s: (s.i < until.steps) & (s.out.running.sum() > until.running)  # noqa: E731
         state = jax.lax.while_loop(going, step, state)
-        return self._pinned(state.cache), jax.tree.map(self._whole, state.out)
+        return self._rows.pinned(state.cache), jax.tree.map(self._whole, state.out)
 
     def _advance(
         self, params: Params, keys_N: jax.Array, rows: Running, s: State
@@ -262,57 +247,7 @@ class Programs:
     def _is_stop(self, tokens: jax.Array) -> jax.Array:
         return (tokens[..., None] == jnp.array(self.sampling.stop, jnp.int32)).any(-1)
 
-    # --- rows of the cache --------------------------------------------------------------------------------------------
-
-    def _take(self, cache: dict, row_DL: jax.Array) -> dict:
-        """L rows of each shard, as a cache of D * L rows."""
-
-        def take(x, at):
-            cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * at.own, at.own, at.axis)  # noqa: E731
-            of_run = jax.vmap(jax.vmap(cut, (None, 0), at.axis), (at.axis, 0), at.axis)
-            rows = of_run(_apart(x, at.axis, at.runs), self._by_run(row_DL, at))
-            return _merged(_merged(rows, at.axis), at.axis)
-
-        return jax.tree.map(take, cache, self._at_rows)
-
-    def _put(self, cache: dict, rows: dict, row_D1: jax.Array) -> dict:
-        """The cache with these rows in place of one of each shard."""
-
-        def put(x, new, at):
-            x, new = (_apart(x, at.axis, at.runs) for x in (x, new))
-            write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * at.own, at.axis)  # noqa: E731
-            written = jax.vmap(write, (at.axis, at.axis, 0), at.axis)(x, new, self._by_run(row_D1, at)[:, 0])
-            return _merged(written, at.axis)
-
-        return jax.tree.map(put, cache, rows, self._at_rows)
-
-    def _by_run(self, row_DL: jax.Array, at: At) -> jax.Array:
-        """The same rows for every part of the heads."""
-        return jnp.repeat(row_DL, at.runs // self.shards, axis=0)
-
     # --- placement ----------------------------------------------------------------------------------------------------
-
-    def _place(self, one: jax.Array, two: jax.Array) -> At:
-        """Of a leaf, from its shapes for one and for two rows."""
-        axis = next(i for i, n in enumerate(one.shape) if n != two.shape[i])
-        heads, parts = one.shape[axis], 1
-        if heads > 1:
-            with self._in_force():
-                caches.check(heads)
-                parts = caches.parts()
-        return At(axis, heads // parts, self.shards * parts)
-
-    def _pinned(self, cache: dict) -> dict:
-        """Rows over the data shards, and heads where the rules have them."""
-        if self.mesh is None:
-            return cache
-        of_rows, of_heads = (caches.spec(self.mesh, self.rules or preset("data"), heads) for heads in (False, True))
-
-        def pin(x, at):
-            spec = PartitionSpec(*[None] * at.axis, *(of_heads if at.runs > self.shards else of_rows))
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-        return jax.tree.map(pin, cache, self._at_rows)
 
     def _whole(self, x: jax.Array) -> jax.Array:
         """On every device."""
@@ -389,24 +324,3 @@ def text_positions(first_N: jax.Array, count: int) -> jax.Array:
 def only(new: dict, old: dict) -> dict:
     """The entries of a cache, without what `_at` says."""
     return {name: new[name] for name in old}
-
-
-def _apart(x: jax.Array, axis: int, parts: int) -> jax.Array:
-    return x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
-
-
-def _merged(x: jax.Array, axis: int) -> jax.Array:
-    return x.reshape(*x.shape[:axis], math.prod(x.shape[axis : axis + 2]), *x.shape[axis + 2 :])
-
-
-def _of_lane(x: jax.Array, at: At, lane: jax.Array, lanes: int) -> jax.Array:
-    """Of rows of each shard, `lanes` of them, those of one lane."""
-    x = _apart(_apart(x, at.axis, at.runs), at.axis + 1, lanes)
-    x = jax.lax.dynamic_index_in_dim(x, lane, at.axis + 1, keepdims=False)
-    return _merged(x, at.axis)
-
-
-def _along(x_D: jax.Array, like: jax.Array, axis: int) -> jax.Array:
-    """x_D repeated for the entries of each row on `axis` of `like`, to be broadcast over it."""
-    repeated = jnp.repeat(x_D, like.shape[axis] // len(x_D))
-    return repeated.reshape(*[1] * axis, -1, *[1] * (like.ndim - axis - 1))

@@ -110,7 +110,7 @@ def cached(
     """
     if caches.parts() == 1:
         return _cached(q_BTHK, k_CSK, v_CSK, query, key, shared)
-    caches.check(len(k_CSK) // len(q_BTHK))
+    caches.check(len(k_CSK) // len(q_BTHK), caches.parts())
     rows, heads, kept = context.spec("batch"), context.spec("batch", None, "heads"), caches.spec(*rules.active())
     spans = jax.tree.map(lambda x: rows if len(x) > 1 else P(), (query, key))  # of one row: the same for all
     prompts = rows if shared is None else Shared(*[context.spec("batch", "kv_heads")] * 2, rows)

@@ -283,7 +283,7 @@ def write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax
     [1, T]). Slots are consecutive within a row, so the first counts."""
     if caches.parts() == 1:
         return _write(cache_CSK, new_BTGK, slots_BT)
-    caches.check(new_BTGK.shape[2])
+    caches.check(new_BTGK.shape[2], caches.parts())
     kept, new = caches.spec(*rules.active()), context.spec("batch", None, "kv_heads")
     slots = context.spec("batch") if len(slots_BT) > 1 else P()
     return context.per_device(_write, (kept, new, slots), kept, kernel=True)(cache_CSK, new_BTGK, slots_BT)

@@ -18,10 +18,10 @@ from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import UserError
 
 
-def parts() -> int:
-    """How many parts heads are in, in the step that is being traced; 1 outside of one."""
-    active = rules_lib.active()
-    return 1 if active is None else math.prod(active[0].shape[axis] for axis in _axes("kv_heads", *active))
+def parts(where: tuple[Mesh, rules_lib.Rules] | None = None) -> int:
+    """How many parts heads are in on this mesh by these rules, by default in the step that is being traced, or 1."""
+    where = where or rules_lib.active()
+    return 1 if where is None else math.prod(where[0].shape[axis] for axis in _axes("kv_heads", *where))
 
 
 def spec(mesh: Mesh, rules: rules_lib.Rules, heads: bool = True) -> P:
@@ -30,11 +30,11 @@ def spec(mesh: Mesh, rules: rules_lib.Rules, heads: bool = True) -> P:
     return P(axes or None)
 
 
-def check(heads: int) -> None:
+def check(heads: int, parts: int) -> None:
     """UserError when so many heads of keys do not divide."""
-    if heads % parts():
-        fits = math.gcd(heads, parts())
-        raise UserError(f"{heads} heads of keys and values do not divide over {parts()} devices, over {fits} they do; "
+    if heads % parts:
+        fits = math.gcd(heads, parts)
+        raise UserError(f"{heads} heads of keys and values do not divide over {parts} devices, over {fits} they do; "
                         f"make mesh.tensor {fits}, and data or expert larger")  # fmt: skip
 
 

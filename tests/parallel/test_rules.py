@@ -57,8 +57,8 @@ def test_presets_are_every_choice_of_what_splits_parameters():
     assert serve.spec(("embed", "heads"), mesh) == P(None, "tensor") and serve.spec(("vocab", "embed"), mesh)[1] is None
     assert serve.spec(("batch", "length"), mesh) == P(("fsdp", "expert"), None)
     assert caches.spec(mesh, serve) == P(("fsdp", "expert", "tensor"))
-    with rules_lib.use(mesh, serve), pytest.raises(UserError, match="3 heads of keys .* 2 devices, over 1 they do"):
-        caches.check(3)
+    with pytest.raises(UserError, match="3 heads of keys .* 2 devices, over 1 they do"):
+        caches.check(3, caches.parts((mesh, serve)))
     with pytest.raises(UserError, match="'tensor_fsdp' is not known; choose data, or join .* as in .*_tensor"):
         rules_lib.preset("tensor_fsdp")
 
