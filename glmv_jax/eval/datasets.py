@@ -13,7 +13,7 @@ import numpy as np
 from glmv_jax.config import nearest
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.eval import folders, knn, linear, prompts, retrieval, suite, winogavil, zeroshot
-from glmv_jax.eval.embed import Embedded
+from glmv_jax.eval.embed import Embedded, Embedder
 from glmv_jax.eval.folders import DataSet, Split
 from glmv_jax.eval.towers import Towers
 from glmv_jax.typing import Params, UserError
@@ -60,10 +60,16 @@ class Evaluation:
         if settings.classnames and not Path(settings.classnames).is_file():
             raise UserError(f"there is no file of class names {settings.classnames!r}; check the path")
         spoken = {ZEROSHOT, RETRIEVAL} & set(settings.measures)
-        self.texts = towers.texts() if spoken else None
+        self._texts = towers.texts() if spoken else None
         # Probes look at the trunk, which both stages have; sentences are compared in the space of the two towers.
         features = (["embedding"] if spoken else []) + (["trunk"] if set(settings.measures) - spoken else [])
         self.images = towers.images(features)
+
+    @property
+    def texts(self) -> Embedder:
+        """Of the text tower, which only measures with texts look at."""
+        assert self._texts is not None, self.settings.measures
+        return self._texts
 
     def folder(
         self, params: Params, root: str | Path, names: Sequence[str] = (), *, limit: int = 0,
@@ -252,7 +258,7 @@ def average(results: dict[str, Result], without: dict[str, str]) -> dict[str, An
 
     without: data sets that have no result, and why."""
     by_task = {r["task"]: r for r in results.values() if r["task"]}
-    reasons = {suite.task_of(name).key: why for name, why in without.items() if suite.task_of(name)}
+    reasons = {task.key: why for name, why in without.items() if (task := suite.task_of(name))}
     missing = {t.title: reasons.get(t.key, "not there") for t in suite.SUITE if t.key not in by_task}
     for task in suite.SUITE:
         result = by_task.get(task.key)

@@ -81,7 +81,8 @@ class Embedder:
             raise UserError(f"{name}: nothing to embed")
         began = said = time.monotonic()
         features: Features = {}
-        seen, pending = np.zeros(len(items), bool), None
+        seen = np.zeros(len(items), bool)
+        pending: Any = None
         read = functools.partial(self._read, items, name, ids, log or FaultLog())
         for done, rows in enumerate(self._batches(len(items), read)):
             with rules_lib.use(self.mesh, self.rules):

@@ -7,8 +7,8 @@ import html
 import io
 import math
 import pathlib
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, TypeGuard
 
 from PIL import Image
 
@@ -155,7 +155,7 @@ def _retrieval(run: StageRun, row: dict[str, Any]) -> str:
         f'<span class="{"hit" if i == gold else ""}">{picture(run.folder / "samples", file, ())}</span>'
         for i, file in enumerate(files)
     )
-    place = f"found at place {gold + 1}" if hit else f"not among the first {len(files)}"
+    place = f"found at place {int(gold) + 1}" if gold is not None and hit else f"not among the first {len(files)}"
     tone = "good" if hit and gold == 0 else "quiet" if hit else "bad"
     return (
         f"<div class=retrieval><p>{text(row.get('query', ''))}<br><small class={tone}>{place}</small></p>"
@@ -204,7 +204,7 @@ def _mark(item: dict[str, Any], width: int, height: int) -> str:
     return ""
 
 
-def _numbers(values: Any, count: int) -> bool:
+def _numbers(values: Any, count: int) -> TypeGuard[Sequence[float]]:
     return (
         isinstance(values, (list, tuple)) and len(values) == count and all(isinstance(v, (int, float)) for v in values)
     )

@@ -86,9 +86,9 @@ def _three(sweep: Sweep, name: str) -> str:
     rows = _rows(sweep, name, "train")
     figures = [_figure(f"{name}, train{part}", sweep.arms, rows, since=since)
                for part, since in (("", 0.0), (", second half", 0.5))]  # fmt: skip
-    reference, *others = [arm for arm in sweep.arms if rows(arm)] or [None]
-    if others:
-        figures.append(_difference(name, sweep.arms, reference, others, rows))
+    drawn = [arm for arm in sweep.arms if rows(arm)]
+    if len(drawn) > 1:
+        figures.append(_difference(name, sweep.arms, drawn[0], drawn[1:], rows))
     return f"<h3>{page.text(name)}</h3>{_grid(figures)}"
 
 
@@ -118,7 +118,8 @@ def _difference(
                        for seed, curve in curves.items()]  # fmt: skip
         # The first tenth is the steep one: differences there are of when, not of where the arms arrive.
         if table := _since(sweeps.common(differences), 0.1):
-            halves = [(spread(v).high - spread(v).mean) if len(v) > 1 else 0 for _, v in table]
+            found = [spread(values) for _, values in table]
+            halves = [one.high - one.mean if one.high is not None else 0.0 for one in found]
             colour = arms.index(arm)
             series.append(_series(f"{arm.label} − {reference.label}", table, colour, halves))
             legend.append(_entry(series[-1].name, colour, f"{series[-1].points[-1][1]:+.4f}", len(differences)))

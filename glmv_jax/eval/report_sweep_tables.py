@@ -58,8 +58,8 @@ def difference_table(sweep: Sweep, names: list[str]) -> list[Table]:
     """One, or none where there is nothing to compare."""
     rows = []
     for name in names:
-        found = [(a, b, paired(a.by_seed(name), b.by_seed(name))) for a, b in pairs(sweep)]
-        for i, (a, b, d) in enumerate(row for row in found if row[2] is not None):
+        found = [(a, b, d) for a, b in pairs(sweep) if (d := paired(a.by_seed(name), b.by_seed(name))) is not None]
+        for i, (a, b, d) in enumerate(found):
             tone = {True: "head", False: "quiet", None: "quiet"}[d.differs]
             rows.append([
                 Cell("" if i else name, "" if i else "head"), Cell(f"{a.label} − {b.label}"),
@@ -77,11 +77,12 @@ def steadiness_table(sweep: Sweep) -> Table:
     rows = []
     for name in dict.fromkeys(name for member in sweep.members for name in member.learnt):
         for i, arm in enumerate(arm for arm in sweep.arms if arm.finished):
-            found = [stray(m.learnt[name]) for m in arm.finished if name in m.learnt]
+            strays = [stray(m.learnt[name]) for m in arm.finished if name in m.learnt]
+            found = [(one.sd, one.jump) for one in strays if one.sd is not None and one.jump is not None]
             if found:
                 rows.append([
                     Cell("" if i else name, "" if i else "head"), Cell(arm.label),
-                    Cell(number(plain.fmean(one.sd for one in found))), Cell(number(max(one.jump for one in found))),
+                    Cell(number(plain.fmean(sd for sd, _ in found))), Cell(number(max(jump for _, jump in found))),
                     Cell(number(seed_spread(arm, name))),
                 ])  # fmt: skip
     note = (
@@ -137,7 +138,7 @@ def cost_table(sweep: Sweep) -> Table:
 
 
 def _interval(found: Spread, *, signed: bool = False) -> str:
-    if found.low is None:
+    if found.low is None or found.high is None:
         return "–"
     text = _signed if signed else number
     return f"{text(found.low)} to {text(found.high)}"

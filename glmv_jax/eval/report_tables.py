@@ -139,8 +139,9 @@ def _rl_table(stages: dict[str, StageRun], kind: str, controls: dict[str, tuple[
     for task in [*sorted(trained), *sorted(tasks - trained)]:
         first = before.result(prefix + task)
         first = after.result(prefix + task, "untrained") if first is None else first
-        gain = None if first is None else after.result(prefix + task) - first
-        values = [first, after.result(prefix + task), gain, control.result(prefix + task)]
+        last = after.result(prefix + task)
+        gain = None if first is None or last is None else last - first
+        values = [first, last, gain, control.result(prefix + task)]
         values += [after.result(f"{other}/{task}", field) for other, field in controls.values()]
         rows.append(_rl_row(task if task in trained else f"{task} †", values))
         columns.append(values)

@@ -30,7 +30,7 @@ class Spread(NamedTuple):
     @property
     def differs(self) -> bool | None:
         """Of differences: whether the interval leaves 0 out; None where there is no interval."""
-        return None if self.low is None else self.low > 0 or self.high < 0
+        return None if self.low is None or self.high is None else self.low > 0 or self.high < 0
 
 
 def spread(values: Sequence[float], level: float = LEVEL) -> Spread:

@@ -184,6 +184,14 @@ def test_the_mean_of_reinforcement_learning_is_over_the_tasks_it_trained(run):
     assert [cell.text for cell in drawn.rows[1]] == ["mean", "0.200", "0.400", "+0.200", "–"]
 
 
+def test_a_result_that_is_no_number_has_no_gain(run):
+    results = json.loads((run / "rl" / "results.json").read_text())
+    results["metrics"]["accuracy/read"]["trained"] = None
+    (run / "rl" / "results.json").write_text(json.dumps(results))
+    (greedy,) = report_tables.rl_tables(report_run.read(run))
+    assert {row[0].text: [cell.text for cell in row[1:4]] for row in greedy.rows}["read"] == ["0.400", "–", ""]
+
+
 def test_direction_of_improvement():
     better = report_tables.improved
     assert better("loss", 2.0, 1.0) is True and better("held_out_loss", 1.0, 2.0) is False
