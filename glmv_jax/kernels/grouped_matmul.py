@@ -19,22 +19,16 @@ from glmv_jax.parallel import rules
 
 
 def grouped_matmul(
-    x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, expected: int = 0, rest: bool = True
-) -> jax.Array:
-    """[M, N]: row r of group g times w[g], in x's dtype; rows after the last group are zero.
+    x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int = 0, rest: bool = True
+) -> Matrices:
+    """[M, N] of each w: row r of group g times w[g], in x's dtype; rows after the last group are zero.
 
+    ws_GKN: stacks of matrices that read the same rows, whose gradients by x are summed as they come.
     sizes_G: int32, how many rows each group has, in order; they sum to at most M.
     expected: how much that is on average, which tiles are made for; 0: M.
     rest: False where nobody looks at rows after the last group, of the product and of x's gradient: they may be
       anything, and need not be written.
     """
-    return grouped_matmuls(x_MK, (w_GKN,), sizes_G, expected, rest)[0]
-
-
-def grouped_matmuls(
-    x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int = 0, rest: bool = True
-) -> Matrices:
-    """`grouped_matmul` with several stacks of matrices, whose gradients by x are summed as they come."""
     expected = expected or len(x_MK)
     if supported(x_MK, *ws_GKN):
         return kernels(x_MK, ws_GKN, sizes_G, expected, rest)

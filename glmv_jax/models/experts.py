@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels.exchange import Slices, exchange
-from glmv_jax.kernels.grouped_matmul import grouped_matmuls, plain
+from glmv_jax.kernels.grouped_matmul import grouped_matmul, plain
 from glmv_jax.models.layers import gated
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.rules import entry_axes
@@ -181,7 +181,7 @@ def _sorted(expert_C: jax.Array, sizes_E: jax.Array, unit: int) -> tuple[jax.Arr
 
 @jax.named_scope("products")
 def _mlp(form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
-    products = plain if form.dense else functools.partial(grouped_matmuls, **about)
+    products = plain if form.dense else functools.partial(grouped_matmul, **about)
     gate_RF, up_RF = products(x_RD, experts[:2], sizes_E)
     inside_RF = gated(gate_RF, up_RF, form.limit) * weight_R[:, None]
     return products(inside_RF, (experts.down,), sizes_E)[0]

@@ -134,7 +134,7 @@ def test_one_loop_a_product():
     sizes = jnp.array(SIZES[0], jnp.int32)
 
     def both(x, w, g):
-        y, pull = jax.vjp(lambda x, w: lib.grouped_matmul(x, w, sizes), x, w)
+        y, pull = jax.vjp(lambda x, w: lib.grouped_matmul(x, (w,), sizes)[0], x, w)
         return y, pull(g)
 
     text = jax.jit(both).lower(x, w, g).as_text()
