@@ -174,7 +174,7 @@ def _stage(run: StageRun) -> str:
     head += f"<p class=quiet>{page.text(STAGES.get(run.name, ''))}</p>"
     if not (run.metrics or run.results):
         return f"{head}<p><b>not run yet</b></p></section>"
-    last = run.metrics[-1]["step"] if run.metrics else "?"
+    last = run.last_step if run.metrics else "?"
     facts = [run.status, duration(run.seconds), f"last step {last}", f"{quantity(run.meta.get('params'))} parameters"]
     problems = "".join(f"<p class=bad>{page.text(problem)}</p>" for problem in run.problems)
     config = "\n".join(f"{key} = {value!r}" for key, value in run.config.items())

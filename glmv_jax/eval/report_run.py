@@ -61,7 +61,12 @@ class StageRun:
     def status(self) -> str:
         if self.results:
             return "finished"
-        return f"stopped at step {self.metrics[-1]['step']}" if self.metrics else "not run yet"
+        return f"stopped at step {self.last_step}" if self.metrics else "not run yet"
+
+    @property
+    def last_step(self) -> int:
+        """That metrics.jsonl has a row of; 0 before there is one."""
+        return max((row["step"] for row in self.metrics), default=0)
 
     @property
     def seconds(self) -> float:

@@ -141,7 +141,7 @@ def throughput_table(runs: Runs) -> Table:
     """What was done, and how fast: rates are medians over the rows of the log, evaluations and pauses left out."""
     facts: list[tuple[str, Callable[[StageRun], str]]] = [
         ("state", lambda run: run.status),
-        ("last step", lambda run: f"{run.metrics[-1]['step']:,}" if run.metrics else ""),
+        ("last step", lambda run: f"{run.last_step:,}" if run.metrics else ""),
         ("wall time", lambda run: duration(run.seconds) if run.seconds else ""),
         ("samples", lambda run: quantity(run.results.get("samples"))),
         ("tokens", lambda run: quantity(run.results.get("tokens"))),

@@ -225,6 +225,7 @@ def test_faults_are_counted_by_their_reason(two):
         "stopped by a signal to another process": 1, "restart": 3, "restart after a kill or an error": 1,
     }  # fmt: skip
     assert report_runs.faults(runs[1]) == {"update left out: not finite": 2}
+    assert table(report_runs_tables.throughput_table(runs))["last step"] == ["60", "60"]
     rows = report_runs_tables.spikes_table(runs).rows
     assert [cell.text for cell in rows[0]] == ["a<b>/sft", "31", "loss", "9.000", "2.000", "9.5", "<read> 5, count 3"]
     assert report_runs_tables.spikes_table(runs[1:]) is None
