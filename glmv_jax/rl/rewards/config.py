@@ -78,7 +78,7 @@ def filled(what: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
 def part(what: str, given: Mapping[str, Any], kinds: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
     """(kind, its options) of one part or comparator."""
     kind = _table(what, given).get("kind")
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{what}: no kind {kind!r}{nearest(str(kind), kinds)}")
     return kind, filled(what, {key: given[key] for key in given.keys() if key != "kind"}, kinds[kind])
 

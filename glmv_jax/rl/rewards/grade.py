@@ -120,6 +120,8 @@ class Answered:
 
     def __post_init__(self) -> None:
         if not self.source:
+            if self.sample is None:
+                raise ValueError("an answer without a sample has to be given its source")
             object.__setattr__(self, "source", self.sample.source)
 
 

@@ -53,6 +53,8 @@ class Comparison:
         "render" (1 or 0) and the flags "no_render", and "no_comparison" where one that the answer was in failed.
         """
         sample = answered[0].sample
+        if sample is None:
+            raise ValueError(f"answers of {answered[0].source!r} have no sample to be compared by")
         candidates: dict[int, Candidate | None] = dict(
             enumerate(await asyncio.gather(*(self._candidate(a.text, sample, a.reward) for a in answered)))
         )
@@ -63,8 +65,10 @@ class Comparison:
         rendered = [candidates[i] is not None and not grade.failed for i, grade in enumerate(grades)]
 
         async def compare(i: int, j: int) -> tuple[float, float] | None:
+            one, other = candidates[i], candidates[j]
+            assert one is not None and other is not None  # only rendered ones meet
             try:
-                return await self.compare(sample, candidates[i], candidates[j])
+                return await self.compare(sample, one, other)
             except (TimeoutError, RuleError, JudgeError):
                 return None
 

@@ -75,7 +75,8 @@ class RewardSystem:
         if len(samples) != len(answers):
             raise ValueError(f"{len(samples)} samples but {len(answers)} answers")
         items = [Answered(sample, text) for sample, text in zip(samples, answers)]
-        each = [list(group) for _, group in itertools.groupby(items, lambda item: (item.source, item.sample.id))]
+        asked = lambda item: (item.source, item.sample.id if item.sample else "")  # noqa: E731
+        each = [list(group) for _, group in itertools.groupby(items, asked)]
 
         async def all_groups() -> list[list[Grade]]:
             return await asyncio.gather(*(self._grade_group(group, None) for group in each))
@@ -191,6 +192,7 @@ class RewardSystem:
         limit = float(self._limit if limit is None else limit)
 
         async def call(*args: Any) -> Any:
+            assert self._pool is not None  # there is one as soon as a worker is to be called
             return await asyncio.wrap_future(self._pool.submit(spec, *args, limit=limit))
 
         return call

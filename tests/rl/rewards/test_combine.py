@@ -143,3 +143,9 @@ def test_a_configuration_survives_being_kept():
         config.judges({"x": {"url": "http://x/v1"}} | {"x": {"model": "m"}})
     with pytest.raises(UserError, match="nearest: connections"):
         config.judges({"x": {"conections": 3}})
+
+
+def test_an_answer_without_a_sample_has_to_say_where_it_is_from():
+    assert Answered(None, "x", 1.0, "desk").source == "desk"
+    with pytest.raises(ValueError, match="has to be given its source"):
+        Answered(None, "x")
