@@ -41,14 +41,18 @@ def write(params: Params, target: Path, checkpoint: str = "") -> None:
 
 def reader(first: Params) -> Callable[[Path], Params]:
     """What reads such folders for a server. first: the parameters that it began with, or their shapes; others get their
-    dtypes. The reader raises UserError for weights of another model."""
+    dtypes, and a public model's their places. The reader raises UserError for weights of another model."""
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), first)
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    places = jax.tree.map(lambda x: getattr(x, "sharding", None) or device, first)
 
     def read(path: Path) -> Params:
         if folder.read_config(path).get("model_type") == OWN:
             params = to_params(_table(flatten(like)), folder.Tensors(path))
         else:
-            params = families.load(families.open_checkpoint(path))
+            checkpoint = families.open_checkpoint(path)
+            check_shapes(checkpoint.arrays, like)
+            params = families.load(checkpoint, places)
         return jax.tree.map(lambda x, to: jnp.asarray(x, to.dtype), check_shapes(params, like), like)
 
     return read

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 
+import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from safetensors.numpy import load_file
 
 from glmv_jax.interop import families
@@ -16,7 +18,8 @@ from tests.train.test_exchange import source  # noqa: F401
 
 
 def test_a_public_model_is_handed_over_as_it_came(tmp_path, source):  # noqa: F811
-    """Names, numbers and small files are those of the checkpoint; a server reads it in the dtypes that it has."""
+    """Names, numbers and small files are those of the checkpoint; a server reads it in the dtypes that it has, to where
+    it has them."""
     exchange.import_hf(source, tmp_path / "ours")
     params = exchange.load(tmp_path / "ours").params
     handover.write(params, tmp_path / "00000001", str(tmp_path / "ours"))
@@ -27,9 +30,10 @@ def test_a_public_model_is_handed_over_as_it_came(tmp_path, source):  # noqa: F8
     about = json.loads((tmp_path / "00000001" / "config.json").read_text())
     assert about["model_type"] in families.FAMILIES
     narrow = nest({path: x.astype("bfloat16") for path, x in flatten(params).items()})
+    narrow = jax.device_put(narrow, jax.sharding.NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec()))
     read = flatten(handover.reader(narrow)(tmp_path / "00000001"))
     for path, x in flatten(narrow).items():
-        assert read[path].dtype == "bfloat16"
+        assert read[path].dtype == "bfloat16" and read[path].sharding.is_equivalent_to(x.sharding, x.ndim)
         np.testing.assert_array_equal(np.asarray(read[path]), np.asarray(x), err_msg=path)
 
 
