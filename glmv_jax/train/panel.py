@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -105,10 +106,10 @@ def _shares(view: View) -> list[str]:
 
 def memory() -> list[str]:
     """What this process holds of the host's memory, and of the fullest of its devices, where these tell."""
-    page = os.sysconf("SC_PAGE_SIZE")
-    with open("/proc/self/statm", encoding="ascii") as file:
+    page, found = os.sysconf("SC_PAGE_SIZE"), []
+    with contextlib.suppress(FileNotFoundError), open("/proc/self/statm", encoding="ascii") as file:  # Linux has it
         held = int(file.read().split()[1]) * page
-    found = [f"host {_of(held, os.sysconf('SC_PHYS_PAGES') * page)}"]
+        found.append(f"host {_of(held, os.sysconf('SC_PHYS_PAGES') * page)}")
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     full = max(stats, key=lambda one: one.get("bytes_in_use", 0))
     if "bytes_in_use" in full:
