@@ -13,8 +13,10 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from glmv_jax.train import goodput, loop, main
 from glmv_jax.train.checkpoint import load_params
@@ -91,6 +93,20 @@ def test_a_finished_run_is_left_alone(whole, capsys):
 def test_the_same_config_gives_the_same_run_again(whole, tmp_path):
     main.run(config(), tmp_path)
     assert losses(tmp_path) == losses(whole[0]) and same_params(tmp_path, whole[0])
+
+
+def test_compiled_programs_are_kept_where_the_config_says(tmp_path):
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    try:
+        main.run(config(steps=4, compilation_cache=str(tmp_path / "programs")), tmp_path / "run")
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # the toy's take no time
+        jax.jit(lambda x: jnp.sin(x) @ x)(jnp.eye(3)).block_until_ready()
+        assert list((tmp_path / "programs").iterdir())
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
 
 
 def test_killed_in_the_middle_it_goes_on_and_ends_bitwise_equal(whole, tmp_path, capsys):
