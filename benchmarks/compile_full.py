@@ -75,7 +75,7 @@ PROGRAMS = {
     ),
     "glm5v_sft_l_128k": Program(
         "128K tokens, GLM-5V", _GLM5V,
-        ("mesh.expert=16", "mesh.context=8", "mesh.tensor=4", "rules=fsdp_expert_context_tensor", *_ROWS_OF_128K),
+        ("mesh.expert=16", "mesh.context=32", "rules=fsdp_expert_context", *_ROWS_OF_128K),
         rows=1 / 32, doubled=("mesh.data=-1", "mesh.fsdp=1"),
     ),
     "rl_grpo_l": Program("stage 5, the update", "experiments/rl_grpo.py:size=l", _RL, rows=1, key="rollout.rows"),

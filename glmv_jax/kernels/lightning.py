@@ -19,12 +19,13 @@ from jax.experimental import pallas as pl
 
 from glmv_jax.kernels.selected import UNSEEN, Chosen, block, call, chosen, dot, dot_t, estimate, last_needed, reach
 
-_ROWS = 4 << 20  # bytes of the scores of a block of queries
+_ROWS = 16 << 20  # bytes of the scores of a block of queries, of which vector memory holds two
 _TINY = 1e-37
 
 
 def queries_at_once(keys: int) -> int:
-    """Of `choose`: so many that their scores of all keys, four bytes each, are `_ROWS`; 0 where fewer than 32 are."""
+    """Of `choose`: so many that their scores of all keys, four bytes each, are `_ROWS`; 0 where fewer than 32 are, of
+    more than 128K keys."""
     found = _ROWS // (4 * keys)
     return next((n for n in (128, 64, 32) if n <= found), 0)
 
@@ -193,7 +194,11 @@ loss.defvjp(_forward, _backward)
 
 
 def _learn(index: Any, given_BT, q, k, total, keys: Chosen, slots_BT, interpret):
-    """The loss [B, T, 1]; or, with its gradient given, that of the index: q [B, T, J K], w, k in float32."""
+    """The loss [B, T, 1]; or, with its gradient given, that of the index: q [B, T, J K], w, k in float32.
+
+    The gradient of k is written by block of queries and summed behind the kernel: [T / 256, S, K] is half of what the
+    scores of all pairs take, where a row's own [S, K] in vector memory would bound S, and bind the blocks to one core.
+    """
     (B, H, T, K), S = q.shape, k.shape[2]
     bq, bk = block(T, 512 if index is None else 256), block(S)
 
@@ -216,15 +221,16 @@ def _learn(index: Any, given_BT, q, k, total, keys: Chosen, slots_BT, interpret)
     args += [index.q.reshape(B, T, J * C), index.w, index.k, given_BT[..., None]]
     of_key = pl.BlockSpec((None, bk, C), lambda b, i, j, h, reach: (b, theirs(i, j, reach), 0))
     ins += [of_query(J * C), of_query(J), of_key, of_query(1)]
-    whole = pl.BlockSpec((None, S, C), lambda b, *_: (b, 0, 0))  # stays in vector memory for a row
-    shapes = [jax.ShapeDtypeStruct((B, T, J * C), index.q.dtype), f32(B, T, J), f32(B, S, C)]
+    of_both = pl.BlockSpec((None, None, bk, C), lambda b, i, j, *_: (b, i, j, 0))
+    shapes = [jax.ShapeDtypeStruct((B, T, J * C), index.q.dtype), f32(B, T, J), f32(B, T // bq, S, C)]
     of_index = estimate(3, index.q[:, :, :1].swapaxes(1, 2), index.k[:, None], J * C)
     cost = estimate(1, q, k, K, args, shapes)
     cost = pl.CostEstimate(cost.flops + of_index.flops, cost.transcendentals, cost.bytes_accessed)
-    return call(
-        functools.partial(_gradient_of_block, H=H, J=J, C=C, bk=bk), grid, ins, [of_query(J * C), of_query(J), whole],
-        shapes, [(bq, bk), (bq, J * C)], cost, interpret, "index_loss_backward", parallel=1,
+    dq, dw, dk = call(
+        functools.partial(_gradient_of_block, H=H, J=J, C=C, bk=bk), grid, ins, [of_query(J * C), of_query(J), of_both],
+        shapes, [(bq, bk), (bq, J * C)], cost, interpret, "index_loss_backward",
     )(needed, *args)  # fmt: skip
+    return dq, dw, dk.sum(axis=1)
 
 
 def _target(q, k, total, seen, target, h, H: int) -> None:
@@ -264,9 +270,9 @@ def _gradient_of_block(
 ):
     i, j, h = (pl.program_id(n) for n in (1, 2, 3))
 
-    @pl.when((i == 0) & (j == 0) & (h == 0))
+    @pl.when(h == 0)
     def _():
-        dk[...] = jnp.zeros_like(dk)
+        dk[...] = jnp.zeros_like(dk)  # of blocks that no query here looks at too
 
     @pl.when((j == 0) & (h == 0))
     def _():
@@ -282,7 +288,6 @@ def _gradient_of_block(
         def _():
             shares = jnp.exp(jnp.minimum(scores(order[...]) - index_total[...], 0.0))
             target[...] = jnp.where(seen, (shares - target[...]) * given[...], 0.0) * (J * C) ** -0.5
-            here = pl.ds(pl.multiple_of(j * bk, bk), bk)
 
             def add(n, _):
                 of_head, ds = _of_head(n, C), target[...]
@@ -291,7 +296,7 @@ def _gradient_of_block(
                 dw[...] += jnp.where(_is_column(dw, n), sums, 0.0)
                 d_logits = jnp.where(logits > 0, ds * _column(iw, n), 0.0).astype(ik.dtype)
                 acc[:, of_head] += dot(d_logits, ik[...])
-                dk[here, :] += dot(d_logits.T, iq[:, of_head])
+                dk[...] += dot(d_logits.T, iq[:, of_head])
 
             jax.lax.fori_loop(0, J, add, None)
 

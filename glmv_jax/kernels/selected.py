@@ -155,9 +155,9 @@ class _Grid(NamedTuple):
                 "one": of_q(1), "keys": asked}  # fmt: skip
 
 
-def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name, parallel: int = 2) -> Callable:
-    """A kernel that is told `reach` before its arguments. parallel: how many of the first dimensions of the grid may be
-    split over the cores of a chip."""
+def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name) -> Callable:
+    """A kernel that is told `reach` before its arguments. The first two dimensions of the grid may be split over the
+    cores of a chip."""
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -166,7 +166,7 @@ def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name, parallel
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * parallel + ("arbitrary",) * (len(grid) - parallel),
+            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2),
             vmem_limit_bytes=_VMEM,
         ),
         cost_estimate=cost, interpret=interpret, name=name,

@@ -62,6 +62,15 @@ def test_is_its_twin_forward_and_backward(T, top_k):
     assert_close(run(KERNELS, top_k, *args), run(TWIN, top_k, *args))
 
 
+def test_long_rows_have_their_scores_of_few_queries_at_a_time(monkeypatch):
+    """As rows of 128K: the scores of 32 queries at once, over two blocks of 512 keys; the gradient of keys from four
+    blocks of queries, two of which look at the first block alone."""
+    assert lightning.queries_at_once(1 << 17) == 32
+    monkeypatch.setattr(lightning, "_ROWS", 32 * 4 * 1024)
+    args = inputs(1024, rows=1)
+    assert_close(run(KERNELS, 100, *args), run(TWIN, 100, *args))
+
+
 def test_ties_go_to_the_earlier_key():
     """Scores of small whole numbers, most of them equal to others; and a zero of either sign is one zero."""
     T, top_k = 256, 20
@@ -112,9 +121,16 @@ def test_is_taken_where_it_can_be(monkeypatch):
     ask = lambda span=span, heads=heads, loss=True, selection=None, index=index: lib.supported(  # noqa: E731
         heads, latents, span, span, index, selection, loss
     )
+
+    def of_rows(n: int) -> bool:
+        long = lambda x: jax.ShapeDtypeStruct((1, n, *x.shape[2:]), x.dtype) if x.shape[:2] == (2, 256) else x  # noqa: E731
+        *given, with_index = jax.tree.map(long, (heads, latents, span, span, index))
+        return lib.supported(*given, with_index, None, True)
+
     assert not ask(), "no TPU"
     monkeypatch.setattr(lib.rules, "device", lambda: type("Chip", (), {"platform": "tpu"}))
     assert ask()
+    assert of_rows(1 << 17) and not of_rows(1 << 18), "rows up to 128K"
     assert not ask(span=span._replace(in_order=None)), "keys of which nothing is known"
     assert not ask(heads=heads._replace(uv=heads.uv[..., :64])), "narrow heads"
     assert not ask(index=None), "nothing has chosen"
