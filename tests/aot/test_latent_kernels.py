@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding
 
 from glmv_jax.aot import costs, hlo, topology
 from glmv_jax.kernels import latent_attention as lib
+from glmv_jax.kernels import lightning
 from glmv_jax.kernels.attention import IN_ORDER, Span
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh
@@ -53,3 +54,24 @@ def test_no_scores_in_memory():
     assert len(kernels) == 5 and sum(kernels) == pytest.approx(2 * pairs * (attention + indexer), rel=1e-6)
     largest = max(array.bytes for line in text.splitlines() if " = " in line for array in hlo.arrays(line))
     assert largest <= 4 * B * T * T < 4 * B * H * T * T
+
+
+@needs_libtpu
+@pytest.mark.parametrize("chips", ["v5p:2x2x1", "tpu7x:2x2x1"])
+def test_rows_of_128k_fit_vector_memory(chips):
+    """What the indexer's kernels hold of a row's keys; the compiler refuses a kernel that asks for too much."""
+    where = jax.sharding.SingleDeviceSharding(topology.parse(chips).devices[0])
+    T, S, H = 512, 1 << 17, 1
+
+    def array(*shape, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    def loss(index, q, k, total, span, key):
+        chosen = lightning.choose(index, span, key, 2048)
+        return lightning.loss(index, q, k, total, chosen, span.slots).sum()
+
+    index = lib.Index(array(1, T, J, K), array(1, T, J, dtype=jnp.float32), array(1, S, K))
+    span, key = (Span(*[array(1, n, dtype=jnp.int32)] * 2, in_order=IN_ORDER) for n in (T, S))
+    heads = array(1, H, T, N + R), array(1, H, S, N + R), array(1, H, T, dtype=jnp.float32)
+    text = jax.jit(jax.value_and_grad(loss)).lower(index, *heads, span, key).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
