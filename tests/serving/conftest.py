@@ -8,7 +8,7 @@ from tests.serving import parrot
 
 
 @pytest.fixture(scope="package", autouse=True)
-def _compiled_programs_go():
+def _programs():
     """In the place of the fixture that forgets programs after each file."""
     yield
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import random
 import signal
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -60,7 +62,7 @@ def test_useful_is_the_last_time_that_each_step_was_done():
 
 def test_time_is_of_the_part_that_it_was_spent_on(tmp_path, monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(goodput.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(goodput, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     path = tmp_path / "goodput.jsonl"
     path.write_text('{"attempt": 4, "step": 2, "seconds": {"steps": 1.0}}\n{"attempt": 4, "st')  # cut off by a kill
 

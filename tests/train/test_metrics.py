@@ -6,6 +6,8 @@ import collections
 import io
 import json
 import math
+import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -93,7 +95,7 @@ def test_a_mean_of_nothing_is_left_out_and_a_step_that_failed_says_so(tmp_path):
 
 def test_rates_come_from_a_window(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     meter = metrics.Meter()
     assert meter.rates() == {}
     for _ in range(200):
@@ -125,7 +127,7 @@ def test_use_of_the_peak_is_told_where_there_is_one():
 
 def test_rates_count_steps_that_are_done_not_started(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     log = metrics.MetricsLog(tmp_path, 0, final_step=9)
     recorder = metrics.StepRecorder(log, metrics.Progress("toy", 9, io.StringIO()), lambda: 0.0, 1, 0)
     for step in (1, 2):  # each is started at once and then takes two seconds
@@ -166,7 +168,7 @@ def test_a_process_that_does_not_write_touches_nothing(tmp_path):
 
 def test_without_a_terminal_a_line_comes_now_and_then(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     out = io.StringIO()
     progress = metrics.Progress("toy", 100, out, headline="reward/mean")
     for step in range(1, 101):

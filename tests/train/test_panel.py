@@ -10,6 +10,8 @@ import math
 import os
 import re
 import threading
+import time
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -93,7 +95,7 @@ def values(step):
 def test_one_panel_is_redrawn_in_place_and_messages_stay_above_it(terminal, monkeypatch):
     file, seen = terminal
     now = [0.0]
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     progress = metrics.Progress("run7", 40, file, stage="sft")
     progress.say("compiling the step")
     for step in range(1, 41):
@@ -121,7 +123,7 @@ def test_one_panel_is_redrawn_in_place_and_messages_stay_above_it(terminal, monk
 def test_it_is_drawn_at_most_four_times_a_second(monkeypatch, terminal):
     file, seen = terminal
     now, asked = [0.0], []
-    monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(monotonic=lambda: now[0], time=time.time))
     monkeypatch.setattr(panel, "memory", lambda: asked.append(now[0]) or ["host 1.0 GiB"])
     drawn = []
     monkeypatch.setattr(panel, "draw", lambda view, memory: drawn.append(now[0]) or str(view.step))
