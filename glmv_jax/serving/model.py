@@ -113,10 +113,12 @@ def _of_ids(
     patcher: for the sizes of patches, None without images.   placeholder: the id of a visual token, None for a model of
     text alone.
     """
-    tokens, patched = np.asarray(ids, np.int32), []
-    for image in images:
-        patched.append(patchify(np.asarray(image), patcher.patch, patcher.merge))
-    merged = [len(patches) // patcher.merge**2 for patches, _ in patched]
+    tokens, patched, merged = np.asarray(ids, np.int32), [], []
+    if images and patcher is None:
+        raise UserError("this model reads text alone, but images were given; leave them out")
+    if patcher is not None:
+        patched = [patchify(np.asarray(image), patcher.patch, patcher.merge) for image in images]
+        merged = [len(patches) // patcher.merge**2 for patches, _ in patched]
     shown = np.zeros(len(tokens), bool) if placeholder is None else tokens == placeholder
     if shown.sum() != sum(merged):
         raise UserError(f"the prompt has {shown.sum()} image tokens, but its images are {sum(merged)} visual ones; "

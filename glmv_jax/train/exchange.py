@@ -81,6 +81,7 @@ def export_hf(source: str | Path, target: str | Path, dtype: str | None = None) 
     """
     source, target = Path(source).expanduser(), Path(target).expanduser()
     _check_target(target)
+    _origin(source)  # what is none of ours is told before its weights are looked for
     return give(weights.opened(source), source, target, dtype)
 
 
