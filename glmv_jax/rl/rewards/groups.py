@@ -30,8 +30,9 @@ class Candidate:
 
 # (text, sample) -> the picture, or None when the text is nothing that can be rendered
 Render: TypeAlias = Callable[[str, Sample], Awaitable[Image.Image | None]]
-# (sample, A, B) -> their scores, higher is better; TimeoutError, RuleError or JudgeError when there are none
-Comparator: TypeAlias = Callable[[Sample, Candidate, Candidate], Awaitable[tuple[float, float]]]
+# (sample, A, B) -> their scores, higher is better; TimeoutError, RuleError or JudgeError when there are none. The
+# sample is None where an environment has none, whose answers only a rule compares (`stages.rl_grading` sees to it).
+Comparator: TypeAlias = Callable[[Any, Candidate, Candidate], Awaitable[tuple[float, float]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +54,12 @@ class Comparison:
         "render" (1 or 0) and the flags "no_render", and "no_comparison" where one that the answer was in failed.
         """
         sample = answered[0].sample
-        if sample is None:
-            raise ValueError(f"answers of {answered[0].source!r} have no sample to be compared by")
         candidates: dict[int, Candidate | None] = dict(
             enumerate(await asyncio.gather(*(self._candidate(a.text, sample, a.reward) for a in answered)))
         )
         if self.polish or self.form == "polishing":
+            if sample is None:
+                raise ValueError(f"answers of {answered[0].source!r} have no sample whose version before is polished")
             candidates[BEFORE] = await self._candidate(str(sample.meta["previous"]), sample)
             if candidates[BEFORE] is None:
                 raise ValueError(f"sample {sample.id}: the version to be polished cannot be rendered")
@@ -81,9 +82,11 @@ class Comparison:
             for grade, reward, whole, unsure in zip(grades, outcome.rewards, rendered, outcome.unsure)
         ]  # fmt: skip
 
-    async def _candidate(self, text: str, sample: Sample, reward: float | None = None) -> Candidate | None:
+    async def _candidate(self, text: str, sample: Sample | None, reward: float | None = None) -> Candidate | None:
         if self.render is None:
             return Candidate(text, reward=reward)
+        if sample is None:
+            raise ValueError("an answer without a sample cannot be rendered")
         try:
             picture = await self.render(text, sample)
         except (TimeoutError, RuleError):
@@ -106,7 +109,7 @@ async def judged(client: Client, judging: Judging, sample: Sample, a: Candidate,
 
 
 async def by_rule(
-    call: Callable[..., Awaitable[Any]], sample: Sample, a: Candidate, b: Candidate
+    call: Callable[..., Awaitable[Any]], sample: Sample | None, a: Candidate, b: Candidate
 ) -> tuple[float, float]:
     """A `Comparator` by a function `(sample, A, B) -> (score, score)` that `call` runs in a worker."""
     found = await call(sample, a, b)
