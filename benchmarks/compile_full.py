@@ -58,6 +58,7 @@ class Program:
 _GLM5V = "experiments/glm5v_pretrain.py:size=l"
 _SPLIT = ("mesh.data=-1", "mesh.fsdp=64")
 _PROMPTS = ("data.prompt_tokens=8192", "mesh.tensor=2")  # nothing learns there, and heads may be apart
+_TOKENS = ("data.prompt_tokens=8192", "mesh.fsdp=1", "mesh.expert=64", "mesh.tensor=8", "rules=serve")
 # With a divergence from the policy that the run begins with, which waits in the host's memory.
 _RL = (*_SPLIT, "rules=fsdp", "loss.kl.factor=0.01", "reference.policy=init_from", "init_from=runs/sft")
 _ROWS_OF_128K = ("data.tokens=131072", "data.patches=65536", "data.image_patches=4096", "data.targets=32768")
@@ -84,7 +85,7 @@ PROGRAMS = {
     ),
     "llama2_70b": Program("Llama-2-70B, to compare", "benchmarks/llama2_70b.py"),
     "glm5v_prefill_l": Program("prefill of 8K tokens, GLM-5V", _GLM5V, _PROMPTS, "prefill"),
-    "glm5v_decode_l": Program("a token behind 8K, GLM-5V", _GLM5V, _PROMPTS, "decode"),
+    "glm5v_decode_l": Program("a token behind 8K, GLM-5V", _GLM5V, _TOKENS, "decode"),
 }  # fmt: skip
 
 # Not everywhere: GLM-5V's parameters and momentum alone are 23.6 GB a chip of v6e:16x16, of 34.4.

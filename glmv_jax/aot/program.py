@@ -143,7 +143,7 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
     scalar = np.zeros((), np.int32)
     row |= {"length": scalar, "next_position": scalar}
     batch = placement.batch_shapes({name: shape(x) for name, x in row.items()})
-    prompts, params = sampler.Prompts.of(batch), placement.abstract.params
+    prompts, params = sampler.Prompts.of(batch), _as_served(stage, placement.abstract.params)
     T, P = batch["tokens"].shape[1], batch["frame"].shape[1]
     drawing, group = _drawing(stage)
     model = dataclasses.replace(stage.model, mtp=None)
@@ -167,6 +167,15 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
             return jax.jit(run, **more).lower(*args)
 
     return made(lower, batch=batch, flops=flops)
+
+
+def _as_served(stage: VLMStage, params: Params) -> Params:
+    """In the type that the model computes in, as those that are served have been stored; a policy that learns answers
+    with its own."""
+    if isinstance(stage, RL):
+        return params
+    dtype = stage.model.decoder.dtype
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params)
 
 
 def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params, cache: Params, last: Batch, key):

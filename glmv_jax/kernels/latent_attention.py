@@ -17,7 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels import lightning, selected, splash
+from glmv_jax.kernels import entries, lightning, selected, splash
 from glmv_jax.kernels import pools as pools_lib
 from glmv_jax.kernels.attention import MASKED, Span, visible
 from glmv_jax.parallel import context, rules
@@ -37,6 +37,33 @@ class Latents(NamedTuple):
 
     c: jax.Array
     r: jax.Array
+
+    def read(self) -> Latents:
+        """As those of a cache are."""
+        return self
+
+    def take(self, at_BA: jax.Array) -> Latents:
+        """Of each row those of these keys."""
+        return Latents(*(entries.take(x, at_BA) for x in self))
+
+
+class Cached(NamedTuple):
+    """Latents where a cache has them, c and r one behind the other [B, S, `entries.width`(C + R)]; what is wanted of
+    them is read before kernels and other devices see any."""
+
+    kept: entries.Kept
+    c_width: int
+    r_width: int
+
+    def read(self) -> Latents:
+        return self._parts(entries.read(self.kept))
+
+    def take(self, at_BA: jax.Array) -> Latents:
+        return self._parts(entries.take(self.kept, at_BA))
+
+    def _parts(self, both: jax.Array) -> Latents:
+        c, r, _ = jnp.split(both, [self.c_width, self.c_width + self.r_width], axis=-1)
+        return Latents(c, r)
 
 
 class Index(NamedTuple):
@@ -72,7 +99,7 @@ class Looked(NamedTuple):
 
 @jax.named_scope("core")
 def latent_attention(
-    heads: Heads, latents: Latents, query: Span, key: Span, index: Index | None = None,
+    heads: Heads, latents: Latents | Cached, query: Span, key: Span, index: Index | None = None,
     selection: Selection | None = None, top_k: int = 0, with_loss: bool = False, block: int = 512,
 ) -> Looked:  # fmt: skip
     """Attention of T queries over S keys.
@@ -86,10 +113,12 @@ def latent_attention(
     the indexer's keys, for its own queries.
     """
     B, T = heads.q.shape[:2]
+    if T > 1:  # one query may want a few of them
+        latents = latents.read()
     query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[:3]), query.in_order)
     if index is None and selection is None and splash.supported(heads.q, heads.q, query, key):
         return Looked(splash.splash(*expand(heads, latents), query, key), None, jnp.zeros((B, T), jnp.float32))
-    kernels = supported(heads, latents, query, key, index, selection, with_loss)
+    kernels = T > 1 and supported(heads, latents, query, key, index, selection, with_loss)
     run = functools.partial(_kernels if kernels else _by_blocks, top_k=top_k, with_loss=with_loss)
     run = run if kernels else functools.partial(run, block=block)
     if T == 1 or context.parts() == 1 and not (kernels and rules.active() is not None):
@@ -169,11 +198,13 @@ def _by_blocks(
 ) -> Looked:
     """Of queries [B, T, ...] and keys [B, S, ...]. heads_over: the axes that heads are split over, inside shard_map."""
     B, T = heads.q.shape[:2]
-    keys = latents.c.shape[1] if index is None else index.k.shape[1]
-    sparse = index is not None and 0 < top_k < keys
+    keys = 0 if index is None else index.k.shape[1]
+    sparse = 0 < top_k < keys
     look = functools.partial(_look, top_k=top_k if sparse else 0, with_loss=with_loss, heads_over=heads_over)
-    if T == 1 and not with_loss and keys > 2 * top_k and (sparse or (selection and selection.at is not None)):
+    few = sparse and keys > 2 * top_k if selection is None else selection.at is not None
+    if T == 1 and few and not with_loss:
         return _one_query(heads, latents, query, key, index, selection, top_k)
+    latents = latents.read()
     if T <= block or T % block:
         return look(heads, latents, query, key, index, selection)
 
@@ -222,7 +253,7 @@ def _one_query(heads, latents, query, key, index, selection, top_k: int) -> Look
     if selection is None:
         selection = Selection(at=_chosen(index, seen_BS, top_k))
     at_BA = selection.at
-    chosen = Latents(*(jnp.take_along_axis(x, at_BA[..., None], axis=1, mode="clip") for x in latents))
+    chosen = latents.take(at_BA)
     allowed_B1A = jnp.take_along_axis(seen_BS, at_BA, axis=1, mode="fill", fill_value=False)[:, None]
     return Looked(absorbed(heads, chosen, allowed_B1A)[0], selection, jnp.zeros((len(at_BA), 1), jnp.float32))
 

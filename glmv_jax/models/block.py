@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
+from glmv_jax.kernels import entries
 from glmv_jax.kernels.attention import Shared, Span, attention, cached
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
@@ -20,9 +21,9 @@ from glmv_jax.parallel.remat import named, policy
 from glmv_jax.parallel.rules import constrain
 from glmv_jax.typing import UserError
 
-# What one layer keeps while decoding, here k and v [B * G, S, K], which it adds to and returns, and where rows continue
-# the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of them with a leading
-# L, or as a tuple of L.
+# What one layer keeps while decoding, here k and v [B * G, S, K], which it adds to and returns (`entries.Kept`), and
+# where rows continue the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of
+# them with a leading L, or as a tuple of L.
 LayerCache = dict[str, Any]
 
 
@@ -109,7 +110,7 @@ class Attention(nn.Module):
             if cache is None or query.in_order is not None:  # a row sees itself
                 out_BTHK = attention(q_BTHK, k_BTGK, v_BTGK, query, key)
             else:
-                out_BTHK = cached(q_BTHK, cache["k"], cache["v"], query, key, shared)
+                out_BTHK = cached(q_BTHK, entries.read(cache["k"]), entries.read(cache["v"]), query, key, shared)
         with jax.named_scope("out"):
             out = Linear(c.width, ("from_heads", None), "o" in c.biases, c.dtype, c.out_init, name="o")
             return out(out_BTHK.reshape(B, T, -1)), cache
@@ -177,34 +178,36 @@ def stack(
     Raises: as `parallel.pipeline.plan`.
     """
     block = cfg.layer
+    over_layers = dict(
+        variable_axes={"params": 0}, split_rngs={"params": True}, out_axes=0, length=depth, unroll=unroll,
+        metadata_params={nn.PARTITION_NAME: axis},
+    )  # fmt: skip
+    beside = (rope, query, key)
     if isinstance(cache, tuple):
         caches, said = [], []
         for layer, own in enumerate(cache):
-            x_BTD, (own, aux) = block(cfg, name=f"{name}_{layer}")(x_BTD, own, rope, query, key)
+            x_BTD, (own, aux) = block(cfg, name=f"{name}_{layer}")(x_BTD, own, *beside)
             caches.append(own)
             said.append(aux)
         return x_BTD, tuple(caches), jax.tree.map(lambda *xs: jnp.stack(xs), *said)
+    if cache is not None:  # nothing learns there
+        if axis == pipeline.LAYERS and pipeline.plan(len(x_BTD), depth) is not None:
+            raise UserError("rows are not decoded through a pipeline; use a mesh without the axis stage")
+        prompt = {name: cache[name] for name in ("prompt",) if name in cache}
+        stacks = {name: x for name, x in cache.items() if name not in prompt}
+        scanned = nn.scan(_in_place(block), in_axes=(0, *[nn.broadcast] * 3), **over_layers)(cfg, name=name)
+        (x_BTD, stacks, _), aux = scanned((x_BTD, stacks, jnp.int32(0)), prompt, *beside)
+        return x_BTD, stacks, aux
     if remat == "offload":
         block = _named(block)
     if remat != "none":
         block = nn.remat(block, policy=policy(remat), prevent_cse=False)
-    scanned = nn.scan(
-        block,
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
-        out_axes=0,
-        length=depth,
-        unroll=unroll,
-        metadata_params={nn.PARTITION_NAME: axis},
-    )(cfg, name=name)
+    scanned = nn.scan(block, in_axes=nn.broadcast, **over_layers)(cfg, name=name)
     plan = pipeline.plan(len(x_BTD), depth) if axis == pipeline.LAYERS and not scanned.is_initializing() else None
     if plan is None:
-        x_BTD, (cache, aux) = scanned(x_BTD, cache, rope, query, key)
-        return x_BTD, cache, aux
-    if cache is not None:
-        raise UserError("rows are not decoded through a pipeline; use a mesh without the axis stage")
-    x_BTD, aux = _staged(plan, cfg, remat, scanned.variables["params"], x_BTD, (rope, query, key), unroll)
+        x_BTD, (_, aux) = scanned(x_BTD, None, *beside)
+        return x_BTD, None, aux
+    x_BTD, aux = _staged(plan, cfg, remat, scanned.variables["params"], x_BTD, beside, unroll)
     return x_BTD, None, aux
 
 
@@ -229,6 +232,20 @@ def _named(layer: type[nn.Module]) -> type[nn.Module]:
             return super().__call__(named(x_BTD), *rest)
 
     return Named
+
+
+def _in_place(layer: type[nn.Module]) -> type[nn.Module]:
+    """The layer with its part of what all layers keep, which goes from layer to layer as it is (`entries`)."""
+
+    class InPlace(layer):
+        def __call__(self, carry, prompt, *rest):
+            x_BTD, stacks, number = carry
+            own = jax.tree.map(lambda stack: entries.Place(stack, number), stacks)
+            x_BTD, (own, aux) = super().__call__(x_BTD, own | prompt, *rest)
+            stacks = jax.tree.map(lambda place: place.stack, own, is_leaf=lambda x: isinstance(x, entries.Place))
+            return (x_BTD, stacks, number + 1), aux
+
+    return InPlace
 
 
 def _of_batch(said: tuple[dict, jax.Array]) -> dict:
@@ -278,24 +295,24 @@ def empty_cache(cfg: BlockConfig, depth: int, batch: int, length: int) -> LayerC
     return {"k": jnp.zeros(shape, cfg.dtype), "v": jnp.zeros(shape, cfg.dtype)}
 
 
-def write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
+def write(cache_CSK: entries.Kept, new_BTGK: jax.Array, slots_BT: jax.Array) -> entries.Kept:
     """The cache with T new keys or values a row in the row's next slots, or in the same ones of all rows (slots_BT is
     [1, T]). Slots are consecutive within a row, so the first counts."""
     if caches.parts() == 1:
         return _write(cache_CSK, new_BTGK, slots_BT)
     caches.check(new_BTGK.shape[2], caches.parts())
     kept, new = caches.spec(*rules.active()), context.spec("batch", None, "kv_heads")
+    if isinstance(cache_CSK, entries.Place):
+        kept = entries.Place(P(None, *kept), P())
     slots = context.spec("batch") if len(slots_BT) > 1 else P()
     return context.per_device(_write, (kept, new, slots), kept, kernel=True)(cache_CSK, new_BTGK, slots_BT)
 
 
-def _write(cache_CSK: jax.Array, new_BTGK: jax.Array, slots_BT: jax.Array) -> jax.Array:
+def _write(cache_CSK: entries.Kept, new_BTGK: jax.Array, slots_BT: jax.Array) -> entries.Kept:
     B, T, G, K = new_BTGK.shape
-    new_CTK = new_BTGK.swapaxes(1, 2).reshape(B * G, T, K).astype(cache_CSK.dtype)
-    if len(slots_BT) == 1:
-        return jax.lax.dynamic_update_slice_in_dim(cache_CSK, new_CTK, slots_BT[0, 0], axis=1)
-    put = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)  # noqa: E731
-    return jax.vmap(put)(cache_CSK, new_CTK, jnp.repeat(slots_BT[:, 0], G))
+    new_CTK = new_BTGK.swapaxes(1, 2).reshape(B * G, T, K)
+    slots_B = slots_BT[:, 0]
+    return entries.write(cache_CSK, new_CTK, slots_B if len(slots_B) == 1 else jnp.repeat(slots_B, G))
 
 
 def as_prompt(cache: LayerCache, valid: jax.Array) -> Shared:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from glmv_jax.kernels import entries
 from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.delta_rule import CHUNK, delta_rule
 from glmv_jax.models.layers import Linear, fan_in, ones, param, zeros
@@ -80,7 +81,7 @@ class DeltaAttention(nn.Module):
         for name in "qkv":
             inputs = Linear(c.heads * c.head_dim, ("embed", "heads"), False, c.dtype, name=name)(x_BTD)
             taps = param(self, f"{name}_conv", fan_in, (c.taps, c.heads * c.head_dim), (None, "heads"))
-            before = None if cache is None else cache[name]
+            before = None if cache is None else entries.read(cache[name])
             segments = query.segments if cache is None else None
             qkv[name], kept[name] = convolved(inputs, taps, segments, before, query.valid)
         q, k, v = (heads(x) for x in qkv.values())
@@ -90,8 +91,10 @@ class DeltaAttention(nn.Module):
             g, beta = (jnp.where(query.valid.reshape(B, T, *[1] * (x.ndim - 2)), x, 0) for x in (g, beta))
         out, kept["state"] = delta_rule(
             unit(q) * c.head_dim**-0.5, unit(k), v, g, beta,
-            query.segments if cache is None else None, None if cache is None else cache["state"],
+            query.segments if cache is None else None, None if cache is None else entries.read(cache["state"]),
         )  # fmt: skip
+        if cache is not None:
+            kept = {name: entries.put(cache[name], x) for name, x in kept.items()}
         out = self.gated(out, narrow("g")).astype(c.dtype).reshape(B, T, -1)
         return Linear(c.width, ("from_heads", None), False, c.dtype, name="o")(out), None if cache is None else kept
 

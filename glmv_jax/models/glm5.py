@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from glmv_jax.kernels import entries
 from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
 from glmv_jax.models import rope as rope_lib
@@ -108,12 +109,9 @@ class Unit(OfConfig):
 
     def empty_cache(self, depth: int, batch: int, length: int) -> LayerCache:
         c = self.cfg
-        widths = {"c": c.kv_rank, "r": c.rope_dim}
-        cache = {
-            f"layer{j}": {name: jnp.zeros((depth, batch, length, n), c.dtype) for name, n in widths.items()}
-            for j in range(len(self.mlps))
-        }
-        cache["layer0"]["index"] = jnp.zeros((depth, batch, length, c.index_dim), c.dtype)
+        zeros = lambda n: jnp.zeros((depth, batch, length, n), c.dtype)  # noqa: E731
+        cache = {f"layer{j}": {"latents": zeros(entries.width(c.kv_rank + c.rope_dim))} for j in range(len(self.mlps))}
+        cache["layer0"]["index"] = zeros(c.index_dim)
         return cache
 
     def flops(self, keys: float) -> float:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from glmv_jax.kernels import entries
 from glmv_jax.kernels import pools as pools_lib
 from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Index, Selection
@@ -128,8 +129,8 @@ class GLM5NextConfig(ExpertDecoderConfig):
         """From the cache of B prompts that of `group` continuations of each with `length` more slots, its slots, and
         how many are filled. Prompts are copied: a latent layer has fewer numbers a slot than keys of eight heads, and
         a linear one the same for all lengths."""
-        slots = next(cached.shape[2] for name, cached in _leaves(cache["layers"]) if name == "c")
-        more = {"c": length, "r": length, "pool": -(-(slots + length) // self.pool) + -slots // self.pool}
+        slots = next(cached.shape[2] for name, cached in _leaves(cache["layers"]) if name == "latents")
+        more = {"latents": length, "pool": -(-(slots + length) // self.pool) + -slots // self.pool}
 
         def copied(path, x):
             x = jnp.repeat(x, group, axis=1)
@@ -164,7 +165,7 @@ class Unit(OfConfig):
             if kind == "K":
                 cache[f"layer{j}"] = c.delta.empty_cache(depth, batch)
                 continue
-            cache[f"layer{j}"] = {"c": zeros(length, c.kv_rank), "r": zeros(length, c.rope_dim)}
+            cache[f"layer{j}"] = {"latents": zeros(length, entries.width(c.kv_rank + c.rope_dim))}
             if kind == "F":
                 pooled, tail = zeros(-(-length // c.pool), c.index_dim), zeros(c.pool, 2 * c.index_dim)
                 cache[f"layer{j}"] |= {"pool": pooled, "tail": tail}
@@ -267,9 +268,11 @@ class PooledLatentAttention(LatentAttention):
         if cache is not None:
             start_B = jnp.broadcast_to(query.slots[:, 0], (B,))
             counts_B = jnp.full((B,), T) if query.valid is None else query.valid.sum(-1)
-            pool, tail = _extended(cache["pool"], cache["tail"], parts_BTX, place_nK, start_B, counts_B)
-            slots = cache["c"].shape[1]
-            return Index(q, w, pool, pools_lib.in_slots(B, slots, c.pool)), {"pool": pool, "tail": tail}
+            before = [entries.read(cache[name]) for name in ("pool", "tail")]
+            pool, tail = _extended(*before, parts_BTX, place_nK, start_B, counts_B)
+            slots = cache["latents"].shape[1]
+            kept = {name: entries.put(cache[name], x) for name, x in (("pool", pool), ("tail", tail))}
+            return Index(q, w, pool, pools_lib.in_slots(B, slots, c.pool)), kept
         if T // c.pool <= c.top_k // c.pool:  # all are seen
             return None, {}
         pools = pools_lib.in_rows(jnp.broadcast_to(query.segments, (B, T)), c.pool)

@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from glmv_jax.kernels import entries
 from glmv_jax.kernels.attention import Span
-from glmv_jax.kernels.latent_attention import Heads, Index, Latents, Selection, latent_attention
+from glmv_jax.kernels.latent_attention import Cached, Heads, Index, Latents, Selection, latent_attention
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, fan_in, param
 
@@ -38,20 +39,21 @@ class LatentAttention(nn.Module):
             q_BTHN, r_BTHR = jnp.split(q_BTHK, [c.nope_dim], axis=-1)
             kv_BTK = linear("kv_a", c.kv_rank + c.rope_dim, ("embed", "latent"), x_BTD)
             c_BTC, r_BTR = jnp.split(kv_BTK, [c.kv_rank], axis=-1)
-            new = {"c": RMSNorm("latent", c.latent_eps, name="kv_norm")(c_BTC), "r": _rotate_one(r_BTR, rope)}
+            new = Latents(RMSNorm("latent", c.latent_eps, name="kv_norm")(c_BTC), _rotate_one(r_BTR, rope))
         uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("from_latent", "heads"))
         uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("from_latent", "heads"))
         up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
+        index, kept, more = None, {}, {}
         if cache is not None:
-            new = {name: _write(cache[name], x.astype(c.dtype), query.slots) for name, x in new.items()}
-        index, kept = None, {}
+            kept = {"latents": entries.write(cache["latents"], jnp.concatenate(new, axis=-1), query.slots[:, 0])}
+            new = Cached(kept["latents"], c.kv_rank, c.rope_dim)
         if self.indexed:
-            index, kept = self.index(*map(jax.lax.stop_gradient, (x_BTD, q_BTQ)), rope, cache, query)
+            index, more = self.index(*map(jax.lax.stop_gradient, (x_BTD, q_BTQ)), rope, cache, query)
         chosen = c.top_k // c.pool
-        sparse = c.attention == "sparse" and new["c"].shape[1] // c.pool > chosen
+        sparse = c.attention == "sparse" and (T if cache is None else kept["latents"].shape[1]) // c.pool > chosen
         learns = c.index_loss and self.indexed and cache is None
         looked = latent_attention(
-            Heads(q_BTHN, r_BTHR, *up), Latents(new["c"], new["r"]), query, key,
+            Heads(q_BTHN, r_BTHR, *up), new, query, key,
             index if sparse or learns else None, selection, chosen if sparse else 0, learns,
         )  # fmt: skip
         aux = {}
@@ -60,22 +62,15 @@ class LatentAttention(nn.Module):
             aux["index_loss"] = (looked.loss * weight_BT).sum() / jnp.maximum(weight_BT.sum(), 1)
         with jax.named_scope("out"):
             out_BTD = linear("o", c.width, ("from_heads", None), looked.out.reshape(B, T, -1))
-        return out_BTD, None if cache is None else new | kept, looked.selection, aux
+        return out_BTD, None if cache is None else kept | more, looked.selection, aux
 
     def index(self, x_BTD, q_BTQ, rope, cache, query: Span) -> tuple[Index | None, dict]:
         """The index of the keys so far, and what the cache keeps of it."""
         q, w, k_BSK = Indexer(self.cfg, name="indexer")(x_BTD, q_BTQ, rope)
-        if cache is not None:
-            k_BSK = _write(cache["index"], k_BSK.astype(self.cfg.dtype), query.slots)
-        return Index(q, w, k_BSK), {"index": k_BSK}
-
-
-def _write(cache_BSX: jax.Array, new_BTX: jax.Array, slots_BT: jax.Array) -> jax.Array:
-    """As `block.write`: in each row's next slots, or in the same ones of all rows (slots_BT is [1, T])."""
-    if len(slots_BT) == 1:
-        return jax.lax.dynamic_update_slice_in_dim(cache_BSX, new_BTX, slots_BT[0, 0], axis=1)
-    put = lambda old, new, start: jax.lax.dynamic_update_slice_in_dim(old, new, start, axis=0)  # noqa: E731
-    return jax.vmap(put)(cache_BSX, new_BTX, slots_BT[:, 0])
+        if cache is None:
+            return Index(q, w, k_BSK), {}
+        kept = entries.write(cache["index"], k_BSK, query.slots[:, 0])
+        return Index(q, w, entries.read(kept)), {"index": kept}
 
 
 class Indexer(nn.Module):
