@@ -24,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from glmv_jax.aot.topology import Topology
 from glmv_jax.data import packing
 from glmv_jax.inference import sampler
-from glmv_jax.models import vlm
+from glmv_jax.models import rounding, vlm
 from glmv_jax.parallel import caches
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
@@ -170,12 +170,11 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
 
 
 def _as_served(stage: VLMStage, params: Params) -> Params:
-    """In the type that the model computes in, as those that are served have been stored; a policy that learns answers
-    with its own."""
+    """In the types that the engine has them in; a policy that learns answers with its own."""
     if isinstance(stage, RL):
         return params
-    dtype = stage.model.decoder.dtype
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding), params)
+    put = lambda x, dtype: jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)  # noqa: E731
+    return jax.tree.map(put, params, rounding.used(stage.model))
 
 
 def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params, cache: Params, last: Batch, key):

@@ -26,6 +26,7 @@ from glmv_jax.inference.rows import Rows
 from glmv_jax.inference.sampler import Sampling, draw_index, likeliest, nucleus, without
 from glmv_jax.models import abstract_params, logical_axes, vlm
 from glmv_jax.models.glm5_next import GLM5NextConfig
+from glmv_jax.models.rounding import rounded
 from glmv_jax.parallel.mesh import data_shards
 from glmv_jax.parallel.rules import SERVE, Rules, preset, use
 from glmv_jax.typing import Params, TokenInput, VisionInput
@@ -96,7 +97,7 @@ class State(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """The same parameters as prefill and as decode read them (`vlm.layers_apart`)."""
+    """The same parameters as prefill and as decode read them (`rounding.rounded`, `vlm.layers_apart`)."""
 
     prefill: Params
     decode: Params
@@ -137,7 +138,7 @@ class Programs:
         return Weights(apart, self._for_rows(apart))
 
     def _apart(self, params: Params) -> Params:
-        return vlm.layers_apart(self.cfg, params, vlm.init_cache(self.cfg, 1, 1), 0)[0]
+        return vlm.layers_apart(self.cfg, rounded(self.cfg, params), vlm.init_cache(self.cfg, 1, 1), 0)[0]
 
     def _cache(self, params: Params, rows: int) -> dict:
         cache = vlm.layers_apart(self.cfg, params, vlm.init_cache(self.cfg, rows, self.length), rows)[1]
