@@ -101,7 +101,8 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("images", int, 64, "images of a request"),
         ("pixels", int, 1 << 25, "pixels of an image as it is sent"),
         ("seconds", float, 600.0, "seconds of an answer"),
-        ("drain", float, 30.0, "seconds that answers have left after SIGTERM"),
+        ("drain", float, 25.0, "seconds that answers have left after SIGTERM"),
+        ("ping", float, 10.0, "seconds between signs of life in a stream that waits"),
     ):
         sub.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
     sub.add_argument("--fetch", action="store_true", help="fetch images by URL, from public addresses (default: no)")

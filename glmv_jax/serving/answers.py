@@ -118,6 +118,16 @@ class Answers:
         self.front, self.model, self.limits, self.metrics = front, model, limits, metrics
         self.running = 0  # answers that were let in and are not done
         self.draining = False
+        self._end = math.inf  # of the event loop's time: no answer takes longer
+        self._clocks: set[asyncio.Timeout] = set()  # of the answers that wait for more of themselves
+
+    def drain(self) -> None:
+        """From now on nobody is let in, and what runs has `Limits.drain` seconds left; then what there is of an answer
+        is the answer, and none at all is refused, as it is when an answer's time is over."""
+        self.draining, self._end = True, asyncio.get_running_loop().time() + self.limits.drain
+        for clock in self._clocks:
+            if not clock.expired():
+                clock.reschedule(min(self._end, clock.when() or self._end))
 
     async def prepare(self, asked: Asked) -> Prepared:
         """Raises UserError for what cannot be answered."""
@@ -184,6 +194,16 @@ class Answers:
         finally:
             watch.done()
 
+    @contextlib.asynccontextmanager
+    async def _clock(self, until: float) -> AsyncGenerator[None, None]:
+        """As `asyncio.timeout_at`, or sooner where the server ends."""
+        async with asyncio.timeout_at(min(self._end, until)) as clock:
+            self._clocks.add(clock)
+            try:
+                yield
+            finally:
+                self._clocks.discard(clock)
+
     async def _drawn(self, prepared: Prepared, request: Request) -> AsyncGenerator[Part | Ended, None]:
         asked, none = prepared.asked, np.zeros(0)
         reader = Reader(self.model.tokenizer, self.model.stops, asked.tools, prepared.thinking, asked.stop)
@@ -194,7 +214,7 @@ class Answers:
         until = asyncio.get_running_loop().time() + self.limits.seconds
         try:
             while True:
-                async with asyncio.timeout_at(until):
+                async with self._clock(until):
                     piece = await anext(pieces)
                 if not isinstance(piece, Piece):
                     reason = piece.reason
@@ -213,7 +233,8 @@ class Answers:
                     break
         except TimeoutError:
             if not count:
-                raise Refused(f"the answer did not begin within {self.limits.seconds:g} s; come back later", 503,
+                reason = "the server is ending" if self.draining else f"{self.limits.seconds:g} s are over"
+                raise Refused(f"the answer had not begun when {reason}; come back later", 503,
                               after=self._wait()) from None  # fmt: skip
         except Busy as error:
             raise Refused(str(error), 429, after=self._wait()) from None

@@ -37,13 +37,15 @@ class Reply(Protocol):
 
 
 class Format(NamedTuple):
-    """A wire format. event: writes a chunk as an event of a stream; end: what ends one."""
+    """A wire format. event: writes a chunk as an event of a stream; end: what ends one; ping: an event that says
+    nothing but that the answer is still to come."""
 
     asked: Callable[[Mapping[str, Any], Limits], Asked]
     reply: Callable[[str, Mapping[str, Any], Prepared, Any], Reply]
     error: Callable[[Exception, int], dict[str, Any]]
     event: Callable[[Mapping[str, Any]], str]
-    end: str
+    end: str = "data: [DONE]\n\n"
+    ping: str = ": the answer is on its way\n\n"
 
 
 def _data(chunk: Mapping[str, Any]) -> str:
@@ -54,8 +56,8 @@ def _named(chunk: Mapping[str, Any]) -> str:
     return f"event: {chunk['type']}\n{_data(chunk)}"
 
 
-OPENAI = Format(openai.asked, openai.Reply, openai.error, _data, "data: [DONE]\n\n")
-ANTHROPIC = Format(anthropic.asked, anthropic.Reply, anthropic.error, _named, "")
+OPENAI = Format(openai.asked, openai.Reply, openai.error, _data)
+ANTHROPIC = Format(anthropic.asked, anthropic.Reply, anthropic.error, _named, "", _named({"type": "ping"}))
 
 
 class Server:
@@ -73,7 +75,7 @@ class Server:
 
     def app(self) -> Starlette:
         """As an ASGI application."""
-        ids = Format(self._of_ids, completions.Reply, completions.error, _data, "data: [DONE]\n\n")
+        ids = Format(self._of_ids, completions.Reply, completions.error, _data)
         routes = [
             self._guarded("/v1/chat/completions", self._asking(OPENAI), method="POST"),
             self._guarded("/v1/completions", self._asking(ids), method="POST"),
@@ -144,9 +146,10 @@ class Server:
             stream = fields.get(body, "stream", bool, False)
             async with contextlib.AsyncExitStack() as room:
                 room.enter_context(self.answers.room(max(1, fields.get(body, "n", int, 1)) if form is OPENAI else 1))
-                reply, parts = await _unless_left(request, self._begun(form, body, room))
+                patience = self.answers.limits.ping if stream else None
+                reply, parts = await _unless_left(request, self._begun(form, body, room, patience))
                 if stream:
-                    return _Stream(self._events(form, reply, parts), room.pop_all())
+                    return _Stream(self._events(form, reply, parts), room.pop_all(), form.ping, patience)
                 return JSONResponse(await _unless_left(request, self._whole(reply, parts)))
 
         return route
@@ -155,14 +158,21 @@ class Server:
         engine = self.answers.front.engine
         return completions.asked(body, limits, engine.sampling, engine.cfg.decoder.vocab)
 
-    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack):
-        """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event."""
+    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack,
+                     patience: float | None):  # fmt: skip
+        """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event; or after
+        so many seconds, as whoever waits is to hear of it."""
         asked = await asyncio.to_thread(form.asked, body, self.answers.limits)
         prepared = await self.answers.prepare(asked)
         reply = form.reply(body["model"], body, prepared, self.answers.model.tokenizer)
         parts = _together([self.answers.answer(prepared, n) for n in range(asked.choices)])
         room.push_async_callback(parts.aclose)
-        return reply, _with_first(await anext(parts), parts)
+        first = asyncio.ensure_future(anext(parts))
+        room.push_async_callback(_cancelled, first)
+        await asyncio.wait([first], timeout=patience)
+        if first.done():
+            first.result()  # or what it raised
+        return reply, _with_first(first, parts)
 
     async def _whole(self, reply: Reply, parts: AsyncIterator[tuple[int, Part | Ended]]) -> dict[str, Any]:
         choices: dict[int, list[Part | Ended]] = {}
@@ -183,7 +193,7 @@ class Server:
                 yield form.end
         except Exception as error:  # the status has been sent; only an event can say it
             log.error("an answer broke off: %s", error, exc_info=not isinstance(error, UserError))
-            yield form.event(form.error(error, 500))
+            yield form.event(form.error(error, getattr(error, "status", 500)))
 
     async def _body(self, request: Request) -> bytes:
         """The body, no further than the limit."""
@@ -234,16 +244,39 @@ class Server:
 
 
 class _Stream(StreamingResponse):
-    """Events as they come. room: what is let go of when they end, also when they never begin."""
+    """Events as they come, and the ping whenever nothing has for so many seconds. room: what is let go of when they
+    end, also when they never begin."""
 
-    def __init__(self, events: AsyncIterator[str], room: contextlib.AsyncExitStack) -> None:
+    def __init__(self, events: AsyncIterator[str], room: contextlib.AsyncExitStack, ping: str, seconds: float) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._room = room
+        self._room, self._ping, self._seconds = room, ping.encode(), seconds
 
     async def __call__(self, scope, receive, send) -> None:
         async with self._room:
             await super().__call__(scope, receive, send)
+
+    async def stream_response(self, send) -> None:
+        clock, one = asyncio.get_running_loop().time, asyncio.Lock()  # nothing comes between what is being sent
+        last = clock()
+
+        async def noted(message) -> None:
+            nonlocal last
+            async with one:
+                await send(message)
+                last = clock()
+
+        async def ping() -> None:
+            while True:
+                await asyncio.sleep(max(last + self._seconds - clock(), self._seconds / 8))
+                if not one.locked() and clock() >= last + self._seconds:
+                    await noted({"type": "http.response.body", "body": self._ping, "more_body": True})
+
+        pings = asyncio.ensure_future(ping())
+        try:
+            await super().stream_response(noted)
+        finally:
+            await _cancelled(pings)
 
 
 class _Left(Exception):
@@ -261,8 +294,7 @@ async def _unless_left(request: Request, work: Awaitable[T]) -> T:
         return task.result()
     finally:
         for each in (task, gone):
-            each.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
+            await _cancelled(each)
 
 
 async def _gone(request: Request) -> None:
@@ -270,8 +302,13 @@ async def _gone(request: Request) -> None:
         continue
 
 
-async def _with_first(first: T, rest: AsyncIterator[T]) -> AsyncGenerator[T, None]:
-    yield first
+async def _cancelled(task: asyncio.Future) -> None:
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
+async def _with_first(first: Awaitable[T], rest: AsyncIterator[T]) -> AsyncGenerator[T, None]:
+    yield await first
     async for each in rest:
         yield each
 

@@ -13,6 +13,7 @@ class Limits:
     tokens: of an answer, where the request does not say; more fit if it does.   choices: answers to one request.
     requests: answers that run or wait; more are refused until some are done.   seconds: of an answer; what there is by
     then is the answer.   drain: seconds that running answers have left when the server is told to end.
+    ping: seconds after which a stream that has nothing to say gives a sign of life, so that no proxy cuts it.
     fetch: whether images may be named by URL; then they are fetched, from public addresses only.
     """
 
@@ -23,7 +24,8 @@ class Limits:
     choices: int = 16
     requests: int = 256
     seconds: float = 600.0
-    drain: float = 30.0
+    drain: float = 25.0
+    ping: float = 10.0
     fetch: bool = False
 
     def __post_init__(self) -> None:

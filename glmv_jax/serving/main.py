@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import signal
 from collections.abc import Callable, Iterator
 
@@ -26,11 +27,14 @@ class Listener(uvicorn.Server):
         yield
 
 
+WRITING = 5.0  # seconds that the last words of answers have to reach who asked, behind `Limits.drain`
+
+
 def listener(server: Server, host: str, port: int) -> Listener:
     """What serves it; `started` and `servers` as uvicorn has them. port: 0 for any."""
     config = uvicorn.Config(
         server.app(), host, port, log_level="warning", access_log=False, lifespan="off", loop="asyncio",
-        timeout_graceful_shutdown=int(server.answers.limits.drain) or 1,
+        timeout_graceful_shutdown=math.ceil(server.answers.limits.drain + WRITING),
     )  # fmt: skip
     return Listener(config)
 
@@ -47,7 +51,8 @@ async def serve(
     weights: Weights | None = None,
     say: Callable[[str], None] = print,
 ) -> None:
-    """Serves until SIGTERM or SIGINT; then nobody new is let in and those that run end, within `limits.drain` seconds.
+    """Serves until SIGTERM or SIGINT; then nobody new is let in and those that run end, within `limits.drain` seconds,
+    with what they have by then.
 
     say: told the address, once it is open. Raises UserError when it cannot listen there.
     """
@@ -55,7 +60,8 @@ async def serve(
     listening = listener(Server(answers, names, key, weights), host, port)
 
     def end() -> None:
-        answers.draining = listening.should_exit = True
+        answers.drain()
+        listening.should_exit = True
 
     loop = asyncio.get_running_loop()
     for sign in (signal.SIGTERM, signal.SIGINT):
