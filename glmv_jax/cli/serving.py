@@ -36,6 +36,7 @@ def serve(args: argparse.Namespace) -> int:
 
     try:
         from glmv_jax.serving import main
+        from glmv_jax.serving.openai import MOST_LIKELY
         from glmv_jax.serving.weights import Weights
     except ImportError:
         raise UserError('serving takes starlette and uvicorn; pip install "glmv_jax[serve]"') from None
@@ -58,7 +59,7 @@ def serve(args: argparse.Namespace) -> int:
     settings = Settings(
         slots=args.slots, length=length, steps=args.steps, chunks=tuple(args.chunks),
         patches=_rows(args.image_patches), queue=limits.requests,
-        pictures=max(4096, args.image_patches), drafts=args.speculative,
+        pictures=max(4096, args.image_patches), drafts=args.speculative, likely=MOST_LIKELY,
     )  # fmt: skip
     sampling = model.sampling(limits.tokens)
     if args.allow is not None:

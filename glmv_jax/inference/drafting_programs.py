@@ -20,8 +20,8 @@ from glmv_jax.inference.programs import (
     Programs,
     Running,
     State,
+    Told,
     last_new,
-    logprobs,
     only,
     probabilities,
     text_positions,
@@ -64,7 +64,7 @@ class DraftingPrograms(Programs):
 
     def _advance(
         self, params: Params, keys_N: jax.Array, rows: Running, s: State
-    ) -> tuple[dict, jax.Array, jax.Array, jax.Array, jax.Array]:
+    ) -> tuple[dict, jax.Array, Told, jax.Array, jax.Array]:
         split = lambda key, n: jax.random.split(jax.random.fold_in(key, n), self.drafts + 2)  # noqa: E731
         keys_NJ = jax.vmap(split)(keys_N, rows.drawn + s.count)
         drafts_NK, q_NKV = self._propose(params, keys_NJ, rows, s)
@@ -76,7 +76,7 @@ class DraftingPrograms(Programs):
         made, head = self._head(params, rows, s, drafting.h_prev(self.cfg, out), said_NJ, 0, s.cache["head"])
         draft = _kept(made, new_NJ, s.cache["draft"])
         cache = {"own": only(out.cache, s.cache["own"]), "head": head, "draft": draft}
-        return cache, said_NJ, logprobs(logits_NJV, said_NJ, rows), new_NJ, kept_N
+        return cache, said_NJ, self._told(logits_NJV, said_NJ, rows), new_NJ, kept_N
 
     def _propose(self, params: Params, keys_NJ: jax.Array, rows: Running, s: State) -> tuple[jax.Array, jax.Array]:
         """K drafts [N, K], and what each was drawn with [N, K, V]."""

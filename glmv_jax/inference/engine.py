@@ -28,7 +28,7 @@ from glmv_jax.inference import slots as slots_lib
 from glmv_jax.inference.drafting_programs import DraftingPrograms
 from glmv_jax.inference.pictures import PictureTable
 from glmv_jax.inference.programs import Chunk, Drawn, Programs, Running, Until, recurrent
-from glmv_jax.inference.requests import Busy, Completion, Request
+from glmv_jax.inference.requests import Busy, Completion, Likely, Request
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Counts, Settings
 from glmv_jax.inference.slots import Slot, Slots, Work
@@ -60,7 +60,8 @@ class Engine:
         shards = data_shards(mesh)
         self._lanes = min(s.lanes, s.slots // shards)
         self._table = PictureTable(s.pictures, s.patches, shards, self._lanes)
-        sizes = dict(steps=max(s.steps, s.alone), pictures=self._table.size, mesh=mesh, rules=rules, placed=placed)
+        sizes = dict(steps=max(s.steps, s.alone), pictures=self._table.size, mesh=mesh, rules=rules, placed=placed,
+                     likely=s.likely)  # fmt: skip
         self._chunks = sorted({min(n, s.length) for n in s.chunks})
         # Entries that chunks fit into; a state that cannot go back reads nothing twice, and has the room behind it.
         self._room = s.length + (self._chunks[-1] if recurrent(cfg) else 0)
@@ -81,12 +82,12 @@ class Engine:
 
     def submit(
         self, request: Request, on_done: Callable[[Completion], None] | None = None,
-        on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None,
+        on_tokens: Callable[[np.ndarray, np.ndarray, Likely | None], None] | None = None,
     ) -> int:  # fmt: skip
         """Queues a request; returns its id.
 
         on_done: called once, the moment it ends, however it does. on_tokens: called with the tokens and
-        log-probabilities of each call that drew some.
+        log-probabilities of each call that drew some, and the likeliest at their places where the request asks.
         Raises Busy when the queue is full, UserError for what does not fit.
         """
         work = self._work(request, on_done, on_tokens)
@@ -195,6 +196,8 @@ class Engine:
         ):
             raise UserError(f"the answer begun is over after {len(begun.tokens)} of {limit} tokens; "
                             "there is nothing to go on with")  # fmt: skip
+        if request.likely and not self.settings.likely:
+            raise UserError("this engine tells no likeliest tokens; set Settings.likely")
         if prompt.pictures:
             self._check_pictures(request)
         return Work(next(self._ids), request, limit, **settings, on_done=on_done, on_tokens=on_tokens)
@@ -305,7 +308,7 @@ class Engine:
         N = self.settings.slots
         int_N = lambda: np.zeros(N, np.int32)  # noqa: E731
         rows = Running(np.zeros(N, bool), *(int_N() for _ in range(5)), np.zeros((N, 2), np.uint32), int_N(),
-                       np.zeros(N, np.float32), np.ones(N, np.float32))  # fmt: skip
+                       np.zeros(N, np.float32), np.ones(N, np.float32), np.zeros(N, bool))  # fmt: skip
         rows.length[:] = self._slots.held  # what idle rows write lands behind what they hold
         for slot in self._slots.where(~self._slots.free & ~self._slots.reading):
             at, work = slot.number, slot.work
@@ -313,6 +316,7 @@ class Engine:
             rows.token[at], rows.position[at] = work.last()
             rows.key[at] = divmod(work.request.seed, 1 << 32)
             rows.draw[at], rows.temperature[at], rows.top_p[at] = work.request.draw, work.temperature, work.top_p
+            rows.likely[at] = work.request.likely
         return rows
 
     def _decode(self, most_steps: int) -> None:
@@ -321,18 +325,20 @@ class Engine:
         running = int(rows.running.sum())
         until = Until(most_steps, running - max(1, running // 8) if self._waiting else 0)
         self._cache, drawn = self._programs.decode(self._weights.decode, self._cache, rows, until)
-        drawn = jax.device_get(drawn)
+        likely = jax.device_get(drawn[2:4]) if rows.likely.any() else None
+        drawn = jax.device_get(drawn._replace(likely=None, likely_logprobs=None))
         self._count(drawn)
         ran = []
         for slot in self._slots.where(rows.running):
             at, new = slot.number, drawn.new[slot.number]
-            ran.append((slot, slot.work, drawn.tokens[at][new], drawn.logprobs[at][new]))
-        for slot, work, tokens, logprobs in ran:
+            told = Likely(*(x[at][new] for x in likely)) if rows.likely[at] else None
+            ran.append((slot, slot.work, drawn.tokens[at][new], drawn.logprobs[at][new], told))
+        for slot, work, tokens, logprobs, _ in ran:
             work.add(tokens, logprobs, self.version)
             slot.drew(tokens)
-        for slot, work, tokens, logprobs in ran:  # only now, as callbacks may submit and abort
+        for slot, work, tokens, logprobs, told in ran:  # only now, as callbacks may submit and abort
             if work.on_tokens is not None:
-                work.on_tokens(tokens, logprobs)
+                work.on_tokens(tokens, logprobs, told)
             if not drawn.running[slot.number] and slot.work is work:
                 self._end(slot, "stop" if work.tokens[-1] in self.sampling.stop else "length")
 

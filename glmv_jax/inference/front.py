@@ -17,18 +17,20 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from glmv_jax.inference.engine import Engine
-from glmv_jax.inference.requests import Completion, Request
+from glmv_jax.inference.requests import Completion, Likely, Request
 from glmv_jax.typing import Params, UserError
 
-OnTokens = Callable[[np.ndarray, np.ndarray], None]
+OnTokens = Callable[[np.ndarray, np.ndarray, Likely | None], None]
 
 
 class Piece(NamedTuple):
-    """Some more tokens of an answer, their log-probabilities, and the version of the parameters that drew them."""
+    """Some more tokens of an answer, their log-probabilities, the version of the parameters that drew them, and the
+    likeliest tokens where the request asks for them."""
 
     tokens: np.ndarray
     logprobs: np.ndarray
     version: int
+    likely: Likely | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -82,7 +84,8 @@ class Front:
         """Pieces of the answer as they come, and last of all the whole. Left early, the request is aborted."""
         loop, queue = asyncio.get_running_loop(), asyncio.Queue()
         put = lambda x: _in_loop(loop, lambda: queue.put_nowait(x))  # noqa: E731
-        ticket = self.submit(request, lambda *new: put(Piece(*new, self.engine.version)), wait)
+        piece = lambda tokens, logprobs, likely: put(Piece(tokens, logprobs, self.engine.version, likely))  # noqa: E731
+        ticket = self.submit(request, piece, wait)
         ticket.done.add_done_callback(put)
         try:
             while isinstance(piece := await queue.get(), Piece):

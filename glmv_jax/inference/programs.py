@@ -54,6 +54,7 @@ class Running(NamedTuple):
     running: bool.       token: the next to be read; position: its rotary one; length: entries before it.
     drawn: tokens of the answer so far; limit: when it ends.
     key: [N, 2] uint32, of the seed; draw: see `requests.Request`.      temperature, top_p: float32.
+    likely: bool, whether the likeliest tokens are to be told.
     """
 
     running: Any
@@ -66,6 +67,7 @@ class Running(NamedTuple):
     draw: Any
     temperature: Any
     top_p: Any
+    likely: Any
 
 
 class Until(NamedTuple):
@@ -76,11 +78,14 @@ class Until(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """tokens, logprobs: [N, steps, J], of which those are there that are new (bool), in their order; kept: [N, steps]
-    drafts that were; running: [N] whether the answer goes on. J is 1 without drafts."""
+    """tokens, logprobs: [N, steps, J], of which those are there that are new (bool), in their order; likely: the K
+    likeliest at each place and their log-probabilities [N, steps, J, K], zeros where no row asks for them; kept:
+    [N, steps] drafts that were; running: [N] whether the answer goes on. J is 1 without drafts."""
 
     tokens: jax.Array
     logprobs: jax.Array
+    likely: jax.Array
+    likely_logprobs: jax.Array
     new: jax.Array
     kept: jax.Array
     running: jax.Array
@@ -94,6 +99,10 @@ class State(NamedTuple):
     count: jax.Array
     cache: dict
     out: Drawn
+
+
+# Of tokens: log-probabilities as `sampler.Generated` defines them [N, J], and the likeliest with theirs [N, J, K].
+Told = tuple[jax.Array, jax.Array, jax.Array]
 
 
 class Weights(NamedTuple):
@@ -110,9 +119,10 @@ class Programs:
 
     def __init__(
         self, cfg: vlm.VLMConfig, sampling: Sampling, slots: int, length: int, steps: int, pictures: int,
-        mesh: Mesh | None, rules: Rules | None, placed: bool,
+        mesh: Mesh | None, rules: Rules | None, placed: bool, likely: int,
     ) -> None:  # fmt: skip
         self.cfg, self.sampling, self.slots, self.length, self.steps = cfg, sampling, slots, length, steps
+        self.likely = min(likely, cfg.decoder.vocab)
         self.pictures, self.mesh, self.rules = pictures, mesh, None if placed else rules or preset(SERVE)
         self.shards = data_shards(mesh)
         self.traces = 0
@@ -206,16 +216,17 @@ class Programs:
         keys_N = jax.vmap(_key)(rows.key, rows.draw)
 
         def step(s: State) -> State:
-            cache, said_NJ, logprob_NJ, new_NJ, kept_N = self._advance(params, keys_N, rows, s)
+            cache, said_NJ, told, new_NJ, kept_N = self._advance(params, keys_N, rows, s)
             count_N, running_N = s.count + new_NJ.sum(axis=1), s.out.running
             ends_N = (self._is_stop(said_NJ) & new_NJ).any(axis=1) | (rows.drawn + count_N >= rows.limit)
             put = lambda old, new: old.at[:, s.i].set(new)  # noqa: E731
-            out = Drawn(*map(put, s.out[:4], (said_NJ, logprob_NJ, new_NJ, kept_N)), running_N & ~ends_N)
+            out = Drawn(*map(put, s.out[:-1], (said_NJ, *told, new_NJ, kept_N)), running_N & ~ends_N)
             token_N = jnp.where(running_N, last_new(said_NJ, new_NJ)[:, 0], s.token)
             return State(s.i + 1, token_N, count_N, cache, out)
 
-        none = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(shape, bool),
-                     jnp.zeros(shape[:2], jnp.int32), rows.running)  # fmt: skip
+        several = (*shape, self.likely)
+        none = Drawn(jnp.zeros(shape, jnp.int32), jnp.zeros(shape), jnp.zeros(several, jnp.int32), jnp.zeros(several),
+                     jnp.zeros(shape, bool), jnp.zeros(shape[:2], jnp.int32), rows.running)  # fmt: skip
         state = State(jnp.int32(0), rows.token, jnp.zeros(N, jnp.int32), cache, none)
         going = lambda s: (s.i < until.steps) & (s.out.running.sum() > until.running)  # noqa: E731
         state = jax.lax.while_loop(going, step, state)
@@ -223,15 +234,31 @@ class Programs:
 
     def _advance(
         self, params: Params, keys_N: jax.Array, rows: Running, s: State
-    ) -> tuple[dict, jax.Array, jax.Array, jax.Array, jax.Array]:
-        """One step: the cache, and of J places a row the tokens said, their log-probabilities, and which are new; and
-        how many drafts were kept."""
+    ) -> tuple[dict, jax.Array, Told, jax.Array, jax.Array]:
+        """One step: the cache, and of J places a row the tokens said, what is told of them, and which are new; and how
+        many drafts were kept."""
         out, logits_NJV = self._step(params, rows, s, s.token[:, None])
         probability_NV = probabilities(logits_NJV, rows, self.sampling)[:, 0]
         token_N1 = draw_index(jax.vmap(jax.random.fold_in)(keys_N, rows.drawn + s.count), probability_NV)[:, None]
         new_N1 = s.out.running[:, None]
         own = {"own": only(out.cache, s.cache["own"])}
-        return own, token_N1, logprobs(logits_NJV, token_N1, rows), new_N1, jnp.zeros(self.slots, jnp.int32)
+        return own, token_N1, self._told(logits_NJV, token_N1, rows), new_N1, jnp.zeros(self.slots, jnp.int32)
+
+    def _told(self, logits_NJV: jax.Array, token_NJ: jax.Array, rows: Running) -> Told:
+        logprob_NJV = jax.nn.log_softmax(_scaled(logits_NJV, rows), axis=-1)
+
+        def top(x_NJV: jax.Array) -> tuple[jax.Array, jax.Array]:
+            logprob_NJK, likely_NJK = jax.lax.top_k(x_NJV, self.likely)
+            return likely_NJK, logprob_NJK
+
+        def none(x_NJV: jax.Array) -> tuple[jax.Array, jax.Array]:
+            shape = (*x_NJV.shape[:2], self.likely)
+            return jnp.zeros(shape, jnp.int32), jnp.zeros(shape)
+
+        chosen_NJ = jnp.take_along_axis(logprob_NJV, token_NJ[..., None], axis=-1)[..., 0]
+        if not self.likely:
+            return chosen_NJ, *none(logprob_NJV)
+        return chosen_NJ, *jax.lax.cond((rows.likely & rows.running).any(), top, none, logprob_NJV)
 
     def _step(self, params: Params, rows: Running, s: State, read_NJ: jax.Array) -> tuple[vlm.VLMOutput, jax.Array]:
         """The backbone reads these tokens of every row; what it made of them, and its logits."""
@@ -292,12 +319,6 @@ def probabilities(logits_NJV: jax.Array, rows: Running, sampling: Sampling) -> j
     is_greedy_N = rows.temperature == 0
     kind = (is_greedy_N & rows.running).any().astype(jnp.int32) + (is_greedy_N | ~rows.running).all()
     return jax.lax.switch(kind, (drawn, both, greedy), scaled_NJV)
-
-
-def logprobs(logits_NJV: jax.Array, token_NJ: jax.Array, rows: Running) -> jax.Array:
-    """As `sampler.Generated.logprobs` defines them."""
-    logprob_NJV = jax.nn.log_softmax(_scaled(logits_NJV, rows), axis=-1)
-    return jnp.take_along_axis(logprob_NJV, token_NJ[..., None], axis=-1)[..., 0]
 
 
 def _scaled(logits_NJV: jax.Array, rows: Running) -> jax.Array:

@@ -140,6 +140,7 @@ class Request:
     seed, draw: the answer is row `draw` of what `sampler.Sampler` draws with jax.random.key(seed): token t depends on
         seed, draw, t and what is before it, and on nothing else.
     max_new_tokens: length of the answer, `begun` included.
+    likely: whether the likeliest tokens are told, as many as `Settings.likely` says, to who is told of the tokens.
     begun: an answer that was aborted, to go on from; the completion begins with it.
     """
 
@@ -150,6 +151,7 @@ class Request:
     temperature: float | None = None
     top_p: float | None = None
     begun: Completion | None = None
+    likely: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 1 << 64 or not 0 <= self.draw < 1 << 31:
@@ -161,6 +163,14 @@ class Request:
                             "sample")  # fmt: skip
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p={self.top_p} is out of range; use 1 to keep all tokens, less to keep the likeliest")
+
+
+class Likely(NamedTuple):
+    """The K likeliest tokens at each of n places, the likeliest first: ids int32 [n, K] and log-probabilities float32
+    [n, K], as `sampler.Generated.logprobs` defines them, suppressed tokens too."""
+
+    tokens: np.ndarray
+    logprobs: np.ndarray
 
 
 class Busy(UserError):

@@ -23,6 +23,7 @@ class Settings:
     pixels:   numbers of a patch and their type, as the data gives them: bytes of a still picture, unless given.
     queue:    requests that may wait for a row; more are refused (`requests.Busy`).
     drafts:   tokens that the MTP head drafts a step of decoding; 0 for none.
+    likely:   of the likeliest tokens, so many can be told beside each that is drawn (`requests.Request.likely`).
     """
 
     slots: int = 8
@@ -37,14 +38,15 @@ class Settings:
     pixels: tuple[int, str] | None = None
     queue: int = 1024
     drafts: int = 0
+    likely: int = 0
 
     def __post_init__(self) -> None:
         counts = (self.slots, self.steps, self.alone, self.lanes, self.reads, self.pictures, self.queue)
         sizes = (*counts, *self.chunks, *self.patches)
         if not self.chunks or not self.patches or min(sizes) < 1 or self.length < 2:
             raise UserError(f"{self}: sizes are at least 1, and a row holds 2 tokens or more")
-        if self.drafts < 0:
-            raise UserError(f"drafts={self.drafts}: a number of drafts; 0 for none")
+        if self.drafts < 0 or self.likely < 0:
+            raise UserError(f"drafts={self.drafts}, likely={self.likely}: numbers of tokens; 0 for none")
         if any(n % 4 for n in self.patches):
             raise UserError(f"patches={self.patches}: rows of the encoder hold whole blocks of 4 patches")
 

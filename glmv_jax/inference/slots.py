@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from glmv_jax.inference.requests import Completion, Prompt, Request
+from glmv_jax.inference.requests import Completion, Likely, Prompt, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -31,7 +31,7 @@ class Work:
     temperature: float
     top_p: float
     on_done: Callable[[Completion], None] | None = None
-    on_tokens: Callable[[np.ndarray, np.ndarray], None] | None = None
+    on_tokens: Callable[[np.ndarray, np.ndarray, Likely | None], None] | None = None
 
     def __post_init__(self) -> None:
         begun = self.request.begun

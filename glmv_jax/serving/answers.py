@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from glmv_jax.inference.front import Front, Piece
-from glmv_jax.inference.requests import Busy, Completion, Prompt, Request
+from glmv_jax.inference.requests import Busy, Completion, Likely, Prompt, Request
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.metrics import Metrics
 from glmv_jax.serving.reply import Called, Event, Reader
@@ -54,7 +54,8 @@ class Asked:
     stop: texts that end an answer.   choices: how many answers.
 
     ids: of a prompt that is written already, placeholders of images included, in place of messages; the last `begun` of
-    them are the answer's own beginning.   draw: as `inference.requests.Request`.
+    them are the answer's own beginning.   draw: as `inference.requests.Request`.   likely: how many of the likeliest
+    tokens are told beside each that is drawn.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -72,6 +73,7 @@ class Asked:
     ids: Sequence[int] = ()
     begun: int = 0
     draw: int = 0
+    likely: int = 0
 
 
 class Prepared(NamedTuple):
@@ -87,13 +89,14 @@ class Prepared(NamedTuple):
 
 
 class Part(NamedTuple):
-    """Some more of an answer: what its tokens say (often nothing yet), the tokens, their log-probabilities, and the
-    version of the parameters that drew them."""
+    """Some more of an answer: what its tokens say (often nothing yet), the tokens, their log-probabilities, the
+    version of the parameters that drew them, and the likeliest tokens where they were asked for."""
 
     events: list[Event]
     tokens: np.ndarray
     logprobs: np.ndarray
     version: int
+    likely: Likely | None = None
 
 
 class Ended(NamedTuple):
@@ -134,7 +137,11 @@ class Answers:
         return await asyncio.to_thread(self._prepare, asked)
 
     def _prepare(self, asked: Asked) -> Prepared:
-        tokenizer, room = self.model.tokenizer, self.front.engine.settings.length
+        tokenizer, settings = self.model.tokenizer, self.front.engine.settings
+        room = settings.length
+        if asked.likely > settings.likely:
+            raise Refused(f"{asked.likely} of the likeliest tokens are asked for; {settings.likely} at most are told "
+                          "here", field="top_logprobs")  # fmt: skip
         thinking = False if asked.call else asked.thinking
         if asked.ids:
             told = len(asked.ids) - asked.begun
@@ -184,7 +191,7 @@ class Answers:
         begun = Completion.forced(prepared.opened) if prepared.opened else None
         request = Request(
             prepared.prompt, prepared.seed, prepared.asked.draw + choice, prepared.limit, prepared.asked.temperature,
-            prepared.asked.top_p, begun,
+            prepared.asked.top_p, begun, prepared.asked.likely > 0,
         )  # fmt: skip
         watch = self.metrics.began(len(prepared.prompt.tokens) if not choice else 0)
         try:

@@ -16,18 +16,18 @@ from typing import Any
 
 from glmv_jax.data.hashes import image_hash
 from glmv_jax.inference.sampler import Sampling
-from glmv_jax.serving import fields
+from glmv_jax.serving import fields, openai
 from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
-from glmv_jax.serving.openai import UNSERVED, error
+from glmv_jax.serving.openai import error
 from glmv_jax.serving.reply import Called
 
 __all__ = ["Reply", "asked", "error"]
 
-_BANNED = -100  # the bias of a token that is never drawn, as OpenAI's API has it
-_UNSERVED = {name: harmless for name, harmless in UNSERVED.items() if name != "logit_bias"} | {
-    "logprobs": (0,), "n": (1,), "stop": ([],), "suffix": ("",),
+BANNED = -100  # the bias of a token that is never drawn, as OpenAI's API has it
+UNSERVED = {name: harmless for name, harmless in openai.UNSERVED.items() if name != "logit_bias"} | {
+    "logprobs": (0,), "top_logprobs": (0,), "n": (1,), "stop": ([],), "suffix": ("",),
 }  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def asked(body: Mapping[str, Any], limits: Limits, sampling: Sampling, vocab: in
     sampling: of the engine, which ends all answers at the same ids and draws the same ids never.   vocab: ids that
     there are.
     """
-    fields.without(body, _UNSERVED)
+    fields.without(body, UNSERVED)
     ids = [fields.of(int, i, "prompt") for i in fields.need(body, "prompt", list)]
     if not ids or min(ids) < 0 or max(ids) >= vocab:
         raise Refused(f"prompt has to be ids from 0 to {vocab - 1}, one at least; write them with the tokenizer of the "
@@ -65,8 +65,8 @@ def _banned(body: Mapping[str, Any]) -> list[int] | None:
     bias = fields.get(body, "logit_bias", dict)
     if bias is None:
         return None
-    if any(value != _BANNED or not name.isdecimal() for name, value in bias.items()):
-        raise Refused(f"logit_bias is served for whole ids at {_BANNED}, which are never drawn; leave others out",
+    if any(value != BANNED or not name.isdecimal() for name, value in bias.items()):
+        raise Refused(f"logit_bias is served for whole ids at {BANNED}, which are never drawn; leave others out",
                       field="logit_bias")  # fmt: skip
     return [int(name) for name in bias]
 

@@ -22,9 +22,10 @@ from glmv_jax.serving.reply import Called, Said, Thought
 from glmv_jax.typing import UserError
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+MOST_LIKELY = 20  # tokens beside each that is drawn, as OpenAI's API has it
 UNSERVED = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "logit_bias": ({},),
-    "top_logprobs": (0,), "top_k": (-1, 0), "min_p": (0,), "response_format": ({"type": "text"},), "functions": ([],),
+    "top_k": (-1, 0), "min_p": (0,), "response_format": ({"type": "text"},), "functions": ([],),
     "modalities": (["text"],), "echo": (False,), "best_of": (1,), "use_beam_search": (False,),
 }  # fmt: skip
 
@@ -42,6 +43,9 @@ def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
     tools, call = _tools(body)
     tokens = [fields.within(body, name, int, 1, 1 << 30) for name in ("max_completion_tokens", "max_tokens")]
     template = fields.get(body, "chat_template_kwargs", dict, {})
+    likely = fields.within(body, "top_logprobs", int, 0, MOST_LIKELY) or 0
+    if likely and not fields.get(body, "logprobs", bool, False):
+        raise Refused("top_logprobs are told beside logprobs; set logprobs=true too", field="top_logprobs")
     return Asked(
         messages, gallery.decoded(), tools, call,
         one_call=not fields.get(body, "parallel_tool_calls", bool, True),
@@ -50,6 +54,7 @@ def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
         temperature=fields.within(body, "temperature", float, 0, 100),
         top_p=fields.probability(body, "top_p"), seed=fields.get(body, "seed", int),
         stop=fields.texts(body, "stop", 16), choices=fields.within(body, "n", int, 1, limits.choices) or 1,
+        likely=likely,
     )  # fmt: skip
 
 
@@ -97,6 +102,7 @@ def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool | str]:
         where = f"tools[{n}]."
         function = fields.need(fields.of(dict, tool, where[:-1]), "function", dict, where)
         names.append(fields.need(function, "name", str, f"{where}function."))
+        fields.get(function, "description", str, where=f"{where}function.")
         fields.get(function, "parameters", dict, where=f"{where}function.")
     choice = body.get("tool_choice") or "auto"
     if isinstance(choice, Mapping):
@@ -203,13 +209,17 @@ class Reply:
                 "function": {"name": event.name, "arguments": arguments}}  # fmt: skip
 
     def _likely(self, part: Part) -> list[dict[str, Any]]:
-        """Log-probabilities of the tokens that were drawn."""
-        found = []
-        for i, logprob in zip(part.tokens.tolist(), part.logprobs.tolist()):
-            text = self._tokenizer.decode([i], keep_special=True)
-            found.append({"token": text, "logprob": logprob, "top_logprobs": [],
-                          "bytes": None if "\ufffd" in text else list(text.encode())})  # fmt: skip
+        """Log-probabilities of the tokens that were drawn, and of the likeliest beside them."""
+        pairs = zip(part.tokens.tolist(), part.logprobs.tolist())
+        found = [self._token(*pair) | {"top_logprobs": []} for pair in pairs]
+        if part.likely is not None:
+            for token, *pairs in zip(found, part.likely.tokens.tolist(), part.likely.logprobs.tolist()):
+                token["top_logprobs"] = [self._token(*pair) for pair in zip(*pairs)][: self._prepared.asked.likely]
         return found
+
+    def _token(self, i: int, logprob: float) -> dict[str, Any]:
+        text = self._tokenizer.decode([i], keep_special=True)
+        return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
 
     def _used(self) -> dict[str, int]:
         prompt = len(self._prepared.prompt.tokens)

@@ -31,7 +31,7 @@ from tests import tiny_vlm
 TOKENIZER = Tokenizer()
 CFG = tiny_vlm.config(TOKENIZER.vocab_size)
 NAME, KEY = "parrot", "open sesame"
-SETTINGS = Settings(slots=4, length=512, steps=4, chunks=(64,), patches=(64,), pictures=64, queue=64)
+SETTINGS = Settings(slots=4, length=512, steps=4, chunks=(64,), patches=(64,), pictures=64, queue=64, likely=5)
 TAGS = {name: i for name, i in TOKENIZER.special.items()}
 
 

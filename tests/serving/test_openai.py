@@ -14,6 +14,7 @@ import openai
 import pytest
 from PIL import Image
 
+from tests import tiny_vlm
 from tests.serving import parrot
 
 TOOL = {"type": "function", "function": {
@@ -113,6 +114,35 @@ def test_ids_and_log_probabilities_are_the_engines(bird, client):
     np.testing.assert_allclose(np.exp([token.logprob for part in likely for token in part]), probabilities, atol=1e-6)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_the_likeliest_tokens_are_those_of_the_models_logits(bird, client, temperature):
+    """By one pass over prompt and answer without a cache, from whose logits on it is float64."""
+    tree = tiny_vlm.params(parrot.CFG, 1)
+    bird.front.set_params(tree, bird.engine.version + 1).result()
+    settings = dict(logprobs=True, top_logprobs=4, temperature=temperature, seed=1, max_tokens=12,
+                    extra_body={"return_token_ids": True})  # fmt: skip
+    answer = ask(client, **settings)
+    drawn, places = answer.choices[0].token_ids, answer.choices[0].logprobs.content
+    ids = np.array(answer.prompt_token_ids + drawn)
+    row = {"tokens": ids, "image_row": np.full(len(ids), -1), "positions": np.arange(len(ids))[:, None].repeat(3, 1),
+           "patches": np.zeros((0, 24)), "yx": np.zeros((0, 2), int), "frame": np.zeros(0, int)}  # fmt: skip
+    logits = tiny_vlm.forward(parrot.CFG, tree, [row], len(ids), 4)[0, -len(drawn) - 1 : -1].astype(np.float64)
+    logits /= temperature or 1.0
+    full = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    for chosen, place, wanted in zip(drawn, places, full, strict=True):
+        top = np.argsort(-wanted)[:4]
+        assert [x.token for x in place.top_logprobs] == [parrot.TOKENIZER.decode([i], keep_special=True) for i in top]
+        np.testing.assert_allclose([x.logprob for x in place.top_logprobs], wanted[top], atol=1e-4)
+        assert abs(place.logprob - wanted[chosen]) < 1e-4
+        assert [x.logprob for x, i in zip(place.top_logprobs, top) if i == chosen] == [place.logprob] * (chosen in top)
+    assert temperature or any(chosen == wanted.argmax() for chosen, wanted in zip(drawn, full))
+    chunks = [chunk.choices[0].logprobs.content for chunk in ask(client, stream=True, **settings)
+              if chunk.choices and chunk.choices[0].logprobs]  # fmt: skip
+    assert [place.top_logprobs for chunk in chunks for place in chunk] == [place.top_logprobs for place in places]
+    plain = ask(client, **settings | {"top_logprobs": 0}).choices[0]
+    assert plain.token_ids == drawn and all(not place.top_logprobs for place in plain.logprobs.content)
+
+
 def test_stop_length_and_choices(bird, client):
     bird.say("one two three four five")
     assert ask(client, stop=["three"]).choices[0].message.content == "one two "
@@ -161,7 +191,7 @@ WRONG = {
         "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}]}]
     },
     "temperature": {"temperature": -1}, "top_p": {"top_p": 0}, "n": {"n": 0}, "max_tokens": {"max_tokens": 0},
-    "top_logprobs": {"logprobs": True, "top_logprobs": 3}, "frequency_penalty": {"frequency_penalty": 0.5},
+    "top_logprobs": {"top_logprobs": 3}, "frequency_penalty": {"frequency_penalty": 0.5},
     "tool_choice": {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "other"}}},
     "tools[0].function": {"tools": [{"type": "function"}]}, "stop": {"stop": [""]},
     "response_format": {"response_format": {"type": "json_object"}},
