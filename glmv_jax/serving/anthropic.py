@@ -20,13 +20,13 @@ from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.reply import Called, Said, Thought
 from glmv_jax.typing import UserError
 
-_UNSERVED: dict[str, tuple[Any, ...]] = {"top_k": (), "mcp_servers": ([],), "output_format": (), "container": ()}
+UNSERVED: dict[str, tuple[Any, ...]] = {"top_k": (), "mcp_servers": ([],), "output_format": (), "container": ()}
 Block = Mapping[str, Any]
 
 
 def asked(body: Mapping[str, Any], limits: Limits, *, counted: bool = False) -> Asked:
     """What a body asks. counted: only to be counted, so that max_tokens may be missing. Raises Refused."""
-    fields.without(body, _UNSERVED)
+    fields.without(body, UNSERVED)
     fields.without(fields.get(body, "output_config", dict, {}), {"format": ()})
     gallery = Gallery(limits)
     messages = list(_system(body.get("system")))

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from glmv_jax.serving import anthropic, completions, fields, openai, page
+from glmv_jax.serving import anthropic, completions, fields, openai, openapi, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.weights import Weights
@@ -87,6 +87,7 @@ class Server:
             Route("/", self._page, methods=["GET"]),
             Route("/health", self._health, methods=["GET"]),
             Route("/metrics", self._metrics, methods=["GET"]),
+            Route("/openapi.json", self._description, methods=["GET"]),
         ]
         return Starlette(routes=routes, exception_handlers={HTTPException: self._http_error})
 
@@ -102,6 +103,9 @@ class Server:
     async def _metrics(self, request: Request) -> Response:
         text = self.answers.metrics.text(self.answers.front, self.answers.running)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def _description(self, request: Request) -> Response:
+        return JSONResponse(openapi.description(self.names, self.answers.limits, key=bool(self._key)))
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._about(name) for name in self.names]})
@@ -146,10 +150,10 @@ class Server:
             stream = fields.get(body, "stream", bool, False)
             async with contextlib.AsyncExitStack() as room:
                 room.enter_context(self.answers.room(max(1, fields.get(body, "n", int, 1)) if form is OPENAI else 1))
-                patience = self.answers.limits.ping if stream else None
-                reply, parts = await _unless_left(request, self._begun(form, body, room, patience))
+                reply, parts = await _unless_left(request, self._begun(form, body, room, stream))
                 if stream:
-                    return _Stream(self._events(form, reply, parts), room.pop_all(), form.ping, patience)
+                    seconds = self.answers.limits.ping
+                    return _Stream(self._events(form, reply, parts), room.pop_all(), form.ping, seconds)
                 return JSONResponse(await _unless_left(request, self._whole(reply, parts)))
 
         return route
@@ -158,10 +162,9 @@ class Server:
         engine = self.answers.front.engine
         return completions.asked(body, limits, engine.sampling, engine.cfg.decoder.vocab)
 
-    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack,
-                     patience: float | None):  # fmt: skip
-        """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event; or after
-        so many seconds, as whoever waits is to hear of it."""
+    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack, stream: bool):
+        """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event; of a
+        stream when it is time for a sign of life."""
         asked = await asyncio.to_thread(form.asked, body, self.answers.limits)
         prepared = await self.answers.prepare(asked)
         reply = form.reply(body["model"], body, prepared, self.answers.model.tokenizer)
@@ -169,7 +172,7 @@ class Server:
         room.push_async_callback(parts.aclose)
         first = asyncio.ensure_future(anext(parts))
         room.push_async_callback(_cancelled, first)
-        await asyncio.wait([first], timeout=patience)
+        await asyncio.wait([first], timeout=self.answers.limits.ping if stream else None)
         if first.done():
             first.result()  # or what it raised
         return reply, _with_first(first, parts)

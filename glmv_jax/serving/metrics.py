@@ -80,6 +80,8 @@ class Metrics:
         one("engine_read_tokens_total", "counter", "Tokens of prompts that were read.", engine.counts.read)
         one("engine_reused_tokens_total", "counter", "Tokens of prompts that had been read.", engine.counts.reused)
         one("engine_encoded_pictures_total", "counter", "Pictures that were encoded.", engine.counts.encoded)
+        one("engine_drafts_judged_total", "counter", "Tokens that the MTP head drafted.", engine.counts.reached.sum())
+        one("engine_drafts_kept_total", "counter", "Drafts that were kept.", engine.counts.accepted.sum())
         one("engine_compilations_total", "counter", "Programs of the engine that were compiled.", engine.traces)
         family("first_token_seconds", "histogram", "Until an answer's first token.",
                *self.first.lines("glmv_first_token_seconds"))  # fmt: skip

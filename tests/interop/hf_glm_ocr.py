@@ -24,12 +24,17 @@ def write(folder, *, dtype=None, shard: str = "5GB", mtp: int = 0, repeated: boo
     the table and of the head."""
     made = model() if dtype is None else model().to(dtype)
     made.save_pretrained(folder, max_shard_size=shard)
-    if mtp:
+    add_mtp(folder, mtp, repeated)
+    return made
+
+
+def add_mtp(folder, layers: int, repeated: bool = False) -> None:
+    """As `write` has them, into a folder that was saved."""
+    if layers:
         tensors = load_file(folder / "model.safetensors")
-        for number in range(2, 2 + mtp):
+        for number in range(2, 2 + layers):
             tensors |= mtp_layer(tensors, number, repeated)
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-    return made
 
 
 def mtp_layer(tensors: dict, number: int, repeated: bool = False) -> dict:

@@ -1,6 +1,7 @@
 """`glmv serve` as a process: a public checkpoint, imported, and what SIGTERM does to answers that run.
 
-Not covered: a run of ours as a process (its prompts and its engine are those of the other tests), and several devices.
+On four emulated devices, with drafts of a head that has not learnt to: neither changes an answer. Not covered: a run of
+ours as a process (its prompts and its engine are those of the other tests).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from glmv_jax.data.processor import Processor  # noqa: E402
 from glmv_jax.train import exchange  # noqa: E402
 from tests.hosts import alone  # noqa: E402
 from tests.inference.test_public import stops, theirs, write_talking  # noqa: E402
+from tests.interop import hf_glm_ocr  # noqa: E402
 from tests.serving.test_openai import data_uri, picture  # noqa: E402
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -38,6 +40,7 @@ def served(tmp_path_factory):
     """A checkpoint that transformers wrote, imported; its model and its tokenizer."""
     parent = tmp_path_factory.mktemp("served")
     _, model, tokenizer = write_talking(parent / "hf")
+    hf_glm_ocr.add_mtp(parent / "hf", 1)
     exchange.import_hf(parent / "hf", parent / "ours")
     return parent / "ours", model, tokenizer
 
@@ -46,7 +49,7 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     folder, model, tokenizer = served
     log = (tmp_path / "log").open("w+")
     options = ["--port", "0", "--slots", "2", "--length", "640", "--image-patches", "64", "--name", "it",
-               "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2"]  # fmt: skip
+               "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2", "--speculative", "2"]  # fmt: skip
     flags = f"{alone()} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
     process = subprocess.Popen(
@@ -74,6 +77,9 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
                      "images": ["data:;base64," + base64.b64encode(png.getvalue()).decode()]}  # fmt: skip
             by_ids = httpx.post(f"{url[1]}/completions", json=asked | {"model": "it"}, headers={"x-api-key": "k"})
             assert by_ids.json()["choices"][0]["token_ids"] == wanted, "ids with their image are the conversation"
+
+            counted = httpx.get(url[1].replace("/v1", "/metrics")).text
+            assert int(re.search(r"^glmv_engine_drafts_judged_total (\d+)$", counted, re.MULTILINE)[1]) > 0
 
             stream = ask(max_tokens=500, stream=True, stream_options={"include_usage": True})
             next(iter(stream))
