@@ -54,12 +54,13 @@ def serve(args: argparse.Namespace) -> int:
     if args.weights and not key:
         raise UserError(f"--weights lets others change what answers; set {KEY} here and for the trainer")
     mesh = mesh_of(args)
-    model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype, mesh)
+    model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype, mesh, args.films > 0)
     length = min(args.length, longest)
     settings = Settings(
         slots=args.slots, length=length, steps=args.steps, chunks=tuple(args.chunks),
         patches=_rows(args.image_patches), queue=limits.requests,
         pictures=max(4096, args.image_patches), drafts=args.speculative, likely=MOST_LIKELY,
+        pixels=(model.patcher.channels, "uint8") if args.films else None,
     )  # fmt: skip
     sampling = model.sampling(limits.tokens)
     if args.allow is not None:
@@ -100,7 +101,9 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("choices", int, 16, "answers to one request"),
         ("body", int, 32 << 20, "bytes of a request"),
         ("images", int, 64, "images of a request"),
-        ("pixels", int, 1 << 25, "pixels of an image as it is sent"),
+        ("pixels", int, 1 << 25, "pixels of an image, or of a frame of a film, as it is sent"),
+        ("films", int, 0, "films of a request; with any, a patch of an image is as long as one of two frames"),
+        ("frames", int, 20_000, "frames of a film as it is sent"),
         ("seconds", float, 600.0, "seconds of an answer"),
         ("drain", float, 25.0, "seconds that answers have left after SIGTERM"),
         ("ping", float, 10.0, "seconds between signs of life in a stream that waits"),
@@ -125,13 +128,15 @@ def _rows(most: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any) -> tuple[Any, int, Any]:
-    """(how its prompts are written, how long they may be, what loads (cfg, params))."""
+def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any, films: bool) -> tuple[Any, int, Any]:
+    """(how its prompts are written, how long they may be, what loads (cfg, params)). films: whether it is to take some.
+    """
     from glmv_jax.cli.checkpoints import answering_model
     from glmv_jax.data.processor import Processor
     from glmv_jax.inference.generate import last_stage
     from glmv_jax.serving.model import Own, Public
     from glmv_jax.train import exchange
+    from glmv_jax.train.checkpoint import load_config
 
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
@@ -139,8 +144,16 @@ def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any) -> tuple
     if not any((folder / name).is_file() for name in ("config.json", exchange.MODEL)):
         folder = last_stage(folder)
     if exchange.is_of_public(folder):
-        model = Public(Processor(exchange.files(folder), patches))
+        model = Public(Processor(exchange.files(folder), patches, moving=films))
         return model, model.processor.longest, lambda: exchange.load(folder, dtype, mesh)
     found = answering_model(folder)
     patcher = dataclasses.replace(found.patcher, max_patches=min(found.patcher.max_patches, patches))
-    return Own(found.tokenizer, patcher), 1 << 30, lambda: (found.cfg, found.params)
+    model = Own(found.tokenizer, patcher)
+    if films:
+        data = load_config(folder).data
+        if not data.get("video", False):
+            raise UserError(f"--films: {folder} was not trained on films (data.video); leave --films out")
+        patcher = dataclasses.replace(patcher, frames=patcher.temporal)
+        sizes = {"film_frames": data.film_frames, "film_patches": min(data.film_patches, patches)}
+        model = Own(found.tokenizer, patcher, **sizes)
+    return model, 1 << 30, lambda: (found.cfg, found.params)

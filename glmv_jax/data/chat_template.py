@@ -153,22 +153,22 @@ class Media(NamedTuple):
     films: list[Any]
 
 
-def media(messages: Sequence[Mapping[str, Any]], images: Sequence[Any]) -> Media:
-    """The file or bytes that each image or video part names; an image part that names none takes the next of `images`.
+def media(messages: Sequence[Mapping[str, Any]], images: Sequence[Any], films: Sequence[Any] = ()) -> Media:
+    """The file or bytes that each image or video part names; one that names none takes the next of `images`, `films`.
 
     A part names one as {"type": "image", "image": FILE} or {"type": "image_url", "image_url": {"url": FILE}}, a film as
     {"type": "video", "video": FILE} or "video_url"; a data: URL holds the bytes. Raises UserError for other addresses,
-    a film that is not named, and when image placeholders and images differ in number.
+    a film that there is not, and when image placeholders and images differ in number.
     """
-    found, waiting = Media([], []), list(images)
+    found, waiting, films = Media([], []), list(images), list(films)
     parts = [p for m in messages if isinstance(m.get("content"), list) for p in m["content"]]
     for part, kind in ((p, KINDS[p["type"]]) for p in parts if p.get("type") in KINDS):
         named = part.get(f"{kind}_url", part.get(kind, part.get("path", part.get("url"))))
         named = named.get("url") if isinstance(named, Mapping) else named
         if kind == "video":
-            if named is None:
+            if named is None and not films:
                 raise UserError('a video part of the messages names no file; write {"type": "video", "video": FILE}')
-            found.films.append(_source(kind, named))
+            found.films.append(films.pop(0) if named is None else _source(kind, named))
             continue
         if named is None and not waiting:
             raise UserError(f"the messages have more image placeholders than the {len(images)} images that were given; "

@@ -58,7 +58,7 @@ def render(
     weights = [float(message.get("weight", 1.0)) for message in messages]
     writer, waiting = Writer(tokenizer), iter(media)
     pieces = dialect.pieces(messages, tools, keeps)
-    writer.pieces(pieces, weights, lambda: _write_media(writer, tokenizer, waiting))
+    writer.pieces(pieces, weights, lambda: write_media(writer, tokenizer, waiting))
     if messages[-1]["role"] == "assistant":
         stop = "<|observation|>" if messages[-1].get("tool_calls") else "<|endoftext|>"
         writer.special(stop, weight=weights[-1])
@@ -100,7 +100,8 @@ def write_film(writer: Writer, tokenizer: Tokenizer, film: Film) -> None:
     writer.special("<|end_of_video|>")
 
 
-def _write_media(writer: Writer, tokenizer: Tokenizer, waiting: Iterator[int | Film]) -> None:
+def write_media(writer: Writer, tokenizer: Tokenizer, waiting: Iterator[int | Film]) -> None:
+    """The next image or film, as `render` takes them. UserError when there is none."""
     given = next(waiting, None)
     if given is None:
         raise UserError("there are fewer images and videos than parts of the messages for them")

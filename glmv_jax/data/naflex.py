@@ -235,17 +235,22 @@ class Patcher:
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
         """PIL image -> (patches uint8 [P, channels], yx int32 [P, 2]), P at most `max_patches`."""
-        rgb = image if image.mode == "RGB" else to_rgb(image)
-        patches, yx = patchify(np.asarray(self.resize(rgb)), self.patch, self.merge)
+        return self.cut(self.resize(image if image.mode == "RGB" else to_rgb(image)))
+
+    def cut(self, image: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+        """The same of an RGB image that has its size already."""
+        patches, yx = patchify(np.asarray(image), self.patch, self.merge)
         return (patches if self.frames == 1 else _together([patches] * self.frames)), yx
 
     def moving(self, images: Sequence[Image.Image]) -> tuple[np.ndarray, np.ndarray]:
         """Consecutive frames of a film, `frames` RGB images of one size, as the patches of one image.
 
-        A vector is (C, frame, ph, pw), as the public processors order it.
+        A vector is (C, frame, ph, pw), as the public processors order it. UserError for another number or sizes.
         """
         if len(images) != self.frames:
             raise UserError(f"{len(images)} frames do not make a patch of {self.frames}; set data.video=True")
+        if len({image.size for image in images}) > 1:
+            raise UserError("its frames are of several sizes; convert it to one")
         made = [patchify(np.asarray(self.resize(image)), self.patch, self.merge) for image in images]
         return _together([patches for patches, _ in made]), made[0][1]
 

@@ -58,11 +58,13 @@ class Processor:
     """Prompts of a public checkpoint.
 
     folder: where its config.json and the other small files are.   patches: of an image at most, where it may have more.
+    moving: whether patches of images have as many frames as those of films, as both go to one engine.
     Raises UserError for a file that is broken, and for settings that the tower cannot follow.
     """
 
     folder: pathlib.Path
     patches: int | None = None
+    moving: bool = False
 
     @functools.cached_property
     def config(self) -> dict[str, Any]:
@@ -145,8 +147,8 @@ class Processor:
         high = size.get("longest_edge", said.get("max_pixels", most))
         high = min(high, (self.patches or high) * temporal * patch**2)
         budget = max(high // (temporal * patch**2), merge**2)
-        return PixelPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart",
-                            max_patches=budget, min_pixels=low, max_pixels=high)
+        return PixelPatcher(patch=patch, merge=merge, temporal=temporal, policy="smart", max_patches=budget,
+                            min_pixels=low, max_pixels=high, frames=temporal if self.moving else 1)
 
     @functools.cached_property
     def tokenizer(self) -> JsonTokenizer | None:
@@ -154,16 +156,16 @@ class Processor:
         path = self.folder / "tokenizer.json"
         return JsonTokenizer(path) if path.is_file() else None
 
-    def conversation(self, asked: Conversation, images: Sequence[Any] = ()) -> Document:
+    def conversation(self, asked: Conversation, images: Sequence[Any] = (), films: Sequence[Source] = ()) -> Document:
         """A prompt of messages, rendered as the checkpoint wants it, ready for an answer.
 
-        images: of the placeholders that name none, in reading order.
+        images, films: of the placeholders that name none, in reading order.
         Raises UserError for a checkpoint without a tokenizer and as `chat_template` and `document`.
         """
         if self.tokenizer is None:
             raise UserError(f"{self.folder} has no tokenizer.json; copy it there, or give --token-ids")
         checked = chat_template.checked(asked.messages)
-        images, films = chat_template.media(asked.messages, images)
+        images, films = chat_template.media(asked.messages, images, films)
         render = chat_template.of_checkpoint(self.folder, self.config.get("model_type", ""))
         ids = chat_template.prompt_ids(render, self.tokenizer, checked, asked.tools, **asked.settings)
         return self.document(ids, images, films)

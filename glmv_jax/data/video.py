@@ -7,9 +7,11 @@ leaves it.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +27,8 @@ from glmv_jax.typing import UserError
 # `models/glm46v/video_processing_glm46v.py`).
 RATES = ((30.0, 3.0), (300.0, 1.0), (2400.0, 0.5))
 MOST_FRAMES = 640
+# Formats of files that hold their film; those that only name other files (concat, hls) are not opened.
+_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
 Sample = Callable[[int, float, float], Sequence[int]]  # (frames, frames a second, seconds) -> numbers of those shown
 
 
@@ -82,38 +86,53 @@ def frame_groups(
 
     UserError: no film, a broken one, or PyAV is not installed.
     """
+    with _opened(content) as (file, stream):
+        rate = stream.average_rate or Fraction(24)
+        count = stream.frames or sum(1 for _ in file.decode(stream))
+    if not count:
+        raise UserError("the film has no pictures")
+    shown, frames, at = list(sample(count, float(rate), float(count / rate))), [], 0
+    with _opened(content) as (file, stream):
+        for number, frame in enumerate(file.decode(stream)):
+            if number != shown[at]:
+                continue
+            picture = frame.to_image()
+            while at < len(shown) and shown[at] == number:  # the last may come several times
+                frames.append(picture)
+                at += 1
+            if at == len(shown):
+                break
+            if len(frames) == group:
+                yield shown[at - group] / float(rate), frames
+                frames = []
+    if at < len(shown):
+        raise UserError(f"the film is cut short: the last {len(shown) - at} of its frames that are shown are missing")
+    yield shown[-group] / float(rate), frames
+
+
+def check(content: bytes, pixels: int, frames: int) -> None:
+    """UserError for a film of more pixels a frame or of more frames, as its head says, and as `frame_groups`."""
+    with _opened(content) as (file, stream):
+        if stream.width * stream.height > pixels:
+            raise UserError(f"the film has frames of more than {pixels:,} pixels; make it smaller")
+        if (stream.frames or sum(1 for _ in itertools.islice(file.decode(stream), frames + 1))) > frames:
+            raise UserError(f"the film has more than {frames:,} frames; cut it, or leave some of them out")
+
+
+@contextlib.contextmanager
+def _opened(content: bytes) -> Iterator[tuple[Any, Any]]:
+    """A film's file and the stream of its pictures. UserError for what is wrong with it, also when it is decoded."""
     try:
         import av
     except ImportError:
         raise UserError("reading films needs PyAV; pip install 'glmv_jax[data]'") from None
     try:
-        with av.open(io.BytesIO(content)) as file:
+        with av.open(io.BytesIO(content), options={"format_whitelist": _FORMATS}) as file:
             if not file.streams.video:
                 raise UserError("the film has no pictures")
-            stream = file.streams.video[0]
-            rate = stream.average_rate or Fraction(24)
-            count = stream.frames or sum(1 for _ in file.decode(stream))
-        if not count:
-            raise UserError("the film has no pictures")
-        shown, frames, at = list(sample(count, float(rate), float(count / rate))), [], 0
-        with av.open(io.BytesIO(content)) as file:
-            for number, frame in enumerate(file.decode(file.streams.video[0])):
-                if number != shown[at]:
-                    continue
-                picture = frame.to_image()
-                while at < len(shown) and shown[at] == number:  # the last may come several times
-                    frames.append(picture)
-                    at += 1
-                if at == len(shown):
-                    break
-                if len(frames) == group:
-                    yield shown[at - group] / float(rate), frames
-                    frames = []
+            yield file, file.streams.video[0]
     except av.error.FFmpegError as error:
         raise UserError(f"the film is broken or cut short ({error.strerror}); copy or convert it again") from None
-    if at < len(shown):
-        raise UserError(f"the film is cut short: the last {len(shown) - at} of its frames that are shown are missing")
-    yield shown[-group] / float(rate), frames
 
 
 @dataclasses.dataclass(frozen=True)

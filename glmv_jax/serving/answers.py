@@ -36,7 +36,7 @@ class Model(Protocol):
 
     def prompt(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], tools: Sequence[Mapping[str, Any]],
-        thinking: bool | None,
+        thinking: bool | None, films: Sequence[bytes] = (),
     ) -> Prompt:  # fmt: skip
         """A conversation up to the model's turn. thinking: None for what the model is made for. Raises UserError."""
 
@@ -47,7 +47,8 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Asked:
-    """messages: as `data.chat_template.checked` gives them, images as {"type": "image"}; images: of those, upright RGB.
+    """messages: as `data.chat_template.checked` gives them, images as {"type": "image"}; images: of those, upright RGB;
+    films: of those of type "video", their files.
     tools: as OpenAI's API has them.   call: whether the model has to call one, or which one;
     one_call: whether the first call ends the answer.
     tokens: of the answer at most, None for `Limits.tokens`.   others: as `inference.requests.Request`.
@@ -74,6 +75,7 @@ class Asked:
     begun: int = 0
     draw: int = 0
     likely: int = 0
+    films: Sequence[bytes] = ()
 
 
 class Prepared(NamedTuple):
@@ -136,22 +138,30 @@ class Answers:
         """Raises UserError for what cannot be answered."""
         return await asyncio.to_thread(self._prepare, asked)
 
+    async def count(self, asked: Asked) -> int:
+        """Tokens of a prompt of messages, also of one that is too long to be answered. Raises UserError."""
+        return len((await asyncio.to_thread(self._prompt, asked)).tokens)
+
+    def _prompt(self, asked: Asked) -> Prompt:
+        thinking = False if asked.call else asked.thinking
+        return self.model.prompt(asked.messages, asked.images, asked.tools, thinking, asked.films)
+
     def _prepare(self, asked: Asked) -> Prepared:
         tokenizer, settings = self.model.tokenizer, self.front.engine.settings
         room = settings.length
         if asked.likely > settings.likely:
             raise Refused(f"{asked.likely} of the likeliest tokens are asked for; {settings.likely} at most are told "
                           "here", field="top_logprobs")  # fmt: skip
-        thinking = False if asked.call else asked.thinking
         if asked.ids:
             told = len(asked.ids) - asked.begun
             prompt, opened = self.model.of_ids(asked.ids[:told], asked.images), list(asked.ids[told:])
         else:
-            prompt = self.model.prompt(asked.messages, asked.images, asked.tools, thinking)
-            opened = self._opened(asked)
+            prompt, opened = self._prompt(asked), self._opened(asked)
         if (left := room - len(prompt.tokens) - len(opened)) < 1:
-            raise Refused(f"the prompt has {len(prompt.tokens)} tokens, but prompt and answer together may have "
-                          f"{room}; shorten it, or serve with a greater --length", field="messages")  # fmt: skip
+            # Clients know by these words that they have to shorten a conversation; OpenAI's by the code.
+            raise Refused(f"prompt is too long: {len(prompt.tokens)} tokens > {room - len(opened) - 1} maximum, as "
+                          f"prompt and answer together may have {room}; shorten it, or serve with a greater --length",
+                          field="messages", code="context_length_exceeded")  # fmt: skip
         limit = min(asked.tokens or self.limits.tokens, left) + len(opened)
         seed = secrets.randbits(63) if asked.seed is None else asked.seed % (1 << 64)
         return Prepared(asked, prompt, opened, not asked.ids and _thinks(prompt, tokenizer), limit, seed)

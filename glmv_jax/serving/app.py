@@ -115,9 +115,10 @@ class Server:
         return JSONResponse(self._about(name))
 
     def _about(self, name: str) -> dict[str, Any]:
-        length = self.answers.front.engine.settings.length
+        engine, films = self.answers.front.engine, self.answers.limits.films
+        kinds = ["text", *["image"] * (engine.cfg.vision is not None), *["video"] * (films > 0)]
         return {"id": name, "object": "model", "created": self._created, "owned_by": "glmv_jax",
-                "max_model_len": length}  # fmt: skip
+                "max_model_len": engine.settings.length, "input_modalities": kinds}  # fmt: skip
 
     def _check_name(self, name: str) -> None:
         if name not in self.names:
@@ -132,7 +133,7 @@ class Server:
         body = fields.parsed(await self._body(request))
         self._check_name(fields.need(body, "model", str))
         asked = await asyncio.to_thread(anthropic.asked, body, self.answers.limits, counted=True)
-        return JSONResponse({"input_tokens": len((await self.answers.prepare(asked)).prompt.tokens)})
+        return JSONResponse({"input_tokens": await self.answers.count(asked)})
 
     async def _take_weights(self, request: Request) -> Response:
         if self._weights is None:

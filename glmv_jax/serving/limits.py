@@ -15,6 +15,7 @@ class Limits:
     then is the answer.   drain: seconds that running answers have left when the server is told to end.
     ping: seconds after which a stream that has nothing to say gives a sign of life, so that no proxy cuts it.
     fetch: whether images may be named by URL; then they are fetched, from public addresses only.
+    films: of a request; 0 where model or engine take none.   frames: of a film as it is sent, of up to `pixels` each.
     """
 
     body: int = 32 << 20
@@ -27,10 +28,12 @@ class Limits:
     drain: float = 25.0
     ping: float = 10.0
     fetch: bool = False
+    films: int = 0
+    frames: int = 20_000
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if name != "fetch" and value <= 0:
+            if name not in ("fetch", "films") and value <= 0:
                 raise UserError(f"a server's limit {name}={value} lets nothing through; give one above 0")
 
 
@@ -38,8 +41,12 @@ class Refused(UserError):
     """A request that is not answered.
 
     status: of HTTP.   field: of the body, where one is wrong.   after: seconds until another try may go better.
+    code: OpenAI's word for what is wrong, where clients look at it.
     """
 
-    def __init__(self, message: str, status: int = 400, field: str | None = None, after: int | None = None) -> None:
+    def __init__(
+        self, message: str, status: int = 400, field: str | None = None, after: int | None = None,
+        code: str | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(message)
-        self.status, self.field, self.after = status, field, after
+        self.status, self.field, self.after, self.code = status, field, after, code

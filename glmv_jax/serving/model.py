@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from glmv_jax.data import video
 from glmv_jax.data.building import Document
 from glmv_jax.data.chat import Writer
+from glmv_jax.data.conversation import write_media
 from glmv_jax.data.dialect import COMPACT, Dialect, last_of_user
-from glmv_jax.data.naflex import Patcher, patchify
+from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.processor import Conversation, Processor
 from glmv_jax.inference.requests import Prompt
 from glmv_jax.inference.sampler import Sampling
@@ -43,6 +46,10 @@ class Public:
         return self.processor.tokenizer
 
     @property
+    def patcher(self) -> Patcher:
+        return self.processor.patcher
+
+    @property
     def stops(self) -> tuple[int, ...]:
         return self.processor.stops
 
@@ -52,10 +59,10 @@ class Public:
         settings = {name: said[name] for name in ("temperature", "top_p") if said.get(name) is not None}
         return Sampling(tokens, stop=self.stops, **settings)
 
-    def prompt(self, messages, images, tools, thinking) -> Prompt:
+    def prompt(self, messages, images, tools, thinking, films=()) -> Prompt:
         """See `answers.Model`."""
         settings = {} if thinking is None else {"enable_thinking": thinking}
-        return Prompt.of_document(self.processor.conversation(Conversation(messages, tools, settings), images))
+        return Prompt.of_document(self.processor.conversation(Conversation(messages, tools, settings), images, films))
 
     def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
         """See `answers.Model`."""
@@ -64,12 +71,15 @@ class Public:
 
 @dataclasses.dataclass(frozen=True)
 class Own:
-    """A model that one of our runs trained. thinking: whether its turns are opened for it where nobody says."""
+    """A model that one of our runs trained. thinking: whether its turns are opened for it where nobody says.
+    film_frames: of a film that are shown at most; 0 for a model that sees none.   film_patches: of a group of them."""
 
     tokenizer: Any
     patcher: Patcher
     thinking: bool = False
     dialect: Dialect = COMPACT
+    film_frames: int = 0
+    film_patches: int = 256
 
     @property
     def stops(self) -> tuple[int, ...]:
@@ -81,21 +91,35 @@ class Own:
 
     def prompt(
         self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], tools: Sequence[Mapping[str, Any]],
-        thinking: bool | None,
+        thinking: bool | None, films: Sequence[bytes] = (),
     ) -> Prompt:  # fmt: skip
         """See `answers.Model`."""
         dialect, thinking = self.dialect, self.thinking if thinking is None else thinking
         last_user = last_of_user(messages)
-        patched = [self.patcher(image) for image in images]
-        writer, waiting = Writer(self.tokenizer), iter(patched)
-        suffix = "" if thinking else dialect.suffix
+        stills, moving = iter(images), iter(films)
+        parts = [part for m in messages if isinstance(m.get("content"), list) for part in m["content"]]
+        seen = [[(0.0, self.patcher(next(stills)))] if part["type"] == "image" else self._groups(next(moving))
+                for part in parts if part["type"] != "text"]  # fmt: skip
+        merged = [[(seconds, self._merged(patched)) for seconds, patched in groups] for groups in seen]
+        kinds = (part["type"] for part in parts if part["type"] != "text")
+        waiting = iter([groups[0][1] if kind == "image" else groups for kind, groups in zip(kinds, merged)])
+        writer, suffix = Writer(self.tokenizer), "" if thinking else dialect.suffix
         pieces = [*dialect.pieces(messages, tools, lambda n: n > last_user, suffix), *dialect.opening(thinking)]
-        writer.pieces(pieces, [0.0] * len(messages), lambda: writer.image(self._merged(next(waiting))))
-        written = writer.done()
+        writer.pieces(pieces, [0.0] * len(messages), lambda: write_media(writer, self.tokenizer, waiting))
+        written, pictures = writer.done(), tuple(patched for groups in seen for _, patched in groups)
         return Prompt.of_document(
-            Document(written.tokens, np.zeros(len(written.tokens), np.float32), written.image_of_token, tuple(patched),
+            Document(written.tokens, np.zeros(len(written.tokens), np.float32), written.image_of_token, pictures,
                      "asked", "asked")
         )  # fmt: skip
+
+    def _groups(self, film: bytes) -> list[tuple[float, tuple[np.ndarray, np.ndarray]]]:
+        """(seconds, patches) of the groups of frames that are shown, as in training (`data.local.assembling`)."""
+        if not self.film_frames:
+            raise UserError("this model was not trained on films; send pictures of their frames")
+        patcher = dataclasses.replace(self.patcher, max_patches=self.film_patches)
+        sample = functools.partial(video.sampled, most=self.film_frames, group=patcher.frames)
+        groups = video.frame_groups(film, sample, patcher.frames)
+        return [(seconds, patcher.moving(frames)) for seconds, frames in groups]
 
     def of_ids(self, ids: Sequence[int], images: Sequence[Image.Image]) -> Prompt:
         """See `answers.Model`."""
@@ -117,7 +141,7 @@ def _of_ids(
     if images and patcher is None:
         raise UserError("this model reads text alone, but images were given; leave them out")
     if patcher is not None:
-        patched = [patchify(np.asarray(image), patcher.patch, patcher.merge) for image in images]
+        patched = [patcher.cut(image) for image in images]
         merged = [len(patches) // patcher.merge**2 for patches, _ in patched]
     shown = np.zeros(len(tokens), bool) if placeholder is None else tokens == placeholder
     if shown.sum() != sum(merged):

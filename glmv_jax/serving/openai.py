@@ -1,8 +1,8 @@
 """OpenAI's chat completions: a body to what is asked, an answer to a body or to chunks.
 
-Beyond OpenAI's own: `reasoning_content` of assistants, both ways; images in messages of tools; `top_k` and the like are
-refused where they would change the answer; `chat_template_kwargs.enable_thinking`; and, as vLLM has it,
-`return_token_ids`: `prompt_token_ids` of the whole and `token_ids` of each choice.
+Beyond OpenAI's own: `reasoning_content` of assistants, both ways; images in messages of tools; films as `video_url`;
+`top_k` and the like are refused where they would change the answer; `chat_template_kwargs.enable_thinking`; and, as
+vLLM has it, `return_token_ids`: `prompt_token_ids` of the whole and `token_ids` of each choice.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
     if likely and not fields.get(body, "logprobs", bool, False):
         raise Refused("top_logprobs are told beside logprobs; set logprobs=true too", field="top_logprobs")
     return Asked(
-        messages, gallery.decoded(), tools, call,
+        messages, gallery.decoded(), tools, call, films=gallery.films,
         one_call=not fields.get(body, "parallel_tool_calls", bool, True),
         thinking=fields.get(template, "enable_thinking", bool, where="chat_template_kwargs."),
         tokens=next((n for n in tokens if n is not None), None),
@@ -86,12 +86,13 @@ def _part(part: Any, where: str, role: str, gallery: Gallery) -> dict[str, Any]:
         return {"type": "text", "text": fields.need(part, "text", str, f"{where}.")}
     if kind == "refusal":
         return {"type": "text", "text": fields.need(part, "refusal", str, f"{where}.")}
-    if kind != "image_url" or role in ("assistant", "system", "developer"):
+    if kind not in ("image_url", "video_url") or role in ("assistant", "system", "developer"):
         raise Refused(f"{where} is of type {kind!r:.40}, which a {role} message cannot hold here; use text, or "
-                      "image_url in a message of the user or of a tool", field=where)  # fmt: skip
-    image = part.get("image_url")
-    gallery.add_url(image.get("url") if isinstance(image, Mapping) else image, f"{where}.image_url")
-    return {"type": "image"}
+                      "image_url or video_url in a message of the user or of a tool", field=where)  # fmt: skip
+    add = gallery.add_url if kind == "image_url" else gallery.add_film_url
+    file = part.get(kind)
+    add(file.get("url") if isinstance(file, Mapping) else file, f"{where}.{kind}")
+    return {"type": kind.removesuffix("_url")}
 
 
 def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool | str]:
@@ -230,4 +231,5 @@ def error(refused: Exception, status: int) -> dict[str, Any]:
     """The body of an error."""
     kinds = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": str(refused), "type": kind, "param": getattr(refused, "field", None), "code": None}}
+    field, code = getattr(refused, "field", None), getattr(refused, "code", None)
+    return {"error": {"message": str(refused), "type": kind, "param": field, "code": code}}

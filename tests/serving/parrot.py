@@ -31,7 +31,8 @@ from tests import tiny_vlm
 TOKENIZER = Tokenizer()
 CFG = tiny_vlm.config(TOKENIZER.vocab_size)
 NAME, KEY = "parrot", "open sesame"
-SETTINGS = Settings(slots=4, length=512, steps=4, chunks=(64,), patches=(64,), pictures=64, queue=64, likely=5)
+SETTINGS = Settings(slots=4, length=512, steps=4, chunks=(64,), patches=(64,), pictures=64, queue=64,
+                    likely=5, pixels=(24, "uint8"))  # fmt: skip
 TAGS = {name: i for name, i in TOKENIZER.special.items()}
 
 
@@ -76,7 +77,8 @@ class Parrot:
     """The server of such a model, in threads of this process."""
 
     def __init__(self, limits: Limits, settings: Settings = SETTINGS, key: str = KEY) -> None:
-        model = Own(TOKENIZER, Patcher(patch=CFG.vision.patch, max_patches=64))
+        patcher = Patcher(patch=CFG.vision.patch, max_patches=64, frames=2)
+        model = Own(TOKENIZER, patcher, film_frames=8, film_patches=16)
         engine = Engine(CFG, params(ids("<|endoftext|>")), model.sampling(limits.tokens), settings)
         engine.warm()
         self.engine, self.front = engine, Front(engine)
@@ -110,7 +112,7 @@ class Parrot:
 
 
 @contextlib.contextmanager
-def running(limits: Limits = Limits(tokens=64), **settings) -> Iterator[Parrot]:  # noqa: B008
+def running(limits: Limits = Limits(tokens=64, films=1), **settings) -> Iterator[Parrot]:  # noqa: B008
     """A parrot, and nothing left of it."""
     parrot = Parrot(limits, **settings)
     try:

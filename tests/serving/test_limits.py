@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import http.server
 import io
+import re
 import struct
 import threading
 import time
@@ -103,6 +104,19 @@ def test_pictures_have_a_size_and_a_number_and_are_pictures(bird, post, limit):
     for wrong in ("data:image/png;base64,AAAA", "data:image/png;base64,#", "data:image/png,AAAA", "/etc/passwd",
                   "file:///etc/passwd", "http://127.0.0.1/a.png", "data:,", ""):  # fmt: skip
         assert shown(wrong).status_code == 400
+
+
+def test_a_prompt_that_is_too_long_is_told_in_words_that_clients_know(bird, post, http_client):
+    """Claude Code and OpenClaw shorten a conversation when they read these, and by the numbers; counting goes on."""
+    refused = post("a" * 2000)
+    error = refused.json()["error"]
+    assert refused.status_code == 400 and error["code"] == "context_length_exceeded"
+    tokens, most = map(int, re.match(r"prompt is too long: (\d+) tokens > (\d+) maximum", error["message"]).groups())
+    assert most == 511 < tokens and post("a").json()["usage"]["prompt_tokens"] <= most
+    body = {"model": parrot.NAME, "messages": [{"role": "user", "content": "a" * 2000}], "max_tokens": 8}
+    theirs = http_client.post("/v1/messages", json=body).json()["error"]
+    assert (theirs["type"], theirs["message"]) == ("invalid_request_error", error["message"])
+    assert http_client.post("/v1/messages/count_tokens", json=body).json() == {"input_tokens": tokens}
 
 
 def test_who_comes_when_all_rooms_are_taken_is_told_when_to_come_back(bird, post, limit):

@@ -52,7 +52,8 @@ def test_an_answer_in_one_body(bird, client):
     assert answer.usage.completion_tokens == len(said) and answer.model == parrot.NAME
     assert answer.usage.total_tokens == answer.usage.prompt_tokens + len(said)
     assert [model.id for model in client.models.list()] == [parrot.NAME]
-    assert client.models.retrieve(parrot.NAME).max_model_len == 512
+    about = client.models.retrieve(parrot.NAME)
+    assert about.max_model_len == 512 and about.input_modalities == ["text", "image", "video"]
 
 
 def test_a_stream_says_what_the_body_says(bird, client):

@@ -18,6 +18,7 @@ from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 from glmv_jax.rl.envs import browser as browsers  # noqa: E402
+from tests.data.local import examples  # noqa: E402
 from tests.serving import parrot  # noqa: E402
 from tests.serving.test_limits import slow  # noqa: E402
 
@@ -152,6 +153,28 @@ def test_a_dropped_picture_dark_and_wide(page, bird):
         )
         assert contrast(ink, paper) > 7 and (luminance(paper) < 0.1) == (scheme == "dark")
     assert sizes(page)["wide"] <= 1200 and len(page.find_elements(By.CSS_SELECTOR, "article.user figure img")) == 1
+
+
+def test_a_film_is_shown_and_asked_about(page, bird, tmp_path):
+    pytest.importorskip("av")
+    (tmp_path / "a.mp4").write_bytes(examples.film(seconds=2.0, rate=6, codec="h264"))
+    said, encoded = bird.say("lighter"), bird.engine.counts.encoded
+    page.find_element(By.ID, "file").send_keys(str(tmp_path / "a.mp4"))
+    until(page, lambda d: d.find_elements(By.CSS_SELECTOR, "#shown video"))
+    ask(page, "What becomes of it?")
+    film = "document.querySelector('article.user video')"
+    until(page, lambda d: d.execute_script(f"return {film}.readyState > 1 && {film}.videoWidth === 64"))
+    shot(page, "film")
+    assert page.find_element(By.CSS_SELECTOR, "article.answer > .text").text == "lighter" and len(said) > 1
+    assert bird.engine.counts.encoded == encoded + 4 and page.get_log("browser") == []
+
+
+def test_a_server_without_films_says_so_at_once(page, tmp_path):
+    (tmp_path / "a.mp4").write_bytes(b"x")
+    page.execute_script("films = false; document.getElementById('file').accept = ''")
+    page.find_element(By.ID, "file").send_keys(str(tmp_path / "a.mp4"))
+    until(page, lambda d: "takes none" in d.find_element(By.TAG_NAME, "main").text)
+    assert not page.find_elements(By.CSS_SELECTOR, "#shown *")
 
 
 def test_an_answer_can_be_stopped_and_an_error_is_said(page, bird):

@@ -50,13 +50,15 @@ def window() -> tuple[Image.Image, tuple[int, int, int, int]]:
     return picture, box
 
 
-def film(seconds: float = 2.0, rate: int = 12, size: tuple[int, int] = (64, 48), texture: int = 0) -> bytes:
+def film(
+    seconds: float = 2.0, rate: int = 12, size: tuple[int, int] = (64, 48), texture: int = 0, codec: str = "mpeg4"
+) -> bytes:
     """An MP4 in which a grey square becomes lighter, frame by frame; texture: how far its 4x4 blocks differ from it."""
     import av
 
     file, (width, height), rng = io.BytesIO(), size, np.random.default_rng(0)
     with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("mpeg4", rate=rate)
+        stream = out.add_stream(codec, rate=rate)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = width, height, "yuv420p", 4_000_000
         count = round(seconds * rate)
         for n in range(count):
