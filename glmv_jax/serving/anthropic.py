@@ -18,6 +18,7 @@ from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.reply import Called, Said, Thought
+from glmv_jax.serving.turns import in_call_order
 from glmv_jax.typing import UserError
 
 UNSERVED: dict[str, tuple[Any, ...]] = {"top_k": (), "mcp_servers": ([],), "output_format": (), "container": ()}
@@ -36,7 +37,7 @@ def asked(body: Mapping[str, Any], limits: Limits, *, counted: bool = False) -> 
         raise Refused("the last message is the assistant's, and answers are not begun for it here; end with the user's",
                       field="messages")  # fmt: skip
     try:
-        messages = chat_template.checked(messages)
+        messages = chat_template.checked(in_call_order(messages))
     except UserError as error:
         raise Refused(str(error), field="messages") from None
     tools, call = _tools(body)
@@ -89,7 +90,8 @@ def _message(message: Block, where: str, gallery: Gallery) -> list[dict[str, Any
             inner = [{"type": "text", "text": inner}] if isinstance(inner, str) else inner
             parts = [_part(b, f"{here}.content[{m}]", gallery)
                      for m, b in enumerate(fields.of(list, inner, f"{here}.content"))]  # fmt: skip
-            found.append({"role": "tool", "content": parts})
+            of = fields.get(block, "tool_use_id", str, where=f"{here}.")
+            found.append({"role": "tool", "content": parts, "tool_call_id": of})
             continue
         if not found or found[-1]["role"] != "user":
             found.append({"role": "user", "content": []})
@@ -112,7 +114,7 @@ def _said(blocks: Sequence[Block], where: str) -> dict[str, Any]:
                 "name": fields.need(block, "name", str, here),
                 "arguments": fields.get(block, "input", dict, {}, here),
             }
-            message["tool_calls"].append({"function": call})
+            message["tool_calls"].append({"id": fields.get(block, "id", str, where=here), "function": call})
         elif kind != "redacted_thinking":
             raise Refused(f"{where}[{n}] is of type {kind!r:.40}, which is not served in an assistant's turn; leave it "
                           "out", field=f"{where}[{n}]")  # fmt: skip

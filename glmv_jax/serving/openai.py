@@ -19,6 +19,7 @@ from glmv_jax.serving.answers import Asked, Ended, Part, Prepared, told
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.media import Gallery
 from glmv_jax.serving.reply import Called, Said, Thought
+from glmv_jax.serving.turns import in_call_order
 from glmv_jax.typing import UserError
 
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -37,7 +38,7 @@ def asked(body: Mapping[str, Any], limits: Limits) -> Asked:
     messages = [_message(fields.of(dict, m, f"messages[{n}]"), f"messages[{n}]", gallery)
                 for n, m in enumerate(fields.need(body, "messages", list))]  # fmt: skip
     try:
-        messages = chat_template.checked(messages)
+        messages = chat_template.checked(in_call_order(messages))
     except UserError as error:
         raise Refused(str(error), field="messages") from None
     tools, call = _tools(body)
@@ -71,6 +72,8 @@ def _message(message: Mapping[str, Any], where: str, gallery: Gallery) -> dict[s
         found["content"] = [_part(part, f"{where}.content[{n}]", role, gallery) for n, part in parts]
     elif role != "assistant":
         raise Refused(f"{where}.content is missing; give a text or a list of parts", field=f"{where}.content")
+    if role == "tool":
+        found["tool_call_id"] = fields.get(message, "tool_call_id", str, where=f"{where}.")
     if role == "assistant":
         for name in ("reasoning_content", "reasoning"):
             if thought := fields.get(message, name, str, where=f"{where}."):
