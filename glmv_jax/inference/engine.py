@@ -232,8 +232,9 @@ class Engine:
             work = self._waiting[0]
             same = work.request.begun is None and id(work.prompt)  # of a group: what holds for one holds for the next
             found = "soon" if same in soon else None
-            if same in sources and not again:
-                found = slots_lib.beside(self._slots, work, sources[same])
+            if same in sources and not again and (others := self._beside(same, sources[same])):
+                copies += others
+                continue
             found = found or slots_lib.place(self._slots, work, self._lanes, again)
             if found is None:
                 break
@@ -249,11 +250,26 @@ class Engine:
                 sources[same] = source
             if common and source is not slot:
                 copies.append((source, slot))
-            slot.begin(work, common, next(self._clock))
-            self.counts.reused += common
+            self._begin([slot], [work], common)
         self._waiting.extendleft(reversed(passed))
         if copies:
             self._copy(copies)
+
+    def _beside(self, same: int, source: Slot) -> list[tuple[Slot, Slot]]:
+        """Rows for the requests of a prompt that wait in front of all others, where `source` has read it: what to copy,
+        nothing if there are none."""
+        group = itertools.takewhile(lambda work: work.request.begun is None and id(work.prompt) == same, self._waiting)
+        works = list(itertools.islice(group, len(self._slots.all)))
+        slots, common = slots_lib.beside(self._slots, works[0], source, len(works))
+        if slots:
+            self._begin(slots, [self._waiting.popleft() for _ in slots], common)
+        return [(source, slot) for slot in slots if slot is not source]
+
+    def _begin(self, slots: list[Slot], works: list[Work], common: int) -> None:
+        """Of works that know the same tokens."""
+        now = list(itertools.islice(self._clock, len(slots)))
+        self._slots.begin([slot.number for slot in slots], works, common, now)
+        self.counts.reused += common * len(slots)
 
     def _copy(self, pairs: list[tuple[Slot, Slot]]) -> None:
         """Rows over others of their shard, in this order."""
@@ -305,19 +321,14 @@ class Engine:
         self._visual = self._programs.encode(self._weights.prefill, self._visual, rows, place)
 
     def _running(self) -> Running:
-        N = self.settings.slots
-        int_N = lambda: np.zeros(N, np.int32)  # noqa: E731
-        rows = Running(np.zeros(N, bool), *(int_N() for _ in range(5)), np.zeros((N, 2), np.uint32), int_N(),
-                       np.zeros(N, np.float32), np.ones(N, np.float32), np.zeros(N, bool))  # fmt: skip
-        rows.length[:] = self._slots.held  # what idle rows write lands behind what they hold
-        for slot in self._slots.where(~self._slots.free & ~self._slots.reading):
-            at, work = slot.number, slot.work
-            rows.running[at], rows.limit[at], rows.drawn[at] = True, work.limit, len(work.tokens)
-            rows.token[at], rows.position[at] = work.last()
-            rows.key[at] = divmod(work.request.seed, 1 << 32)
-            rows.draw[at], rows.temperature[at], rows.top_p[at] = work.request.draw, work.temperature, work.top_p
-            rows.likely[at] = work.request.likely
-        return rows
+        s = self._slots
+        running_N = ~s.free & ~s.reading
+        of_running = lambda x, other=0: np.where(running_N, x, np.asarray(other, x.dtype))  # noqa: E731
+        token, position, drawn, limit, draw = map(of_running, (s.token, s.position, s.drawn, s.limit, s.draw))
+        key = np.where(running_N[:, None], s.key, np.uint32(0))
+        # What idle rows write lands behind what they hold.
+        return Running(running_N, token, position, s.held.astype(np.int32), drawn, limit, key, draw,
+                       of_running(s.temperature), of_running(s.top_p, 1), of_running(s.likely))  # fmt: skip
 
     def _decode(self, most_steps: int) -> None:
         rows = self._running()
@@ -328,14 +339,16 @@ class Engine:
         likely = jax.device_get(drawn[2:4]) if rows.likely.any() else None
         drawn = jax.device_get(drawn._replace(likely=None, likely_logprobs=None))
         self._count(drawn)
-        ran = []
-        for slot in self._slots.where(rows.running):
-            at, new = slot.number, drawn.new[slot.number]
-            told = Likely(*(x[at][new] for x in likely)) if rows.likely[at] else None
-            ran.append((slot, slot.work, drawn.tokens[at][new], drawn.logprobs[at][new], told))
-        for slot, work, tokens, logprobs, _ in ran:
+        at = np.flatnonzero(rows.running)
+        new = drawn.new[at]
+        counts, tokens, logprobs = new.sum(axis=(1, 2)), drawn.tokens[at][new], drawn.logprobs[at][new]
+        self._slots.drew(at, counts, tokens)
+        slots, ends = [self._slots.all[n] for n in at], np.cumsum(counts)[:-1]
+        told = [Likely(*(x[n][drawn.new[n]] for x in likely)) if rows.likely[n] else None for n in at]
+        of = zip(slots, np.split(tokens, ends), np.split(logprobs, ends), told)
+        ran = [(slot, slot.work, *rest) for slot, *rest in of]
+        for _, work, tokens, logprobs, _ in ran:
             work.add(tokens, logprobs, self.version)
-            slot.drew(tokens)
         for slot, work, tokens, logprobs, told in ran:  # only now, as callbacks may submit and abort
             if work.on_tokens is not None:
                 work.on_tokens(tokens, logprobs, told)

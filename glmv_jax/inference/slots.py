@@ -9,7 +9,7 @@ new. While most of a request's tokens are just being read for another one, it wa
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -39,7 +39,8 @@ class Work:
             ([], [], []) if begun is None else [x.tolist() for x in (begun.tokens, begun.logprobs, begun.versions)]
         )
         prompt = self.request.prompt
-        self.contents = np.concatenate([prompt.contents, np.array(self.tokens, np.int64)])
+        begun = np.array(self.tokens, np.int64)
+        self.contents = np.concatenate([prompt.contents, begun]) if len(begun) else prompt.contents
         self._position = int(prompt.positions[-1].max()) + 1  # of the answer's first token
 
     @property
@@ -79,11 +80,12 @@ class Work:
 
 
 class Slots:
-    """All rows, a number of each: what they hold, and for whom.
+    """All rows, a number of each: what they hold, and for whom; and of those with a request what decoding has to know.
 
     contents: [N, length] of which the first `held` [N] are in the cache; goal: [N] entries that the row has to have
     before it can decode, 0 for a free one; used: [N] when it was; stale: [N] bool, what it holds is of other parameters
     than today's; shard: [N]. exact: a row is of use only with all that it holds, as its state cannot go back.
+    token, position, drawn, limit, key, draw, temperature, top_p, likely: as `programs.Running` has them.
     """
 
     def __init__(self, count: int, shards: int, length: int, exact: bool = False) -> None:
@@ -92,6 +94,9 @@ class Slots:
         self.contents = np.zeros((count, length), np.int64)
         self.held, self.goal, self.used = (np.zeros(count, np.int64) for _ in range(3))
         self.free, self.stale = np.ones(count, bool), np.zeros(count, bool)
+        self.token, self.position, self.drawn, self.limit, self.draw = np.zeros((5, count), np.int32)
+        self.likely = np.zeros(count, bool)
+        self.key, self.temperature, self.top_p = np.zeros((count, 2), np.uint32), *np.ones((2, count), np.float32)
         self.shards, self.shard = shards, np.arange(count) // each
         self.all = [Slot(self, n, n // each, n % each) for n in range(count)]
 
@@ -102,6 +107,31 @@ class Slots:
 
     def where(self, chosen_N: np.ndarray) -> list[Slot]:
         return [self.all[n] for n in np.flatnonzero(chosen_N)]
+
+    def begin(self, rows: Sequence[int], works: Sequence[Work], held: int, now: Sequence[int]) -> None:
+        """These rows take a request each, all of which know the same tokens, the first `held` of them in the cache."""
+        at, first = np.asarray(rows), works[0]
+        self.held[at], self.goal[at], self.used[at] = held, first.known - 1, now
+        self.free[at] = self.stale[at] = False
+        self.contents[at, : len(first.contents)] = first.contents
+        (self.token[at], self.position[at]), self.drawn[at] = first.last(), len(first.tokens)
+        for name in ("limit", "temperature", "top_p"):
+            getattr(self, name)[at] = [getattr(work, name) for work in works]
+        self.draw[at] = [work.request.draw for work in works]
+        self.likely[at] = [work.request.likely for work in works]
+        self.key[at] = [divmod(work.request.seed, 1 << 32) for work in works]
+        for row, work in zip(rows, works, strict=True):
+            self.all[row].work = work
+
+    def drew(self, at: np.ndarray, counts: np.ndarray, tokens: np.ndarray) -> None:
+        """Rows `at` have drawn so many tokens each, at least one, which are in `tokens` one after the other: they have
+        entries for the token that was the last, and for all of these but the last."""
+        ends, total = np.cumsum(counts), len(tokens)
+        place = np.arange(total) + np.repeat(self.goal[at] + 1 - (ends - counts), counts)
+        self.contents[np.repeat(at, counts), place] = tokens
+        for numbers in (self.held, self.goal, self.position, self.drawn):
+            numbers[at] += counts
+        self.token[at] = tokens[ends - 1]
 
     def forget(self) -> None:
         """Parameters have changed: what rows hold is of no use but to those that run, and to them alone."""
@@ -137,22 +167,9 @@ class Slot:
         """Tokens to read before the row can decode."""
         return max(int(self._slots.goal[self.number]) - self.held, 0)
 
-    def begin(self, work: Work, held: int, now: int) -> None:
-        """Takes a request whose first `held` tokens are in the cache."""
-        s, n, self.work = self._slots, self.number, work
-        s.held[n], s.goal[n], s.used[n], s.free[n], s.stale[n] = held, work.known - 1, now, False, False
-        s.contents[n, : len(work.contents)] = work.contents
-
     def read(self, held: int) -> None:
         """It has so many entries now."""
         self._slots.held[self.number] = held
-
-    def drew(self, tokens: np.ndarray) -> None:
-        """Entries for the token that was the last, and for all of these but the last. `work` knows them already."""
-        s, n, known = self._slots, self.number, self.work.known
-        s.contents[n, known - len(tokens) : known] = tokens
-        s.held[n] += len(tokens)
-        s.goal[n] = known - 1
 
     def end(self, now: int) -> None:
         s, n, self.work = self._slots, self.number, None
@@ -167,15 +184,17 @@ class Place(NamedTuple):
     common: int
 
 
-def beside(slots: Slots, work: Work, source: Slot) -> Place | None:
-    """A free slot in the shard of `source`, if that has all that the request is to begin with; else None."""
-    most, free = work.known - 1, np.flatnonzero(slots.free & (slots.shard == source.shard))
+def beside(slots: Slots, work: Work, source: Slot, count: int) -> tuple[list[Slot], int]:
+    """Free slots in the shard of `source` for up to `count` requests like this one, if that has all that they are to
+    begin with, else none; and how many tokens it is."""
+    most = work.known - 1
     there = slots.held[source.number] == most or not slots.exact and slots.held[source.number] > most
-    if not len(free) or not there or slots.stale[source.number]:
-        return None
+    if not there or slots.stale[source.number]:
+        return [], 0
     if not np.array_equal(slots.contents[source.number, :most], work.contents[:most]):
-        return None
-    return Place(slots.all[free[np.argmin(slots.used[free])]], source, most)
+        return [], 0
+    free = np.flatnonzero(slots.free & (slots.shard == source.shard))
+    return [slots.all[n] for n in free[np.argsort(slots.used[free], kind="stable")[:count]]], most
 
 
 def place(slots: Slots, work: Work, lanes: int = 1, again: bool = False) -> Place | Literal["soon"] | None:
