@@ -13,7 +13,9 @@ inference engine, every prompt that was drawn is trained on once or waits in the
 train: each of the five stages, small, with two worker processes for its data, is killed in the middle of a step and
 while it saves, in the middle of an epoch; its losses and weights have to end as if nothing had happened, and no process
 may be left behind. And, with the toy stage of the tests: SIGTERM, a checkpoint cut short, one with a flipped bit, a
-disk that is full or becomes read-only (needs root), one of two processes killed (`faults_train.py`). 15 minutes.
+disk that is full or becomes read-only (needs root), either of two processes killed (`faults_train.py`). 15 minutes on
+two idle cores, four times that on one busy one; FILE is written after each stage and case, and keeps what an earlier
+call with another --only found.
 
 Prints a table of faults tried, survived and lost, and one JSON line. A fault is survived when the next start goes on
 from the newest checkpoint that was complete, and the end is right. Exits with 1 when one was lost. This file is also
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import os
 import pathlib
 import random
@@ -128,7 +131,7 @@ def main() -> int:
     parser.add_argument("--out")
     options = parser.parse_args()
     import faults_train
-    from contest import emit, environment
+    from contest import emit, save
     from real_runs import Nursery
 
     root = str(pathlib.Path(__file__).resolve().parent.parent)
@@ -141,14 +144,33 @@ def main() -> int:
         if options.what == "rl":
             faults = reinforcement(options.form, options.kills, options.seed, folder, nursery)
         else:
-            faults = faults_train.all_of(options.only, options.seed, folder, nursery)
+            faults = kept(options.out, options.only)
+            for found in faults_train.each_of(options.only, options.seed, folder, nursery):
+                faults += found
+                save(record(options, faults), options.out)
     nursery.close()
     print(table(faults), file=sys.stderr)
+    emit(found := record(options, faults), options.out)
+    return 1 if found["lost"] else 0
+
+
+def kept(out: str | None, only: str) -> list[dict]:
+    """The faults in the file that are not tried again; none when all are."""
+    path = pathlib.Path(out or "")
+    if not only or not path.is_file():
+        return []
+    tried = {name.replace("_", " ") for name in only.split(",")}
+    before = json.loads(path.read_text(encoding="utf-8"))["faults"]
+    return [fault for fault in before if not tried & {fault["run"], fault["at"]}]
+
+
+def record(options: argparse.Namespace, faults: list[dict]) -> dict:
+    from contest import environment
+
     lost = sum(not fault["survived"] for fault in faults)
     counts = {"tried": len(faults), "survived": len(faults) - lost, "lost": lost}
     about = {"benchmark": f"faults_{options.what}", "seed": options.seed}
-    emit({**about, **counts, "faults": faults, "environment": environment()}, options.out)
-    return 1 if lost else 0
+    return {**about, **counts, "faults": faults, "environment": environment()}
 
 
 if __name__ == "__main__":

@@ -171,6 +171,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             evaluate="params",  # what is evaluated and handed on: those, or their average, "ema"
             lora=LORA,
             log_every=10, eval_every=0, save_every=100, keep=2,
+            max_skipped=50,  # steps in a row without a finite gradient, after which the run stops; 0: never
             spikes=8.0,  # a loss so many robust deviations above its running median is told; 0: never
             max_seconds=0.0,  # stop when the steps have taken so long; 0: never
             faults="",  # where broken records are logged; default: faults.jsonl in the work directory

@@ -66,7 +66,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one subcommand; returns the exit code (0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C)."""
+    """Runs one subcommand; returns the exit code (0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C). One of several
+    processes ends with 3 when another one has."""
     if argv is None and sys.argv[1:2] == ["train"]:
         from glmv_jax.parallel.host import start_with_huge_pages
 
@@ -114,11 +115,13 @@ def _run(argv: list[str]) -> int:
         raise UserError(f"this command takes no config, so no --config.{overrides[0]}")
     args = parser.parse_args([command, *rest])
     args.overrides = overrides
-    if "coordinator" in args:
-        from glmv_jax.parallel import multihost
+    if "coordinator" not in args:
+        return args.function(args)
+    from glmv_jax.parallel import multihost, peers
 
-        multihost.start(args.coordinator, args.processes, args.process, args.join_seconds)
-    return args.function(args)
+    multihost.start(args.coordinator, args.processes, args.process, args.join_seconds)
+    with peers.watched():
+        return args.function(args)
 
 
 def _nearest(word: str, known: Iterable[str]) -> str:

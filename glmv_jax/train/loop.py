@@ -4,6 +4,7 @@ Keys of the config that the loop reads (everything else is the stage's):
 
     seed, steps, optim     required; optim as in `optim.build`
     log_every   10         steps between rows of metrics.jsonl
+    max_skipped 50         steps in a row without a finite gradient, after which the run stops, 0: never
     spikes      8.0        a loss so many robust deviations above its running median is told (`train.spikes`), 0: never
     eval_every  0          steps between short evaluations, 0: only before and after
     save_every  100        steps between checkpoints
@@ -47,8 +48,6 @@ from glmv_jax.train.spikes import Spikes
 from glmv_jax.train.stages.base import Stage
 from glmv_jax.train.step import make_train_step
 from glmv_jax.typing import UserError
-
-MAX_SKIPPED = 50  # steps in a row without a finite gradient: the run is lost, and should say so
 
 
 @dataclasses.dataclass
@@ -118,7 +117,7 @@ class _Run:
         cfg = self.cfg
         self.total, self.max_seconds = cfg.steps, cfg.get("max_seconds", 0)
         self.log_every, self.eval_every = cfg.get("log_every", 10), cfg.get("eval_every", 0)
-        self.save_every = cfg.get("save_every", 100)
+        self.save_every, self.max_skipped = cfg.get("save_every", 100), cfg.get("max_skipped", 50)
         self.wait = "rollouts" if stage.on_policy else "data wait"
         self.progress = metrics.Progress(
             workdir.name, self.total, stage=stage.name, headline=stage.headline, wait=self.wait, quiet=not self.first
@@ -277,7 +276,7 @@ class _Run:
         self.totals.add(counts, flops, sources)
         values |= told | self.learning_rates(self.step - 1) | self.totals.seen()
         self.recorder.started(self.step, values, waited, counts, flops, called, sources)
-        if self.recorder.skipped_in_a_row >= MAX_SKIPPED:
+        if 0 < self.max_skipped <= self.recorder.skipped_in_a_row:
             self._give_up(placed)
         self.goodput.row(self.step, due=self.step % self.log_every == 0)
 
@@ -285,8 +284,9 @@ class _Run:
         self.recorder.flush()
         names = self.train_step.nonfinite(self.state, self.constants, placed)
         raise UserError(
-            f"{self.workdir.name}: no finite gradient for {MAX_SKIPPED} steps (now at {self.step}); {words(names)}; "
-            f"batches are in {self.suspects.folder}; lower optim.lr or set optim.clip, and delete {self.workdir}"
+            f"{self.workdir.name}: no finite gradient for {self.max_skipped} steps (now at {self.step}); "
+            f"{words(names)}; batches are in {self.suspects.folder}; lower optim.lr or set optim.clip, and delete "
+            f"{self.workdir}"
         )
 
     def _stopping(self) -> bool:

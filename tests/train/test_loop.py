@@ -243,13 +243,18 @@ def test_a_step_without_a_finite_gradient_is_left_out_and_counted(tmp_path, caps
 
 
 def test_a_run_without_finite_gradients_stops_names_what_is_not_finite_and_keeps_some_batches(tmp_path, capsys):
-    said = "no finite gradient for 50 steps .now at 51.; first not finite: batch/x, batch/y, loss, .*lower optim.lr"
+    said = "no finite gradient for 10 steps .now at 14.; first not finite: batch/x, batch/y, loss, .*lower optim.lr"
+    poison = (0, 1, *range(3, 60))  # two and a good one: it is the steps in a row that count
     with pytest.raises(UserError, match=said):
-        main.run(config(steps=60, poison=tuple(range(60))), tmp_path)
-    assert sorted(int(p.stem) for p in (tmp_path / "nonfinite").iterdir()) == list(range(1, 9))
-    assert "step 50: the loss or the gradient is not finite, the update is left out; its batch is not kept" in (
+        main.run(config(steps=60, poison=poison, max_skipped=10), tmp_path)
+    assert sorted(int(p.stem) for p in (tmp_path / "nonfinite").iterdir()) == [1, 2, *range(4, 10)]
+    assert "step 10: the loss or the gradient is not finite, the update is left out; its batch is not kept" in (
         capsys.readouterr().out
     )
+
+
+def test_no_number_of_steps_without_finite_gradients_ends_a_run_that_is_told_to_go_on(tmp_path):
+    assert main.run(config(steps=6, poison=tuple(range(6)), max_skipped=0), tmp_path)["skipped"] == 6
 
 
 @pytest.mark.parametrize(

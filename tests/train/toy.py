@@ -26,7 +26,7 @@ def config(**changes) -> ConfigDict:
             stage="toy", seed=0, steps=12, batch=16, width=8, init_from="", init_subtrees=(), mesh={"data": -1},
             rules="data", log_every=1, eval_every=0, save_every=4, keep=2, max_seconds=0.0, match_wall="",
             compilation_cache="", signal=(0, 0), lengths=(4,), end=10**9, poison=(),
-            spikes=8.0, pause=0.0,  # seconds that a batch takes
+            spikes=8.0, max_skipped=50, pause=0.0,  # seconds that a batch takes
             optim=dict(
                 lr=0.1, clip=1.0, schedule=dict(warmup=2, decay="cosine", final=0.1),
                 groups=((".*/bias", dict(kind="adamw", lr_mult=0.5)), (".*", dict(kind="adamw", wd=0.01))),
