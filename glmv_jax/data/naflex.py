@@ -14,20 +14,27 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib.util
 import io
 import math
 import pathlib
-import struct
 import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
 from glmv_jax.typing import UserError
 
 MAX_ASPECT = 200
 MAX_PIXELS = 1 << 26  # 67 million: an 8k page scan passes, a decompression bomb does not
+# Of a JPEG, pixels times scans. Each scan of a progressive one, which may be 70 bytes, goes over all pixels again; ten
+# scans are usual.
+MAX_SCANNED = 1 << 30
+# What Pillow is let try. Not PostScript, for which it runs a program, and none that nobody keeps pictures in.
+_NEW = ("AVIF",) if importlib.util.find_spec("PIL.AvifImagePlugin") else ()  # from Pillow 11.3 on
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "JPEG2000", "PPM", *_NEW)
+_STRIP = 1 << 22  # pixels that are converted at a time, where that takes much memory
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -51,46 +58,76 @@ def opened(source: str | pathlib.Path | bytes, max_pixels: int = MAX_PIXELS) -> 
     """The picture of a file or of its bytes as Pillow opens it, its pixels not yet decoded; UserError as `load_image`,
     also for what is raised while it is in use."""
     name = "the image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
+    content = b""
     try:
+        content = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit decides
-            file = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            file = Image.open(io.BytesIO(content), formats=FORMATS)
         with file as image:
-            if image.width * image.height > max_pixels:
+            pixels = image.width * image.height
+            if pixels > max_pixels:
                 raise Image.DecompressionBombError
+            if image.format in ("JPEG", "MPO") and pixels * (scans := content.count(b"\xff\xda")) > MAX_SCANNED:
+                raise UserError(f"{name} has {scans} scans, which take minutes to decode; save it anew")
             yield image
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{name} does not exist; check the path") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{name} cannot be read ({error.strerror}); give a readable picture file") from None
     except Image.UnidentifiedImageError:
+        if b"%PDF-" in content[:1024]:
+            raise UserError(f"{name} is a PDF; draw its pages as PNG first") from None
         raise UserError(f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG") from None
     except Image.DecompressionBombError:
         raise UserError(f"{name} has more than {max_pixels:,} pixels; make it smaller first") from None
-    except (OSError, ValueError, SyntaxError, struct.error) as error:
+    except (NameError, ImportError, MemoryError):  # no file's fault
+        raise
+    except Exception as error:  # noqa: BLE001 - of broken bytes Pillow's readers raise whatever comes up
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(f"{name} is broken or cut short ({reason}); copy or convert it again") from None
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB: EXIF rotation applied, transparency composed on white, 16-bit scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    image = ImageOps.exif_transpose(image) if turned else image
     if image.mode == "RGB":
-        return image
+        return image if turned else image.copy()
     if image.mode.startswith("I") or image.mode == "F":
         return _deep_to_rgb(image)
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+        return _on_white(image)
     return image.convert("RGB")
+
+
+def _strips(image: Image.Image) -> Iterator[tuple[int, int]]:
+    """(first row, row behind the last) of parts of a picture."""
+    rows = max(1, _STRIP // max(1, image.width))
+    return ((top, min(top + rows, image.height)) for top in range(0, image.height, rows))
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    rgb = Image.new("RGB", image.size)
+    for top, bottom in _strips(image):
+        part = image.crop((0, top, image.width, bottom)).convert("RGBA")
+        rgb.paste(Image.alpha_composite(Image.new("RGBA", part.size, "white"), part).convert("RGB"), (0, top))
+    return rgb
 
 
 def _deep_to_rgb(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey. Only 16-bit files say what white is; the others are fitted to 1, 255 or 65535."""
-    values = np.asarray(image, np.float64)
+    values = np.asarray(image)
     whites = [65535] if image.mode.startswith("I;16") else [255, 65535] if image.mode == "I" else [1, 255, 65535]
-    white = next((w for w in whites if values.max() <= w), whites[-1])
-    return Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8)).convert("RGB")
+    most = values.max(where=np.isfinite(values), initial=0)
+    white = next((w for w in whites if most <= w), whites[-1])
+    grey = np.empty(values.shape, np.uint8)
+    for top, bottom in _strips(image):
+        part = np.nan_to_num(values[top:bottom].astype(np.float64))
+        grey[top:bottom] = np.clip(np.rint(part / white * 255), 0, 255)
+    return Image.fromarray(grey).convert("RGB")
 
 
 # ----------------------------------------------------------------------------------------------------------- sizing

@@ -21,14 +21,17 @@ from typing import Any, Self
 import numpy as np
 from PIL import Image
 
+from glmv_jax.data.naflex import MAX_PIXELS
 from glmv_jax.typing import UserError
 
 # Up to so many seconds a film has so many groups of frames a second (transformers 5
 # `models/glm46v/video_processing_glm46v.py`).
 RATES = ((30.0, 3.0), (300.0, 1.0), (2400.0, 0.5))
 MOST_FRAMES = 640
-# Formats of files that hold their film; those that only name other files (concat, hls) are not opened.
-_FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
+# FFmpeg would also take playlists, which name other files and addresses, and descriptions of streams on the network.
+FORMATS = "mov,matroska,avi,mpegts,mpeg,flv,asf,ogg,gif"
+MAX_DECODED = 1 << 39  # pixels of all frames: three hours in 1920x1080, which take a processor half an hour
+MAX_FRAMES = 1 << 20  # twelve hours; what says that it has more lies
 Sample = Callable[[int, float, float], Sequence[int]]  # (frames, frames a second, seconds) -> numbers of those shown
 
 
@@ -88,12 +91,14 @@ def frame_groups(
     """
     with _opened(content) as (file, stream):
         rate = stream.average_rate or Fraction(24)
-        count = stream.frames or sum(1 for _ in file.decode(stream))
-    if not count:
-        raise UserError("the film has no pictures")
+        count = stream.frames or sum(1 for _ in _frames(file, stream))
+        most = min(MAX_FRAMES, MAX_DECODED // max(1, stream.width * stream.height))
+    if not 0 < count <= most:
+        said = f"{count:,} frames, more than the {most:,} that are read; cut it" if count else "no pictures"
+        raise UserError(f"the film has {said}")
     shown, frames, at = list(sample(count, float(rate), float(count / rate))), [], 0
     with _opened(content) as (file, stream):
-        for number, frame in enumerate(file.decode(stream)):
+        for number, frame in enumerate(_frames(file, stream)):
             if number != shown[at]:
                 continue
             picture = frame.to_image()
@@ -115,7 +120,7 @@ def check(content: bytes, pixels: int, frames: int) -> None:
     with _opened(content) as (file, stream):
         if stream.width * stream.height > pixels:
             raise UserError(f"the film has frames of more than {pixels:,} pixels; make it smaller")
-        if (stream.frames or sum(1 for _ in itertools.islice(file.decode(stream), frames + 1))) > frames:
+        if (stream.frames or sum(1 for _ in itertools.islice(_frames(file, stream), frames + 1))) > frames:
             raise UserError(f"the film has more than {frames:,} frames; cut it, or leave some of them out")
 
 
@@ -127,12 +132,32 @@ def _opened(content: bytes) -> Iterator[tuple[Any, Any]]:
     except ImportError:
         raise UserError("reading films needs PyAV; pip install 'glmv_jax[data]'") from None
     try:
-        with av.open(io.BytesIO(content), options={"format_whitelist": _FORMATS}) as file:
-            if not file.streams.video:
+        with _container(av, content) as file:
+            stream = next(iter(file.streams.video), None)
+            if stream is None:
                 raise UserError("the film has no pictures")
-            yield file, file.streams.video[0]
+            if stream.width * stream.height > MAX_PIXELS:
+                raise UserError(f"the film has frames of {stream.width}x{stream.height} pixels; make them smaller")
+            yield file, stream
     except av.error.FFmpegError as error:
         raise UserError(f"the film is broken or cut short ({error.strerror}); copy or convert it again") from None
+
+
+def _container(av: Any, content: bytes) -> Any:
+    try:
+        return av.open(io.BytesIO(content), options={"format_whitelist": FORMATS})
+    except av.error.ArgumentError:  # what FFmpeg says of a form that is not in the list
+        raise UserError(f"the film is in none of the forms that are read ({FORMATS}); make it an MP4") from None
+
+
+def _frames(file: Any, stream: Any) -> Iterator[Any]:
+    """The frames of a film, as many as are read, none of which is larger than it says."""
+    pixels = 0
+    for number, frame in enumerate(file.decode(stream)):
+        pixels += frame.width * frame.height
+        if frame.width * frame.height > MAX_PIXELS or pixels > MAX_DECODED or number >= MAX_FRAMES:
+            raise UserError("the film has more pixels or frames than are read; cut it, or make it smaller")
+        yield frame
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,5 +21,5 @@ def in_call_order(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]
             start = len(found) + 1
         found.append(message)
         place = {id_: n for n, id_ in enumerate(calls) if isinstance(id_, str)}
-        found[start:] = sorted(found[start:], key=lambda m: place.get(m.get("tool_call_id"), len(calls)))
+        found[start:] = sorted(found[start:], key=lambda m: place.get(str(m.get("tool_call_id")), len(calls)))
     return [{key: value for key, value in message.items() if key != "tool_call_id"} for message in found]
