@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from glmv_jax.typing import UserError
 
+COMPILED = "~/.cache/glmv_jax/xla"  # where compiled programs are kept, of training and of answering
 VISION: dict[str, dict[str, Any]] = {
     "nano": dict(depth=4, width=128, heads=2, mlp=352, patch=8, remat="none", chunk=0),
     "l": dict(depth=24, width=1024, heads=16, mlp=4096, patch=14, dtype="bfloat16", remat="full", chunk=0),
@@ -176,7 +177,7 @@ def run(stage: str, steps: int, batch: int, **more: Any) -> ConfigDict:
             max_seconds=0.0,  # stop when the steps have taken so long; 0: never
             faults="",  # where broken records are logged; default: faults.jsonl in the work directory
             match_wall="",  # take max_seconds from the steps of this finished run
-            compilation_cache="~/.cache/glmv_jax/xla",  # where compiled programs are kept; "": nowhere
+            compilation_cache=COMPILED,  # where compiled programs are kept; "": nowhere
         )
     )  # fmt: skip
     cfg.update(more)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from glmv_jax import __version__
 from glmv_jax.aot import main as aot
-from glmv_jax.cli import checkpoints, evaluation, inspection, serving, training
+from glmv_jax.cli import checkpoints, common, evaluation, inspection, serving, training
 from glmv_jax.typing import UserError
 
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
@@ -68,6 +68,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: list[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code (0 good, 1 a check failed, 2 wrong input, 130 Ctrl-C). One of several
     processes ends with 3 when another one has."""
+    if argv is None and sys.argv[1:2] in (["serve"], ["generate"]):
+        common.keep_compiled_programs()
     if argv is None and sys.argv[1:2] == ["train"]:
         from glmv_jax.parallel.host import start_with_huge_pages
 

@@ -60,8 +60,8 @@ def generate(args: argparse.Namespace) -> int:
 
     Examples:
 
-      glmv generate --run runs/quickstart --image page.png --prompt "What does it say?"
-      glmv generate --run runs/quickstart --image cats.png --prompt "图中有几只猫？" --temperature 0.7 --seed 3
+      glmv generate --run runs/quickstart --image cat.png --prompt "Name it in English."
+      glmv generate --run runs/sft --image cats.png --prompt "有几个猫？" --temperature 0.7 --seed 3
 
     --checkpoint takes what `glmv import-hf` wrote, a run that began from it, or a folder in Hugging Face layout. The
     prompt is a question, a file of messages as the OpenAI API has them (which may name pictures and films), or token
@@ -84,16 +84,28 @@ def generate(args: argparse.Namespace) -> int:
         max_new_tokens=args.max_new_tokens, temperature=args.temperature, seed=args.seed, drafts=args.speculative,
         mesh=mesh_of(args),
     )  # fmt: skip
-    if args.checkpoint is not None:
+    if args.checkpoint is not None and not _is_own(args.checkpoint):
         return _generate_from_checkpoint(args, images, settings)
     if args.prompt is None:
         raise UserError("with --run this is required: --prompt; see glmv generate --help")
     if given := [name for name in ("messages", "token_ids", "json") if getattr(args, name)]:
-        raise UserError(f"--{given[0].replace('_', '-')} goes with --checkpoint, not with --run")
+        raise UserError(f"--{given[0].replace('_', '-')} goes with a public --checkpoint, not with a run")
     if len(images) > 1:
         raise UserError("with --run a question is about one picture; give one --image")
-    print(generate_from_run(args.run, answering_model, images[0] if images else None, args.prompt, **settings))
+    run, image = args.run or args.checkpoint, images[0] if images else None
+    print(generate_from_run(run, answering_model, image, args.prompt, **settings))
     return 0
+
+
+def _is_own(folder: str) -> bool:
+    """Whether it is a run of the recipe's, or the work directory of one of its stages, and nothing public."""
+    from glmv_jax.inference.generate import last_stage
+    from glmv_jax.train import exchange
+
+    try:
+        return not exchange.is_of_public(folder) and not exchange.is_of_public(last_stage(folder))
+    except UserError:
+        return False
 
 
 def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], settings: dict) -> int:
@@ -138,8 +150,8 @@ def answering_model(folder):
 
 
 def generate_options(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--run", metavar="DIR", help="a recipe's run directory, as runs/quickstart")
-    sub.add_argument("--checkpoint", metavar="DIR", help="a public checkpoint, imported or as it came")
+    sub.add_argument("--run", metavar="DIR", help="a recipe's run directory, as runs/quickstart, or a stage's")
+    sub.add_argument("--checkpoint", metavar="DIR", help="a public checkpoint, imported or as it came, or a run")
     sub.add_argument("--image", action="append", nargs="+", metavar="FILE", help="pictures, in any format of Pillow")
     sub.add_argument("--prompt", metavar="TEXT", help="the question")
     sub.add_argument("--messages", metavar="FILE.json", help="a conversation, instead of --prompt")

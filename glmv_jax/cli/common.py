@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 
 from glmv_jax.typing import UserError
 
@@ -35,6 +36,15 @@ def write_json(target: str | None, content: dict) -> None:
         return
     with open(target, "w", encoding="utf-8") as file:
         file.write(text + "\n")
+
+
+def keep_compiled_programs() -> None:
+    """Where training keeps its own, so that the next start of what answers compiles nothing. Before jax is imported;
+    jax's own variables of the environment, where they are set, stay as they are."""
+    from glmv_jax.presets import COMPILED
+
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.expanduser(COMPILED))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def mesh_options(sub: argparse.ArgumentParser) -> None:

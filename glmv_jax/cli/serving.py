@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import socket
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +28,8 @@ def serve(args: argparse.Namespace) -> int:
     `glmv import-hf` wrote, a run that began from it, or a folder in Hugging Face layout. Any client of either API will
     do, with the base URL that is printed; an API key is asked for when the environment variable GLMV_API_KEY is set.
     --mesh spreads the model over devices: parameters are read straight to where they lie and are never gathered.
+    Where a request names no temperature, --temperature does, or else answers are drawn as the model was trained (ours)
+    or as its authors draw them (public ones); 0 gives the same answer each time, as `glmv generate` does.
     SIGTERM lets the answers that run end. /health and /metrics (Prometheus) are for those who watch it.
 
     As the rollout engine of a stage 5 (its rollout.engine is the URL) it takes new weights while it answers, from
@@ -42,6 +47,7 @@ def serve(args: argparse.Namespace) -> int:
         raise UserError('serving takes starlette and uvicorn; pip install "glmv_jax[serve]"') from None
     from glmv_jax.inference.engine import Engine
     from glmv_jax.inference.front import Front
+    from glmv_jax.inference.generate import check_settings
     from glmv_jax.inference.sampler import Sampling
     from glmv_jax.inference.settings import Settings
     from glmv_jax.serving.limits import Limits
@@ -53,7 +59,10 @@ def serve(args: argparse.Namespace) -> int:
     key = os.environ.get(KEY, "")
     if args.weights and not key:
         raise UserError(f"--weights lets others change what answers; set {KEY} here and for the trainer")
+    check_settings(limits.tokens, args.temperature or 0.0, args.speculative)
+    _check_address(args.host, args.port)
     mesh = mesh_of(args)
+    began = time.monotonic()
     model, longest, load = _model(args.checkpoint, args.image_patches, args.dtype, mesh, args.films > 0)
     length = min(args.length, longest)
     settings = Settings(
@@ -65,10 +74,14 @@ def serve(args: argparse.Namespace) -> int:
     sampling = model.sampling(limits.tokens)
     if args.allow is not None:
         sampling = Sampling.chat(model.tokenizer, limits.tokens, allow=_known(model.tokenizer, args.allow))
+    if args.temperature is not None:
+        sampling = dataclasses.replace(sampling, temperature=args.temperature)
     cfg, params = load()
     engine = Engine(cfg, None, sampling, settings, mesh=mesh)
     engine.set_params(params, 0, copy=False)
+    _tell(f"{args.checkpoint} is loaded; compiling, which the next start is spared")
     engine.warm()
+    _tell(f"ready after {time.monotonic() - began:.0f} s")
     weights = Weights(args.weights, handover.reader(params)) if args.weights else None
     names = args.name or [Path(args.checkpoint).resolve().name]
     with Front(engine) as front:
@@ -85,6 +98,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--port", type=int, default=8000, help="default 8000; 0 for any that is free")
     sub.add_argument("--dtype", metavar="NAME", help="of a public checkpoint: bfloat16 or float32 (default: as stored)")
     mesh_options(sub)
+    sub.add_argument("--temperature", type=float, metavar="T", help="of requests that name none (default: the model's)")
     sub.add_argument("--slots", type=int, default=8, metavar="N", help="answers that decode together (default 8)")
     sub.add_argument("--length", type=int, default=8192, metavar="N", help="of prompt and answer in tokens (8192)")
     sub.add_argument("--steps", type=int, default=4, metavar="N", help="tokens between two looks at the queue (4)")
@@ -120,6 +134,20 @@ def _known(tokenizer: Any, names: list[str]) -> list[str]:
     return names
 
 
+def _tell(text: str) -> None:
+    """What goes on until requests can come; apart from standard output, whose first line is the address."""
+    print(f"glmv serve: {text}", file=sys.stderr, flush=True)
+
+
+def _check_address(host: str, port: int) -> None:
+    """UserError for an address that cannot be listened at, before anything is loaded."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        why = str(error.strerror).partition(" (while")[0]
+        raise UserError(f"cannot listen at {host}:{port} ({why}); choose another --port or --host") from None
+
+
 def _rows(most: int) -> tuple[int, ...]:
     """Lengths of the encoder's rows: quarters of quarters of the longest."""
     rows = [-(-most // 4) * 4]
@@ -141,7 +169,7 @@ def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any, films: b
     folder = Path(checkpoint).expanduser()
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; give a run or a checkpoint's folder")
-    if not any((folder / name).is_file() for name in ("config.json", exchange.MODEL)):
+    if not exchange.is_of_public(folder):
         folder = last_stage(folder)
     if exchange.is_of_public(folder):
         model = Public(Processor(exchange.files(folder), patches, moving=films))

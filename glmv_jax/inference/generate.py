@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -46,19 +47,36 @@ class Model:
 
 
 def last_stage(run: str | pathlib.Path) -> pathlib.Path:
-    """Folder of the last finished stage that can answer. Raises UserError when there is none.
+    """Folder of a recipe's last finished stage that can answer, or `run` itself if it is such a stage's. Raises
+    UserError when there is none.
 
     A stage is finished when its results.json is there, which training writes after the last checkpoint.
     """
     run = pathlib.Path(run)
     if not run.is_dir():
         raise UserError(f"run {str(run)!r} does not exist; train one with launch/quickstart.sh or check the path")
+    if (run / "config.json").is_file():
+        return _one_stage(run)
     for stage in STAGES:
         if (run / stage / "results.json").is_file():
             return run / stage
     begun = [stage for stage in STAGES if (run / stage).is_dir()]
     state = f"stage {begun[0]} is not finished" if begun else f"no stage of {', '.join(STAGES[::-1])} has begun"
     raise UserError(f"run {str(run)!r} has no model that can answer: {state}; resume it with the command that began it")
+
+
+def _one_stage(run: pathlib.Path) -> pathlib.Path:
+    """The work directory of one stage, if it can answer."""
+    try:
+        stage = json.loads((run / "config.json").read_text(encoding="utf-8")).get("stage")
+    except (ValueError, AttributeError):
+        raise UserError(f"{run / 'config.json'} cannot be read; copy the run anew") from None
+    if stage not in STAGES:
+        raise UserError(f"run {str(run)!r} is of stage {stage}, which answers no questions; give one of stage "
+                        f"{', '.join(STAGES[::-1])}")  # fmt: skip
+    if not (run / "results.json").is_file():
+        raise UserError(f"run {str(run)!r} is not finished; resume it with the command that began it")
+    return run
 
 
 def question(image: str | pathlib.Path | Image.Image | None, prompt: str) -> Sample:

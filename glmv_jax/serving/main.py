@@ -54,7 +54,7 @@ async def serve(
     """Serves until SIGTERM or SIGINT; then nobody new is let in and those that run end, within `limits.drain` seconds,
     with what they have by then.
 
-    say: told the address, once it is open. Raises UserError when it cannot listen there.
+    say: told the address, once it is open, then the page's. Raises UserError when it cannot listen there.
     """
     answers = Answers(front, model, limits, Metrics())
     listening = listener(Server(answers, names, key, weights), host, port)
@@ -72,6 +72,7 @@ async def serve(
     if not task.done():
         open_port = listening.servers[0].sockets[0].getsockname()[1]
         say(f"{', '.join(names)} at http://{host}:{open_port}/v1")
+        say(f"a page to talk to it: http://{host}:{open_port}/")
     await task
 
 

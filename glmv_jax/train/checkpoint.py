@@ -193,7 +193,9 @@ def newest(run_dir: str | Path, *, finished: bool = True) -> Path:
     run_dir = Path(run_dir).absolute()
     folder = run_dir / "checkpoints"
     if not folder.is_dir():
-        raise UserError(f"{run_dir} is no run: it has no checkpoints folder; train that stage first")
+        inside = sorted(str(path.parent) for path in run_dir.glob("*/checkpoints"))
+        remedy = f"give one of those in it: {', '.join(inside)}" if inside else "train that stage first"
+        raise UserError(f"{run_dir} is no run: it has no checkpoints folder; {remedy}")
     if finished and not (run_dir / "results.json").exists():
         raise UserError(f"{run_dir} has not finished (it has no results.json); run its stage again, it will resume")
     problem = "it has no checkpoint"

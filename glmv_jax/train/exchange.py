@@ -198,7 +198,8 @@ def _origin(source: Path) -> Path:
         before = cfg.get("init_from", "") or cfg.get("lora", {}).get("base", "")
         if not before or Path(before).absolute() in seen:
             raise UserError(f"{source} is no imported checkpoint and did not begin from one ({at} has no {MODEL}); "
-                            "give the folder that glmv import-hf wrote, or a run whose init_from leads to it")
+                            "give the folder that glmv import-hf wrote, or a run whose init_from leads to it; a run of "
+                            "the recipe's own goes on with experiments/vlm_sft.py and --config.init_from")
         at = Path(before).expanduser()
     return at
 

@@ -81,6 +81,12 @@ def test_runs_that_cannot_answer(tmp_path):
     one_line("no stage of pretrain, sft, rl has begun", lambda: last_stage(tmp_path))
     (tmp_path / "pretrain").mkdir()
     one_line("stage pretrain is not finished; resume it", lambda: last_stage(tmp_path))
+    for stage, said in (("siglip", "is of stage siglip, which answers no questions"), ("sft", "is not finished")):
+        (tmp_path / stage).mkdir()
+        (tmp_path / stage / "config.json").write_text(f'{{"stage": "{stage}"}}')
+        one_line(said, lambda: last_stage(tmp_path / stage))  # noqa: B023
+    (tmp_path / "sft" / "results.json").write_text("{}")
+    assert last_stage(tmp_path / "sft") == tmp_path / "sft", "the work directory of a stage answers for itself"
 
 
 def test_wrong_input_is_met_before_anything_is_loaded(model, tmp_path, picture):

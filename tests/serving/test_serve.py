@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 
@@ -59,6 +60,8 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     try:
         line = process.stdout.readline()
         assert (url := re.search(r"it at (http://127\.0\.0\.1:\d+/v1)$", line.strip())), log.seek(0) or log.read()
+        page = re.search(r"a page to talk to it: (http://\S+/)$", process.stdout.readline().strip())
+        assert httpx.get(page[1]).headers["content-type"].startswith("text/html"), "what is told is a page's address"
         with openai.OpenAI(base_url=url[1], api_key="k", max_retries=0) as client:
             messages = [{"role": "user", "content": [picture(), {"type": "text", "text": "the cat?"}]}]
             ask = lambda **settings: client.chat.completions.create(  # noqa: E731
@@ -98,13 +101,22 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
 @pytest.mark.parametrize(("change", "said"), [
     (["--checkpoint", "nowhere"], "does not exist"), (["--requests", "0"], "limit requests=0"),
     (["--checkpiont", "x"], "unknown option"), (["--weights", "w"], "set GLMV_API_KEY here and for the trainer"),
-    (["--allow", "<|nope|>"], "no such special token"),
+    (["--allow", "<|nope|>"], "no such special token"), (["--temperature", "-1"], "temperature=-1.0 is out of range"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(served, capsys, monkeypatch, change, said):
     monkeypatch.delenv(serving.KEY, raising=False)
     given = ["serve", "--checkpoint", str(served[0]), *change]
     assert cli.main(given) == 2
     assert said in (err := capsys.readouterr().err) and err.count("\n") == 1
+
+
+def test_an_address_that_is_taken_is_said_before_anything_is_loaded(served, capsys, monkeypatch):
+    monkeypatch.setattr(serving, "_model", lambda *_: pytest.fail("loaded"))
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = str(other.getsockname()[1])
+        assert cli.main(["serve", "--checkpoint", str(served[0]), "--port", port]) == 2
+    assert f"cannot listen at 127.0.0.1:{port} (Address already in use)" in (err := capsys.readouterr().err)
+    assert err.count("\n") == 1
 
 
 def test_rows_of_the_encoder_reach_to_the_largest_image():

@@ -274,6 +274,12 @@ def test_mistakes_are_one_line(tmp_path, changes, message):
     assert "\n" not in str(error.value)
 
 
+def test_a_recipe_to_begin_from_names_its_stages(tmp_path):
+    (tmp_path / "quickstart" / "sft" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="is no run: .*; give one of those in it: .*quickstart/sft$"):
+        main.run(config(init_from=str(tmp_path / "quickstart")), tmp_path / "run")
+
+
 def test_the_folder_of_a_run_cannot_be_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/glmv")):

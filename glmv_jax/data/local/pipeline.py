@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -98,9 +99,19 @@ def heldout_documents(name: str, source: local.Source, assembler: Assembler, sha
         except (UserError, OSError, ValueError) as error:
             log.add(name, reader.id(row), str(error), row)
     if not documents:
+        remedy = _holding_one([reader.id(row) for row in map(int, order)], share)
         raise UserError(f"source {name!r}: no document is held out at data.heldout={share} of {len(reader)} records; "
-                        "raise it, or set it to 0 to train on all and report on none")
+                        f"{remedy}--config.data.heldout=0 trains on all and reports on none")
     return documents
+
+
+def _holding_one(ids: list[str], share: float) -> str:
+    """Which share is enough, where a larger one is what is missing."""
+    least = min(map(balance.place, ids)) / 2**64
+    if least < share:
+        return "those that are could not be read, see faults.jsonl; "
+    enough = math.floor(100 * least + 1) / 100
+    return f"--config.data.heldout={enough} holds out one, " if enough < 1 else ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -66,7 +66,12 @@ def dealt(n: int, part: slice) -> np.ndarray:
 
 def held_out(id_: str, share: float) -> bool:
     """Whether a record is kept for evaluation: a function of its id, so the same in every run and on every host."""
-    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "big") < share * 2**64
+    return place(id_) < share * 2**64
+
+
+def place(id_: str) -> int:
+    """Where a record lies among all that there might be, of 2^64: a share holds out those below it."""
+    return int.from_bytes(hashlib.blake2b(id_.encode(), digest_size=8).digest(), "big")
 
 
 def languages(source: Source, reader: Reader) -> np.ndarray:

@@ -463,6 +463,16 @@ def test_held_out_records_are_never_trained_on(tmp_path):
         pipeline.heldout_documents("a", files["a"], small(96, 128), 0.0, 5, FaultLog())
 
 
+def test_a_share_that_holds_nothing_out_names_one_that_does(tmp_path):
+    source, log = sources(tmp_path / "data")["a"], FaultLog()
+    with pytest.raises(UserError, match=r"heldout=0 trains on all and reports on none") as caught:
+        pipeline.heldout_documents("a", source, small(96, 128), 1e-9, 5, log)
+    enough = float(re.search(r"data.heldout=(\S+) holds out one", str(caught.value))[1])
+    assert pipeline.heldout_documents("a", source, small(96, 128), enough, 5, log)
+    with pytest.raises(UserError, match="no document is held out"):
+        pipeline.heldout_documents("a", source, small(96, 128), enough - 0.01, 5, log)
+
+
 def test_dropped_documents_are_named(tmp_path):
     files = sources(tmp_path / "data", long="drop")
     log = FaultLog(tmp_path / "log")
