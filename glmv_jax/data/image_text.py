@@ -28,6 +28,7 @@ from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
 LANGUAGES = emoji.LANGUAGES
+SHIPPED = ("emoji", "basics")  # sources of pairs
 
 
 def siglip_batches(
@@ -35,7 +36,7 @@ def siglip_batches(
     text_length: int = 16, chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
     reading: Reading = ALONE,
 ) -> grain.DatasetIterator:
-    """Image-text pairs, no emoji twice in a batch.
+    """Image-text pairs, no emoji twice in a batch. `source` in a batch counts in SHIPPED.
 
     pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
     lengths: patches of an image row -> how often; each batch has one of them, the same on every host. None: always
@@ -91,7 +92,7 @@ def pair_batches(
     `concept` is a hash of the picture (or of the text, where a source says so): pairs of one picture are no negatives
     of each other, on whatever hosts they are. Pairs of different pictures with the same text are, as in SigLIP.
     chinese: share of Chinese rows, one text an image; None: a text in both languages, of records that have both.
-    heldout: share of records that is never trained on (`heldout.source_pairs`).
+    heldout: share of records that is never trained on (`heldout.source_pairs`). `source` in a batch counts in sources.
     unseen: concepts of pictures that are not trained on in whatever record they are: those of the evaluation, which
         data with a record a caption would show in others.
     """
@@ -103,7 +104,7 @@ def pair_batches(
 
         def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
             row = functools.partial(_pair_row, langs=langs, alike=sources[name].alike, tokenizer=tokenizer, patcher=own,
-                                    length=text_length, unseen=frozenset(unseen))
+                                    length=text_length, unseen=frozenset(unseen), source=list(sources).index(name))
             return reading.guarded(order, row, name)
 
         rows = Stream(balanced.mixed(reading.seed, guard), workers, chunk=32)
@@ -113,7 +114,7 @@ def pair_batches(
 
 
 def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: TextRows,
-              patcher: Patcher, length: int, unseen: frozenset[int]) -> Rows:
+              patcher: Patcher, length: int, unseen: frozenset[int], source: int) -> Rows:
     pair = ref.reader[ref.index]
     concept = picture.label(pairs.alike(pair, alike))
     if alike == "image" and concept in unseen:
@@ -121,7 +122,7 @@ def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, .
     texts = [pair.texts[lang][rng.integers(len(pair.texts[lang]))] for lang in langs]
     tokens, segments = tokenizer.side_by_side(texts, length)
     return vision_row(*patcher(picture.sized(pair.image, patcher)), patcher.max_patches) | {
-        "tokens": tokens, "segments": segments, "concept": np.int32(concept),
+        "tokens": tokens, "segments": segments, "concept": np.int32(concept), "source": np.int32(source),
         "lang": np.array([LANGUAGES.index(lang) for lang in langs], np.int32)}
 
 
@@ -174,7 +175,7 @@ def _siglip_row(pair: Pair, rng: np.random.Generator, *, tokenizer: TextRows, pa
     tokens, segments = tokenizer.side_by_side(texts, length)
     return vision_row(*patcher(pair.image), patcher.max_patches) | {
         "tokens": tokens, "segments": segments, "concept": np.int32(_pair_number(pair)),
-        "lang": np.array(langs, np.int32)}
+        "source": np.int32(SHIPPED.index(pair.source)), "lang": np.array(langs, np.int32)}
 
 
 def pair_text(texts: Sequence[str], kind: str, rng: np.random.Generator | None = None) -> str:

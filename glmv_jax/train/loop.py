@@ -259,7 +259,7 @@ class _Run:
 
     def _start(self, batch: dict[str, Any], told: dict[str, float], waited: float) -> None:
         """Starts the step on this batch, and logs the one before."""
-        placed = self.placement.batch(batch)
+        placed = self.placement.batch({name: x for name, x in batch.items() if name not in self.stage.host_only})
         if self.train_step.is_new(placed):
             self.recorder.flush()
             self._compile(placed, batch)

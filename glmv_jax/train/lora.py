@@ -42,7 +42,7 @@ class Adapted(Stage):
         self.stage, self.lora = stage, stage.cfg.lora
         self.name, self.headline = stage.name, stage.headline
         self.shape_buckets, self.on_policy = stage.shape_buckets, stage.on_policy
-        self.splits_rows = stage.splits_rows
+        self.splits_rows, self.host_only = stage.splits_rows, stage.host_only
         if not self.lora.base:
             raise UserError("lora.rank is set and lora.base is not; give the run whose parameters are adapted")
         self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
@@ -117,6 +117,9 @@ class Adapted(Stage):
 
     def counts(self, batch):
         return self.stage.counts(batch)
+
+    def counts_by_source(self, batch):
+        return self.stage.counts_by_source(batch)
 
     def flops(self, batch):
         """As of the whole model being trained: the gradient of a target matrix is computed here too."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from glmv_jax.parallel import mesh as mesh_lib
@@ -45,6 +46,7 @@ class Stage(abc.ABC):
         because a shape that keeps changing compiles for ever without anybody noticing.
       headline: the metric that progress lines show.
       on_policy: batches are made with the parameters of the step before, so the loop waits for it first.
+      host_only: of a batch's arrays those that the host alone reads (`counts_by_source`): no step is given them.
       splits_rows: the positions of a row may be split over devices (`parallel.context`).
       cfg: the config of the run.
     """
@@ -54,6 +56,7 @@ class Stage(abc.ABC):
     headline: str = "loss"
     on_policy: bool = False
     splits_rows: bool = False
+    host_only: tuple[str, ...] = ()
 
     def __init__(self, cfg: Any) -> None:
         self.cfg = cfg
@@ -198,3 +201,9 @@ class Stage(abc.ABC):
     def write_samples(self, params: Params, extra: Params, folder: Path) -> None:
         """Writes samples.jsonl and pictures for the report into the (existing, empty) folder; nothing by default."""
         del params, extra, folder
+
+
+def rows_by_source(names: Sequence[str], source_B: Any, tokens: int) -> dict[str, dict[str, int]]:
+    """As `Stage.counts_by_source`, of a batch whose rows are samples of one length. source_B: places in names."""
+    rows_N = np.bincount(np.asarray(source_B), minlength=len(names))
+    return {name: {"samples": int(n), "tokens": int(n) * tokens} for name, n in zip(names, rows_N, strict=True) if n}

@@ -31,7 +31,7 @@ from glmv_jax.losses import distill, phi_s
 from glmv_jax.models import build, cogvit, mim
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import teachers
-from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.base import Stage, rows_by_source
 from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.train.state import Placement
 from glmv_jax.typing import Params, UserError, VisionInput
@@ -220,6 +220,10 @@ class MIM(Stage):
 
     def counts(self, batch):
         return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}
+
+    def counts_by_source(self, batch):
+        """Of a cache's crops too, which say where they are from as those that are made."""
+        return rows_by_source(list(self.sources["train"]), batch["source"], batch["frame"].shape[1])
 
     def flops(self, batch):
         B, P = batch["frame"].shape

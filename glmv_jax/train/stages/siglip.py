@@ -29,7 +29,7 @@ from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.micro import in_pieces, pieces_for
 from glmv_jax.train import text_towers
-from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.base import Stage, rows_by_source
 from glmv_jax.train.stages.mim import knn_probe, reading
 from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.typing import UserError, VisionInput
@@ -40,6 +40,7 @@ EVAL_ROWS = 256  # held-out rows that are embedded at a time
 
 class SigLIP(Stage):
     name = "siglip"
+    host_only = ("source",)
 
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
@@ -125,6 +126,11 @@ class SigLIP(Stage):
 
     def counts(self, batch):
         return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}
+
+    def counts_by_source(self, batch):
+        """Tokens as in `counts`: patches and tokens of a row, padding among them."""
+        names = list(self.sources) or image_text.SHIPPED
+        return rows_by_source(names, batch["source"], batch["frame"].shape[1] + batch["tokens"].shape[1])
 
     def flops(self, batch):
         B, T = batch["tokens"].shape
