@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import copy
 import difflib
+import importlib.metadata
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping
@@ -41,7 +42,8 @@ def load(spec: str | Path) -> ConfigDict:
     """Reads an experiment: `"path/to/file.py"` or `"path/to/file.py:size=nano,flag"`.
 
     Args:
-        spec: the file, and after the first colon behind `.py` the text handed to its `get_config`.
+        spec: the file, and after the first colon behind `.py` the text handed to its `get_config`. A name as
+            `experiments/vlm_sft.py` is the one that came with glmv_jax, where there is no such file here.
 
     Returns:
         What `get_config(arg)` returned, a ConfigDict.
@@ -53,8 +55,11 @@ def load(spec: str | Path) -> ConfigDict:
     name, arg = _split_spec(str(spec))
     path = Path(name)
     if not path.is_file():
-        files = path.parent.glob("*.py") if path.parent.is_dir() else ()
-        raise UserError(f"no experiment file {name}{nearest(name, map(str, files), 'nearest', 'files there')}")
+        files = sorted(map(str, path.parent.glob("*.py"))) if path.parent.is_dir() else []
+        brought = {} if files else installed()
+        if name not in brought:
+            raise UserError(f"no experiment file {name}{nearest(name, files or brought, 'nearest', 'files there')}")
+        path = brought[name]
 
     module_spec = importlib.util.spec_from_file_location(f"glmv_experiment_{path.stem}", path)
     if module_spec is None or module_spec.loader is None:
@@ -73,6 +78,17 @@ def load(spec: str | Path) -> ConfigDict:
     if not isinstance(cfg, ConfigDict):
         raise UserError(f"{name}: get_config returned {type(cfg).__name__}, not ml_collections.ConfigDict")
     return cfg
+
+
+def installed() -> dict[str, Path]:
+    """Experiments that a wheel of glmv_jax brought: "experiments/NAME.py" -> the file. None of a checkout's, which has
+    them beside the package."""
+    try:
+        files = importlib.metadata.files("glmv_jax") or []
+    except importlib.metadata.PackageNotFoundError:
+        return {}
+    share = ("share", "glmv_jax", "experiments")
+    return {f"experiments/{file.name}": Path(str(file.locate())) for file in files if file.parts[-4:-1] == share}
 
 
 def _split_spec(spec: str) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ The scripts' installation itself is exercised by running the tests through launc
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import re
@@ -17,10 +18,12 @@ import zipfile
 import pytest
 
 import glmv_jax
+from glmv_jax import config
+from glmv_jax.typing import UserError
 
 REPO = pathlib.Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
-SCRIPTS = ["launch/quickstart.sh", "launch/test.sh", "launch/install.sh", ".ci/run"]
+SCRIPTS = ["launch/quickstart.sh", "launch/check_wheel.sh", "launch/test.sh", "launch/install.sh", ".ci/run"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +31,8 @@ def wheel(tmp_path_factory) -> zipfile.ZipFile:
     """The wheel built from a copy of the tree, without the network."""
     folder = tmp_path_factory.mktemp("wheel")
     ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(REPO / "glmv_jax", folder / "tree" / "glmv_jax", ignore=ignore)
+    for name in ("glmv_jax", "experiments"):
+        shutil.copytree(REPO / name, folder / "tree" / name, ignore=ignore)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(REPO / name, folder / "tree")
     argv = [
@@ -52,6 +56,22 @@ def test_wheel_holds_every_file_of_the_package(wheel):
     files = {str(path.relative_to(REPO)) for path in (REPO / "glmv_jax").rglob("*") if path.is_file()}
     assert shipped == {name for name in files if "__pycache__" not in name}
     assert any(name.endswith("vocab.model") for name in shipped) and any(name.endswith(".webp") for name in shipped)
+
+
+def test_wheel_brings_the_experiments_and_they_are_found_by_the_names_in_the_readme(wheel, tmp_path, monkeypatch):
+    wheel.extractall(tmp_path)
+    data = next(tmp_path.glob("*.data/data"))
+    named = {f"experiments/{path.name}" for path in (REPO / "experiments").glob("*.py")}
+    installed = [path.relative_to(tmp_path) for path in data.rglob("*.py")]
+    info = next(tmp_path.glob("*.dist-info"))
+    (info / "RECORD").write_text("".join(f"{path},,\n" for path in installed))
+    there = importlib.metadata.PathDistribution(info).files
+    monkeypatch.setattr(importlib.metadata, "files", {"glmv_jax": there}.get)
+    monkeypatch.chdir(tmp_path)
+    assert named == set(config.installed())
+    assert config.load("experiments/vlm_sft.py:size=nano").stage == "sft"
+    with pytest.raises(UserError, match="no experiment file experiments/vlm_sft2.py.*vlm_sft.py"):
+        config.load("experiments/vlm_sft2.py")
 
 
 def test_wheel_is_small_and_carries_the_licence(wheel):
@@ -84,7 +104,7 @@ def bash(script: str, *args: str, **env: str) -> subprocess.CompletedProcess:
     return subprocess.run(argv, cwd=REPO, capture_output=True, text=True, env={**os.environ, **env}, check=False)
 
 
-@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh"])
+@pytest.mark.parametrize("script", ["launch/quickstart.sh", "launch/test.sh", "launch/check_wheel.sh"])
 def test_scripts_help(script):
     done = bash(script, "--help")
     assert done.returncode == 0 and f"bash {script}" in done.stdout and "set -e" not in done.stdout
