@@ -35,7 +35,7 @@ from glmv_jax.eval import (
     report_sweep_tables,
 )
 from glmv_jax.eval.report_run import STAGES, StageRun, read
-from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table
+from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table, short_table
 from glmv_jax.typing import UserError
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
@@ -141,9 +141,11 @@ def _document(name: str, body: str) -> str:
 def _body(name: str, stages: dict[str, StageRun]) -> str:
     started = {key: run for key, run in stages.items() if run.metrics or run.results}
     links = "".join(f'<a href="#{page.text(key)}">{page.text(key)}</a>' for key in started)
+    all_results, *tables = _tables(stages)
     return "".join([
         f"<h1>{page.text(name)}</h1>{_summary(stages)}<nav>{links}</nav>",
-        "".join(page.table(content) for content in _tables(stages)),
+        page.table(short_table(stages)), page.answers(stages), page.folded("all held-out results", all_results),
+        "".join(page.table(content) for content in tables),
         "".join(_stage(run) for run in stages.values()),
     ])  # fmt: skip
 

@@ -20,6 +20,7 @@ from glmv_jax.eval.report_tables import Cell, Table, number
 SAMPLES_A_STAGE = 36
 RETRIEVALS_A_LANGUAGE = 8
 MAX_SIDE = 512  # larger pictures are made smaller for the page
+ANSWERING, ANSWERS = ("rl", "sft", "pretrain"), 8  # whose answers the page begins with, and how many
 TOGETHER = 4  # curves of one group share a chart up to this many
 _LANGUAGES = {"en": "English", "zh": "中文"}
 
@@ -49,6 +50,10 @@ def table(content: Table, level: int = 2) -> str:
 def _cell(cell: Cell) -> str:
     remark = f" <small class=quiet>{text(cell.remark)}</small>" if cell.remark else ""
     return text(cell.text).replace("/", "/<wbr>") + remark
+
+
+def folded(summary: str, content: Table) -> str:
+    return f"<details><summary>{text(summary)}</summary>{table(content)}</details>"
 
 
 # --- curves -----------------------------------------------------------------------------------------------------------
@@ -107,15 +112,29 @@ def samples(run: StageRun) -> str:
     parts = []
     if answers:
         cards = "".join(_card(run, row) for row in spread(answers, SAMPLES_A_STAGE))
-        drawn = any(row.get("boxes") for row in answers)
-        legend = "<p class=quiet>Dashed: the gold box or point. Solid: the model's.</p>" if drawn else ""
-        parts.append(f"<h3>Held-out samples</h3>{legend}<div class=cards>{cards}</div>")
+        parts.append(f"<h3>Held-out samples</h3>{_legend(answers)}<div class=cards>{cards}</div>")
     for language in dict.fromkeys(row.get("lang", "") for row in ranked):
         rows = [row for row in ranked if row.get("lang", "") == language][:RETRIEVALS_A_LANGUAGE]
         heading = text(_LANGUAGES.get(language, language))
         ranks = "".join(_retrieval(run, row) for row in rows)
         parts.append(f"<h3>Retrieval, {heading}</h3><div class=retrievals>{ranks}</div>")
     return "".join(parts)
+
+
+def answers(stages: dict[str, StageRun]) -> str:
+    """A few answers of the last stage of the recipe that has given some, of a source each; "" without one."""
+    for run in (stages[name] for name in ANSWERING if name in stages):
+        rows = {str(row.get("source")): row for row in reversed(run.samples) if row.get("image") and "answer" in row}
+        if rows:
+            first = list(rows.values())[::-1][:ANSWERS]
+            cards = "".join(_card(run, row) for row in first)
+            return f"<h2>What it answers after {text(run.name)}</h2>{_legend(first)}<div class=cards>{cards}</div>"
+    return ""
+
+
+def _legend(rows: list[dict[str, Any]]) -> str:
+    drawn = any(row.get("boxes") for row in rows)
+    return "<p class=quiet>Dashed: the gold box or point. Solid: the model's.</p>" if drawn else ""
 
 
 def spread(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:

@@ -13,11 +13,16 @@ import math
 import re
 from typing import Any, NamedTuple
 
-from glmv_jax.eval.report_run import StageRun
+from glmv_jax.eval.report_run import STAGES, StageRun
 
 _LOWER_IS_BETTER = ("loss", "perplexity", "error", "nll", "smooth_l1")
 _MTP_LOSS = re.compile(r"\bmtp(?!_)")  # which mtp_accuracy and mtp_agreement are not
 _NO_DIRECTION = ("shuffled", "blind", "without image", "length", "entropy")
+# Of each stage the number that says most about it; of one that has it not, its first.
+_HEADLINES = {
+    "teacher": "en name -> image R@5", "mim": "heldout/loss", "siglip": "en name -> image R@5",
+    "pretrain": "heldout loss", "sft": "accuracy/mean", "rl": "accuracy/mean", "sft_more": "accuracy/mean",
+}  # fmt: skip
 _CONTROLS = ("accuracy_shuffled/", "accuracy_blind/", "accuracy_sampled/")
 _PROGRESS = ("steps", "rollouts")  # parts of a run's time that goodput counts
 # Columns that say what can be had without looking: (kind of accuracy, field of its result).
@@ -50,6 +55,26 @@ class Table:
     kind: str = ""
 
 
+def short_table(stages: dict[str, StageRun]) -> Table:
+    """A line a stage: its headline number on held-out data, and the time that it took."""
+    rows = []
+    for name, run in stages.items():
+        metrics = run.results.get("metrics", {})
+        metric = _HEADLINES.get(name, "") if _HEADLINES.get(name, "") in metrics else next(iter(metrics), "")
+        subject = Cell(metric or run.status, "" if metric else "quiet", STAGES.get(name, ""))
+        time = Cell(duration(run.seconds) if run.seconds else "–", "quiet")
+        rows.append([Cell(name, "head"), subject, *_values(metric, metrics.get(metric, {})), time])
+    header = ["stage", "what is measured", "untrained", "trained", "chance", "time"]
+    return Table("In short", header, rows, kind="results")
+
+
+def _values(metric: str, values: dict[str, Any]) -> list[Cell]:
+    """Untrained, trained, chance; what got worse is marked."""
+    untrained, trained = values.get("untrained"), values.get("trained")
+    tone = {True: "good", False: "bad", None: ""}[improved(metric, untrained, trained)]
+    return [Cell(number(untrained)), Cell(number(trained), tone), Cell(number(values.get("chance")), "quiet")]
+
+
 def final_table(stages: dict[str, StageRun]) -> Table:
     """Held-out numbers of every stage: untrained, trained, chance. A number that got worse is marked."""
     rows = []
@@ -59,12 +84,8 @@ def final_table(stages: dict[str, StageRun]) -> Table:
             nothing = "no held-out numbers" if run.results else run.status
             rows.append([Cell(name, "head"), Cell(nothing, "quiet"), *[Cell("–", "quiet")] * 3])
         for i, (metric, values) in enumerate(metrics.items()):
-            untrained, trained = values.get("untrained"), values.get("trained")
-            tone = {True: "good", False: "bad", None: ""}[improved(metric, untrained, trained)]
             first = Cell("" if i else name, "" if i else "head")
-            subject = Cell(metric, remark=values.get("note") or "")
-            chance = Cell(number(values.get("chance")), "quiet")
-            rows.append([first, subject, Cell(number(untrained)), Cell(number(trained), tone), chance])
+            rows.append([first, Cell(metric, remark=values.get("note") or ""), *_values(metric, values)])
     note = "Untrained: at the stage's first step, with what it took over from the stage before."
     return Table("Held-out results", ["stage", "metric", "untrained", "trained", "chance"], rows, note, "results")
 

@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec as P
 from glmv_jax.optim.spread import split_of, spread
 from glmv_jax.parallel import rules
 from glmv_jax.trees import flatten
+from glmv_jax.typing import Params
 
 # Quintic iteration x <- a x + b x^3 + c x^5 on the singular values; pulls [~1e-2, 1] into about [0.7, 1.2] in 5 steps.
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -32,7 +33,7 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 class MuonState(NamedTuple):
     """momentum: float32, the shape of the parameters."""
 
-    momentum: optax.Params
+    momentum: Params
 
 
 def orthogonalise(update_IO: jax.Array, steps: int = 5, dtype: Any = jnp.float32, eps: float = 1e-7) -> jax.Array:

@@ -122,6 +122,18 @@ def test_page_is_whole_and_self_contained(run):
     assert "optim.lr = 0.001" in page.text and "8 x cpu:cpu" in page.text
 
 
+def test_page_begins_with_a_line_a_stage_and_an_answer_of_each_source(run):
+    begins = Reader(report.write(run).read_text(encoding="utf-8")).text.partition("all held-out results")[0]
+    assert re.search(r" mim loss stage 1: [^.]* 1.900 0.800 – 2 min 00 s siglip", begins), begins
+    assert re.search(r" sft_more not run yet control: [^.]* – – – –", begins)
+    assert "What it answers after sft Dashed:" in begins, "rl has given no answers here"
+    assert begins.count("Where is <it>?") == 1 and "[[100,100,500,500]]" in begins, "the first of its source"
+    results = json.loads((run / "sft" / "results.json").read_text())
+    results["metrics"]["accuracy/mean"] = {"untrained": 0.1, "trained": 0.05, "chance": 0.2}
+    (run / "sft" / "results.json").write_text(json.dumps(results))
+    assert re.search(r"sft accuracy/\s?mean .* 0.100 0.050 0.200", Reader(report.write(run).read_text()).text)
+
+
 def test_what_went_wrong_in_a_recipe_is_told(run):
     assert "Faults" not in Reader(report.write(run).read_text(encoding="utf-8")).text
     fault = {"source": "web", "index": 1, "id": "a.png", "reason": "OSError: truncated"}
@@ -148,7 +160,8 @@ def test_held_out_curve_lies_beside_the_training_curve_of_its_name(run):
 def test_boxes_and_points_are_drawn_where_they_are(run):
     page = Reader(report.write(run).read_text(encoding="utf-8"))
     boxes = [attrs for tag, attrs in page.tags if tag == "rect"]
-    assert [box["class"] for box in boxes] == ["gold", "model"]
+    assert [box["class"] for box in boxes] == ["gold", "model"] * 2, "the page begins with one of the answers below"
+    assert boxes[:2] == boxes[2:]
     # The gold box of the picture: 0..999 over 64 x 48 pixels gives back the lit rectangle, to a pixel.
     corner = [float(boxes[0][name]) for name in ("x", "y", "width", "height")]
     np.testing.assert_allclose(corner, [10, 8, 30, 22], atol=0.1)

@@ -112,6 +112,16 @@ class Prompts(Protocol):
     def set_state(self, state: Any) -> None: ...
 
 
-GradeAnswer: TypeAlias = Callable[[Request, Completion], Awaitable["Grade"]]
-Build: TypeAlias = Callable[[int, Sequence["Group"]], Awaitable[Any]]  # (step, groups) -> what the trainer takes
+class GradeAnswer(Protocol):
+    """What an answer earns."""
+
+    def __call__(self, request: Request, completion: Completion, /) -> Awaitable[Grade]: ...
+
+
+class Build(Protocol):
+    """What the trainer takes of the groups of a step."""
+
+    def __call__(self, step: int, groups: Sequence[Group], /) -> Awaitable[Any]: ...
+
+
 Push: TypeAlias = Callable[[int], Awaitable[None]]  # hands the weights of a version to the engine, as it runs
