@@ -179,11 +179,19 @@ def test_a_server_without_films_says_so_at_once(page, tmp_path):
 
 def test_an_answer_can_be_stopped_and_an_error_is_said(page, bird):
     bird.say_forever("one two three")
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 390, "height": 260, "deviceScaleFactor": 1,
+                                                                "mobile": True})  # fmt: skip
+    below = "const t = document.getElementById('talk'); return t.scrollHeight - t.scrollTop - t.clientHeight"
     with slow(bird):
         page.find_element(By.ID, "words").send_keys("hi\n")
-        until(page, lambda d: "three" in d.find_element(By.TAG_NAME, "main").text)
+        until(page, lambda d: d.find_element(By.TAG_NAME, "main").text.count("three") > 12)
+        until(page, lambda d: abs(d.execute_script(below)) < 2)
+        page.execute_script("document.getElementById('talk').scrollTop = 0")
+        until(page, lambda d: d.execute_script(below) > 60)  # goes on below, and a reader is left where they are
+        assert page.execute_script("return document.getElementById('talk').scrollTop") == 0
         page.find_element(By.ID, "stop").click()
         until(page, lambda d: bird.engine.running == 0 and d.find_element(By.ID, "send").is_displayed())
+    assert page.find_element(By.CSS_SELECTOR, ".meta").text == "stopped"
     page.execute_script("document.getElementById('key').value = 'wrong'")
     ask(page, "again")
     assert "API key" in page.find_element(By.CSS_SELECTOR, ".bad").text
