@@ -1,8 +1,9 @@
 """Anthropic's messages: a body to what is asked, an answer to a body or to events.
 
 What clients send beyond the documented minimum is taken: messages of the role system among the others, images inside
-`tool_result`, turns that mix results and text, and any unknown field. Thinking is on where the request turns it on;
-its budget is not kept. A turn that the client has begun for the assistant is refused.
+`tool_result`, turns that mix results and text, and any unknown field. Thinking is on where the request turns it on,
+and as the model was made where it is `adaptive`, which Claude Code always sends; its budget is not kept. A turn that
+the client has begun for the assistant is refused.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def asked(body: Mapping[str, Any], limits: Limits, *, counted: bool = False) -> 
             f"thinking.type={thinking!r:.40} is not known; use enabled, adaptive or disabled", field="thinking"
         )
     return Asked(
-        messages, gallery.decoded(), tools, call, thinking=thinking != "disabled",
+        messages, gallery.decoded(), tools, call, thinking=None if thinking == "adaptive" else thinking == "enabled",
         one_call=fields.get(fields.get(body, "tool_choice", dict, {}), "disable_parallel_tool_use", bool, False),
         tokens=fields.within(body, "max_tokens", int, 1, 1 << 30),
         temperature=fields.within(body, "temperature", float, 0, 100), top_p=fields.probability(body, "top_p"),

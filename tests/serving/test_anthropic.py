@@ -46,7 +46,7 @@ def test_a_stream_is_the_body_in_blocks(bird, client):
     """Thinking, text and a call, each a block; the client puts them together again and checks their order."""
     bird.say("look", "</think>", "a heart ", *parrot.call("zoom", where="top left"), "<|observation|>",
              after=["<think>"])  # fmt: skip
-    settings = dict(tools=[TOOL], thinking={"type": "adaptive"})
+    settings = dict(tools=[TOOL], thinking={"type": "enabled", "budget_tokens": 1024})
     whole = ask(client, **settings)
     kinds = []
     with client.messages.stream(model=parrot.NAME, messages=ASK, max_tokens=40, **settings) as stream:
@@ -132,7 +132,7 @@ def test_what_claude_code_sends_is_taken(bird):
     body = {
         "model": parrot.NAME, "max_tokens": 32000, "stream": True, "metadata": {"user_id": "u"},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-        "output_config": {"effort": "high"}, "thinking": {"type": "disabled"},
+        "output_config": {"effort": "high"}, "thinking": {"type": "adaptive"},  # of a model that does not think
         "system": [{"type": "text", "text": t} | kept for t in ("a", "b", "c")],
         "messages": [{"role": "user", "content": [{"type": "text", "text": "hi"} | kept]},
                      {"role": "system", "content": "now"}, {"role": "user", "content": "so?"}],
