@@ -73,6 +73,7 @@ PROGRAMS = {
     "vlm_sft_l_128k": Program(
         "stage 4, 128K tokens, GLM-OCR's decoder", "experiments/vlm_sft.py:size=l",
         ("mesh.fsdp=-1", "mesh.context=16", "rules=fsdp_context", *_ROWS_OF_128K), rows=1 / 16,
+        doubled=("mesh.data=-1", "mesh.fsdp=32"),
     ),
     "glm5v_sft_l_128k": Program(
         "128K tokens, GLM-5V", _GLM5V,
