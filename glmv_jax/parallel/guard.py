@@ -9,7 +9,8 @@ mistaken for one, as it would be if processes had to give a sign.
     guard.py PID MINE COUNT HOST PORT WORD    of another one
 
 On standard input: "done" when the process needs the others no longer; without it, its end is one that others are told.
-On standard output: "gone" when another one has ended, of which standard error has been told already.
+On standard output: "joined" once process 0's knows this one, "alone" where it cannot be reached; "gone" when another one
+has ended, of which standard error has been told already.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ def main(pid: int, mine: int, count: int, host: str = "", port: str = "", word: 
     guard = _Guard(pid, me, word or secrets.token_hex(16))
     if mine == 0:
         guard.listen(count)
-    elif not guard.join(host, int(port), f"process 0 of {count} ({host})"):
-        return
+    elif guard.join(host, int(port), f"process 0 of {count} ({host})"):
+        print("joined", flush=True)
+    else:
+        return print("alone", flush=True)
     guard.watch()
 
 
@@ -62,6 +65,10 @@ class _Guard:
     def join(self, host: str, port: int, first: str) -> bool:
         try:
             connection = socket.create_connection((host, port), timeout=30)
+            connection.sendall(f"{self._word} {self._me}\n".encode())
+            while (said := connection.recv(1)) != b"\n":  # a welcome
+                if not said:
+                    raise ConnectionResetError("it ends")
         except OSError as error:
             why = error.strerror or error
             _shout(
@@ -69,7 +76,6 @@ class _Guard:
             )
             return False
         self._add(connection, first)
-        _say(connection, f"{self._word} {self._me}")
         return True
 
     def watch(self) -> None:
@@ -110,6 +116,7 @@ class _Guard:
         for line in lines:
             if not self._names[end] and line.startswith(self._word.encode() + b" "):
                 self._names[end] = line.decode(errors="replace").partition(" ")[2]
+                _say(end, "welcome")
                 if self._done:
                     _say(end, "done")
             elif self._names[end] and line.startswith(b"gone "):

@@ -69,10 +69,10 @@ class _Watch:
             [sys.executable, "-I", "-S", guard.__file__, *words, *where],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
+        said = self._guard.stdout.readline().strip()
+        if not said:
+            raise RuntimeError(f"{guard.__file__} did not start; its own words are above")
         if not mine:
-            said = self._guard.stdout.readline().strip()
-            if not said:
-                raise RuntimeError(f"{guard.__file__} did not start; its own words are above")
             store.key_value_set(_KEY, said)
         threading.Thread(target=self._listen, daemon=True, name="peers").start()
 
