@@ -9,8 +9,8 @@ mistaken for one, as it would be if processes had to give a sign.
     guard.py PID MINE COUNT HOST PORT WORD    of another one
 
 On standard input: "done" when the process needs the others no longer; without it, its end is one that others are told.
-On standard output: "joined" once process 0's knows this one, "alone" where it cannot be reached; "gone" when another one
-has ended, of which standard error has been told already.
+On standard output: "joined" once process 0 knows this one, "alone" where it cannot be reached; "gone" when another has
+ended, of which standard error has been told already.
 """
 
 from __future__ import annotations
