@@ -79,6 +79,9 @@ def _form():
         "weights": "",
         "staleness": 1,  # updates that a token may be old
         "late": "wait",  # "wait" for slow groups, "drop" or "abort" them
+        # With "" a batch is of the groups that are complete first, and what is slow is in fewer than the mixture says;
+        # "source": of as many of each source as were drawn for it; "form": as many questions and as many episodes.
+        "quotas": "",
         "in_flight": 0,  # groups that are written at a time; 0: as many as can be trained in time
         "seconds": 0.0,  # "abort": of a step's rollouts; 0: no limit
     }

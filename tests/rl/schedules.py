@@ -33,13 +33,14 @@ def synchronous(steps: int, groups: int, size: int, length) -> tuple[str, list]:
 class Schedule:
     """A scheduler among parts that do whatever they please whenever they please."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, kind=None) -> None:
+        self.kind = kind
         self.rng = rng = random.Random(seed)
         late, n, k = rng.choice(("wait", "drop", "abort")), rng.randint(1, 3), rng.randint(0, 3)
         in_flight = rng.choice((0, n + rng.randint(0, 4)))
         self.settings = Settings(n, rng.randint(1, 3), staleness=k, late=late, in_flight=in_flight, attempts=99)
         self.notes: list = []
-        self.scheduler = Scheduler(Numbers(), self.settings, self.notes.append)
+        self.scheduler = Scheduler(Numbers(), self.settings, self.notes.append, kind=self.kind)
         self.version = self.trained_batches = 0
         self.running: dict = {}  # id -> request, versions so far
         self.leaving: list = []
@@ -67,7 +68,7 @@ class Schedule:
         elif deed < 0.75 and self.ungraded:
             s.graded(self.ungraded.pop(rng.randrange(len(self.ungraded))), Grade(1.0, True, {}))
         elif deed < 0.9:
-            if rng.random() < 0.2 and self.settings.late == "abort":
+            if rng.random() < 0.2 and self.settings.late == "abort" and self.kind is None:
                 s.expired = True
             s.pick()
         elif deed < 0.95:
@@ -98,7 +99,7 @@ class Schedule:
     def restart(self) -> None:
         """Everything but a saved state and the trainer's weights is gone."""
         state = json.loads(json.dumps(self.scheduler.state()))
-        self.scheduler = Scheduler(Numbers(), self.settings, self.notes.append)
+        self.scheduler = Scheduler(Numbers(), self.settings, self.notes.append, kind=self.kind)
         self.scheduler.restore(state)
         self.running, self.leaving, self.ungraded, self.version = {}, [], [], self.trained_batches
 

@@ -66,7 +66,7 @@ def test_without_staleness_the_batches_are_the_synchronous_ones(tmp_path):
 
 
 def test_a_restart_goes_on_with_what_was_not_trained_on(tmp_path):
-    settings = "rollout.pipeline=async", "rollout.staleness=2"
+    settings = "rollout.pipeline=async", "rollout.staleness=2", "rollout.quotas=source"
     stage = build(tmp_path, *settings)
     all_params = policies(stage, 6)
 
@@ -85,7 +85,8 @@ def test_a_restart_goes_on_with_what_was_not_trained_on(tmp_path):
     data = again.train_data()
     data.set_state(json.loads(saved))
     for step in range(3, 6):
-        again.next_batch(data, types.SimpleNamespace(params=all_params[step], step=step))
+        _, metrics = again.next_batch(data, types.SimpleNamespace(params=all_params[step], step=step))
+        assert {metrics[f"groups/{name}"] for name in again.names} == {1.0}, "of six sources with six prompts a batch"
     drawn = data.get_state()["scheduler"]
     data.close()
     rows = trained()
@@ -120,3 +121,5 @@ def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
         build(tmp_path, "rollout.pipeline=asynch")
     with pytest.raises(UserError, match="every batch of groups is one update; set minibatches=1"):
         build(tmp_path, "rollout.pipeline=async", "rollout.minibatches=2")
+    with pytest.raises(UserError, match="rollout.quotas='sources' is not known; choose one of '', 'form', 'source'"):
+        build(tmp_path, "rollout.pipeline=async", "rollout.quotas=sources")

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from glmv_jax.rl.pipeline import staleness
 from glmv_jax.rl.pipeline.cache import AbortCache
 from glmv_jax.rl.pipeline.group import Group
-from glmv_jax.rl.pipeline.protocols import Completion, Prompts, Request
+from glmv_jax.rl.pipeline.protocols import Completion, Prompt, Prompts, Request
+from glmv_jax.rl.pipeline.quotas import Quotas
 from glmv_jax.rl.pipeline.staleness import Settings
 from glmv_jax.typing import UserError
 
@@ -38,6 +39,7 @@ class Scheduler:
 
     prompts: where new ones come from.   note: gets a row of facts for everything that befalls an answer ("kind" is
     "aborted", "failed", "dropped", "given_up" or "filtered").   keep: whether a complete group is worth training on.
+    kind: what a prompt counts as; then every batch holds as many groups of each kind as were drawn for it (`Quotas`).
 
     step: number of the batch that is picked next.   version: of the weights that the engine has.
     in_flight: groups written at a time; may be changed from step to step.
@@ -49,12 +51,17 @@ class Scheduler:
         settings: Settings,
         note: Callable[[dict[str, Any]], None] = lambda row: None,
         keep: Callable[[Group], bool] | None = None,
+        kind: Callable[[Prompt], str] | None = None,
     ) -> None:
+        if kind is not None and settings.seconds is not None:
+            raise UserError(f"seconds={settings.seconds} ends a step with what is there then, and quotas say what has "
+                            "to be there; leave one of them out")  # fmt: skip
         self.prompts, self.settings, self._note, self._keep = prompts, settings, note, keep
         self.step = self.version = 0
         self.in_flight = settings.most_in_flight
         self.expired = False  # the step's time is up
         self.cache = AbortCache()
+        self._quotas = Quotas(kind) if kind is not None else None
         self.open: dict[int, Group] = {}
         self.ready: dict[int, Group] = {}
         self.picked: dict[int, list[Group]] = {}
@@ -86,11 +93,13 @@ class Scheduler:
         """The next batch as (step, groups by uid), or None as long as there is none."""
         self._drop_stale()
         ready = list(self.ready.values())
-        groups = staleness.pick(ready, self.open.values(), self.step, self.settings)
+        groups = self._chosen(ready)
         if groups is None and self.expired and ready:
             groups = ready[: self.settings.groups]
         if groups is None:
             return None
+        if self._quotas is not None:
+            self._quotas.picked(groups)
         step, self.step, self.expired = self.step, self.step + 1, False
         for group in groups:
             del self.ready[group.prompt.uid]
@@ -170,6 +179,7 @@ class Scheduler:
         return {
             "step": self.trained, "requests": self._requests, "in_flight": self.in_flight,
             "groups": [group.to_json() for group in waiting], "prompts": self.prompts.get_state(),
+            "claims": self._quotas and self._quotas.get_state(self.picked[step] for step in sorted(self.picked)),
         }  # fmt: skip
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -177,15 +187,30 @@ class Scheduler:
         self.step = self.version = state["step"]
         self._requests, self.in_flight = state["requests"], state["in_flight"]
         self.cache = AbortCache(map(Group.from_json, state["groups"]))
+        if self._quotas is not None:
+            self._quotas.set_state(state, self.cache)
         self.prompts.set_state(state["prompts"])
 
     # --- parts --------------------------------------------------------------------------------------------------------
+
+    def _chosen(self, ready: list[Group]) -> list[Group] | None:
+        """The next batch, of complete groups in order of completion."""
+        if (quotas := self._quotas) is None:
+            return staleness.pick(ready, self.open.values(), self.step, self.settings)
+        found: list[Group] = []
+        for kind, counts in quotas.batches(self.settings.groups, self.settings.staleness + 1).items():
+            own = ([g for g in groups if quotas.of(g) == kind] for groups in (ready, self.open.values()))
+            if (some := staleness.pick(*own, self.step, self.settings, counts)) is None:
+                return None
+            found += some
+        return found if len(found) == self.settings.groups else None
 
     def _has_room(self) -> bool:
         if len(self.open) >= self.in_flight:
             return False
         if self.settings.late == "abort":
-            return self._begun < self.in_flight
+            # What quotas wait for may be in the cache behind what was begun.
+            return self._begun < self.in_flight or self._quotas is not None and not self.open and len(self.cache) > 0
         out = len(self.open) + len(self.ready)
         out += sum(map(len, itertools.chain(self.picked.values(), self.training.values())))
         return out < self.settings.most_out(self.in_flight)
@@ -197,6 +222,8 @@ class Scheduler:
                 self._tell("dropped", group, i)
         else:
             group = Group.fresh(self.prompts.draw(), self.settings.answers)
+            if self._quotas is not None:
+                self._quotas.drawn(group)
         self.open[group.prompt.uid] = group
         self._begun += 1
         self._idle += [(group, i) for i in range(len(group.members))]
@@ -228,7 +255,7 @@ class Scheduler:
 
     def _filter_out(self, group: Group) -> None:
         """Another prompt takes its place."""
-        self._begun -= 1
+        self._leaves(group)
         self._filtered += 1
         self.prompts.learn([group])
         self._tell("filtered", group)
@@ -285,13 +312,19 @@ class Scheduler:
                 del self._running[member.request]
                 self._stops.append(member.request)
         del self.open[group.prompt.uid]
-        self._begun -= 1
+        self._leaves(group)
         self._given_up += 1
         self._tell("given_up", group, error=error)
         if self._given_up >= GIVEN_UP:
             raise UserError(
                 f"the answers to {GIVEN_UP} prompts in a row failed, the last with {error!r}; mend what fails"
             )
+
+    def _leaves(self, group: Group) -> None:
+        """It will be in no batch."""
+        self._begun -= 1
+        if self._quotas is not None:
+            self._quotas.gone(group, [*self.open.values(), *self.ready.values(), *self.cache])
 
     def _tell(self, kind: str, group: Group, member: int | None = None, **facts: Any) -> None:
         prompt = group.prompt

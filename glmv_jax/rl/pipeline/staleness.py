@@ -21,7 +21,7 @@ k = 0 with as many groups as a batch takes is synchronous reinforcement learning
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from glmv_jax.rl.pipeline.group import Group
 from glmv_jax.typing import UserError
@@ -75,21 +75,25 @@ class Settings:
         return room if self.late == "wait" else max(room, in_flight)
 
 
-def pick(ready: Iterable[Group], out: Iterable[Group], step: int, settings: Settings) -> list[Group] | None:
+def pick(
+    ready: Iterable[Group], out: Iterable[Group], step: int, settings: Settings, counts: Sequence[int] = ()
+) -> list[Group] | None:
     """The batch of number `step`, in order of completion but for those that are due; None: not yet.
 
     Args: ready: complete groups in order of completion. out: those that are written. None of either is too old.
+      counts: groups that this batch takes of them, and at least k that follow; n each, unless given.
     """
-    ready, n = list(ready), settings.groups
+    ready, k = list(ready), settings.staleness
+    n, *later = counts or [settings.groups] * (k + 1)
     if settings.late != "wait":
         return ready[:n] if len(ready) >= n else None
-    due = sorted([g.oldest + settings.staleness - step for g in (*ready, *out) if g.oldest is not None])
+    due = sorted([g.oldest + k - step for g in (*ready, *out) if g.oldest is not None])
     chosen: list[Group] = []
-    for j in range(settings.staleness):
-        # Those due within j more steps must leave no more than j batches of them behind.
-        must = sum(d <= j for d in due) - j * n - sum(g.oldest + settings.staleness - step <= j for g in chosen)
-        if must > 0:
-            can = [g for g in ready if g.oldest + settings.staleness - step <= j and g not in chosen]
+    for j in range(k):
+        # Those due within j more steps must leave no more behind than the j batches of them take.
+        must = sum(d <= j for d in due) - sum(later[:j]) - sum(g.oldest + k - step <= j for g in chosen)
+        if (must := min(must, n - len(chosen))) > 0:
+            can = [g for g in ready if g.oldest + k - step <= j and g not in chosen]
             if len(can) < must:
                 return None
             chosen += can[:must]

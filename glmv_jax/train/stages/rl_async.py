@@ -7,6 +7,7 @@ cfg.rollout.staleness updates, token by token.
 from __future__ import annotations
 
 import asyncio
+import collections
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,14 @@ if TYPE_CHECKING:
     from glmv_jax.train.stages.rl import RL
 
 
+# By cfg.rollout.quotas: what prompts count as, of which every batch holds as many as were drawn for it.
+KINDS = {
+    "": None,
+    "form": lambda prompt: "episodes" if is_episode(prompt) else "questions",
+    "source": lambda prompt: prompt.source,
+}
+
+
 class Asynchronous:
     """Of one stage."""
 
@@ -43,10 +52,12 @@ class Asynchronous:
         self._stage = stage
 
     def check(self) -> None:
-        """UserError for updates that are less than a batch."""
+        """UserError for updates that are less than a batch, and for quotas that there are not."""
         if (r := self._stage.cfg.rollout).minibatches != 1:
             raise UserError(f"rollout.minibatches={r.minibatches}: with rollout.pipeline='async' every batch of groups "
                             "is one update; set minibatches=1, and fewer prompts")  # fmt: skip
+        if r.get("quotas", "") not in KINDS:
+            raise UserError(f"rollout.quotas={r.quotas!r} is not known; choose one of {', '.join(map(repr, KINDS))}")
 
     def open(self) -> Background:
         """The data: a pipeline that waits for the first weights."""
@@ -59,7 +70,8 @@ class Asynchronous:
         prompts = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
 
         def scheduler(note):
-            self._scheduler = Scheduler(prompts, settings, note, keep=useful if r.dynamic else None)
+            keep = useful if r.dynamic else None
+            self._scheduler = Scheduler(prompts, settings, note, keep, KINDS[r.get("quotas", "")])
             return self._scheduler
 
         async def build(step, groups):
@@ -127,10 +139,13 @@ class Asynchronous:
         return both, told | stage.episodes.told(played), [*records, *episodes]
 
     def _told(self, taken: Taken, drawn: Sequence[dict[str, Any]]) -> dict[str, float]:
-        """What the curriculum has learnt, and how much more is asked than a batch holds: groups that teach nothing are
-        replaced in any case, but where a batch waits for none (late) as many more begin at once."""
-        scheduler, most = self._scheduler, self._scheduler.settings.most_in_flight
-        metrics = self._rows.metrics() if isinstance(self._rows, Tiers) else {}
+        """Groups of the batch by source; what the curriculum has learnt; and how much more is asked than a batch holds:
+        groups that teach nothing are replaced in any case, but where a batch waits for none (late) as many more begin
+        at once."""
+        stage, scheduler, most = self._stage, self._scheduler, self._scheduler.settings.most_in_flight
+        groups = collections.Counter(group.prompt.source for group in taken.groups)
+        metrics = {f"groups/{name}": float(groups[name]) for name in stage.names}
+        metrics |= self._rows.metrics() if isinstance(self._rows, Tiers) else {}
         if (expansion := self._expansion) is None:
             return metrics
         if expansion.ratio == 1.0:  # of a run that goes on
