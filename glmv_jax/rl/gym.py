@@ -28,11 +28,13 @@ class Observation:
     messages: of the roles system, user and tool (in a first one also earlier turns of the assistant).
     images: RGB, one for each {"type": "image"} part, in reading order.
     tools: what may be called, as OpenAI's API describes it; with the first observation only.
+    hashes: of the images where they were made, if that was another process (`integrity.sealed`); None: it was this one.
     """
 
     messages: tuple[Message, ...] = ()
     images: tuple[Image.Image, ...] = ()
     tools: tuple[Mapping[str, Any], ...] = ()
+    hashes: tuple[str, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

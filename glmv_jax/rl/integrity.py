@@ -2,7 +2,9 @@
 
 Training on an answer with another image, or none, runs without a sign of trouble, so it must not start. An image gets
 its hash where its pixels are made: a question's in the loader beside its patches (`data.pipeline`), an observation's as
-it is written into the conversation (`transcript`). The hash goes with the record. It is looked at
+it is written into the conversation (`transcript`). Where that is not the process that made it, it has another one from
+there (`sealed`), which is looked at before it gets its own (`check_sealed`). The hash goes with the record, and is
+looked at
 
     where a prompt is handed to the engine       `check_prompt`
     where an update is handed to the devices     `checked`, which takes "shown" off
@@ -14,13 +16,15 @@ of it is done on the host; the step's is a hash of its pixels, 1 ms a megabyte, 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from glmv_jax.data.hashes import image_hash
+from glmv_jax.data.hashes import image_hash, picture_hash
+from glmv_jax.rl.gym import Observation
 from glmv_jax.typing import Batch
 
 if TYPE_CHECKING:
@@ -35,6 +39,19 @@ class Shown(NamedTuple):
     rollout: Rollout
     shared: slice
     own: slice
+
+
+def sealed(observation: Observation) -> Observation:
+    """The same with the hashes of its images, for a way between processes."""
+    return dataclasses.replace(observation, hashes=tuple(map(picture_hash, observation.images)))
+
+
+def check_sealed(observation: Observation) -> None:
+    """ValueError for images that are not those that were `sealed`, or for their order or number."""
+    born = observation.hashes
+    if born is not None and (found := tuple(map(picture_hash, observation.images))) != born:
+        raise ValueError(f"its images came as {', '.join(found) or 'none'} but were made, in another process, as "
+                         f"{', '.join(born) or 'none'}; see to what carries them")  # fmt: skip
 
 
 def column(rows: Sequence[Sequence[Shown]]) -> np.ndarray:

@@ -21,6 +21,7 @@ from glmv_jax.data.dialect import COMPACT, Dialect, Piece
 from glmv_jax.data.hashes import image_hash
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.rl.gym import Action, Observation
+from glmv_jax.rl.integrity import check_sealed
 from glmv_jax.rl.turns import parse, spoken
 
 HEAD = ("[gMASK]", "<sop>")  # what a conversation begins with
@@ -103,9 +104,11 @@ class Transcript:
     def observe(self, observation: Observation) -> None:
         """Writes what an environment says and opens the model's turn.
 
-        Raises ValueError when pictures and image parts differ in number; UserError for a role or a part that there is
+        Raises ValueError when pictures and image parts differ in number, or pictures are not those that were made
+        (`integrity.check_sealed`); UserError for a role or a part that there is
         not, and for a picture that cannot be made to patches.
         """
+        check_sealed(observation)
         form, dialect = self.form, self.form.dialect
         images = [form.patcher(image) for image in observation.images]
         waiting = iter(images)

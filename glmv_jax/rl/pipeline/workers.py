@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import inspect
-import itertools
+import secrets
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from glmv_jax.rl.gym import Action, Environment, Observation, Step
+from glmv_jax.rl.integrity import sealed
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
 from glmv_jax.typing import UserError
 
@@ -200,44 +203,65 @@ class RemoteGrader:
 
 
 class Environments:
-    """The role of an environment worker: holds episodes by number. make: source -> an environment."""
+    """The role of an environment worker: holds environments by a name of its own.   make: source -> an environment.
 
-    def __init__(self, make: Callable[[str], Any]) -> None:
-        self._make, self._open, self._ids = make, {}, itertools.count()
+    The images of every observation get hashes here (`integrity.sealed`), which whoever writes them into a conversation
+    looks at: what came otherwise than it was made is not played on, let alone trained on.
+    """
 
-    def reset(self, source: str, seed: int) -> tuple[int, Any]:
-        """Opens an episode: its number and the first observation."""
-        id, environment = next(self._ids), self._make(source)
-        self._open[id] = environment
-        return id, environment.reset(seed)
+    def __init__(self, make: Callable[[str], Environment]) -> None:
+        self._make, self._open = make, {}
 
-    async def step(self, id: int, action: Any) -> Any:
-        return await self._open[id].step(action)
+    def reset(self, source: str, seed: int, name: str = "") -> tuple[str, Observation]:
+        """Begins an episode in the environment of that name, or in a new one if there is none: its name, and the first
+        observation."""
+        if name not in self._open:
+            name = secrets.token_hex(8)  # no other process has one of the same name
+            self._open[name] = self._make(source)
+        return name, sealed(self._open[name].reset(seed))
 
-    def close(self, id: int) -> None:
-        self._open.pop(id).close()
+    async def step(self, name: str, action: Action) -> Step:
+        """LookupError where there is no such environment."""
+        if name not in self._open:
+            raise LookupError("the process that this episode was in is gone")
+        step = await self._open[name].step(action)
+        return dataclasses.replace(step, observation=sealed(step.observation))
+
+    def close(self, name: str) -> None:
+        if (environment := self._open.pop(name, None)) is not None:
+            environment.close()
 
 
 class RemoteEnvironment:
-    """An environment in one of the workers. What it held is gone with its process: `step` raises WorkerLost then, the
-    episode has failed, and the pipeline plays it again."""
+    """An `Environment` in one of the workers, whose role is `Environments`. What it held is gone with its process: the
+    next step raises then, the episode has failed, and the pipeline plays it again in another.
 
-    def __init__(self, workers: Workers, source: str) -> None:
-        self._workers, self.source = workers, source
-        self._at, self._id = -1, -1
+    loop: that the workers are used in, where others call `reset` and `close` from threads.
+    """
 
-    async def reset(self, seed: int) -> Any:
-        self._at = self._workers.least_busy()
-        self._id, observation = await self._workers.call_once(self._at, "reset", self.source, seed)
-        return observation
+    def __init__(self, workers: Workers, source: str, loop: asyncio.AbstractEventLoop) -> None:
+        self._workers, self.source, self._loop = workers, source, loop
+        self._at, self._name = -1, ""
 
-    async def step(self, action: Any) -> Any:
-        return await self._workers.call_once(self._at, "step", self._id, action)
+    def reset(self, seed: int) -> Observation:
+        return asyncio.run_coroutine_threadsafe(self._reset(seed), self._loop).result()
+
+    async def step(self, action: Action) -> Step:
+        return await self._workers.call_once(self._at, "step", self._name, action)
 
     def close(self) -> None:
         """Begins it; nobody waits for a window to close."""
-        self._closing = asyncio.ensure_future(self._close())
+        at, self._at = self._at, -1
+        if at >= 0:
+            asyncio.run_coroutine_threadsafe(self._close(at, self._name), self._loop)
 
-    async def _close(self) -> None:
+    async def _reset(self, seed: int) -> Observation:
+        if self._at < 0:
+            self._at, self._name = self._workers.least_busy(), ""
+        found = await self._workers.call_once(self._at, "reset", self.source, seed, self._name)
+        self._name, observation = found
+        return observation
+
+    async def _close(self, at: int, name: str) -> None:
         with contextlib.suppress(WorkerLost):
-            await self._workers.call_once(self._at, "close", self._id)
+            await self._workers.call_once(at, "close", name)
