@@ -6,16 +6,19 @@ A local Ray cluster: rollout, reward and environment workers, each an actor in i
 a run on one machine uses. Answers are simulated (a token a tick of real time), everything else is as it is: requests,
 aborts, weights and verdicts travel between processes, and a share of the requests, a reward worker and an environment
 worker kill the process they are in with SIGKILL. Half of the prompts are episodes of three steps in an environment
-worker. A minute on two cores, most of it processes that start.
+worker, each of which shows a picture; some pictures are changed on their way here. A minute on two cores, most of it
+processes that start.
 
 Prints one JSON line: prompts trained on and how many of them twice or never (the answer must be none), processes that
-died, work done again, the oldest token against the bound, overlap, and seconds. Exits with 1 when something was lost.
+died, work done again, the oldest token against the bound, pictures that were spoilt, how often that was told, and how
+many were graded all the same (none), overlap, and seconds. Exits with 1 when something was lost or not noticed.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -24,6 +27,7 @@ import time
 
 import numpy as np
 from contest import emit, environment, log
+from PIL import Image
 
 TICK = 0.002  # seconds a token
 STALENESS, GROUPS, SIZE = 2, 4, 2
@@ -82,26 +86,55 @@ class Judge:
         return Grade(float(request.member), bool(request.member), {"score": float(request.member)})
 
 
+def picture(seed: int, at: int) -> Image.Image:
+    """What an episode shows at a time."""
+    rng = np.random.default_rng((seed, at))
+    return Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8))
+
+
 class Counting:
     """An environment of three steps; once, after the fifth episode began, the process dies half-way through one."""
 
     source, episodes = "counting", 0
 
     def __init__(self, graves: str) -> None:
-        self.graves, self.at = graves, 0
+        self.graves = graves
+
+    def reset(self, seed: int):
         Counting.episodes += 1
+        self.seed, self.at = seed, 0
+        return self._shows()
 
-    def reset(self, seed: int) -> int:
-        return seed
+    async def step(self, action):
+        from glmv_jax.rl.gym import Step
 
-    async def step(self, action: int) -> tuple[int, bool]:
         self.at += 1
         if Counting.episodes >= 5 and self.at == 2 and first(self.graves, "environment"):
             die()
-        return action + 1, self.at == 3
+        return Step(self._shows(), self.at == 3, 1.0)
+
+    def _shows(self):
+        from glmv_jax.rl.gym import asked
+
+        return asked(f"Picture {self.at}.", [picture(self.seed, self.at)])
 
     def close(self) -> None:
         self.at = -1
+
+
+def worlds(graves: str):
+    """An environment worker, whose pictures of some episodes are other ones when they arrive, once each."""
+    from glmv_jax.rl.pipeline.workers import Environments
+
+    class Spoiling(Environments):
+        async def step(self, name: str, action):
+            step, world = await super().step(name, action), self._open[name]
+            if world.seed % 6 == 0 and world.at == 1 and first(graves, f"spoilt-{world.seed}"):
+                other = dataclasses.replace(step.observation, images=(picture(world.seed, 99),))
+                return dataclasses.replace(step, observation=other)
+            return step
+
+    return Spoiling(lambda source: Counting(graves))
 
 
 def first(folder: str, name: str) -> bool:
@@ -132,12 +165,22 @@ class Numbers:
 
 
 async def work(steps: int, kills: float, graves: str) -> dict:
+    from glmv_jax.data.hashes import image_hash
+    from glmv_jax.data.naflex import Patcher
+    from glmv_jax.data.tokenizer import Tokenizer
+    from glmv_jax.rl.arena import Arena
+    from glmv_jax.rl.gym import Action
     from glmv_jax.rl.pipeline import Pipeline, Scheduler, Settings, train
-    from glmv_jax.rl.pipeline.workers import Environments, RemoteEngine, RemoteEnvironment, RemoteGrader, Workers
+    from glmv_jax.rl.pipeline.workers import RemoteEngine, RemoteEnvironment, RemoteGrader, Workers
+    from glmv_jax.rl.play import Limits
+    from glmv_jax.rl.players import scripted
+    from glmv_jax.rl.transcript import Form
 
     writers = Workers(lambda: Writer(kills, graves), 2, needs={"num_cpus": 0.5})
     judges = Workers(lambda: Judge(graves), 1, needs={"num_cpus": 0.5})
-    worlds = Workers(lambda: Environments(lambda source: Counting(graves)), 1, needs={"num_cpus": 0.5})
+    places = Workers(lambda: worlds(graves), 1, needs={"num_cpus": 0.5})
+    loop, form, wrong = asyncio.get_running_loop(), Form(Tokenizer(), Patcher(max_patches=16)), []
+    arena = Arena(lambda name: RemoteEnvironment(places, name, loop), 4)
     engine, judged = RemoteEngine(writers), RemoteGrader(judges)
     notes: list[dict] = []
     settings = Settings(GROUPS, SIZE, staleness=STALENESS, late="abort", in_flight=6, seconds=2.0, patience=120.0)
@@ -145,13 +188,13 @@ async def work(steps: int, kills: float, graves: str) -> dict:
     taken: list = []
 
     async def grade(request, completion):
-        if request.prompt.source == "counting":  # the verdict needs an episode; a lost one is graded anew
-            episode, seen, done = RemoteEnvironment(worlds, "counting"), 0, False
-            seen = await episode.reset(request.prompt.uid)
-            while not done:
-                seen, done = await episode.step(seen)
-            episode.close()
-            assert seen == request.prompt.uid + 3
+        if (source := request.prompt.source) == "counting":  # the verdict needs an episode; a lost one is graded anew
+            seed, say = request.prompt.uid, scripted(lambda: Action("on"))
+            episode = await arena.play(source, say, seed, form, Limits(turns=3, tokens=2000))
+            if episode.failed:
+                raise RuntimeError(episode.reason)
+            shown = [form.patcher(picture(seed, at)) for at in range(3)]
+            wrong.extend(h for h, image in zip(episode.transcript.hashes, shown) if h != image_hash(*image))
         return await judged(request, completion)
 
     async def build(step, groups):
@@ -180,14 +223,16 @@ async def work(steps: int, kills: float, graves: str) -> dict:
         "steps": len(taken), "prompts": len(uids), "twice": len(uids) - len(set(uids)),
         "never": len(set(range(scheduler.prompts.drawn)) - set(uids) - left),
         "requests": scheduler.state()["requests"],
-        "processes_died": {"rollout": writers.lost, "reward": judges.lost, "environment": worlds.lost},
+        "processes_died": {"rollout": writers.lost, "reward": judges.lost, "environment": places.lost},
         "done_again": {"rollout": writers.again, "reward": judges.again},
         "failed": kinds.count("failed"), "aborted": kinds.count("aborted"), "dropped": kinds.count("dropped"),
         "oldest_token": max(int(step - drawn.versions.min()) for step, drawn in answers), "bound": STALENESS,
         "wrong_weights": sum(bool((drawn.tokens != drawn.versions).any()) for _, drawn in answers),
-        "overlap": round(overlap, 3), "seconds": round(seconds, 1),
+        "spoilt": sum(name.startswith("spoilt") for name in os.listdir(graves)),
+        "spoilt_told": sum("its images came as" in note.get("error", "") for note in notes),
+        "spoilt_graded": len(wrong), "overlap": round(overlap, 3), "seconds": round(seconds, 1),
     }  # fmt: skip
-    for workers in (writers, judges, worlds):
+    for workers in (writers, judges, places):
         workers.close()
     return found
 
@@ -211,7 +256,8 @@ def main() -> int:
         found = asyncio.run(work(options.steps, options.kills, graves))
     ray.shutdown()
     emit({"benchmark": "rl_ray", **found, "environment": environment()}, options.out)
-    whole = found["twice"] == found["never"] == found["wrong_weights"] == 0 and found["oldest_token"] <= STALENESS
+    whole = found["spoilt"] >= found["spoilt_told"] > 0 == found["spoilt_graded"]
+    whole &= found["twice"] == found["never"] == found["wrong_weights"] == 0 and found["oldest_token"] <= STALENESS
     return 0 if whole and found["steps"] == options.steps and all(found["processes_died"].values()) else 1
 
 
