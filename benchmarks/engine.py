@@ -14,7 +14,7 @@ two kinds, told by its last token, of which four in five end after 12 tokens on 
 --means.
 
 Prints one JSON line: lengths, steps of decoding, and tokens/s of whole runs in turns, prompts included, on the clock
-and of processor time.
+and of processor time; and what the host had to do with a round, which on a CPU is its thread's own time.
 """
 
 from __future__ import annotations
@@ -132,11 +132,12 @@ def main() -> None:
         engine.run()
         return found
 
-    def timed(run: Any) -> tuple[float, float]:
-        """Seconds on the clock, and of processors."""
-        began = time.perf_counter(), time.process_time()
+    def timed(run: Any) -> tuple[float, ...]:
+        """Seconds on the clock, of processors, and of the thread that calls the programs."""
+        clocks = time.perf_counter, time.process_time, time.thread_time
+        began = [clock() for clock in clocks]
         run()
-        return time.perf_counter() - began[0], time.process_time() - began[1]
+        return tuple(clock() - start for clock, start in zip(clocks, began))
 
     answers = {"sampler": by_sampler(), "engine": by_engine()}
     same = np.mean([np.array_equal(a, b) for a, b in zip(*answers.values())])
@@ -148,7 +149,7 @@ def main() -> None:
     seconds = in_turns({"sampler": lambda: timed(by_sampler), "engine": lambda: timed(by_engine)}, args.rounds, 600.0)
     if engine.traces != traces:
         raise SystemExit(f"engine.py: {engine.traces - traces} programs were compiled after warm-up")
-    rates = {name: lengths.sum() / np.array(times) for name, times in seconds.items()}  # [rounds, 2]
+    rates = {name: lengths.sum() / np.array(times) for name, times in seconds.items()}  # [rounds, 3]
     longest = [lengths[i : i + args.slots].max() for i in range(0, N, args.slots)]
     record = {
         "benchmark": "engine", **{k: v for k, v in vars(args).items() if k != "out"},
@@ -166,6 +167,7 @@ def main() -> None:
         "engine / sampler": significant(np.median(rates["engine"][:, 0]) / np.median(rates["sampler"][:, 0]), 3),
         "engine / sampler, a processor second": significant(
             np.median(rates["engine"][:, 1]) / np.median(rates["sampler"][:, 1]), 3),
+        "host seconds a round": {name: spread(np.array(times)[:, 2]) for name, times in seconds.items()},
         "load": significant(os.getloadavg()[0], 2),  # of all that ran on the machine at the end
         **environment(),
     }  # fmt: skip

@@ -232,8 +232,8 @@ class Engine:
             work = self._waiting[0]
             same = work.request.begun is None and id(work.prompt)  # of a group: what holds for one holds for the next
             found = "soon" if same in soon else None
-            if same in sources and not again and (others := self._beside(same, sources[same])):
-                copies += others
+            if found is None and same in sources and not again and (group := self._beside(same, sources[same])):
+                copies += [(sources[same], slot) for slot in group if slot is not sources[same]]
                 continue
             found = found or slots_lib.place(self._slots, work, self._lanes, again)
             if found is None:
@@ -255,15 +255,15 @@ class Engine:
         if copies:
             self._copy(copies)
 
-    def _beside(self, same: int, source: Slot) -> list[tuple[Slot, Slot]]:
-        """Rows for the requests of a prompt that wait in front of all others, where `source` has read it: what to copy,
-        nothing if there are none."""
+    def _beside(self, same: int, source: Slot) -> list[Slot]:
+        """The requests of a prompt that wait in front of all others take rows in the shard of `source`, if that has
+        read it: those rows, as far as there are any."""
         group = itertools.takewhile(lambda work: work.request.begun is None and id(work.prompt) == same, self._waiting)
         works = list(itertools.islice(group, len(self._slots.all)))
         slots, common = slots_lib.beside(self._slots, works[0], source, len(works))
         if slots:
             self._begin(slots, [self._waiting.popleft() for _ in slots], common)
-        return [(source, slot) for slot in slots if slot is not source]
+        return slots
 
     def _begin(self, slots: list[Slot], works: list[Work], common: int) -> None:
         """Of works that know the same tokens."""
@@ -343,10 +343,11 @@ class Engine:
         new = drawn.new[at]
         counts, tokens, logprobs = new.sum(axis=(1, 2)), drawn.tokens[at][new], drawn.logprobs[at][new]
         self._slots.drew(at, counts, tokens)
-        slots, ends = [self._slots.all[n] for n in at], np.cumsum(counts)[:-1]
+        ends = np.cumsum(counts).tolist()
+        parts = [slice(start, end) for start, end in zip([0, *ends], ends)]
         told = [Likely(*(x[n][drawn.new[n]] for x in likely)) if rows.likely[n] else None for n in at]
-        of = zip(slots, np.split(tokens, ends), np.split(logprobs, ends), told)
-        ran = [(slot, slot.work, *rest) for slot, *rest in of]
+        ran = [(slot, slot.work, tokens[part], logprobs[part], of)
+               for slot, part, of in zip(self._slots.where(rows.running), parts, told, strict=True)]  # fmt: skip
         for _, work, tokens, logprobs, _ in ran:
             work.add(tokens, logprobs, self.version)
         for slot, work, tokens, logprobs, told in ran:  # only now, as callbacks may submit and abort

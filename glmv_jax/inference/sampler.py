@@ -4,7 +4,7 @@ For whole batches of groups whose answers are about as long, as stage 5's in its
 the engine, which this is an oracle for. At that stage's nano size, 64 prompts x 8 answers of up to 14 tokens on a CPU,
 it takes .90 to .99 of the engine's time with 128 slots where answers have 6 tokens on average, .73 (of processor time)
 where they have 10 as those of the SFT policy, .70 with 512 slots: rows of the engine read the prompt each from a cache
-of its own, and requests cost the host 80 ms.
+of its own, and requests cost the host 75 ms (benchmarks/engine.py; .86 of processor time where answers have 7).
 A prompt and its images are encoded once, and its keys and values are kept once for the G answers of a group, which hold
 only their own (as in Hydragen, arXiv 2402.05099).
 Shapes are static (prompt length, patches, rows, new tokens): one compilation a bucket, counted in `Sampler.traces`.
