@@ -18,7 +18,7 @@ from equal_runs import differences
 from real_runs import ROOT, Nursery, Run, began_again, killed, left_behind
 
 STAGES = ("mim", "siglip", "pretrain", "sft", "rl")
-STEPS = 8
+STEPS, SAVED = 8, 2  # that a stage takes; the step of its first checkpoint
 TOY = """from tests.train.toy import config
 
 
@@ -43,7 +43,8 @@ def each_of(only: str, seed: int, folder: pathlib.Path, nursery: Nursery) -> Ite
 
 
 def stage(name: str, rng: random.Random, folder: pathlib.Path, nursery: Nursery) -> list[dict]:
-    """A stage with two data workers, killed in a step and in a save, against one that nothing disturbed."""
+    """A stage with two data workers, killed in a step and in a save when it has a checkpoint to go on from, which lies
+    in the middle of an epoch, against one that nothing disturbed."""
     arguments = f"stage={name},steps={STEPS},workers=2,cache={folder / 'cache'}"
     spec = f"{ROOT / 'benchmarks' / 'faults.py'}:{arguments}"
     whole, run = Run(nursery, spec, folder / f"{name}-whole"), Run(nursery, spec, folder / name)
@@ -52,12 +53,13 @@ def stage(name: str, rng: random.Random, folder: pathlib.Path, nursery: Nursery)
     faults, behind = [], []
     for at in ("training", "saving"):
         before = len(run.said)
-        fault, _ = killed(run, at, rng, 0.0)
+        fault, _ = killed(run, at, rng, 0.0, saved=SAVED)
         if faults:
             began_again(run, faults[-1], before)
-        if fault:
-            faults.append(fault)
-            behind += left_behind(run.mark)
+        if not fault:
+            return [{"run": name, "at": at, "survived": False, "wrong": ["it ended before it was killed: not tried"]}]
+        faults.append(fault)
+        behind += left_behind(run.mark)
     before = len(run.said)
     if run.finish():
         return [{"run": name, "at": f.at, "survived": False, "wrong": [run.said[-500:]]} for f in faults]

@@ -193,15 +193,20 @@ class Fault:
         return self.again == self.saved
 
 
-def killed(run: Run, at: str, rng: random.Random, start: float, seconds: float = 1800) -> tuple[Fault | None, float]:
+def killed(
+    run: Run, at: str, rng: random.Random, start: float, seconds: float = 1800, saved: int = 0
+) -> tuple[Fault | None, float]:
     """Starts it and kills it at a random moment of its start-up ("starting", which takes about `start` seconds), of a
-    step ("training"), of writing a checkpoint ("saving") or after its last step ("ending"). The fault, None when it
-    ended before, and how long its start-up took, or what is known of that."""
+    step ("training"), of writing a checkpoint ("saving") or after its last step ("ending"), and not before it has the
+    checkpoint of step `saved`. The fault, None when it ended before, and how long its start-up took, or what is known
+    of that."""
     pid, began, before, first = run.start(), time.monotonic(), len(run.said), run.step
     delay = rng.uniform(0.0, {"starting": start, "training": 0.5, "saving": 0.05, "ending": 2.0}[at])
     wanted, started = first + rng.randint(1, 3), False
 
     def due() -> bool:
+        if saved > max(run.checkpoints(), default=0):
+            return False
         if at == "starting":
             return True
         if at == "training":

@@ -136,6 +136,8 @@ def _opened(content: bytes) -> Iterator[tuple[Any, Any]]:
             stream = next(iter(file.streams.video), None)
             if stream is None:
                 raise UserError("the film has no pictures")
+            if stream.codec_context is None:
+                raise UserError("the film has no pictures that can be decoded; make it an MP4")
             if stream.width * stream.height > MAX_PIXELS:
                 raise UserError(f"the film has frames of {stream.width}x{stream.height} pixels; make them smaller")
             yield file, stream

@@ -134,6 +134,12 @@ def test_a_list_of_other_files_is_no_film(fuzz, tmp_path, monkeypatch):
         list(video.frame_groups(b"ffconcat version 1.0\nfile a.mp4\n"))
 
 
+def test_a_film_whose_codec_nobody_knows(fuzz):
+    pytest.importorskip("av")
+    with pytest.raises(UserError, match="no pictures that can be decoded"):
+        list(video.frame_groups(fuzz[1].film().replace(b"mp4v", b"zzzz").replace(b"esds", b"zzzz")))
+
+
 def test_a_film_is_no_larger_and_no_longer_than_is_read(fuzz, monkeypatch):
     pytest.importorskip("av")
     content, sample = fuzz[1].film(), functools.partial(video.sampled, most=4)
