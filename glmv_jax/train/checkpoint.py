@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from glmv_jax.train.disk import SUMS, damage, disk_errors, seal, size_text
 from glmv_jax.train.state import TrainState
 from glmv_jax.trees import flatten, inside, nest, replaced
 from glmv_jax.typing import Params, UserError
+
+SLOW = 5.0  # seconds that training may wait for the disk before that is said
 
 
 class Checkpoints:
@@ -42,6 +45,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, report: Callable[[str], None] = print) -> None:
         self.folder, self.keep, self.report = Path(folder).absolute(), max(1, keep), report
+        self._waited = SLOW / 2  # seconds, the longest so far that was said
         with disk_errors(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = self._open()
@@ -80,9 +84,21 @@ class Checkpoints:
             training=ocp.args.StandardSave(training),
             host=ocp.args.JsonSave(host),
         )
+        began = time.monotonic()
         with disk_errors(self.folder):
+            self._manager.wait_until_finished()  # as Orbax would
+            self._tell_slow(time.monotonic() - began)
             if not self._manager.save(step, args=items, force=True):
                 raise RuntimeError(f"{self.folder}: step {step} was not saved, newest is {self._manager.latest_step()}")
+
+    def _tell_slow(self, seconds: float) -> None:
+        """Says how long a save had to wait for the one before, and again when that has doubled."""
+        if seconds >= 2 * self._waited:
+            self._waited = seconds
+            self.report(
+                f"{self.folder}: a slow disk: training waited {seconds:.1f} s for the checkpoint before to be written; "
+                "save less often (save_every) or choose a faster disk for the workdir"
+            )
 
     def wait(self) -> None:
         """Returns when everything is on disk."""

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from glmv_jax.train import disk
+from glmv_jax.train import checkpoint, disk
 from glmv_jax.train.checkpoint import Checkpoints, load_config, load_params
 from glmv_jax.train.state import TrainState
 from glmv_jax.typing import UserError
@@ -218,6 +219,22 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(small_disk):
     again = Checkpoints(small_disk / "checkpoints", report=lines.append)
     assert equal(again.restore(abstract(make_state()))[0], make_state(1))
     again.close()
+
+
+def test_a_slow_disk_is_told_and_its_checkpoints_are_whole(tmp_path, monkeypatch):
+    pace, seal = [0.3, 0.0], checkpoint.seal
+
+    def slowly(folder, leave_out):
+        time.sleep(pace.pop(0))
+        seal(folder, leave_out)
+
+    monkeypatch.setattr(checkpoint, "SLOW", 0.2)
+    monkeypatch.setattr(checkpoint, "seal", slowly)
+    checkpoints, lines = saved(tmp_path, steps=(1, 2))
+    assert len(lines) == 1 and "a slow disk: training waited" in lines[0] and "(save_every)" in lines[0]
+    assert float(lines[0].split("waited ")[1].split(" s")[0]) >= 0.3
+    assert equal(checkpoints.restore(abstract(make_state()))[0], make_state(2)) and not pace
+    checkpoints.close()
 
 
 # --- parameters for the next stage ------------------------------------------------------------------------------------
