@@ -62,4 +62,5 @@ glmv train --config experiments/vlm_sft.py:size=nano,role=control --workdir "$RU
 
 # The table on this terminal, and report.html with curves, pictures and answers.
 glmv report "$RUN"
+echo 'next, in README.md, "The half hour after it": talk to the model, teach it pictures of your own, compare'
 printf 'total wall time of this call: %d min %02d s\n' $((SECONDS / 60)) $((SECONDS % 60))

@@ -9,6 +9,7 @@ import argparse
 import fcntl
 import json
 import os
+import pathlib
 import re
 import signal
 import subprocess
@@ -149,6 +150,16 @@ def test_full_disk_is_one_line_and_other_os_errors_are_bugs(capsys, tmp_path):
     path.write_text("def get_config(arg=None): raise OSError(5, 'the disk is on fire')")
     with pytest.raises(OSError, match="on fire"):
         cli.main(["show-config", "--config", str(path)])
+
+
+def test_an_extra_that_is_missing_is_named_with_the_command_that_installs_it_here(capsys, tmp_path):
+    path, checkout = tmp_path / "lacking.py", pathlib.Path(cli.__file__).parents[2]
+    head = "from glmv_jax.typing import UserError\ndef get_config(arg=None):\n    raise UserError"
+    for quote in "\"'":
+        said = f"this takes starlette; pip install {quote}glmv_jax[serve]{quote}, or leave it"
+        path.write_text(f"{head}({said!r})\n")
+        command = f"{sys.executable} -m pip install -e '{checkout}[serve]'"
+        assert complaint(capsys, "show-config", "--config", str(path)).endswith(f"starlette; {command}, or leave it")
 
 
 # --- processes --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -93,8 +94,17 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(name: str, message: str) -> int:
-    print(f"{name}: {message}", file=sys.stderr)
+    print(f"{name}: {_installable(message)}", file=sys.stderr)
     return 2
+
+
+def _installable(message: str) -> str:
+    """With the command that installs an extra here, where a message names one: from a checkout it is another."""
+    if "glmv_jax[" not in message:
+        return message
+    from glmv_jax.doctor import install_command
+
+    return re.sub(r"""pip install (["'])glmv_jax\[(\w+)\]\1""", lambda found: install_command(found[2]), message)
 
 
 def _run(argv: list[str]) -> int:
