@@ -111,9 +111,9 @@ def requirements() -> dict[str, list[str]]:
         return {}
     by_extra: dict[str, list[str]] = {"": []}
     for line in lines:
-        name = re.match(r"[\w.-]+", line).group()
-        extra = re.search(r"extra == [\"'](\w+)[\"']", line)
-        extra = extra.group(1) if extra else ""
+        name = re.split(r"[^\w.-]", line, maxsplit=1)[0]
+        found = re.search(r"extra == [\"'](\w+)[\"']", line)
+        extra = found.group(1) if found else ""
         plugin = {"cuda": "jax-cuda12-plugin", "tpu": "libtpu"}.get(extra, name)
         by_extra.setdefault(extra, []).append(plugin)
     return by_extra

@@ -49,7 +49,7 @@ GLM5: dict[str, dict[str, Any]] = {
 MERGER: dict[str, dict[str, Any]] = {"nano": dict(remat="none", chunk=0), "l": dict(remat="full", chunk=0)}
 EMBEDDING = {"nano": 128, "l": 1024}
 # What a row of packed documents holds of tokens, patches and learnt tokens; an image's patches, a prompt's tokens.
-DOCUMENTS: dict[str, dict[str, int]] = {
+DOCUMENTS: dict[str, dict[str, Any]] = {
     "nano": dict(tokens=112, patches=128, targets=64, image_patches=48, prompt_tokens=48, workers=0, per="sqrt"),
     "l": dict(tokens=8192, patches=16_384, targets=4096, image_patches=4096, prompt_tokens=2048, workers=8, per="sqrt"),
 }

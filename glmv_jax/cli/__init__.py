@@ -151,7 +151,7 @@ def _parser() -> tuple[argparse.ArgumentParser, dict[str, list[str]]]:
 
     subs = {}
     for name, command in _COMMANDS.items():
-        first, _, rest = command.run.__doc__.partition("\n")
+        first, _, rest = (command.run.__doc__ or "").partition("\n")
         rest = "\n".join(line.removeprefix("    ") for line in rest.splitlines()).rstrip()
         subs[name] = commands.add_parser(
             name, help=first, description=f"{first}\n{rest}", formatter_class=form, allow_abbrev=False

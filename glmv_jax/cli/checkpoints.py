@@ -142,7 +142,8 @@ def answering_model(folder):
 
     cfg = checkpoint.load_config(folder)
     model = build.vlm(cfg.model)
-    vision = model.vision
+    if (vision := model.vision) is None:
+        raise UserError(f"{folder}: its model has no vision encoder, and is none of the recipe's stages 3 to 5")
     sizes = dict(max_patches=cfg.data.image_patches, policy=cfg.data.get("sizing", "naflex"))
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch, **sizes)
     tokenizer = open_tokenizer(cfg.data.vocabulary or None)

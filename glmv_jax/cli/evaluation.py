@@ -70,8 +70,8 @@ def _evaluate_suite(run: str, args: argparse.Namespace) -> int:
         print(f"{name}: {found}", file=sys.stderr, flush=True)
 
     first = multihost.is_first()
-    say = say if first else None
-    report = train_main.evaluate_data(run, args.suite, args.datasets or (), settings, say=say, **sizes)
+    told = say if first else None
+    report = train_main.evaluate_data(run, args.suite, args.datasets or (), settings, say=told, **sizes)
     if first:
         write_json(args.json, report)
         print("\n".join(summary.lines(report)), file=sys.stderr if args.json == "-" else sys.stdout)

@@ -46,7 +46,7 @@ def train(args: argparse.Namespace) -> int:
         try:
             train_main.run(cfg, workdir, args.profile)
         except Interrupted as stopped:
-            return stopped.code or args.on_term
+            return int(stopped.code or args.on_term)
     return 0
 
 

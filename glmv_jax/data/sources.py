@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
+import importlib.util
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
@@ -14,6 +14,9 @@ from typing import Any, ClassVar, Self
 from glmv_jax.config import nearest
 from glmv_jax.data.tars import expand
 from glmv_jax.typing import UserError
+
+# kind of files -> the package that reads it, of the extra `data`
+PACKAGES = {"parquet": "pyarrow", "array_record": "array_record", "tfds": "tensorflow_datasets"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +54,11 @@ class FileSource:
             if getattr(source, key) not in choices:
                 raise UserError(f"data.sources.{name}.{key}={getattr(source, key)!r} is not known; "
                                 f"choose {', '.join(filter(None, choices))}")
-        return dataclasses.replace(source, **{cls.KIND: source._kind or cls.told(name, source.path)})
+        kind = source._kind or cls.told(name, source.path)
+        needed = PACKAGES.get(kind, "")
+        if needed and importlib.util.find_spec(needed) is None:  # or each file would be left out as one that is broken
+            raise UserError(f"data.sources.{name}: {kind} is read by {needed}; pip install 'glmv_jax[data]'")
+        return dataclasses.replace(source, **{cls.KIND: kind})
 
     @classmethod
     def told(cls, name: str, path: str) -> str:

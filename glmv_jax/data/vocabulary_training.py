@@ -16,7 +16,7 @@ import io
 import pathlib
 import re
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import sentencepiece
@@ -159,7 +159,7 @@ def fertility(model: sentencepiece.SentencePieceProcessor, texts: Sequence[str],
     return Fertility(len(texts), total / max(1, units), spelt / max(1, total), longest)
 
 
-def report(model: bytes, heldout: dict[str, Sequence[str]]) -> list[str]:
+def report(model: bytes, heldout: Mapping[str, Sequence[str]]) -> list[str]:
     """Lines for a person: the fertility of each language, and the row that fits it."""
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     lines = []

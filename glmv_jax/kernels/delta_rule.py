@@ -67,13 +67,13 @@ def delta_rule(
     segments = jnp.pad(segments, ((0, 0), (0, padding)), mode="edge")
     segments_NBC = segments.reshape(len(segments), -1, C).swapaxes(0, 1)
     parts = _chunk(*map(chunks, (q, k, v, g, beta[..., None])), segments_NBC)
-    state = jnp.zeros((B, H, K, v.shape[-1]), jnp.float32) if state is None else state
+    before = jnp.zeros((B, H, K, v.shape[-1]), jnp.float32) if state is None else state
     if len(parts.q) == 1:
-        state, out = _advance(state, jax.tree.map(lambda x: x[0], parts))
+        after, out = _advance(before, jax.tree.map(lambda x: x[0], parts))
         out = out[None]
     else:
-        state, out = jax.lax.scan(_advance, state, parts)
-    return out.transpose(1, 0, 3, 2, 4).reshape(B, T + padding, H, -1)[:, :T], state
+        after, out = jax.lax.scan(_advance, before, parts)
+    return out.transpose(1, 0, 3, 2, 4).reshape(B, T + padding, H, -1)[:, :T], after
 
 
 def _advance(state: jax.Array, c: Chunk) -> tuple[jax.Array, jax.Array]:

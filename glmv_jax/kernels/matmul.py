@@ -49,9 +49,10 @@ def matmul(x: jax.Array, w_IO: jax.Array, axes: tuple[str, str | None] | None = 
 def split_over(x: jax.Array, w_IO: jax.Array, axes: tuple[str, str | None]) -> tuple[str, ...]:
     """The axes of the mesh along which `scattered` brings the gradient home: those that split I, where they are
     several, all of which split the rows [B, T] of x too, and nothing else splits W. Else none."""
-    if x.ndim != 3 or rules.active() is None or jax.sharding.get_abstract_mesh().manual_axes:
+    now = rules.active()
+    if x.ndim != 3 or now is None or jax.sharding.get_abstract_mesh().manual_axes:
         return ()
-    mesh, active = rules.active()
+    mesh, active = now
     sizes = lambda entry: math.prod(mesh.shape[axis] for axis in rules.entry_axes(entry))  # noqa: E731
     (reads, makes), (batch, length) = active.spec(axes, mesh), context.spec("batch", "length")
     over = tuple(axis for axis in rules.entry_axes(reads) if mesh.shape[axis] > 1)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax.parallel.rules import entry_axes
@@ -31,7 +31,7 @@ class Split(NamedTuple):
     stack: Axes = ()
 
 
-def split_of(spec: P, ndim: int, mesh: Mesh) -> Split:
+def split_of(spec: P, ndim: int, mesh: Mesh | AbstractMesh) -> Split:
     """Of an array [..., I, O]; axes of one device are left out."""
     entries = (*spec, *[None] * (ndim - len(spec)))
     axes = [tuple(a for a in entry_axes(entry) if mesh.shape[a] > 1) for entry in entries]
@@ -39,7 +39,7 @@ def split_of(spec: P, ndim: int, mesh: Mesh) -> Split:
 
 
 def spread(
-    fn: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], specs: Sequence[P], mesh: Mesh
+    fn: Callable[[jax.Array], jax.Array], arrays: Sequence[jax.Array], specs: Sequence[P], mesh: Mesh | AbstractMesh
 ) -> list[jax.Array]:
     """[fn(x) for x in arrays], each matrix on one device.
 
@@ -68,7 +68,7 @@ def spread(
     return jax.shard_map(local, mesh=mesh, in_specs=tuple(specs), out_specs=list(specs), check_vma=False)(*arrays)
 
 
-def _by_matrix(fn: Callable, x_Sio: jax.Array, split: Split, mesh: Mesh) -> jax.Array:
+def _by_matrix(fn: Callable, x_Sio: jax.Array, split: Split, mesh: Mesh | AbstractMesh) -> jax.Array:
     """Inside shard_map: this device's piece of a stack -> the same piece of fn(stack)."""
     axes = [a for a in mesh.axis_names if mesh.shape[a] > 1 and a not in split.stack]
     S = x_Sio.shape[0]

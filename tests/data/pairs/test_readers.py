@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import pickle
 import resource
+import sys
 
 import numpy as np
 import pytest
@@ -307,6 +308,13 @@ def test_wrong_configs(entry, error):
     with pytest.raises(UserError, match=error) as caught:
         Source.of("web", entry)
     assert "\n" not in str(caught.value)
+
+
+def test_a_package_that_is_missing_is_named_and_no_file_is_called_broken_for_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)  # as where it is not installed
+    with pytest.raises(UserError, match=r"sources\.web: parquet is read by pyarrow; pip install 'glmv_jax\[data\]'"):
+        Source.of("web", {"path": "s/*.parquet"})
+    assert Source.of("web", {"path": "a.tar"}).format == "tar"
 
 
 def test_paths_that_are_not_there(tmp_path):
