@@ -140,6 +140,7 @@ class Load:
         late = [await ask(self.server.port, self.questions.draw(8)) for _ in range(3)]
         ended = asyncio.create_task(asyncio.to_thread(self._exit, at))
         await asyncio.gather(*clients)
+        self.ended["answers"] = max(x.asked + x.took for x in self.outcomes) - at
         await ended
         self.ended["late"] = [f"refused {x.status}" if x.status else "no connection" for x in late]
 

@@ -56,7 +56,7 @@ def told(outcomes: Sequence[Outcome], rows: Rows, ended: Mapping[str, Any], star
         "streams": quantiles([row["streams"] for row in rows]),
         "rows_running": quantiles([row["rows"] for row in rows]), **alike(done),
         "engine_compiled": ended["metrics"]["glmv_engine_compilations_total"] - ended["compiled_at_start"],
-        "term": {key: ended[key] for key in ("running", "seconds", "code", "late")},
+        "term": {key: ended[key] for key in ("running", "answers", "seconds", "code", "late")},
     }  # fmt: skip
 
 
@@ -89,7 +89,7 @@ def wrong(found: Mapping[str, Any], drain: float) -> list[str]:
         (not counts.get("finished"), "no answer finished"),
         (found["compiled"] or found["engine_compiled"], f"compiled while it served: {found['compiled'][:5]}"),
         (term["code"] != 0, f"ended with {term['code']} after SIGTERM"),
-        (term["seconds"] > drain + 5, f"took {term['seconds']:.1f} s to end"),
+        (term["answers"] > drain + 5, f"the last answer ended {term['answers']:.1f} s after SIGTERM"),
     ) if failed]  # fmt: skip
 
 
@@ -112,8 +112,8 @@ def table(found: Mapping[str, Any]) -> str:
         f"memory {memory['first']:.0f} to {memory['last']:.0f} MB, {memory['a_minute']:+.2f} ± {memory['error']:.2f} a "
         f"minute; open files {files['first']:.0f} to {files['last']:.0f}",
         f"{found['asked_again']} questions were asked again, {found['answered_differently']} answered differently",
-        f"SIGTERM with {term['running']} streams: ended with {term['code']} after {term['seconds']:.1f} s; who came "
-        f"later: {term['late']}",
+        f"SIGTERM with {term['running']} streams: the last ended after {term['answers']:.1f} s, the server with "
+        f"{term['code']} after {term['seconds']:.1f}; who came later: {term['late']}",
     ])  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from starlette.routing import Route
 
 from glmv_jax.serving import anthropic, completions, fields, openai, openapi, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
-from glmv_jax.serving.limits import Limits, Refused
+from glmv_jax.serving.limits import WRITING, Limits, Refused
 from glmv_jax.serving.weights import Weights
 from glmv_jax.typing import UserError
 
@@ -153,8 +153,8 @@ class Server:
                 room.enter_context(self.answers.room(max(1, fields.get(body, "n", int, 1)) if form is OPENAI else 1))
                 reply, parts = await _unless_left(request, self._begun(form, body, room, stream))
                 if stream:
-                    seconds = self.answers.limits.ping
-                    return _Stream(self._events(form, reply, parts), room.pop_all(), form.ping, seconds)
+                    limits = self.answers.limits
+                    return _Stream(self._events(form, reply, parts), room.pop_all(), form.ping, limits)
                 return JSONResponse(await _unless_left(request, self._whole(reply, parts)))
 
         return route
@@ -248,17 +248,21 @@ class Server:
 
 
 class _Stream(StreamingResponse):
-    """Events as they come, and the ping whenever nothing has for so many seconds. room: what is let go of when they
-    end, also when they never begin."""
+    """Events as they come, and the ping whenever nothing has for `Limits.ping` seconds. room: what is let go of when
+    they end, also when they never begin, or when they are over and nobody reads them."""
 
-    def __init__(self, events: AsyncIterator[str], room: contextlib.AsyncExitStack, ping: str, seconds: float) -> None:
+    def __init__(self, events: AsyncIterator[str], room: contextlib.AsyncExitStack, ping: str, limits: Limits) -> None:
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._room, self._ping, self._seconds = room, ping.encode(), seconds
+        self._room, self._ping, self._seconds, self._most = room, ping.encode(), limits.ping, limits.seconds + WRITING
 
     async def __call__(self, scope, receive, send) -> None:
         async with self._room:
-            await super().__call__(scope, receive, send)
+            try:
+                async with asyncio.timeout(self._most):
+                    await super().__call__(scope, receive, send)
+            except TimeoutError:
+                log.warning("a stream is cut off, as nobody reads it")
 
     async def stream_response(self, send) -> None:
         clock, one = asyncio.get_running_loop().time, asyncio.Lock()  # nothing comes between what is being sent

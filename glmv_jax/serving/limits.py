@@ -6,6 +6,8 @@ import dataclasses
 
 from glmv_jax.typing import UserError
 
+WRITING = 5.0  # seconds that an answer which is over has to reach who asked
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:

@@ -13,7 +13,7 @@ import uvicorn
 from glmv_jax.inference.front import Front
 from glmv_jax.serving.answers import Answers, Model
 from glmv_jax.serving.app import Server
-from glmv_jax.serving.limits import Limits
+from glmv_jax.serving.limits import WRITING, Limits
 from glmv_jax.serving.metrics import Metrics
 from glmv_jax.serving.weights import Weights
 from glmv_jax.typing import UserError
@@ -25,9 +25,6 @@ class Listener(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-
-WRITING = 5.0  # seconds that the last words of answers have to reach who asked, behind `Limits.drain`
 
 
 def listener(server: Server, host: str, port: int) -> Listener:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 
 import anthropic
 import httpx
 import openai
 import pytest
 
+from glmv_jax.serving import app
 from glmv_jax.serving.answers import Answers, Asked, Ended
 from glmv_jax.serving.limits import Limits, Refused
 from glmv_jax.serving.metrics import Metrics
@@ -62,6 +64,27 @@ def test_who_waited_in_vain_is_told_in_the_stream(bird, limit):  # noqa: F811
                 list(client.chat.completions.create(**ASK, stream=True))
         kind, data = blocks(bird, "/v1/messages")[-1].split("\n")
         assert kind == "event: error" and json.loads(data[6:])["error"]["type"] == "overloaded_error"
+
+
+def test_who_does_not_read_holds_no_room(bird, limit, monkeypatch):  # noqa: F811
+    """The answer is of more bytes than fit between the server and a client that takes none of them."""
+    monkeypatch.setattr(app, "WRITING", 0.2)
+    listening = bird.listener.servers[0].sockets[0]
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 12)
+    bird.say_forever(WORDS)
+    limit(seconds=0.8)
+    body = ASK | {"stream": True, "max_tokens": 400, "logprobs": True, "top_logprobs": 5, "n": 2}
+    data = json.dumps(body).encode()
+    head = (f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {parrot.KEY}\r\n"
+            f"Content-Length: {len(data)}\r\n\r\n")  # fmt: skip
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        client.connect(listening.getsockname())
+        client.sendall(head.encode() + data)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        assert soon(lambda: bird.answers.running == 2) and soon(lambda: bird.answers.running == 0)
+        read = b"".join(iter(lambda: client.recv(1 << 16), b""))
+    assert read.startswith(b"HTTP/1.1 200") and b"[DONE]" not in read
 
 
 def test_an_ending_server_gives_everybody_an_end(bird):
