@@ -205,11 +205,13 @@ def _part(part: Any, n: int) -> dict[str, Any]:
 def _call(call: Any, n: int) -> dict[str, Any]:
     """A tool call with its arguments as an object, under "function" as OpenAI has it."""
     inner = call.get("function", call) if isinstance(call, dict) else {}
+    inner = inner if isinstance(inner, dict) else {}
     arguments = inner.get("arguments", {})
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+            json.dumps(arguments, ensure_ascii=False).encode()  # halves of characters
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(inner.get("name"), str) or not isinstance(arguments, dict):
         raise UserError(f"a tool call of message {n} has no name, or arguments that are no JSON object; write both")

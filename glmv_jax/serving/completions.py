@@ -45,6 +45,7 @@ def asked(body: Mapping[str, Any], limits: Limits, sampling: Sampling, vocab: in
     begun = fields.within(body, "begun", int, 0, len(ids) - 1) or 0
     for name, given, here in (("stop_token_ids", fields.get(body, "stop_token_ids", list), sampling.stop),
                               ("logit_bias", _banned(body), sampling.suppress)):  # fmt: skip
+        given = given and [fields.of(int, i, name) for i in given]
         if given is not None and set(given) != set(here):
             wrong = sorted(set(given) ^ set(here), key=str)
             raise Refused(f"{name}: {wrong[:8]} are in one list and not in the other, of the request and of this "

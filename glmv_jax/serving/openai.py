@@ -108,9 +108,10 @@ def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool | str]:
         names.append(fields.need(function, "name", str, f"{where}function."))
         fields.get(function, "description", str, where=f"{where}function.")
         fields.get(function, "parameters", dict, where=f"{where}function.")
-    choice = body.get("tool_choice") or "auto"
+    choice = "auto" if body.get("tool_choice") is None else body["tool_choice"]
     if isinstance(choice, Mapping):
-        name = fields.get(choice.get("function") or {}, "name", str) if "function" in choice else choice.get("name")
+        function = fields.get(choice, "function", dict, choice, "tool_choice.")
+        name = fields.get(function, "name", str, where="tool_choice.")
         if name not in names:
             raise Refused(f"tool_choice names {name!r:.60}, which is not among the tools", field="tool_choice")
         return tools, name

@@ -206,6 +206,24 @@ def test_what_is_wrong_is_named(client, field):
     assert raised.value.param == field and raised.value.type == "invalid_request_error"
 
 
+@pytest.mark.parametrize("call", [
+    5, {"function": "zoom"}, {"function": {"name": "zoom", "arguments": '{"a": "\\ud800"}'}},
+    {"function": {"name": "zoom", "arguments": "[" * 100_000}},
+], ids=range(4))  # fmt: skip
+def test_calls_that_are_none_are_no_bugs(client, call):
+    with pytest.raises(openai.BadRequestError) as raised:
+        ask(client, [*ASK, {"role": "assistant", "tool_calls": [call]}, *ASK])
+    assert raised.value.param == "messages"
+
+
+@pytest.mark.parametrize("choice", [{"function": 5}, {"function": "zoom"}, {"name": ["zoom"]}, {}, [], 0, ""], ids=str)
+def test_choices_that_are_none_are_no_bugs(client, choice):
+    with pytest.raises(openai.BadRequestError, match="tool_choice"):
+        ask(client, tools=[TOOL], tool_choice=choice)
+    with pytest.raises(openai.BadRequestError, match="stop_token_ids has to be a whole number"):
+        client.completions.create(model=parrot.NAME, prompt=[1, 2], extra_body={"stop_token_ids": [[5]]})
+
+
 def test_wrong_names_keys_and_lengths(bird, client):
     with pytest.raises(openai.NotFoundError, match="there is parrot"):
         client.chat.completions.create(model="gpt", messages=ASK)
