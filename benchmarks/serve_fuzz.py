@@ -34,7 +34,7 @@ def main() -> int:
     from tests.serving import held, parrot
 
     rows, failed, start = {}, {}, time.monotonic()
-    with parrot.running(held.LIMITS) as bird, requests.Session() as session:
+    with parrot.running() as bird, requests.Session() as session:
         bird.say("a red heart")
         for operation in held.OPERATIONS:
             if args.only not in (None, operation.path):

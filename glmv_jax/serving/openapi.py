@@ -85,14 +85,15 @@ def _chat(limits: Limits) -> Schema:
     text = obj("type text", type=one_of(["text"]), text=TEXT)
     url = either(DATA_URL, obj("url", url=DATA_URL))
     image = obj("type image_url", type=one_of(["image_url"]), image_url=url)
+    shown = [image, obj("type video_url", type=one_of(["video_url"]), video_url=url)] if limits.films else [image]
     refusal = obj("type refusal", type=one_of(["refusal"]), refusal=TEXT)
     said = lambda *parts: either(TEXT, array(either(*parts)))  # noqa: E731
-    function = obj("name", name=TEXT, arguments=either(TEXT, obj()))
+    call = obj("function", id=maybe(TEXT), function=obj("name", name=TEXT, arguments=either(TEXT, obj())))
     messages = either(
         _said(["system", "developer"], said(text, refusal)),
-        _said(["user", "tool"], said(text, refusal, image)),
+        _said(["user", "tool"], said(text, refusal, *shown), tool_call_id=maybe(TEXT)),
         _said("assistant", maybe(said(text, refusal)), "role", **optional({
-            "reasoning_content": TEXT, "reasoning": TEXT, "tool_calls": array(obj("function", function=function))})),
+            "reasoning_content": TEXT, "reasoning": TEXT, "tool_calls": array(call)})),
     )  # fmt: skip
     tool = obj("function", function=obj("name", name=TEXT, **optional({"parameters": obj(), "description": TEXT})))
     named = obj("function", function=obj("name", name=TEXT))
@@ -127,11 +128,12 @@ def _messages(*, counted: bool = False) -> Schema:
     plain = obj("type data", type=one_of(["text"]), data=TEXT)
     document = obj("type source", type=one_of(["document"]), source=plain)
     parts = (text, image, document)
-    result = obj("type", type=one_of(["tool_result"]), content=maybe(either(TEXT, array(either(*parts)))))
+    result = obj("type", type=one_of(["tool_result"]), tool_use_id=maybe(TEXT),
+                 content=maybe(either(TEXT, array(either(*parts)))))  # fmt: skip
     spoken = (
         text, obj("type thinking", type=one_of(["thinking"]), thinking=TEXT),
         obj("type", type=one_of(["redacted_thinking"])),
-        obj("type name", type=one_of(["tool_use"]), name=TEXT, input=maybe(obj())),
+        obj("type name", type=one_of(["tool_use"]), id=maybe(TEXT), name=TEXT, input=maybe(obj())),
     )  # fmt: skip
     said = lambda *blocks: either(TEXT, array(either(*blocks)))  # noqa: E731
     turns = either(_said("user", said(*parts, result)), _said("assistant", said(*spoken)), _said("system", said(text)))
@@ -187,8 +189,9 @@ def _given() -> dict[str, Schema]:
     changed = obj("index delta finish_reason logprobs", **choice["properties"] | {
         "delta": delta, "finish_reason": maybe(reason)})  # fmt: skip
     more = written["properties"] | {"finish_reason": maybe(written["properties"]["finish_reason"])}
-    about = obj("id object created owned_by max_model_len", id=ref("Name"), object=one_of(["model"]), created=COUNT,
-                owned_by=TEXT, max_model_len=COUNT)  # fmt: skip
+    about = obj("id object created owned_by max_model_len input_modalities", id=ref("Name"), object=one_of(["model"]),
+                created=COUNT, owned_by=TEXT, max_model_len=COUNT,
+                input_modalities=array(one_of(["text", "image", "video"]), minItems=1))  # fmt: skip
     wrong = obj("message type", message=TEXT, type=TEXT)
     return {
         "Completion": obj("id object created model choices usage", **head, object=one_of(["chat.completion"]),
@@ -218,7 +221,7 @@ def _given() -> dict[str, Schema]:
         "Taken": obj("version", version=COUNT),
         "Health": obj("status", status=one_of(["ok", "ending"])),
         "Error": obj("error", error=obj("message type param code", message=TEXT, type=TEXT, param=maybe(TEXT),
-                                        code=NULL)),
+                                        code=maybe(one_of(["context_length_exceeded"])))),
         "AnthropicError": obj("type error", type=one_of(["error"]), error=wrong),
     }  # fmt: skip
 

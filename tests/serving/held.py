@@ -12,11 +12,9 @@ from schemathesis.schemas import APIOperation
 from schemathesis.specs.openapi import checks as more
 
 from glmv_jax.serving import openapi
-from glmv_jax.serving.limits import Limits
 from tests.serving import parrot
 
-LIMITS = Limits(tokens=64)
-DOCUMENT = openapi.description([parrot.NAME], LIMITS, key=True)
+DOCUMENT = openapi.description([parrot.NAME], parrot.LIMITS, key=True)
 OPERATIONS = [found.ok() for found in schemathesis.openapi.from_dict(DOCUMENT).get_all_operations()]
 HELD = [
     checks.not_a_server_error, more.status_code_conformance, more.content_type_conformance,

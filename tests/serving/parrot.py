@@ -33,6 +33,7 @@ CFG = tiny_vlm.config(TOKENIZER.vocab_size)
 NAME, KEY = "parrot", "open sesame"
 SETTINGS = Settings(slots=4, length=512, steps=4, chunks=(64,), patches=(64,), pictures=64, queue=64,
                     likely=5, pixels=(24, "uint8"))  # fmt: skip
+LIMITS = Limits(tokens=64, films=1)
 TAGS = {name: i for name, i in TOKENIZER.special.items()}
 
 
@@ -112,7 +113,7 @@ class Parrot:
 
 
 @contextlib.contextmanager
-def running(limits: Limits = Limits(tokens=64, films=1), **settings) -> Iterator[Parrot]:  # noqa: B008
+def running(limits: Limits = LIMITS, **settings) -> Iterator[Parrot]:
     """A parrot, and nothing left of it."""
     parrot = Parrot(limits, **settings)
     try:
