@@ -173,6 +173,8 @@ def _model(checkpoint: str, patches: int, dtype: str | None, mesh: Any, films: b
         folder = last_stage(folder)
     if exchange.is_of_public(folder):
         model = Public(Processor(exchange.files(folder), patches, moving=films))
+        if films and (model.processor.video is None or not model.processor.films):
+            raise UserError(f"--films: {folder} has no video_token_id: this model sees no films; leave --films out")
         return model, model.processor.longest, lambda: exchange.load(folder, dtype, mesh)
     found = answering_model(folder)
     patcher = dataclasses.replace(found.patcher, max_patches=min(found.patcher.max_patches, patches))

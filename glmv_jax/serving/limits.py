@@ -35,7 +35,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():
-            if name not in ("fetch", "films") and value <= 0:
+            if value < 0 or (value == 0 and name not in ("fetch", "films")):
                 raise UserError(f"a server's limit {name}={value} lets nothing through; give one above 0")
 
 

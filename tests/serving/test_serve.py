@@ -20,15 +20,19 @@ import httpx
 import openai
 import pytest
 
+pytest.importorskip("av")
 pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 from glmv_jax import cli  # noqa: E402
 from glmv_jax.cli import serving  # noqa: E402
 from glmv_jax.data.naflex import load_image  # noqa: E402
-from glmv_jax.data.processor import Processor  # noqa: E402
+from glmv_jax.data.processor import Conversation, Processor  # noqa: E402
+from glmv_jax.inference import public  # noqa: E402
 from glmv_jax.train import exchange  # noqa: E402
+from tests.data.local import examples  # noqa: E402
 from tests.hosts import alone  # noqa: E402
+from tests.inference.test_films import write_films  # noqa: E402
 from tests.inference.test_public import stops, theirs, write_talking  # noqa: E402
 from tests.interop import hf_glm_ocr  # noqa: E402
 from tests.serving.test_openai import data_uri, picture  # noqa: E402
@@ -42,6 +46,7 @@ def served(tmp_path_factory):
     parent = tmp_path_factory.mktemp("served")
     _, model, tokenizer = write_talking(parent / "hf")
     hf_glm_ocr.add_mtp(parent / "hf", 1)
+    write_films(parent / "hf", "glm46v")
     exchange.import_hf(parent / "hf", parent / "ours")
     return parent / "ours", model, tokenizer
 
@@ -50,7 +55,8 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     folder, model, tokenizer = served
     log = (tmp_path / "log").open("w+")
     options = ["--port", "0", "--slots", "2", "--length", "640", "--image-patches", "64", "--name", "it",
-               "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2", "--speculative", "2"]  # fmt: skip
+               "--steps", "2", "--chunks", "64", "--mesh", "data=2", "tensor=2", "--speculative", "2",
+               "--films", "1"]  # fmt: skip
     flags = f"{alone()} --xla_force_host_platform_device_count=4"
     environment = os.environ | {"XLA_FLAGS": flags, "PYTHONPATH": str(REPO), "GLMV_API_KEY": "k"}
     process = subprocess.Popen(
@@ -83,6 +89,16 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
 
             counted = httpx.get(url[1].replace("/v1", "/metrics")).text
             assert int(re.search(r"^glmv_engine_drafts_judged_total (\d+)$", counted, re.MULTILINE)[1]) > 0
+            film = base64.b64encode(examples.film(1.0, 12, (32, 24), 60)).decode()
+            messages = [{"role": "user", "content": [
+                {"type": "video_url", "video_url": {"url": f"data:video/mp4;base64,{film}"}},
+                {"type": "text", "text": "What?"}]}]  # fmt: skip
+            answer = ask(max_tokens=8, extra_body={"return_token_ids": True})
+            processor = Processor(exchange.files(folder), 64)
+            asked = processor.conversation(Conversation(messages))
+            by_library = public.reply(*exchange.load(folder)[:2], processor, asked, max_new_tokens=8)
+            assert answer.prompt_token_ids == asked.tokens.tolist() and len(asked.images) == 3
+            assert answer.choices[0].token_ids == by_library.token_ids
 
             stream = ask(max_tokens=500, stream=True, stream_options={"include_usage": True})
             next(iter(stream))
@@ -102,6 +118,7 @@ def test_a_public_checkpoint_answers_as_transformers_does_and_a_running_answer_o
     (["--checkpoint", "nowhere"], "does not exist"), (["--requests", "0"], "limit requests=0"),
     (["--checkpiont", "x"], "unknown option"), (["--weights", "w"], "set GLMV_API_KEY here and for the trainer"),
     (["--allow", "<|nope|>"], "no such special token"), (["--temperature", "-1"], "temperature=-1.0 is out of range"),
+    (["--allow", "<|nope|>"], "no such special token"), (["--films", "-1"], "limit films=-1"),
 ])  # fmt: skip
 def test_wrong_options_are_one_line(served, capsys, monkeypatch, change, said):
     monkeypatch.delenv(serving.KEY, raising=False)
