@@ -117,7 +117,7 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("images", int, 64, "images of a request"),
         ("pixels", int, 1 << 25, "pixels of an image, or of a frame of a film, as it is sent"),
         ("films", int, 0, "films of a request; with any, a patch of an image is as long as one of two frames"),
-        ("frames", int, 20_000, "frames of a film as it is sent"),
+        ("frames", int, 10_000, "frames of a film as it is sent, of a megapixel each"),
         ("seconds", float, 600.0, "seconds of an answer"),
         ("drain", float, 25.0, "seconds that answers have left after SIGTERM"),
         ("ping", float, 10.0, "seconds between signs of life in a stream that waits"),

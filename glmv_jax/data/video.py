@@ -116,12 +116,16 @@ def frame_groups(
 
 
 def check(content: bytes, pixels: int, frames: int) -> None:
-    """UserError for a film of more pixels a frame or of more frames, as its head says, and as `frame_groups`."""
+    """UserError for a film of more pixels a frame or of more frames, as its head says, and as `frame_groups`.
+
+    A frame of several megapixels counts as so many, as it takes as much longer to decode.
+    """
     with _opened(content) as (file, stream):
         if stream.width * stream.height > pixels:
             raise UserError(f"the film has frames of more than {pixels:,} pixels; make it smaller")
-        if (stream.frames or sum(1 for _ in itertools.islice(_frames(file, stream), frames + 1))) > frames:
-            raise UserError(f"the film has more than {frames:,} frames; cut it, or leave some of them out")
+        most = int(frames / max(1.0, stream.width * stream.height / 2**20))
+        if (stream.frames or sum(1 for _ in itertools.islice(_frames(file, stream), most + 1))) > most:
+            raise UserError(f"the film has more than {most:,} frames; cut it, or make it smaller")
 
 
 @contextlib.contextmanager

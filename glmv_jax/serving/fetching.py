@@ -59,7 +59,7 @@ def _get(url: str, most: int, until: float) -> bytes | str:
             sock = ssl.create_default_context().wrap_socket(sock, server_hostname=parts.hostname)
         connection.sock = sock
         path = urllib.parse.urlunsplit(("", "", parts.path or "/", parts.query, ""))
-        connection.request("GET", path, headers={"User-Agent": "glmv_jax", "Accept": "image/*"})
+        connection.request("GET", path, headers={"User-Agent": "glmv_jax", "Accept": "image/*, video/*"})
         reply = connection.getresponse()
         if reply.status in (301, 302, 303, 307, 308) and reply.headers.get("location"):
             return reply.headers["location"]

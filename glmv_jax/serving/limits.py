@@ -17,7 +17,8 @@ class Limits:
     then is the answer.   drain: seconds that running answers have left when the server is told to end.
     ping: seconds after which a stream that has nothing to say gives a sign of life, so that no proxy cuts it.
     fetch: whether images may be named by URL; then they are fetched, from public addresses only.
-    films: of a request; 0 where model or engine take none.   frames: of a film as it is sent, of up to `pixels` each.
+    films: of a request; 0 where model or engine take none.   frames: of a film as it is sent, of a megapixel each;
+    fewer of larger ones, up to `pixels`.
     """
 
     body: int = 32 << 20
@@ -31,7 +32,7 @@ class Limits:
     ping: float = 10.0
     fetch: bool = False
     films: int = 0
-    frames: int = 20_000
+    frames: int = 10_000
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

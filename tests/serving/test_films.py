@@ -114,6 +114,11 @@ def test_what_is_refused(bird, http_client, limit, public, monkeypatch):  # noqa
     assert "in none of the forms" in said(uri(b"ffconcat version 1.0\nfile film.mp4\n"))
     limit(frames=11)
     assert "more than 11 frames" in said(uri())
+    large = examples.film(seconds=1.0, rate=2, size=(2048, 1024))
+    limit(frames=3)
+    assert "more than 1 frames" in said(uri(large))
+    limit(frames=4)
+    assert post(http_client, asked(uri(large))).status_code == 200
     limit(frames=12, pixels=32 * 24 - 1)
     assert "more than 767 pixels" in said(uri())
     limit(films=0)
