@@ -13,8 +13,12 @@ from typing import Any
 from glmv_jax.parallel import compiler
 from glmv_jax.typing import UserError
 
-_OF_THE_LOOP = ("log_every", "eval_every", "save_every", "keep", "spikes", "max_seconds", "faults", "match_wall",
-                "compilation_cache")  # fmt: skip
+# Keys that no program reads: of the loop, and of which answers are drawn and by whom.
+_OF_THE_LOOP = ("log_every", "eval_every", "save_every", "keep", "spikes", "max_skipped", "max_seconds", "faults",
+                "match_wall", "compilation_cache")  # fmt: skip
+_OF_ROLLOUTS = ("slots", "limits", "samples", "engine", "weights", "staleness", "late", "quotas", "in_flight",
+                "seconds", "dynamic", "expansion", "curriculum", "environments")  # fmt: skip
+_UNREAD = {*_OF_THE_LOOP, *(f"rollout.{name}" for name in _OF_ROLLOUTS)}
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -74,7 +78,8 @@ def digest(cfg: Any, topology: Any, program: str, flags: dict[str, str]) -> str:
     devices, the program and XLA's options."""
     from glmv_jax import config
 
-    said = [{k: v for k, v in config.flat(cfg).items() if k not in _OF_THE_LOOP}, str(topology), program, flags]
+    read = {k: v for k, v in config.flat(cfg).items() if ".".join(k.split(".")[:2]) not in _UNREAD}
+    said = [read, str(topology), program, flags]
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -226,6 +226,11 @@ def test_a_digest_tells_what_a_report_is_of():
         (cfg, where, "prefill", {}), (cfg, where, "step", {"xla_some": "true"}),
     )  # fmt: skip
     assert aot.digest(cfg, where, "step", {}) == same and same not in {aot.digest(*other) for other in others}
+    rl = config.load("experiments/rl_grpo.py:size=nano")
+    drawn = config.override(rl, ["rollout.quotas=source", "rollout.samples.pictures=0", "max_skipped=3"])
+    learnt = config.override(rl, ["rollout.episodes.rows=4"])
+    of_rl, of_drawn, of_learnt = (aot.digest(x, where, "step", {}) for x in (rl, drawn, learnt))
+    assert of_drawn == of_rl != of_learnt
 
 
 KEYS = ("fits", "peak_hbm_bytes", "hbm_limit_bytes", "host_bytes", "flops", "estimated_compute_seconds",
