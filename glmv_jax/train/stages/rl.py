@@ -101,10 +101,10 @@ class RL(PolicyUpdate):
 
     def batch_shapes(self):
         d = self.cfg.data
+        sizes = dict(rows=(1,), tokens=d.tokens, patches=d.patches, names=self.names)
+        row = checked(to_batch((), self.no_prompts(), np.zeros(0), **sizes)[0])
         for rows in (n + (self.cfg.rollout.episodes.rows if self.episodes else 0) for n in self.rows):
-            sizes = dict(rows=(rows,), tokens=d.tokens, patches=d.patches, names=self.names)
-            empty, _ = to_batch((), self.no_prompts(), np.zeros(0), **sizes)
-            shapes = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in checked(empty).items()}
+            shapes = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
             yield shapes | self.others.shapes(rows, d.tokens)
 
     def next_batch(self, data, state):
