@@ -7,6 +7,7 @@ What a person can mend (`UserError`, a full disk, a folder that may not be writt
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import re
@@ -78,7 +79,9 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     name = f"glmv {argv[0]}" if argv and argv[0] in _COMMANDS else "glmv"
     try:
-        return _run(argv)
+        code = _run(argv)
+        sys.stdout.flush()  # or it fails where nobody can catch it
+        return code
     except UserError as error:
         return _complain(name, " ".join(str(error).split()))
     except BrokenPipeError:  # `glmv doctor | head`: the reader has gone, which is no error of ours
@@ -94,6 +97,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _complain(name: str, message: str) -> int:
+    with contextlib.suppress(OSError):  # what was said before comes before
+        sys.stdout.flush()
     print(f"{name}: {_installable(message)}", file=sys.stderr)
     return 2
 
