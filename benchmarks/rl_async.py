@@ -13,7 +13,7 @@ itself where lengths have a tail, `engine.py` measures.
 
 Both learn by CISPO, which is that of "clip" where answers are of today's policy, as in the synchronous form. Where they
 are of two updates ago "clip" leaves out the tokens that have become likelier by more than its 28 %, here a tenth of all
-and the very ones that are right: then 60 updates learn what 37 do in the synchronous form.
+and the very ones that are right: of one seed 60 updates then learnt what 37 do in the synchronous form.
 
 Both forms have the same weights at first, the same mixture of questions in the same order, as many updates and answers
 a batch; the n-th verdict about a question takes equally long in both. They run in turns, one after the other, on the
