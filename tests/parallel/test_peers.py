@@ -122,6 +122,8 @@ def test_processes_that_reach_the_end_say_nothing(played):
     assert not any("glmv" in words or "Traceback" in words for words in played[1]["nobody"])
 
 
-def test_one_process_watches_nobody():
+def test_one_process_watches_nobody(monkeypatch):
+    started = []
+    monkeypatch.setattr(peers, "_Watch", lambda *given: started.append(given))
     with peers.watched():
-        pass
+        assert not started
