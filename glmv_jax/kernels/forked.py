@@ -8,15 +8,15 @@ its heads and, where rows are split, its queries.
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 
 from glmv_jax.kernels import selected, splash
+from glmv_jax.kernels.span import Span
 from glmv_jax.parallel import context, rules
 
 
-def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Any, key: Any) -> bool:
+def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Span, key: Span) -> bool:
     """Whether the kernels take these: on a TPU, rows with branches that see themselves in order, causally, of
     `splash.SHORTEST` positions or more in whole 128 on each device, with heads of whole 128, that divide."""
     in_order = query.in_order is not None and key.in_order is not None
@@ -38,7 +38,7 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
     return q_BTHK.shape[0] % rows == q_BTHK.shape[2] % heads == k_BSGK.shape[2] % groups == 0
 
 
-def forked(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, key: Any, interpret: bool = False):
+def forked(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False):
     """As `attention.plain`, of spans that are in order and have slots and branches."""
 
     def own(q, k, v, query, key):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from glmv_jax.kernels import entries, lightning, selected, splash
 from glmv_jax.kernels import pools as pools_lib
-from glmv_jax.kernels.attention import MASKED, Span, visible
+from glmv_jax.kernels.span import MASKED, Span, visible
 from glmv_jax.parallel import context, rules
 
 

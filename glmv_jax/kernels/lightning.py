@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from glmv_jax.kernels.selected import UNSEEN, Chosen, block, call, chosen, dot, dot_t, estimate, last_needed, reach
+from glmv_jax.kernels.span import Span
 
 _ROWS = 16 << 20  # bytes of the scores of a block of queries, of which vector memory holds two
 _TINY = 1e-37
@@ -40,7 +41,7 @@ def scores(order: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(ordered(order), jnp.float32)
 
 
-def choose(index: Any, query: Any, key: Any, top_k: int, interpret: bool = False) -> Chosen:
+def choose(index: Any, query: Span, key: Span, top_k: int, interpret: bool = False) -> Chosen:
     """For each query the top_k visible keys of highest index score, all where there are fewer. Without a gradient.
 
     index: `latent_attention.Index`; query, key: spans in order with slots. T and S are whole 128; J K too on a TPU.

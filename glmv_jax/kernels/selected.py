@@ -52,7 +52,7 @@ class Chosen(NamedTuple):
 
 
 class Forked(NamedTuple):
-    """The keys of a query: of its segment, at or before its slot, of branch 0 or its own; those of `attention.Span`.
+    """The keys of a query: of its segment, at or before its slot, of branch 0 or its own; those of `span.Span`.
 
     segment, branch, slot: int32 [B, T, 1], of queries; key_segment, key_branch: int32 [B, 1, S], of keys in order.
     """

@@ -8,7 +8,6 @@ its heads and, where rows are split, its queries, for which it gathers the keys 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_ke
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import NamedSharding, PartitionSpec
 
+from glmv_jax.kernels.span import Span
 from glmv_jax.parallel import context, remat, rules
 
 # Positions a block of queries and of keys, the largest that divides. With 512 queries a key that is read takes part in
@@ -29,7 +29,7 @@ SHORTEST = 256
 _UNUSED = -1  # the segment of positions that fill up the last block
 
 
-def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Any, key: Any) -> bool:
+def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Span, key: Span) -> bool:
     """Whether the kernels take these: on a TPU, queries and keys the same positions in order (`Span.in_order`: with
     another mask, as of a cache or of branches, blocks could not be chosen while tracing), `SHORTEST` of them or more,
     and rows, heads and positions that divide over the mesh."""
@@ -51,7 +51,7 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
     return n == 1 or q_BTHK.shape[1] % math.lcm(n * n, 2 * n * BLOCKS[-1]) == 0
 
 
-def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Any, key: Any, interpret: bool = False):
+def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False):
     """As `attention.plain`, of spans that are in order. interpret: run by the interpreter, for tests elsewhere."""
     T, n = q_BTHK.shape[1], context.parts()
     fill = -T % BLOCKS[-1] if n == 1 else 0

@@ -13,7 +13,8 @@ from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from glmv_jax.kernels import entries
-from glmv_jax.kernels.attention import Shared, Span, attention, cached
+from glmv_jax.kernels.attention import Shared, attention, cached
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
 from glmv_jax.parallel import caches, context, micro, pipeline, rules

@@ -16,8 +16,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Shared, Span
+from glmv_jax.kernels.attention import Shared
 from glmv_jax.kernels.matmul import by_rows
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, as_prompt, empty_cache, layers_apart, stack
 from glmv_jax.models.layers import Embedding, RMSNorm, fan_in, param

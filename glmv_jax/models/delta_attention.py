@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels import entries
-from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.delta_rule import CHUNK, delta_rule
+from glmv_jax.kernels.span import Span
 from glmv_jax.models.layers import Linear, fan_in, ones, param, zeros
 
 _UNIT_EPS = 1e-6

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import stack
 from glmv_jax.models.cogvit import example_rows

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import decoder, mtp, vlm
 from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.glm5_next import GLM5NextConfig

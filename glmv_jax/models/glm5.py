@@ -17,8 +17,8 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from glmv_jax.kernels import entries
-from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Selection
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import LayerCache
 from glmv_jax.models.expert_decoder import ExpertDecoderConfig, OfConfig

@@ -19,8 +19,8 @@ from flax import linen as nn
 
 from glmv_jax.kernels import entries
 from glmv_jax.kernels import pools as pools_lib
-from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Index, Selection
+from glmv_jax.kernels.span import Span
 from glmv_jax.models.block import LayerCache
 from glmv_jax.models.decoder import Runs
 from glmv_jax.models.delta_attention import DeltaAttention, DeltaConfig

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels import entries
-from glmv_jax.kernels.attention import Span
 from glmv_jax.kernels.latent_attention import Cached, Heads, Index, Latents, Selection, latent_attention
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, fan_in, param
 

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models.layers import Linear, RMSNorm
 from glmv_jax.parallel import context
 from glmv_jax.parallel.remat import policy

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import cogvit
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import BlockConfig, probed, stack

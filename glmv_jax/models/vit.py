@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
 from glmv_jax.models.block import Attention
 from glmv_jax.models.layers import LayerNorm, Linear, SwiGLU, fan_in, ones, param

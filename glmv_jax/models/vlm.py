@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models import cogvit, decoder, mtp
 from glmv_jax.models.block import LARGE, by_rows
 from glmv_jax.models.home import home

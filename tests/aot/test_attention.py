@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import NamedSharding
 
 from glmv_jax.aot import costs, hlo, topology
-from glmv_jax.kernels.attention import IN_ORDER, Span, attention
+from glmv_jax.kernels.attention import attention
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.parallel.rules import preset, use

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from glmv_jax.aot import topology
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import decoder
 from glmv_jax.models.decoder import DecoderConfig
 from glmv_jax.models.glm5 import GLM5Config

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from glmv_jax.aot import costs, hlo, topology
 from glmv_jax.kernels import latent_attention as lib
 from glmv_jax.kernels import lightning
-from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.parallel.rules import preset, use

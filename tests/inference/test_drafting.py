@@ -21,7 +21,7 @@ from glmv_jax.inference.batches import EngineSampler
 from glmv_jax.inference.engine import Engine
 from glmv_jax.inference.sampler import Prompts, Sampler, Sampling
 from glmv_jax.inference.settings import Settings
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import MTPConfig, decoder, vlm
 from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.typing import TokenInput, UserError, VisionInput

@@ -20,7 +20,7 @@ transformers = pytest.importorskip("transformers")
 from glmv_jax import models  # noqa: E402
 from glmv_jax.interop import glm4v_moe  # noqa: E402
 from glmv_jax.interop import table as table_lib  # noqa: E402
-from glmv_jax.kernels.attention import Span  # noqa: E402
+from glmv_jax.kernels.span import Span  # noqa: E402
 from glmv_jax.models import decoder, vlm  # noqa: E402
 from glmv_jax.models.mtp import MTPConfig  # noqa: E402
 from glmv_jax.trees import flatten  # noqa: E402

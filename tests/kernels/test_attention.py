@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from glmv_jax.kernels import attention as kernel
-from glmv_jax.kernels.attention import Span, attention
+from glmv_jax.kernels.attention import attention
+from glmv_jax.kernels.span import Span
 
 needs_gpu = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 SEGMENTS = np.array([[1] * 9 + [2] * 5 + [0] * 2, [1] * 16])

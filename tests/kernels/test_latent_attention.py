@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from glmv_jax.kernels import latent_attention as lib
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 
 B, T, S, H, N, R, C, V, J, K = 2, 8, 8, 3, 5, 4, 6, 7, 4, 6
 

@@ -12,7 +12,7 @@ import pytest
 
 from glmv_jax.kernels import latent_attention as lib
 from glmv_jax.kernels import lightning, selected
-from glmv_jax.kernels.attention import IN_ORDER, Span, visible
+from glmv_jax.kernels.span import IN_ORDER, Span, visible
 from glmv_jax.parallel import context, remat
 from glmv_jax.parallel.mesh import make_mesh
 from glmv_jax.parallel.rules import preset, use

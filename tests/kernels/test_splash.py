@@ -13,7 +13,7 @@ import pytest
 
 from glmv_jax.kernels import attention as lib
 from glmv_jax.kernels import splash
-from glmv_jax.kernels.attention import IN_ORDER, Span
+from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models import mtp, vlm
 from glmv_jax.parallel import context
 from glmv_jax.parallel.mesh import make_mesh

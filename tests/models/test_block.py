@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope
 from glmv_jax.models.block import BlockConfig, stack
 from tests.random_params import switched_on

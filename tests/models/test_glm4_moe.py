@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from glmv_jax import models
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import decoder
 from glmv_jax.models.glm4_moe import GLM4MoEConfig
 from glmv_jax.models.glm4v_vit import Glm4vViTConfig

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from glmv_jax import models
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import block, decoder, vlm
 from glmv_jax.typing import TokenInput, UserError, VisionInput
 from tests.random_params import random_params

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from glmv_jax.kernels import latent_attention
-from glmv_jax.kernels.attention import Span, attention, visible
+from glmv_jax.kernels.attention import attention
+from glmv_jax.kernels.span import Span, visible
 from glmv_jax.losses.select import select
 from glmv_jax.parallel import context
 from glmv_jax.parallel import mesh as mesh_lib

@@ -13,7 +13,7 @@ import pytest
 
 from glmv_jax import models
 from glmv_jax.kernels import attention
-from glmv_jax.kernels.attention import Span
+from glmv_jax.kernels.span import Span
 from glmv_jax.models import block, vlm
 from glmv_jax.models.glm5 import GLM5Config
 from glmv_jax.parallel import mesh as mesh_lib
