@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,9 +67,9 @@ def cached(
     if caches.parts() == 1:
         return _cached(q_BTHK, k_CSK, v_CSK, query, key, shared)
     caches.check(len(k_CSK) // len(q_BTHK), caches.parts())
-    rows, heads, kept = context.spec("batch"), context.spec("batch", None, "heads"), caches.spec(*rules.active())
+    rows, heads, kept = context.spec("batch"), context.spec("batch", None, "heads"), caches.spec(*rules.in_force())
     spans = jax.tree.map(lambda x: rows if len(x) > 1 else P(), (query, key))  # of one row: the same for all
-    prompts = rows if shared is None else Shared(*[context.spec("batch", "kv_heads")] * 2, rows)
+    prompts: Any = rows if shared is None else Shared(*[context.spec("batch", "kv_heads")] * 2, rows)
     mapped = context.per_device(_cached, (heads, kept, kept, *spans, prompts), heads, kernel=True)
     return mapped(q_BTHK, k_CSK, v_CSK, query, key, shared)
 

@@ -7,7 +7,7 @@ which changes one entry a row and layer. So `models.block.stack` carries the sta
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ class Place(NamedTuple):
         return self.stack.shape[1:]
 
 
-Kept = jax.Array | Place
+Kept: TypeAlias = jax.Array | Place
 LANES = 128  # of a TPU's registers
 
 

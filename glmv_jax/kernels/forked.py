@@ -28,9 +28,8 @@ def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Span, key: Span) -> b
 
 
 def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
-    if rules.active() is None:
+    if (mesh := rules.active_mesh()) is None:
         return True
-    mesh, _ = rules.active()
     rows, heads, groups = (
         math.prod(mesh.shape[axis] for axis in rules.entry_axes(*context.spec(name)))
         for name in ("batch", "heads", "kv_heads")

@@ -9,7 +9,7 @@ that are expected and a tile more a group. Megablox counts all the room that the
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ class Visits(NamedTuple):
     group: jax.Array
     tile: jax.Array
     ends: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # in place of a tuple's own, which nobody asks
 
 
 Matrices = tuple[jax.Array, ...]
@@ -102,7 +102,7 @@ def _product(xs_MK: Matrices, ws_GKN: Matrices, sizes_G, expected: int, interpre
 
     def body(group_V, tile_V, ends_G, *refs):
         xs, ws, y = refs[:count], refs[count:-1], refs[-1]
-        made = sum((dot_t if transposed else dot)(x[...], w[...]) for x, w in zip(xs, ws))
+        made: Any = sum((dot_t if transposed else dot)(x[...], w[...]) for x, w in zip(xs, ws))
         mine = _mine(pl.program_id(1), group_V, tile_V, ends_G, made.shape)
         y[...] = jnp.where(mine, made, y[...].astype(jnp.float32)).astype(y.dtype)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +78,11 @@ class Index(NamedTuple):
 
 class Selection(NamedTuple):
     """The keys that queries may see: mask [B, T, S] bool; for one query a row, their numbers at [B, A] int32, of which
-    only the visible ones count; or keys, what kernels find in place of a mask."""
+    only the visible ones count; or keys, what kernels find in place of a mask (`selected.Chosen`)."""
 
-    mask: jax.Array | None = None
-    at: jax.Array | None = None
-    keys: selected.Chosen | None = None
+    mask: Any = None
+    at: Any = None
+    keys: Any = None
 
 
 class Looked(NamedTuple):
@@ -115,17 +115,20 @@ def latent_attention(
     B, T = heads.q.shape[:2]
     if T > 1:  # one query may want a few of them
         latents = latents.read()
-    query = Span(*(None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[:3]), query.in_order)
+    slots, branches = (None if x is None else jnp.broadcast_to(x, (B, T)) for x in query[1:3])
+    query = Span(jnp.broadcast_to(query.segments, (B, T)), slots, branches, query.in_order)
     if index is None and selection is None and splash.supported(heads.q, heads.q, query, key):
-        return Looked(splash.splash(*expand(heads, latents), query, key), None, jnp.zeros((B, T), jnp.float32))
+        out_BTHV = splash.splash(*expand(heads, latents.read()), query, key)
+        return Looked(out_BTHV, None, jnp.zeros((B, T), jnp.float32))
     kernels = T > 1 and supported(heads, latents, query, key, index, selection, with_loss)
     run = functools.partial(_kernels if kernels else _by_blocks, top_k=top_k, with_loss=with_loss)
     run = run if kernels else functools.partial(run, block=block)
     if T == 1 or context.parts() == 1 and not (kernels and rules.active() is not None):
         return run(heads, latents, query, key, index, selection)
 
-    row, weights = context.spec("batch", "length"), context.spec(None, "heads", None)
-    by_head = context.spec("batch", "length", "heads", None)
+    row: Any = context.spec("batch", "length")
+    weights: Any = context.spec(None, "heads", None)
+    by_head: Any = context.spec("batch", "length", "heads", None)
 
     def own(heads, latents, query, key, index, selection):
         if context.parts() > 1:
@@ -155,8 +158,7 @@ def supported(heads, latents, query: Span, key: Span, index: Index | None, selec
     S = latents.c.shape[1]
     widths = [N + heads.r.shape[-1], heads.uv.shape[-1], *([] if index is None else [index.k.shape[-1]])]
     rows = parts = of_heads = 1
-    if rules.active() is not None:
-        mesh, _ = rules.active()
+    if (mesh := rules.active_mesh()) is not None:
         entries = (rules.entry_axes(entry) for entry in context.spec("batch", "length", "heads"))
         rows, parts, of_heads = (math.prod(mesh.shape[axis] for axis in axes) for axes in entries)
     whole = T % (128 * parts * min(parts, 2)) == B % rows == H % of_heads == 0
@@ -226,7 +228,7 @@ def _by_blocks(
 
 def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: bool, heads_over) -> Looked:
     seen_BTS = allowed_BTS = visible(query, key)
-    scores_BTS = None if index is None else index_scores(index)
+    scores_BTS: Any = None if index is None else index_scores(index)
     if selection is not None:
         allowed_BTS = seen_BTS & selection.mask
     elif top_k:

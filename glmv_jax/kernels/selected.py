@@ -136,10 +136,10 @@ class _Grid(NamedTuple):
         bq, bk = block(T), block(S)
         return cls(B, H, H // k.shape[1], bq, bk, T // bq, S // bk)
 
-    def specs(self, K: int, V: int, keys: Chosen | Forked, where: Callable) -> dict[str, pl.BlockSpec]:
-        """where(step of the grid) -> (row, head, query block, key block that is read)."""
+    def specs(self, K: int, V: int, keys: Chosen | Forked, where: Callable) -> dict[str, Any]:
+        """where(step of the grid) -> (row, head, query block, key block that is read). Of "keys" a list."""
 
-        def spec(shape: tuple[int, ...], pick: Callable) -> pl.BlockSpec:
+        def spec(shape: tuple[int | None, ...], pick: Callable) -> pl.BlockSpec:
             return pl.BlockSpec(shape, lambda *step: pick(*where(*step)))
 
         of_q = lambda n: spec((None, None, self.bq, n), lambda b, h, i, j: (b, h, i, 0))  # noqa: E731
@@ -155,9 +155,12 @@ class _Grid(NamedTuple):
                 "one": of_q(1), "keys": asked}  # fmt: skip
 
 
-def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name) -> Callable:
+def call(
+    body: Callable, grid: tuple[int, ...], ins: list[pl.BlockSpec], outs: Any, shapes: Any,
+    scratch: list[tuple[int, ...]], cost: pl.CostEstimate, interpret: bool, name: str,
+) -> Callable:  # fmt: skip
     """A kernel that is told `reach` before its arguments. The first two dimensions of the grid may be split over the
-    cores of a chip."""
+    cores of a chip. outs, shapes: of its results, one or a list."""
     return pl.pallas_call(
         body,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -166,7 +169,7 @@ def call(body, grid, ins, outs, shapes, scratch, cost, interpret, name) -> Calla
         ),
         out_shape=shapes,
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",) * 2 + ("arbitrary",) * (len(grid) - 2),
+            dimension_semantics=tuple("parallel" if axis < 2 else "arbitrary" for axis in range(len(grid))),
             vmem_limit_bytes=_VMEM,
         ),
         cost_estimate=cost, interpret=interpret, name=name,

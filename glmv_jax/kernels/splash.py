@@ -39,9 +39,8 @@ def supported(q_BTHK: jax.Array, k_BSGK: jax.Array, query: Span, key: Span) -> b
 
 
 def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
-    if rules.active() is None:
+    if (mesh := rules.active_mesh()) is None:
         return True
-    mesh, _ = rules.active()
     names = ("batch", "length", "heads", None), ("batch", "length", "kv_heads", None)
     for x, where in zip((q_BTHK, k_BSGK), (context.spec(*n) for n in names)):
         over = [math.prod(mesh.shape[axis] for axis in rules.entry_axes(entry)) for entry in where]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from glmv_jax.parallel import axes as axes_lib
 from glmv_jax.parallel.mesh import DATA_AXES, MESH_AXES
@@ -49,7 +49,7 @@ class Rules:
         table = {name: tuple(a for a in entry_axes(rule) if a != axis) for name, rule in self.table.items()}
         return dataclasses.replace(self, table=table)
 
-    def spec(self, names: tuple[str | None, ...], mesh: Mesh) -> PartitionSpec:
+    def spec(self, names: tuple[str | None, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
         """PartitionSpec of an array whose dimensions carry `names`. Mesh axes that `mesh` lacks are left out.
 
         Raises ValueError on an unknown name, or when two dimensions would land on the same mesh axis.
@@ -77,7 +77,7 @@ class Rules:
         if shapes is None:
             return jax.tree.map(lambda n: NamedSharding(mesh, self.spec(n, mesh)), names, is_leaf=is_names)
 
-        def place(n, x):
+        def place(n: tuple[str | None, ...], x: Any) -> NamedSharding:
             return NamedSharding(mesh, (self._by_width() if self._uneven(n, x, mesh) else self).spec(n, mesh))
 
         result = jax.tree.map(place, names, shapes, is_leaf=is_names)
@@ -127,11 +127,11 @@ _PARTS = [axis for axis in MESH_AXES if axis in _SPLITS]
 
 
 def _choice(parts: Sequence[str]) -> Rules:
-    table: dict[str, MeshAxes] = {"batch": DATA_AXES, "pipeline": "stage"}
+    table: dict[str, tuple[str, ...]] = {}
     for axis in (axis for axis in _SPLITS if axis in parts):
         for name in _SPLITS[axis]:
             table[name] = (*table.get(name, ()), axis)
-    return Rules(table)
+    return Rules({"batch": DATA_AXES, "pipeline": "stage", **table})
 
 
 # "data": parameters replicated, the batch split: the laptop, and towers that fit. The others are called by what they
@@ -181,9 +181,17 @@ def active() -> tuple[Mesh, Rules] | None:
     return _ACTIVE.get()
 
 
+def in_force() -> tuple[Mesh, Rules]:
+    """The same for code that runs under a mesh only. RuntimeError outside of a step."""
+    if (found := active()) is None:
+        raise RuntimeError("no mesh is in force here; trace this within rules.use(mesh, rules)")
+    return found
+
+
 def active_mesh() -> Mesh | None:
     """The mesh alone."""
-    return None if active() is None else active()[0]
+    found = active()
+    return None if found is None else found[0]
 
 
 def device() -> jax.Device:
@@ -194,10 +202,10 @@ def device() -> jax.Device:
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its dimensions pinned to where `names` live; `x` itself when no mesh is in force."""
-    if active() is None:
+    if (found := active()) is None:
         axes_lib.check(names)
         return x
-    mesh, rules = active()
+    mesh, rules = found
     inside = jax.sharding.get_abstract_mesh()  # in shard_map: the mesh that knows which of its axes are manual
     mesh = inside if inside.manual_axes else mesh
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, rules.spec(names, mesh)))
