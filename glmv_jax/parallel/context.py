@@ -67,7 +67,7 @@ def order(length: int) -> np.ndarray:
     return np.stack([chunks[:n], chunks[: n - 1 : -1]], axis=1).reshape(-1)
 
 
-def dealt(x_BT: jax.Array | None) -> jax.Array | None:
+def dealt(x_BT: jax.Array | None) -> Any:
     """Numbers [B, T, ...], whole and in the row's order -> split, in the devices' order. None stays None."""
     if x_BT is None or parts() == 1:
         return x_BT
@@ -103,7 +103,7 @@ def _pinned(x_BT: jax.Array) -> jax.Array:
 
 def spec(*names: str | None) -> P:
     """Where an array whose dimensions carry these logical names lives, for `per_device`."""
-    mesh, rules = rules_lib.active()
+    mesh, rules = rules_lib.in_force()
     return rules.spec(names, mesh)
 
 
@@ -113,14 +113,14 @@ def per_device(fn: Callable, in_specs: Any, out_specs: Any, kernel: bool = False
     All mesh axes are manual: where only `context` is, the compiler gathers the batch before it gathers over `context`
     (seen in programs of jax 0.10). kernel: fn may call one that knows no `check_vma`.
     """
-    mesh, _ = rules_lib.active()
+    mesh, _ = rules_lib.in_force()
     outside = set(jax.sharding.get_abstract_mesh().manual_axes)  # of a shard_map that this is traced in
     mapped = jax.shard_map(
         fn, mesh=None if outside else mesh, in_specs=in_specs, out_specs=out_specs,
         axis_names=set(mesh.axis_names) - outside, check_vma=not kernel,
     )  # fmt: skip
 
-    def checked(*args):
+    def checked(*args: Any) -> Any:
         jax.tree.map(lambda where, part: jax.tree.map(lambda x: _check_divides(x, where, mesh), part), in_specs, args)
         return mapped(*args)
 

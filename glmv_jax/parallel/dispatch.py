@@ -45,10 +45,10 @@ def places(mesh: Any, batch: int, tokens: int) -> int:
 def encoding() -> Iterator[None]:
     """Within it the rules in force are the encoder's: its rows over all axes, and nothing else over those that share
     rows of text."""
-    if rules_lib.active() is None:
+    if (found := rules_lib.active()) is None:
         yield
         return
-    mesh, rules = rules_lib.active()
+    mesh, rules = found
     for axis in SHARING:
         rules = rules.without(axis)
     with rules_lib.use(mesh, dataclasses.replace(rules, table={**rules.table, "batch": (*DATA_AXES, *SHARING)})):

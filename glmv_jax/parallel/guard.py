@@ -175,4 +175,5 @@ def _say(connection: socket.socket, line: str) -> None:
 
 if __name__ == "__main__":
     with contextlib.suppress(BrokenPipeError):
-        main(*(int(word) for word in sys.argv[1:4]), *sys.argv[4:])
+        pid, mine, count = (int(word) for word in sys.argv[1:4])
+        main(pid, mine, count, *sys.argv[4:])

@@ -94,7 +94,7 @@ def _plan(sizes: Mapping[str, Any], devices: int, slices: int) -> _Plan:
         where = "are here" if slices == 1 else f"are in each of {slices} slices"
         raise UserError(f"mesh {_shown(sizes)} needs {math.prod(inside)} devices but {each} {where}")
     kept = [i for i, name in enumerate(names) if inside[i] * across[i] > 1] or [0]
-    return _Plan(*(tuple(x[i] for i in kept) for x in (names, inside, across)))
+    return _Plan(tuple(names[i] for i in kept), tuple(inside[i] for i in kept), tuple(across[i] for i in kept))
 
 
 def _filled(sizes: list[int], total: int, what: str) -> list[int]:

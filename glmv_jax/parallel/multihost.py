@@ -23,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from typing import Any
 
 from glmv_jax.typing import UserError
 
@@ -55,8 +56,10 @@ def start(
     """
     import jax
 
-    given = {"coordinator": coordinator, "processes": processes, "process": process}
-    given = {name: value for name in given if (value := _or_environment(name, given[name])) is not None}
+    asked = {"coordinator": coordinator, "processes": processes, "process": process}
+    given: dict[str, Any] = {
+        name: value for name in asked if (value := _or_environment(name, asked[name])) is not None
+    }
     by = launcher()
     _check(given, by)
     if jax.distributed.is_initialized() or given.get("processes") == 1 or not (given or by):
@@ -125,7 +128,7 @@ def _or_environment(name: str, value: str | int | None) -> str | int | None:
     return int(text)
 
 
-def _check(given: dict[str, str | int], by: str) -> None:
+def _check(given: dict[str, Any], by: str) -> None:
     """UserError for what cannot be meant."""
     spelt = lambda names: ", ".join(f"{_NAMES[n][0]} (or {_NAMES[n][1]})" for n in names)  # noqa: E731
     n, i, address = (given.get(name) for name in ("processes", "process", "coordinator"))
@@ -154,7 +157,7 @@ def launcher() -> str:
         return "SLURM"
     if "OMPI_MCA_orte_hnp_uri" in env and count("OMPI_COMM_WORLD_SIZE") > 1:
         return "Open MPI"
-    platforms = jax.config.jax_platforms or "tpu"
+    platforms = jax.config.jax_platforms or "tpu"  # type: ignore[attr-defined]  # set while jax is imported
     if "tpu" not in platforms or "TPU_SKIP_MDS_QUERY" in env or importlib.util.find_spec("libtpu") is None:
         return ""
     hosts = env.get("TPU_PROCESS_ADDRESSES") or env.get("TPU_WORKER_HOSTNAMES")

@@ -36,7 +36,7 @@ def watched() -> Iterator[None]:
     if known.client is None or known.num_processes == 1:
         yield
         return
-    watch = _Watch(known.process_id, known.num_processes, known.coordinator_address, known.client)
+    watch = _Watch(known.process_id, known.num_processes, known.coordinator_address or "", known.client)
     try:
         yield
     except (UserError, KeyboardInterrupt) as error:
@@ -65,11 +65,12 @@ class _Watch:
             host = address.rpartition(":")[0].strip("[]")
             where = [host, *store.blocking_key_value_get(_KEY, 60_000).split()]
         words = [str(number) for number in (os.getpid(), mine, count)]
-        self._guard = subprocess.Popen(
+        started: Any = subprocess.Popen(  # Any: its pipes are there
             [sys.executable, "-I", "-S", guard.__file__, *words, *where],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, start_new_session=True,
         )  # fmt: skip
-        said = self._guard.stdout.readline().strip()
+        self._guard = started
+        said = started.stdout.readline().strip()
         if not said:
             raise RuntimeError(f"{guard.__file__} did not start; its own words are above")
         if not mine:

@@ -79,10 +79,10 @@ def plan(rows: int, layers: int) -> Schedule | None:
 
     Raises: UserError when layers or rows do not divide.
     """
-    S = _stages()
-    if S == 1:
+    S, found = _stages(), rules_lib.active()
+    if S == 1 or found is None:
         return None
-    mesh, rules = rules_lib.active()
+    mesh, rules = found
     R, shards = rules.repeats, _shards(mesh)
     if layers < S * R:
         raise UserError(
@@ -117,7 +117,7 @@ def run(
       combine: from what M microbatches say of some layers, leaves [M, ...], what the batch says, leaves [...].
       unroll: layers a turn of the loop over a piece.
     """
-    mesh, rules = rules_lib.active()
+    mesh, rules = rules_lib.in_force()
     B, M, shards = len(x_BTD), plan.microbatches, _shards(mesh)
 
     def dealt(x, axis):  # microbatches over `axis`, their rows over data, and the rest as it comes
@@ -242,9 +242,10 @@ def on_last(rows: Any) -> Any:
 
 def to_last(x: jax.Array) -> jax.Array:
     """What the first stage has [S B, ...], sent to the last."""
-    S, mesh = _parts(), rules_lib.active_mesh()
+    S = _parts()
     if S == 1:
         return x
+    mesh, _ = rules_lib.in_force()
     send = lambda x: jax.lax.ppermute(x, AXIS, [(0, S - 1)])  # noqa: E731
     where = PartitionSpec(None, AXIS)
     sent = jax.shard_map(send, mesh=mesh, axis_names={AXIS}, in_specs=where, out_specs=where, check_vma=False)
@@ -254,7 +255,7 @@ def to_last(x: jax.Array) -> jax.Array:
 def _own(x: jax.Array, stage: int) -> jax.Array:
     if _parts() == 1:
         return x
-    mesh = rules_lib.active_mesh()
+    mesh, _ = rules_lib.in_force()
     x = x.reshape(_shards(mesh), 1, -1, *x.shape[1:])
     x = jnp.pad(x, [(0, 0), (stage, _parts() - 1 - stage), *[(0, 0)] * (x.ndim - 2)])
     return _over_stages(mesh, x)
@@ -271,15 +272,16 @@ def _over_stages(mesh: Mesh, x: jax.Array) -> jax.Array:
 
 
 def _stages() -> int:
-    if rules_lib.active() is None:
+    if (found := rules_lib.active()) is None:
         return 1
-    mesh, rules = rules_lib.active()
+    mesh, rules = found
     return mesh.shape.get(AXIS, 1) if rules.table.get(LAYERS) == AXIS else 1
 
 
 def _parts() -> int:
     """How many times the rows of a batch there are outside of the layers: 1, or S of which one is not padding."""
-    return _stages() if rules_lib.active() is not None and rules_lib.active()[1].ends == "stages" else 1
+    found = rules_lib.active()
+    return _stages() if found is not None and found[1].ends == "stages" else 1
 
 
 def _rows(mesh: Mesh) -> tuple[str, ...]:

@@ -55,7 +55,8 @@ def part(scope: str) -> tuple[str, str]:
     """(path of names, "forward", "recomputed", "backward" or "") of an op_name; ("no name", "") without one."""
     if not scope:
         return "no name", ""
-    names, way = [], ""
+    names: list[str] = []
+    way = ""
     # Of several merged ones, "a/x;b/y" or "a/(b/x:c/y)", the first. The last name is the operation.
     outer, merged, inner = scope.partition(";")[0].partition("/(")
     *path, _ = f"{outer}/{inner.partition(':')[0]}".split("/") if merged else outer.split("/")

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from glmv_jax import models, presets
 from glmv_jax.models import build, two_tower, vlm
-from glmv_jax.parallel import caches
+from glmv_jax.parallel import caches, context
 from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.typing import TokenInput, UserError, VisionInput
@@ -31,6 +31,11 @@ def test_unknown_names_raise():
         mesh_lib.make_mesh({"tensr": 1})
     with pytest.raises(UserError, match="fspd"):
         rules_lib.preset("fspd")
+
+
+def test_what_needs_a_mesh_says_so_outside_of_a_step():
+    with pytest.raises(RuntimeError, match="no mesh is in force"):
+        context.spec("batch", "length")
 
 
 @needs_8
