@@ -25,6 +25,11 @@ def _boxed(cfg: Any, key: jax.Array) -> Params:
     return cfg.module().init(key, *cfg.example())["params"]
 
 
+def applied(module: nn.Module, params: Params, *args: Any, **kwargs: Any) -> Any:
+    """What the module gives with these parameters."""
+    return module.apply({"params": params}, *args, **kwargs)
+
+
 def init_params(cfg: Any, key: jax.Array, shardings: Any = None) -> Params:
     """Fresh float32 parameters as a nested dict, placed by `shardings` (a matching tree) when given."""
     return jax.jit(lambda k: meta.unbox(_boxed(cfg, k)), out_shardings=shardings)(key)

@@ -16,6 +16,7 @@ from glmv_jax.kernels import entries
 from glmv_jax.kernels.attention import Shared, attention, cached
 from glmv_jax.kernels.span import Span
 from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.api import applied
 from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones, param, zeros
 from glmv_jax.parallel import caches, context, micro, pipeline, rules
 from glmv_jax.parallel.remat import named, policy
@@ -85,7 +86,7 @@ class BlockConfig:
 
 
 class Attention(nn.Module):
-    cfg: BlockConfig
+    cfg: Any  # BlockConfig, or another with these fields
 
     @nn.compact
     def __call__(
@@ -160,14 +161,14 @@ class Block(nn.Module):
         mlp = functools.partial(SwiGLU, c.mlp, c.width, c.bias, c.swiglu_limit, c.dtype, c.out_init)
         if not c.chunk or self.is_initializing():
             return mlp(name="mlp")(x_BTD), {}
-        own = {"params": self.variables["params"]["mlp"]}
-        return micro.in_chunks(lambda x: mlp(parent=None).apply(own, x), x_BTD, c.chunk), {}
+        own = self.variables["params"]["mlp"]
+        return micro.in_chunks(lambda x: applied(mlp(parent=None), own, x), x_BTD, c.chunk), {}
 
 
 def stack(
     cfg: Any, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
     unroll: int = 1, name: str = "blocks", axis: str = "layers",
-) -> tuple[jax.Array, LayerCache | None, dict[str, jax.Array]]:
+) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading axis `axis` under `name`.
 
     Call it inside a compact module. cache: `LayerCache` with a leading L, or None; or a tuple of L of them, and then
@@ -179,7 +180,7 @@ def stack(
     Raises: as `parallel.pipeline.plan`.
     """
     block = cfg.layer
-    over_layers = dict(
+    over_layers: dict[str, Any] = dict(
         variable_axes={"params": 0}, split_rngs={"params": True}, out_axes=0, length=depth, unroll=unroll,
         metadata_params={nn.PARTITION_NAME: axis},
     )  # fmt: skip
@@ -212,12 +213,12 @@ def stack(
     return x_BTD, None, aux
 
 
-def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: dict, x_BTD, beside: tuple, unroll: int) -> tuple:
+def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: Any, x_BTD, beside: tuple, unroll: int) -> tuple:
     """As `stack`, each layer on its stage."""
 
     def layer(params, x, beside):
         x = named(x) if remat == "offload" else x
-        x, (_, aux) = cfg.layer(cfg, parent=None).apply({"params": params}, x, None, *beside)
+        x, (_, aux) = applied(cfg.layer(cfg, parent=None), params, x, None, *beside)
         return x, (aux, (beside[1].segments > 0).sum().astype(jnp.float32))
 
     if remat != "none":
@@ -225,7 +226,7 @@ def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: dict, x_BTD, 
     return pipeline.run(plan, layer, params, x_BTD, beside, _of_batch, unroll)
 
 
-def _named(layer: type[nn.Module]) -> type[nn.Module]:
+def _named(layer: Any) -> type[nn.Module]:
     """The layer, reading its input by the name that a policy knows (`parallel.remat`)."""
 
     class Named(layer):
@@ -235,7 +236,7 @@ def _named(layer: type[nn.Module]) -> type[nn.Module]:
     return Named
 
 
-def _in_place(layer: type[nn.Module]) -> type[nn.Module]:
+def _in_place(layer: Any) -> type[nn.Module]:
     """The layer with its part of what all layers keep, which goes from layer to layer as it is (`entries`)."""
 
     class InPlace(layer):
@@ -271,7 +272,7 @@ def layers_apart(params: dict, name: str = "blocks") -> dict:
     """
     leaves, tree = jax.tree.flatten(params[name])
     rest = {other: x for other, x in params.items() if other != name}
-    return rest | {f"{name}_{i}": tree.unflatten([x[i] for x in leaves]) for i in range(len(leaves[0]))}
+    return rest | {f"{name}_{i}": jax.tree.unflatten(tree, [x[i] for x in leaves]) for i in range(len(leaves[0]))}
 
 
 LARGE = 1 << 21  # numbers of a matrix that no cache holds
@@ -302,10 +303,13 @@ def write(cache_CSK: entries.Kept, new_BTGK: jax.Array, slots_BT: jax.Array) -> 
     if caches.parts() == 1:
         return _write(cache_CSK, new_BTGK, slots_BT)
     caches.check(new_BTGK.shape[2], caches.parts())
-    kept, new = caches.spec(*rules.active()), context.spec("batch", None, "kv_heads")
+    kept: Any = caches.spec(*rules.in_force())
+    new: Any = context.spec("batch", None, "kv_heads")
+    none: Any = P()
     if isinstance(cache_CSK, entries.Place):
-        kept = entries.Place(P(None, *kept), P())
-    slots = context.spec("batch") if len(slots_BT) > 1 else P()
+        stacked: Any = P(None, *kept)
+        kept = entries.Place(stacked, none)
+    slots = context.spec("batch") if len(slots_BT) > 1 else none
     return context.per_device(_write, (kept, new, slots), kept, kernel=True)(cache_CSK, new_BTGK, slots_BT)
 
 
@@ -326,7 +330,7 @@ def as_prompt(cache: LayerCache, valid: jax.Array) -> Shared:
 
     if caches.parts() > 1:
         lead = [None] * (valid.ndim - 2)
-        kept, rows = caches.spec(*rules.active()), context.spec(*lead, "batch")
+        kept, rows = caches.spec(*rules.in_force()), context.spec(*lead, "batch")
         heads = context.spec(*lead, "batch", "kv_heads")
         apart = context.per_device(apart, (P(*lead, *kept), rows), heads, kernel=True)
     return Shared(apart(cache["k"], valid), apart(cache["v"], valid), valid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,11 +34,12 @@ def two_tower(cfg: ConfigDict, public: SiglipConfig | None = None) -> TwoTowerCo
     image = CogViTConfig(**cfg.vision)
     if public is None:
         sizes = {name: value for name, value in cfg.text.items() if name not in _WHERE_FROM}
-        text = TextConfig(**sizes)
-        head = MeanConfig(text.width, cfg.embedding, text.dtype)
+        text: Any = TextConfig(**sizes)
+        head: Any = MeanConfig(text.width, cfg.embedding, text.dtype)
     else:
-        text = dataclasses.replace(public.text, remat=cfg.text.get("remat", "none"))
-        head = public.text_head
+        parts = public.parts()
+        text = dataclasses.replace(parts["text"], remat=cfg.text.get("remat", "none"))
+        head = parts["text_head"]
     probe = PoolConfig(image.width, image.heads, image.mlp, head.out, image.norm_eps, image.dtype)
     return TwoTowerConfig(image, text, probe, head)
 

@@ -9,6 +9,7 @@ layer over four neighbouring rows. Stages 1 and 2 use the trunk alone; the VLM p
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.api import applied
 from glmv_jax.models.block import BlockConfig, stack
 from glmv_jax.models.layers import LayerNorm, Linear, RMSNorm, SwiGLU
 from glmv_jax.parallel.micro import in_chunks
@@ -70,7 +72,7 @@ class CogViT(nn.Module):
 
     @nn.compact
     def __call__(
-        self, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D: jax.Array | None = None
+        self, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D: Any = None
     ) -> jax.Array:
         """Patch features [B, P, D] after the final norm. Where mask_BP is true the patch's embedding is replaced by
         mask_token_D before the blocks (masked image modelling as in BEiT: all positions stay in the sequence)."""
@@ -164,7 +166,7 @@ def apply(
     cfg: CogViTConfig, params: dict, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D=None
 ) -> jax.Array:
     """Patch features [B, P, D] after the final norm; see CogViT. `cfg` may be of a tower derived from it."""
-    return cfg.module().apply({"params": params}, vision, mask_BP, mask_token_D)
+    return applied(cfg.module(), params, vision, mask_BP, mask_token_D)
 
 
 @jax.named_scope("projector")

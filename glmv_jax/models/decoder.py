@@ -58,7 +58,7 @@ class DecoderConfig:
 
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
         rotary_dim = int(self.head_dim * self.rotary_fraction)
-        return rope_lib.sections(positions_BT3, rotary_dim, self.rope_theta, tuple(self.rope_split))
+        return rope_lib.sections(positions_BT3, rotary_dim, self.rope_theta, self.rope_split)
 
     def flops(self, tokens: float, keys: float) -> float:
         """Forward FLOPs of `tokens` tokens, output head included, each seeing `keys` keys on average."""
@@ -92,7 +92,7 @@ class DecoderOutput(NamedTuple):
 
     hidden: jax.Array
     prenorm: jax.Array
-    cache: dict | None
+    cache: Any  # a dict, or None
     aux: dict[str, jax.Array]
 
 

@@ -16,6 +16,7 @@ from flax import linen as nn
 
 from glmv_jax.kernels.span import IN_ORDER, Span
 from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.api import applied
 from glmv_jax.models.block import stack
 from glmv_jax.models.cogvit import example_rows
 from glmv_jax.models.layers import LayerNorm, Linear, normal, param
@@ -96,4 +97,4 @@ class DINOv3(nn.Module):
 
 def apply(cfg: DINOv3Config, params: Params, vision: VisionInput) -> tuple[jax.Array, jax.Array]:
     """(features [B, P, D], class token [B, D])."""
-    return DINOv3(cfg).apply({"params": params}, vision)
+    return applied(DINOv3(cfg), params, vision)

@@ -8,13 +8,14 @@ cache, not one a depth.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from glmv_jax.kernels.span import Span
 from glmv_jax.models import decoder, mtp, vlm
+from glmv_jax.models.api import applied
 from glmv_jax.models.block import BlockConfig
 from glmv_jax.models.glm5_next import GLM5NextConfig
 from glmv_jax.typing import Params, UserError
@@ -43,13 +44,15 @@ def check(cfg: vlm.VLMConfig) -> None:
 
 def h_prev(cfg: vlm.VLMConfig, out: vlm.VLMOutput) -> jax.Array:
     """The backbone's hidden states [B, T, D] as the head takes them."""
-    return out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
+    head: Any = cfg.mtp
+    return out.hidden if head.h_prev == "post_norm" else out.prenorm
 
 
 def empty_cache(cfg: vlm.VLMConfig, batch: int, length: int) -> dict:
     """Of `length` slots, without "slots" and "length". Where a head sees gaps, "keys" [B, S] is 1 for what it sees."""
-    own = jax.tree.map(lambda x: x[0], cfg.mtp.decoder.block.empty_cache(1, batch, length))
-    return own | {"keys": jnp.zeros((batch, length), jnp.int32)} if cfg.mtp.option == "masked" else own
+    head: Any = cfg.mtp
+    own = jax.tree.map(lambda x: x[0], head.decoder.block.empty_cache(1, batch, length))
+    return own | {"keys": jnp.zeros((batch, length), jnp.int32)} if head.option == "masked" else own
 
 
 def step(
@@ -78,8 +81,9 @@ def entries(
 
 
 def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, query: Span, key: Span, cache: dict):
-    rope = cfg.mtp.decoder.rope(positions_BT3)
-    weights = {"params": mtp.layer_params(cfg.mtp, params["mtp"], 1)}
-    layer = mtp.MTPLayer(cfg.mtp.decoder.block)
-    pre_BTD, post_BTD, cache, _ = layer.apply(weights, e_BTD, h_BTD, rope, query, key, cache)
-    return Draft(post_BTD if cfg.mtp.h_prev == "post_norm" else pre_BTD, post_BTD), cache
+    head: Any = cfg.mtp
+    rope = head.decoder.rope(positions_BT3)
+    weights = mtp.layer_params(head, params["mtp"], 1)
+    layer = mtp.MTPLayer(head.decoder.block)
+    pre_BTD, post_BTD, cache, _ = applied(layer, weights, e_BTD, h_BTD, rope, query, key, cache)
+    return Draft(post_BTD if head.h_prev == "post_norm" else pre_BTD, post_BTD), cache

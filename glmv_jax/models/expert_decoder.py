@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from flax import linen as nn
 
@@ -11,7 +14,7 @@ from glmv_jax.models.moe import MoEConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertDecoderConfig:
+class ExpertDecoderConfig(abc.ABC):
     """A family adds `stacks` (what is scanned and how often, in order: see `decoder.Runs`), `block` (of the MTP head),
     rope(), share_prompts() and numbers of its own.
 
@@ -40,6 +43,11 @@ class ExpertDecoderConfig:
     dtype: str = "float32"
     remat: str = "none"
     unroll: int = 1  # layers a turn of the loop over them, see `block.stack`
+
+    @property
+    @abc.abstractmethod
+    def stacks(self) -> Sequence[tuple[Any, int]]:
+        """(block, how often), in order."""
 
     @property
     def moe(self) -> MoEConfig:

@@ -51,7 +51,8 @@ class Experts(NamedTuple):
 
 
 # Of `down` the hidden width is split, where that of `gate` and `up` is and then as their other side is.
-AXES = Experts(*[("expert", "expert_embed", "mlp")] * 2, ("expert", "expert_mlp", None))
+_INTO = ("expert", "expert_embed", "mlp")
+AXES = Experts(_INTO, _INTO, ("expert", "expert_mlp", None))
 
 
 class Chosen(NamedTuple):
@@ -92,13 +93,13 @@ def apply(
     force split `expert_mlp` another way than the head of this file says.
     """
     form = Form(dense, limit)
-    if rules_lib.active() is None or rules_lib.active_mesh().size == 1:
+    if (found := rules_lib.active()) is None or found[0].size == 1:
         return _own(x_BTD, chosen, experts, None, form)
-    mesh, rules = rules_lib.active()
+    mesh, rules = found
     free = set(mesh.axis_names) - set(jax.sharding.get_abstract_mesh().manual_axes)
     if not free:  # on a stage of one device
         return _own(x_BTD, chosen, experts, None, form)
-    rows = rules.spec(("batch", "length"), mesh)
+    rows: Any = rules.spec(("batch", "length"), mesh)
     at = Experts(*(rules.spec(names, mesh) for names in AXES))
     parts, shared = entry_axes(at.gate[2]), entry_axes(at.down[1])
     if shared[: len(parts)] != parts:
@@ -181,7 +182,7 @@ def _sorted(expert_C: jax.Array, sizes_E: jax.Array, unit: int) -> tuple[jax.Arr
 
 @jax.named_scope("products")
 def _mlp(form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
-    products = plain if form.dense else functools.partial(grouped_matmul, **about)
+    products: Any = plain if form.dense else functools.partial(grouped_matmul, **about)
     gate_RF, up_RF = products(x_RD, experts[:2], sizes_E)
     inside_RF = gated(gate_RF, up_RF, form.limit) * weight_R[:, None]
     return products(inside_RF, (experts.down,), sizes_E)[0]
@@ -287,7 +288,8 @@ def _collect(x_RD: jax.Array, order_R: jax.Array, back_C: jax.Array, copies: int
     """Each token's rows, summed: `_spread` transposed, and it is the gradient of it, but in rows that fill, where that
     would be zero; of what they are multiplied with the weight is zero already."""
     each_AN = back_C.reshape(-1, copies).T  # a gather each: together they would be laid down before they are summed
-    return sum(_rows(x_RD, back_N).astype(jnp.float32) for back_N in each_AN).astype(x_RD.dtype)
+    total: Any = sum(_rows(x_RD, back_N).astype(jnp.float32) for back_N in each_AN)
+    return total.astype(x_RD.dtype)
 
 
 _spread.defvjp(

@@ -60,7 +60,7 @@ class GLM4MoEConfig(ExpertDecoderConfig):
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
         rotary_dim = int(self.head_dim * self.rotary_fraction)
         return rope_lib.sections(
-            positions_BT3, rotary_dim, self.rope_theta, tuple(self.rope_split), rope_lib.rotate_half)  # fmt: skip
+            positions_BT3, rotary_dim, self.rope_theta, self.rope_split, rope_lib.rotate_half)  # fmt: skip
 
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """As `decoder.DecoderConfig.share_prompts`: prompts are not copied."""

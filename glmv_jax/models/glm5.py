@@ -86,7 +86,7 @@ class GLM5Config(ExpertDecoderConfig):
         return Unit(self, ("moe",))
 
     def rope(self, positions_BT3: jax.Array) -> rope_lib.Rope:
-        return rope_lib.sections(positions_BT3, self.rope_dim, self.rope_theta, tuple(self.rope_split))
+        return rope_lib.sections(positions_BT3, self.rope_dim, self.rope_theta, self.rope_split)
 
     def share_prompts(self, cache: dict, length_B: jax.Array, group: int, length: int) -> tuple[dict, int, jax.Array]:
         """From the cache of B prompts that of `group` continuations of each with `length` more slots, its slots, and

@@ -227,7 +227,8 @@ class Layer(nn.Module):
 
     @nn.compact
     def __call__(self, x, cache, query: Span, key: Span, selection: Selection | None):
-        c, aux = self.cfg, {}
+        c = self.cfg
+        aux: dict[str, jax.Array] = {}
         with jax.named_scope("attention"):
             inner_BTD, *ways = self.entered(x, "streams1")
             normed = RMSNorm("norm", c.norm_eps, name="norm1")(inner_BTD)
@@ -268,8 +269,8 @@ class PooledLatentAttention(LatentAttention):
         if cache is not None:
             start_B = jnp.broadcast_to(query.slots[:, 0], (B,))
             counts_B = jnp.full((B,), T) if query.valid is None else query.valid.sum(-1)
-            before = [entries.read(cache[name]) for name in ("pool", "tail")]
-            pool, tail = _extended(*before, parts_BTX, place_nK, start_B, counts_B)
+            pool, tail = (entries.read(cache[name]) for name in ("pool", "tail"))
+            pool, tail = _extended(pool, tail, parts_BTX, place_nK, start_B, counts_B)
             slots = cache["latents"].shape[1]
             kept = {name: entries.put(cache[name], x) for name, x in (("pool", pool), ("tail", tail))}
             return Index(q, w, pool, pools_lib.in_slots(B, slots, c.pool)), kept

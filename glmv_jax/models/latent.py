@@ -43,17 +43,21 @@ class LatentAttention(nn.Module):
         uk_CHN = param(self, "uk", fan_in, (c.kv_rank, c.heads * c.nope_dim), ("from_latent", "heads"))
         uv_CHV = param(self, "uv", fan_in, (c.kv_rank, c.heads * c.v_dim), ("from_latent", "heads"))
         up = [w.astype(c.dtype).reshape(c.kv_rank, c.heads, -1) for w in (uk_CHN, uv_CHV)]
-        index, kept, more = None, {}, {}
+        index: Index | None = None
+        latents: Latents | Cached = new
+        kept: dict[str, Any] = {}
+        more: dict[str, Any] = {}
         if cache is not None:
             kept = {"latents": entries.write(cache["latents"], jnp.concatenate(new, axis=-1), query.slots[:, 0])}
-            new = Cached(kept["latents"], c.kv_rank, c.rope_dim)
+            latents = Cached(kept["latents"], c.kv_rank, c.rope_dim)
         if self.indexed:
-            index, more = self.index(*map(jax.lax.stop_gradient, (x_BTD, q_BTQ)), rope, cache, query)
+            fixed_BTD, fixed_BTQ = map(jax.lax.stop_gradient, (x_BTD, q_BTQ))
+            index, more = self.index(fixed_BTD, fixed_BTQ, rope, cache, query)
         chosen = c.top_k // c.pool
         sparse = c.attention == "sparse" and (T if cache is None else kept["latents"].shape[1]) // c.pool > chosen
         learns = c.index_loss and self.indexed and cache is None
         looked = latent_attention(
-            Heads(q_BTHN, r_BTHR, *up), new, query, key,
+            Heads(q_BTHN, r_BTHR, *up), latents, query, key,
             index if sparse or learns else None, selection, chosen if sparse else 0, learns,
         )  # fmt: skip
         aux = {}

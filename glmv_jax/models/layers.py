@@ -7,6 +7,7 @@ into one dimension), so that an optimiser can treat the last two dimensions as T
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,9 +21,12 @@ ones, zeros = nn.initializers.ones, nn.initializers.zeros
 normal = nn.initializers.normal
 
 
-def param(module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], names: tuple[str, ...]) -> jax.Array:
+def param(
+    module: nn.Module, name: str, init: Callable, shape: tuple[int, ...], names: tuple[str | None, ...]
+) -> jax.Array:
     """Declares one float32 parameter with its logical axes (unknown names raise)."""
-    return module.param(name, nn.with_logical_partitioning(init, axes.check(names)), shape, jnp.float32)
+    boxed: Callable[..., Any] = nn.with_logical_partitioning(init, axes.check(names))
+    return module.param(name, boxed, shape, jnp.float32)
 
 
 class Linear(nn.Module):
@@ -40,7 +44,7 @@ class Linear(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.has_variable("params", "kernel_OI"):
-            kernel_OI = self.get_variable("params", "kernel_OI")
+            kernel_OI: jax.Array = self.get_variable("params", "kernel_OI")
             y = by_rows(x.astype(self.dtype), kernel_OI.astype(self.dtype)).astype(self.dtype)
         else:
             kernel_IO = param(self, "kernel", self.init, (x.shape[-1], self.features), self.axes)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.models import cogvit
+from glmv_jax.models.api import applied
 from glmv_jax.models.layers import LayerNorm, Linear, normal, param
 from glmv_jax.typing import Params, VisionInput
 
@@ -87,4 +88,4 @@ class MIMConfig:
 def apply(cfg: MIMConfig, params: Params, vision: VisionInput, mask_BP: jax.Array) -> dict[str, jax.Array]:
     """Predicted features [B, P, C] a teacher, at every patch (the loss picks the masked ones)."""
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision, mask_BP, params["mask"]["token"])
-    return Heads(cfg.heads).apply({"params": params["heads"]}, features_BPD)
+    return applied(Heads(cfg.heads), params["heads"], features_BPD)

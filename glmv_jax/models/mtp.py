@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels.span import IN_ORDER, Span
+from glmv_jax.models.api import applied
 from glmv_jax.models.layers import Linear, RMSNorm
 from glmv_jax.parallel import context
 from glmv_jax.parallel.remat import policy
@@ -159,8 +160,8 @@ def apply(
     def depth(h_BTD, given):
         (e_BTD, is_key_BT, positions_BT3), own = given
         key = query._replace(segments=jnp.where(is_key_BT, query.segments, -1))
-        weights, rope = {"params": params if own is None else own}, cfg.decoder.rope(positions_BT3)
-        pre_BTD, post_BTD, _, aux = layer.apply(weights, e_BTD, h_BTD, rope, query, key)
+        weights, rope = params if own is None else own, cfg.decoder.rope(positions_BT3)
+        pre_BTD, post_BTD, _, aux = applied(layer, weights, e_BTD, h_BTD, rope, query, key)
         return post_BTD if cfg.h_prev == "post_norm" else pre_BTD, (post_BTD, aux)
 
     if cfg.decoder.remat != "none":

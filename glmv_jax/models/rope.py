@@ -8,7 +8,7 @@ Sources: transformers `glm_ocr/modeling_glm_ocr.py`, `glm4v_moe/modeling_glm4v_m
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def axial(yx_BP2: jax.Array, head_dim: int, theta: float) -> Rope:
 
 
 def sections(
-    positions_BT3: jax.Array, rotary_dim: int, theta: float, split: tuple[int, int, int], rotate: Callable | None = None
+    positions_BT3: jax.Array, rotary_dim: int, theta: float, split: Sequence[int], rotate: Callable | None = None
 ) -> Rope:
     """Frequencies are dealt to (time, height, width) in blocks of `split` (rotary_dim / 2 in all), each twice: where
     `rotate` (None: rotate_pairs) pairs dimensions."""

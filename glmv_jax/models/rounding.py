@@ -44,7 +44,7 @@ def used(cfg: VLMConfig) -> Any:
     traced = jax.make_jaxpr(lambda params: _outputs(cfg, params))(params).jaxpr
     found = [{x.dtype if isinstance(use, int) else use for use in _uses(traced, variable)}
              for x, variable in zip(leaves, traced.invars)]  # fmt: skip
-    return tree.unflatten([types.pop() if len(types) == 1 else x.dtype for x, types in zip(leaves, found)])
+    return jax.tree.unflatten(tree, [types.pop() if len(types) == 1 else x.dtype for x, types in zip(leaves, found)])
 
 
 def _outputs(cfg: VLMConfig, params: Params) -> list:
@@ -57,7 +57,8 @@ def _outputs(cfg: VLMConfig, params: Params) -> list:
 def _uses(jaxpr: core.Jaxpr, variable: core.Var) -> Iterator[jnp.dtype | int]:
     """The types that a variable is rounded to, or its own for what else is done with it; and the number of an output
     that it is."""
-    own = variable.aval.dtype
+    own: Any = variable.aval
+    own = own.dtype
     for equation in jaxpr.eqns:
         name = equation.primitive.name
         for n, given in enumerate(equation.invars):

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from glmv_jax.kernels.span import IN_ORDER, Span
+from glmv_jax.models.api import applied
 from glmv_jax.models.block import probed, stack
 from glmv_jax.models.cogvit import example_rows
 from glmv_jax.models.layers import Embedding, LayerNorm, Linear
@@ -187,20 +188,21 @@ class SiglipConfig:
 
 def embed_image(cfg: SiglipVisionConfig, params: Params, vision: VisionInput) -> tuple[jax.Array, jax.Array | None]:
     """(features [B, P, D], pooled [B, D], not normalised, or None)."""
-    return SiglipVision(cfg).apply({"params": params}, vision)
+    return applied(SiglipVision(cfg), params, vision)
 
 
 def embed_text(cfg: SiglipConfig, params: Params, tokens_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(features [B, T, D], pooled [B, out], not normalised) of one text a row; `params` of the whole model."""
     segments_BT = jnp.ones_like(tokens_BT)
-    features_BTD = cfg.text.module().apply({"params": params["text"]}, tokens_BT, segments_BT)
-    head = cfg.text_head.module()
-    return features_BTD, head.apply({"params": params["text_head"]}, features_BTD, segments_BT, 1)[:, 0]
+    parts = cfg.parts()
+    features_BTD = applied(parts["text"].module(), params["text"], tokens_BT, segments_BT)
+    pooled_BNE = applied(parts["text_head"].module(), params["text_head"], features_BTD, segments_BT, 1)
+    return features_BTD, pooled_BNE[:, 0]
 
 
 def scale(params: Params) -> tuple[jax.Array, jax.Array]:
     """(log scale, bias) of the logits."""
-    return Scale(ScaleConfig()).apply({"params": params})
+    return applied(Scale(ScaleConfig()), params)
 
 
 def grid(yx_BP2: jax.Array, frame_BP: jax.Array) -> jax.Array:

@@ -19,6 +19,7 @@ from flax import linen as nn
 from glmv_jax.kernels.span import Span
 from glmv_jax.models import cogvit
 from glmv_jax.models import rope as rope_lib
+from glmv_jax.models.api import applied
 from glmv_jax.models.block import BlockConfig, probed, stack
 from glmv_jax.models.layers import Embedding, Linear, RMSNorm, SwiGLU, param
 from glmv_jax.typing import Params, VisionInput
@@ -188,7 +189,7 @@ def embed_image(cfg: TwoTowerConfig, params: Params, vision: VisionInput) -> jax
     """Unit embeddings [B, E], one image a row."""
     features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
     real_BP = (vision.frame != 0).astype(jnp.int32)
-    return _unit(Pool(cfg.image_head).apply({"params": params["image_head"]}, features_BPD, real_BP))
+    return _unit(applied(Pool(cfg.image_head), params["image_head"], features_BPD, real_BP))
 
 
 def embed_text(cfg: TwoTowerConfig, params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -207,7 +208,7 @@ def embed_texts(
 
 def scale(cfg: TwoTowerConfig, params: Params) -> tuple[jax.Array, jax.Array]:
     """(log scale, bias) of the logits."""
-    return Scale(cfg.scale).apply({"params": params["scale"]})
+    return applied(Scale(cfg.scale), params["scale"])
 
 
 def apply(

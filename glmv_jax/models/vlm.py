@@ -31,14 +31,16 @@ class VLMConfig:
     Of the others only bytes and visual tokens are kept, for one more forward pass (`parallel.micro`).
     """
 
-    vision: cogvit.CogViTConfig | None
+    vision: Any  # cogvit.CogViTConfig, or another of its kind
     merger: cogvit.MergerConfig | None
     decoder: Any  # decoder.DecoderConfig, or another of its kind
     mtp: mtp.MTPConfig | None = None
     patches_at_once: int = 0
 
     def __post_init__(self) -> None:
-        if self.vision is None and self.merger is None:
+        if self.vision is None or self.merger is None:
+            if self.vision is not self.merger:
+                raise ValueError("vision and merger go together; give both, or None for a model of text alone")
             return
         if self.merger.in_width != self.vision.width or self.merger.width != self.decoder.width:
             raise ValueError(
@@ -53,7 +55,7 @@ class VLMConfig:
     def flops(self, tokens: float, keys: float, rows: int, patches: int) -> float:
         """Forward FLOPs of `tokens` text positions and `rows` rows of `patches` patches."""
         total = self.decoder.flops(tokens, keys) + (self.mtp.flops(tokens, keys) if self.mtp else 0)
-        return total + (rows * (self.vision.flops(patches) + self.merger.flops(patches)) if self.vision else 0)
+        return total + rows * sum(part.flops(patches) for part in (self.vision, self.merger) if part is not None)
 
 
 class VLMOutput(NamedTuple):
@@ -64,7 +66,7 @@ class VLMOutput(NamedTuple):
     hidden: jax.Array
     prenorm: jax.Array
     merged: jax.Array
-    cache: dict | None
+    cache: Any  # a dict, None where none was given
     aux: dict[str, jax.Array]
 
 
@@ -80,9 +82,11 @@ def encode_images(cfg: VLMConfig, params: Params, vision: VisionInput | Dispatch
     B, P = vision.frame.shape
     context.check(P, context.parts(), "patches", 4)
 
+    parts = cfg.parts()
+
     def encode(vision: VisionInput) -> jax.Array:
-        features_BPD = cogvit.apply(cfg.vision, params["vision"], vision)
-        visual_BMD = cogvit.merge(cfg.merger, params["merger"], features_BPD)
+        features_BPD = cogvit.apply(parts["vision"], params["vision"], vision)
+        visual_BMD = cogvit.merge(parts["merger"], params["merger"], features_BPD)
         return constrain(visual_BMD, "batch", "length", "activation")
 
     shards = data_shards(rules.active_mesh())
@@ -134,8 +138,7 @@ def apply(
     B, T = tokens.tokens.shape
     if cache is None:  # rows may be split: from here on in the devices' order, which the slots tell
         tokens = TokenInput(*map(context.dealt, tokens))
-    encoded = vision is None or isinstance(vision, jax.Array)
-    visual_BMD = vision if encoded else encode_images(cfg, params, vision)
+    visual_BMD = vision if vision is None or isinstance(vision, jax.Array) else encode_images(cfg, params, vision)
     merged_BTD = embed(cfg, params, visual_BMD, tokens)
     if cache is None:
         slots_BT = context.dealt(jnp.broadcast_to(jnp.arange(T), (B, T)))
@@ -183,11 +186,12 @@ def mtp_hidden(
     """
     if tokens.branches is not None:
         raise ValueError("the MTP head takes no rows with branches; pack every answer with its own prompt")
-    table_BXD = decoder.embed(params["decoder"], context.overlapping(tokens.tokens, cfg.mtp.depth))
+    head: Any = cfg.mtp
+    table_BXD = decoder.embed(params["decoder"], context.overlapping(tokens.tokens, head.depth))
     table_BXD = constrain(table_BXD, "batch", "length", "activation")
     inputs = mtp.HeadInput(table_BXD, pipeline.to_last(out.merged), tokens.image_row >= 0)
-    h_BTD = out.hidden if cfg.mtp.h_prev == "post_norm" else out.prenorm
-    return mtp.apply(cfg.mtp, params["mtp"], h_BTD, inputs, tokens)
+    h_BTD = out.hidden if head.h_prev == "post_norm" else out.prenorm
+    return mtp.apply(head, params["mtp"], h_BTD, inputs, tokens)
 
 
 def init_cache(cfg: VLMConfig, batch: int, length: int) -> dict:

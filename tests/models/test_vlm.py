@@ -235,3 +235,9 @@ def test_mtp_depth_2_reads_the_token_two_ahead():
 def test_unknown_option_is_named():
     with pytest.raises(UserError, match="image_tokens"):
         models.MTPConfig(DECODER, option="image_tokens")
+
+
+def test_vision_without_a_merger_is_refused():
+    for half in ((VISION, None), (None, models.MergerConfig(32, 32, 96))):
+        with pytest.raises(ValueError, match="vision and merger go together"):
+            models.VLMConfig(*half, DECODER)
