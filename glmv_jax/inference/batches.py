@@ -6,6 +6,7 @@ from __future__ import annotations
 import collections
 import functools
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -26,7 +27,8 @@ def complete(
     sampling: whose `think` counts; None: the engine's. Raises UserError as `Engine.submit`.
     """
     engine.set_params(params, engine.version + 1, copy=False)
-    sampling, done, rest = sampling or engine.sampling, {}, collections.deque()
+    sampling, done = sampling or engine.sampling, {}
+    rest: collections.deque[tuple[int, Request]] = collections.deque()
 
     def ended(n: int, request: Request, got: Completion) -> None:
         if (more := thinking.then(request, got, sampling)) is None:
@@ -74,7 +76,7 @@ class EngineSampler:
         limits = [s.max_new_tokens] * B if limits is None else [*limits, *[1] * (B - len(limits))]
         seed = int.from_bytes(np.asarray(jax.random.key_data(key), ">u4").tobytes(), "big")
         N, T = B * G, max(limits)
-        own = dict(temperature=s.temperature, top_p=s.top_p)
+        own: Any = dict(temperature=s.temperature, top_p=s.top_p)
         asked = {row * G + g: Request(prompt, seed, row * G + g, max_new_tokens=limits[row], **own)
                  for row, prompt in enumerate(_rows(prompts)) if prompt is not None for g in range(G)}  # fmt: skip
         out = Generated(np.full((N, T), s.pad, np.int32), np.zeros((N, T), np.float32), np.zeros(N, np.int32),

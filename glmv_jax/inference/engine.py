@@ -19,6 +19,7 @@ import collections
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import numpy as np
@@ -28,10 +29,10 @@ from glmv_jax.inference import slots as slots_lib
 from glmv_jax.inference.drafting_programs import DraftingPrograms
 from glmv_jax.inference.pictures import PictureTable
 from glmv_jax.inference.programs import Chunk, Drawn, Programs, Running, Until, recurrent
-from glmv_jax.inference.requests import Busy, Completion, Likely, Request
+from glmv_jax.inference.requests import Busy, Completion, Likely, Reason, Request
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Counts, Settings
-from glmv_jax.inference.slots import Slot, Slots, Work
+from glmv_jax.inference.slots import Place, Slot, Slots, Work
 from glmv_jax.models import vlm
 from glmv_jax.parallel.mesh import check_batch, data_shards
 from glmv_jax.parallel.rules import Rules
@@ -60,13 +61,13 @@ class Engine:
         shards = data_shards(mesh)
         self._lanes = min(s.lanes, s.slots // shards)
         self._table = PictureTable(s.pictures, s.patches, shards, self._lanes)
-        sizes = dict(steps=max(s.steps, s.alone), pictures=self._table.size, mesh=mesh, rules=rules, placed=placed,
+        sizes: Any = dict(steps=max(s.steps, s.alone), pictures=self._table.size, mesh=mesh, rules=rules, placed=placed,
                      likely=s.likely)  # fmt: skip
         self._chunks = sorted({min(n, s.length) for n in s.chunks})
         # Entries that chunks fit into; a state that cannot go back reads nothing twice, and has the room behind it.
         self._room = s.length + (self._chunks[-1] if recurrent(cfg) else 0)
         if s.drafts:  # which are written behind a row's last entry
-            self._programs = DraftingPrograms(cfg, sampling, s.slots, s.length + s.drafts, s.drafts, **sizes)
+            self._programs: Programs = DraftingPrograms(cfg, sampling, s.slots, s.length + s.drafts, s.drafts, **sizes)
         else:
             self._programs = Programs(cfg, sampling, s.slots, self._room, **sizes)
         self._no_slots = functools.partial(Slots, s.slots, shards, s.length, exact=recurrent(cfg))
@@ -135,7 +136,7 @@ class Engine:
         Rows that run go on, with the entries they have; prompts that are being read are read again; what has been read
         and encoded before is forgotten.
         """
-        self._weights = self._programs.weights(params, copy)
+        self._weights: Any = self._programs.weights(params, copy)
         self.version = version
         if self._cache is None:
             self._cache, self._visual = self._programs.empty()
@@ -216,7 +217,7 @@ class Engine:
         still = self.cfg.vision.channels * self.cfg.vision.patch**2, "uint8"
         return self.settings.pixels or still
 
-    def _end(self, slot: Slot, reason: str) -> Completion:
+    def _end(self, slot: Slot, reason: Reason) -> Completion:
         work = slot.work
         slot.end(next(self._clock))
         return _finished(work, reason)
@@ -227,11 +228,14 @@ class Engine:
         """Gives free rows to waiting requests, in their order but for those that had better wait until what others are
         reading is there."""
         again = bool(self.settings.drafts)  # of the tokens in common the last, for what the head makes of it
-        passed, copies, soon, sources = [], [], set(), {}  # of prompts: those that are being read, and where others are
+        passed: list[Work] = []
+        copies: list[tuple[Slot, Slot]] = []
+        soon: set[int] = set()  # of prompts: those that are being read
+        sources: dict[int, Slot] = {}  # and where others are
         while self._waiting and self._slots.free.any():
             work = self._waiting[0]
             same = work.request.begun is None and id(work.prompt)  # of a group: what holds for one holds for the next
-            found = "soon" if same in soon else None
+            found: Place | Literal["soon"] | None = "soon" if same in soon else None
             if found is None and same in sources and not again and (group := self._beside(same, sources[same])):
                 copies += [(sources[same], slot) for slot in group if slot is not sources[same]]
                 continue
@@ -336,7 +340,7 @@ class Engine:
         running = int(rows.running.sum())
         until = Until(most_steps, running - max(1, running // 8) if self._waiting else 0)
         self._cache, drawn = self._programs.decode(self._weights.decode, self._cache, rows, until)
-        likely = jax.device_get(drawn[2:4]) if rows.likely.any() else None
+        likely: Any = jax.device_get(drawn[2:4]) if rows.likely.any() else None
         drawn = jax.device_get(drawn._replace(likely=None, likely_logprobs=None))
         self._count(drawn)
         at = np.flatnonzero(rows.running)
@@ -367,7 +371,7 @@ class Engine:
         counts.accepted += (judged_NIK & (np.arange(K) < drawn.kept[..., None])).sum(axis=(0, 1))
 
 
-def _finished(work: Work, reason: str) -> Completion:
+def _finished(work: Work, reason: Reason) -> Completion:
     completion = work.completion(reason)
     if work.on_done is not None:
         work.on_done(completion)

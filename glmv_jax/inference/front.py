@@ -82,7 +82,8 @@ class Front:
 
     async def stream(self, request: Request, *, wait: bool = True) -> AsyncGenerator[Piece | Completion, None]:
         """Pieces of the answer as they come, and last of all the whole. Left early, the request is aborted."""
-        loop, queue = asyncio.get_running_loop(), asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        queue: asyncio.Queue[Any] = asyncio.Queue()
         put = lambda x: _in_loop(loop, lambda: queue.put_nowait(x))  # noqa: E731
         piece = lambda tokens, logprobs, likely: put(Piece(tokens, logprobs, self.engine.version, likely))  # noqa: E731
         ticket = self.submit(request, piece, wait)

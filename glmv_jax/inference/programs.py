@@ -96,7 +96,7 @@ class State(NamedTuple):
 
     i: jax.Array
     token: jax.Array
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]  # in place of a tuple's own, which nobody asks
     cache: dict
     out: Drawn
 
@@ -220,7 +220,8 @@ class Programs:
             count_N, running_N = s.count + new_NJ.sum(axis=1), s.out.running
             ends_N = (self._is_stop(said_NJ) & new_NJ).any(axis=1) | (rows.drawn + count_N >= rows.limit)
             put = lambda old, new: old.at[:, s.i].set(new)  # noqa: E731
-            out = Drawn(*map(put, s.out[:-1], (said_NJ, *told, new_NJ, kept_N)), running_N & ~ends_N)
+            columns: Any = map(put, s.out[:-1], (said_NJ, *told, new_NJ, kept_N))
+            out = Drawn._make((*columns, running_N & ~ends_N))
             token_N = jnp.where(running_N, last_new(said_NJ, new_NJ)[:, 0], s.token)
             return State(s.i + 1, token_N, count_N, cache, out)
 

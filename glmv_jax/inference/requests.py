@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -31,8 +31,8 @@ class Picture(NamedTuple):
     def of(cls, patches: np.ndarray, yx: np.ndarray) -> Picture:
         patches, yx = np.ascontiguousarray(patches), np.ascontiguousarray(yx, np.int32)
         digest = hashlib.blake2b(f"{patches.dtype} {patches.shape}".encode(), digest_size=16)
-        digest.update(patches)
-        digest.update(yx)
+        digest.update(patches.data)
+        digest.update(yx.data)
         return cls(patches, yx, digest.digest())
 
     @property
@@ -103,9 +103,12 @@ class Prompt:
             Picture.of(batch["patches"][row][frame == n], batch["yx"][row][frame == n])
             for n in range(1, int(frame.max(initial=0)) + 1)
         )
-        text = (np.asarray(batch[name][row][: batch["length"][row]], np.int32)
-                for name in ("tokens", "positions", "image_row"))  # fmt: skip
-        return cls(*text, pictures)
+        tokens, positions, image_row = (np.asarray(batch[name][row][: batch["length"][row]], np.int32)
+                                        for name in ("tokens", "positions", "image_row"))  # fmt: skip
+        return cls(tokens, positions, image_row, pictures)
+
+
+Reason: TypeAlias = Literal["stop", "length", "aborted"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +123,7 @@ class Completion:
     tokens: np.ndarray
     logprobs: np.ndarray
     versions: np.ndarray
-    reason: Literal["stop", "length", "aborted"]
+    reason: Reason
 
     @classmethod
     def forced(cls, ids: Sequence[int] | np.ndarray, after: Completion | None = None) -> Completion:
@@ -129,8 +132,10 @@ class Completion:
         own = cls(tokens, np.zeros(len(tokens), np.float32), np.full(len(tokens), -1, np.int32), "aborted")
         if after is None:
             return own
-        both = ((getattr(after, name), getattr(own, name)) for name in ("tokens", "logprobs", "versions"))
-        return cls(*map(np.concatenate, both), "aborted")
+        tokens, logprobs, versions = (
+            np.concatenate([getattr(after, name), getattr(own, name)]) for name in ("tokens", "logprobs", "versions")
+        )
+        return cls(tokens, logprobs, versions, "aborted")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

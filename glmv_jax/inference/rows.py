@@ -89,13 +89,13 @@ class Rows:
 
     def pinned(self, cache: dict) -> dict:
         """Rows over the data shards, and heads where the rules have them."""
-        if self.mesh is None:
+        if (mesh := self.mesh) is None:
             return cache
-        of_rows, of_heads = (caches.spec(self.mesh, self._rules, heads) for heads in (False, True))
+        of_rows, of_heads = (caches.spec(mesh, self._rules, heads) for heads in (False, True))
 
         def pin(x, at):
             spec = PartitionSpec(*[None] * at.axis, *(of_heads if at.runs > self.shards else of_rows))
-            return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
+            return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
         return jax.tree.map(pin, cache, self._at)
 

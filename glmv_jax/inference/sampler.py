@@ -96,7 +96,7 @@ class Prompts(NamedTuple):
 
 
 class Generated(NamedTuple):
-    """Answers; row b * group + g is the g-th answer to prompt b.
+    """Answers, of jax or of NumPy; row b * group + g is the g-th answer to prompt b.
 
     tokens:   [N, Tn] sampled ids, the stop token included, then `pad`.
     logprobs: [N, Tn] log softmax(logits / temperature)[token] over the whole vocabulary: before suppression and
@@ -106,10 +106,10 @@ class Generated(NamedTuple):
     finished: [N] bool, a stop token was sampled; false = cut at max_new_tokens.
     """
 
-    tokens: jax.Array
-    logprobs: jax.Array
-    lengths: jax.Array
-    finished: jax.Array
+    tokens: Any
+    logprobs: Any
+    lengths: Any
+    finished: Any
 
 
 class Sampler:

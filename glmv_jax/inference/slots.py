@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from glmv_jax.inference.requests import Completion, Likely, Prompt, Request
+from glmv_jax.inference.requests import Completion, Likely, Prompt, Reason, Request
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,7 +74,7 @@ class Work:
         self.logprobs += logprobs.tolist()
         self.versions += [version] * len(tokens)
 
-    def completion(self, reason: str) -> Completion:
+    def completion(self, reason: Reason) -> Completion:
         made = np.array(self.tokens, np.int32), np.array(self.logprobs, np.float32), np.array(self.versions, np.int32)
         return Completion(*made, reason)
 
@@ -147,8 +147,8 @@ class Slots:
         same_N = np.where(equal_NT.all(axis=1), most, equal_NT.argmin(axis=1)) if most else self.held * 0
         same_N = np.where(self.stale, 0, same_N)
         use = lambda x_N: np.where(same_N >= x_N, x_N, 0 if self.exact else same_N)  # noqa: E731
-        found = (use(x_N) for x_N in (self.held, np.maximum(self.held, self.goal)))
-        return tuple(np.maximum(x - 1, 0) for x in found) if again else tuple(found)
+        now_N, then_N = (use(x_N) for x_N in (self.held, np.maximum(self.held, self.goal)))
+        return (np.maximum(now_N - 1, 0), np.maximum(then_N - 1, 0)) if again else (now_N, then_N)
 
 
 class Slot:
@@ -156,7 +156,7 @@ class Slot:
 
     def __init__(self, slots: Slots, number: int, shard: int, row: int) -> None:
         self._slots, self.number, self.shard, self.row = slots, number, shard, row
-        self.work: Work | None = None
+        self.work: Any = None  # Work, None while it is free
 
     @property
     def held(self) -> int:
