@@ -104,13 +104,14 @@ class StoredArray:
 
     def __init__(self, store: ts.TensorStore, make_room: Callable[[StoredArray, bool], None]) -> None:
         self._store, self._make_room = store, make_room
-        self._chunk = store.chunk_layout.read_chunk.shape
+        self._chunk: Any = store.chunk_layout.read_chunk.shape  # of files these are known
         self.shape, self.dtype = tuple(store.shape), np.dtype(store.dtype.numpy_dtype)
         self.release()
 
     def release(self) -> None:
         """Frees what is held."""
-        self._held, self._starts = np.empty(0), None
+        self._held: np.ndarray = np.empty(0)
+        self._starts: tuple[int, ...] | None = None
 
     def __getitem__(self, place: tuple[int, ...]) -> np.ndarray:
         if not place:

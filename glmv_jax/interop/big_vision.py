@@ -26,7 +26,9 @@ class Npz(Mapping[str, np.ndarray]):
     """
 
     def __init__(self, path: Path) -> None:
-        self.path, self.shapes, self._where = path, {}, {}
+        self.path = path
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._where: dict[str, tuple[str, int | None]] = {}
         try:
             with zipfile.ZipFile(path) as file:
                 found = {name.removesuffix(".npy"): _shape(file, name) for name in file.namelist()}
@@ -86,7 +88,7 @@ def config(npz: Npz, dtype: str) -> SiglipConfig:
 _Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _tower(shapes: _Shapes, prefix: str) -> dict[str, int]:
+def _tower(shapes: _Shapes, prefix: str) -> dict[str, Any]:
     block = prefix + "encoderblock_{}/"
     depth = next(i for i in range(10_000) if block.format(i) + "LayerNorm_0/scale" not in shapes)
     width, heads, _ = shapes[block.format(0) + "MultiHeadDotProductAttention_0/query/kernel"]

@@ -34,9 +34,11 @@ def config(hf: Mapping[str, Any], *, dtype: str = "float32") -> DINOv3Config:
     if hf.get("model_type") != "dinov3_vit":
         raise UserError(f"config.json: model_type {hf.get('model_type')!r} is not dinov3_vit")
     # Saved configs leave out what equals the default of their class.
-    c = dict(patch_size=16, hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
-             hidden_act="gelu", layer_norm_eps=1e-5, rope_theta=100.0, num_channels=3, query_bias=True, key_bias=False,
-             value_bias=True, proj_bias=True, mlp_bias=True, use_gated_mlp=False, num_register_tokens=0)  # fmt: skip
+    c: dict[str, Any] = dict(
+        patch_size=16, hidden_size=384, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=6,
+        hidden_act="gelu", layer_norm_eps=1e-5, rope_theta=100.0, num_channels=3, query_bias=True, key_bias=False,
+        value_bias=True, proj_bias=True, mlp_bias=True, use_gated_mlp=False, num_register_tokens=0,
+    )  # fmt: skip
     c |= hf
     activation = "swiglu" if c["use_gated_mlp"] and c["hidden_act"] == "silu" else c["hidden_act"]
     known = activation == ("swiglu" if c["use_gated_mlp"] else "gelu")

@@ -81,8 +81,10 @@ def config(hf: Mapping[str, Any], *, text: bool = True, dtype: str = "float32") 
     if kind not in _TOWERS + _ALONE:
         raise UserError(f"config.json: model_type {kind!r} is not one of {', '.join(_TOWERS + _ALONE)}")
     # Saved configs leave out what equals the default of their class.
-    defaults = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
-                    hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6)  # fmt: skip
+    defaults: dict[str, Any] = dict(
+        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12,
+        hidden_act="gelu_pytorch_tanh", layer_norm_eps=1e-6,
+    )  # fmt: skip
     v = defaults | {"patch_size": 16, "num_channels": 3, "image_size": 224, "num_patches": 256, "vision_use_head": True}
     v |= dict(hf if kind in _ALONE else hf.get("vision_config") or {})
     if kind.startswith("siglip2"):

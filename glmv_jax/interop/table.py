@@ -192,8 +192,8 @@ def _loaded(entry: Entry, tensors: Mapping[str, np.ndarray], name: str) -> Array
                         "family has there; is config.json of another model?") from None
 
 
-def _source(tensors: Mapping[str, np.ndarray], name: str | None = None) -> str:
-    """The folder, or the file of a tensor, where they are known."""
+def _source(tensors: Any, name: str | None = None) -> str:
+    """The folder, or the file of a tensor, where they are known, as `folder.Tensors` does."""
     if not hasattr(tensors, "folder"):
         return "checkpoint"
     return str(tensors.file_of(name) if name else tensors.folder)
