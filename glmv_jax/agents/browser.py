@@ -111,13 +111,14 @@ class Browser:
         theirs_in, self._out = os.pipe()
         self._in, theirs_out = os.pipe()
         program = next(filter(None, map(shutil.which, NAMES)))
-        self._process = subprocess.Popen(
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             [sys.executable, "-I", "-S", "-c", _START_ON_PIPE, str(theirs_in), str(theirs_out), program,
              *_flags(self._profile.name)],
             pass_fds=(theirs_in, theirs_out), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
-        os.close(theirs_in), os.close(theirs_out)
+        os.close(theirs_in)
+        os.close(theirs_out)
         try:
             self._call("Browser.getVersion", deadline=time.monotonic() + START)
         except (TimeoutError, ConnectionError) as error:
@@ -238,4 +239,5 @@ def _rgb(text: str) -> tuple[int, int, int] | None:
     numbers = [float(n) for n in re.findall(r"[0-9.]+", text)] if text.startswith("rgb") else []
     if len(numbers) < 3 or (len(numbers) > 3 and numbers[3] == 0):
         return None
-    return tuple(int(n) for n in numbers[:3])
+    red, green, blue = (int(n) for n in numbers[:3])
+    return red, green, blue

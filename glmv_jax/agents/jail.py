@@ -72,7 +72,7 @@ def play(job: dict, results: int) -> None:
     """The program, then its function on every input; one line each."""
     import builtins
 
-    scope = {"__name__": "program", "__builtins__": builtins}
+    scope: dict = {"__name__": "program", "__builtins__": builtins}
     exec(compile(job["program"], "program", "exec"), scope)
     function = scope[job["entry"]]
     dumps, write = json.dumps, os.write
@@ -109,7 +109,7 @@ def main() -> None:
     try:
         unshare()
     except OSError as error:
-        print(f"#no {error.strerror}: {os.strerror(error.errno)}", flush=True)
+        print(f"#no {error.strerror}: {os.strerror(error.errno or 0)}", flush=True)
         return
     ours = {signal.SIGALRM, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, ours)  # until there is something to kill, and a handler that does

@@ -75,7 +75,7 @@ def _run(program: str, entry: str, inputs: Sequence[Sequence[Any]], seconds: flo
     with tempfile.TemporaryFile() as given:
         given.write(json.dumps(job).encode())
         given.seek(0)
-        keeper = subprocess.Popen(
+        keeper: Any = subprocess.Popen(  # Any: its pipe is there
             [sys.executable, "-I", "-S", "-B", os.path.join(os.path.dirname(__file__), "jail.py")],
             stdin=given, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, close_fds=True, cwd="/",
             env={name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ},
