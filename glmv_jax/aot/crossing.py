@@ -9,6 +9,7 @@ network may carry more, as other devices' bytes come by.
 from __future__ import annotations
 
 import collections
+from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
@@ -31,7 +32,8 @@ def bytes_across(text: str, mesh: Mesh, axis: str) -> dict[str, int]:
 
 def _links(one: Transfer, mesh: Mesh, axis: str) -> int:
     """How many pairs of devices on different places send one another a part."""
-    place = np.unravel_index(one.groups, mesh.devices.shape)[mesh.axis_names.index(axis)]
+    members: Any = one.groups  # which a collective that crosses an axis has
+    place = np.unravel_index(members, mesh.devices.shape)[mesh.axis_names.index(axis)]
     if one.kind in ("collective-permute", "collective-broadcast"):  # only the first of a row sends
         return int((place != place[:, :1]).sum())
     return int((place[:, :, None] != place[:, None]).sum())

@@ -52,6 +52,8 @@ def convolution(left: tuple[int, ...], right: tuple[int, ...], out: tuple[int, .
     once for each pair of its members.
     """
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", attributes)
+    if labels is None:
+        raise ValueError(f"a convolution without dim_labels is not understood: {attributes[:200]}")
     groups = int((re.search(r"batch_group_count=(\d+)", attributes) or [0, 1])[1])
     spatial = sorted(set(labels[1]) - set("bf"))
     total = 2.0 * out[labels[3].index("f")] * right[labels[2].index("i")] * (left[labels[1].index("b")] // groups)

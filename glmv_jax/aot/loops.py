@@ -90,8 +90,8 @@ class _Look:
             return self._compared(self.operand(root, 0)) or self._compared(self.operand(root, 1))
         if root is None or root.opcode != "compare":
             return None
-        sides = (self.value(self.operand(root, i)) for i in (0, 1))
-        return *sides, root.attribute(r"direction=(\w+)")
+        left, right = (self.value(self.operand(root, i)) for i in (0, 1))
+        return left, right, root.attribute(r"direction=(\w+)")
 
 
 def _initial(module: Module, caller: Computation, loop: Op, index: int) -> int | None:

@@ -89,7 +89,7 @@ def of(cfg: Any, topology: Topology, name: str = "step") -> Program:
 
 def _stage(cfg: Any) -> Stage:
     """The stage; public teachers of stage 1 whose path is not given have shapes for weights."""
-    cls = main.stage_class(cfg.stage)
+    cls: Any = main.stage_class(cfg.stage)
     if cfg.stage == "mim":
         known = lambda name, entry, *rest: (teachers.make if entry.path else teachers.abstract)(name, entry, *rest)  # noqa: E731
         return cls(cfg, make=known)
@@ -151,7 +151,10 @@ def _inference(stage: Stage, placement: Placement, made: Callable[..., Program],
     step = model.flops(rows * group, T + drawing.max_new_tokens / 2, 0, 0)
     key = jax.eval_shape(lambda: jax.random.key(0))
     key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placement.replicated)
-    run, args, flops, more = functools.partial(sampler.prefill, stage.model), (params, prompts), prefill, {}
+    more: dict[str, Any] = {}
+    run: Callable = functools.partial(sampler.prefill, stage.model)
+    args: tuple = (params, prompts)
+    flops = prefill
     if name == "generate":
         run, args = functools.partial(sampler.sample, stage.model, drawing, group), (params, prompts, key)
         flops = prefill + step * drawing.max_new_tokens

@@ -100,7 +100,7 @@ def of_text(
     ideal = (program.flops / program.mesh.size if program else counted["flops"]) / chip.flops
     within = sum(t.total for t in moved if not t.slices)
     roof = {"compute": counted["flops"] / chip.flops, "memory": counted["memory_bytes"] / chip.hbm_speed}
-    if chip.ici is not None:
+    if chip.ici is not None and chip.ici_axis is not None:
         roof |= {"transfers, links of one axis": within / chip.ici_axis, "transfers, all links": within / chip.ici}
     return report | {"fraction_of_peak": ideal / compute if compute else None, "ideal_seconds": ideal, "roofline": roof}
 

@@ -47,3 +47,8 @@ def test_positions_that_meet_the_input():
 )  # fmt: skip
 def test_convolution(left, right, out, attributes, expected):
     assert flops.convolution(left, right, out, attributes) == expected
+
+
+def test_a_convolution_that_is_spelt_otherwise_is_not_counted_as_something_else():
+    with pytest.raises(ValueError, match="without dim_labels"):
+        flops.convolution((2, 3), (3, 4), (2, 4), "window={size=1}")
