@@ -160,7 +160,7 @@ class Window:
     late: so many of those that wait, the first, were due in the batch before.
     """
 
-    def __init__(self, limits_D: np.ndarray, rows: int, ahead: int, even: int | None = None):
+    def __init__(self, limits_D: Sequence[float], rows: int, ahead: int, even: int | None = None) -> None:
         self._limits, self._rows, self._ahead, self._even = np.asarray(limits_D), rows, ahead, even
         self.restore([])
 

@@ -12,6 +12,7 @@ import dataclasses
 import numpy as np
 
 from glmv_jax.data import chat
+from glmv_jax.data.chat import Rendered
 from glmv_jax.data.naflex import Patcher
 from glmv_jax.data.records import Sample
 from glmv_jax.data.tokenizer import Tokenizer
@@ -127,13 +128,13 @@ class DocumentBuilder:
     def _merged(self, images: tuple[tuple[np.ndarray, np.ndarray], ...]) -> list[int]:
         return [len(patches) // self.patcher.merge**2 for patches, _ in images]
 
-    def _checked(self, rendered: chat.Rendered, images: tuple, sample: Sample) -> Document:
+    def _checked(self, rendered: Rendered, images: tuple, sample: Sample) -> Document:
         document = self.finished(rendered, images, sample.id, sample.source)
         if reason := self.too_long(document):
             raise UserError(reason)
         return document
 
-    def finished(self, rendered: chat.Rendered, images: tuple, id_: str, source: str = "") -> Document:
+    def finished(self, rendered: Rendered, images: tuple, id_: str, source: str = "") -> Document:
         """A rendered text and its images as a document, its loss weights as `per` says, of whatever length."""
         learnt = max(1, int((rendered.loss_weight > 0).sum()))
         loss_weight = rendered.loss_weight * np.float32(learnt ** -POWERS[self.per])

@@ -11,6 +11,7 @@ import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +43,9 @@ def cached(path: str, kind: str, build: Callable[[], tuple[Arrays, bool]], folde
         try:
             kept.parent.mkdir(parents=True, exist_ok=True)
             temporary = kept.with_suffix(f".{os.uname().nodename}-{os.getpid()}")  # hosts may share the folder
+            named: dict[str, Any] = arrays
             with temporary.open("wb") as file:
-                np.savez(file, **arrays)
+                np.savez(file, **named)
             temporary.replace(kept)
         except OSError:
             pass  # a cache that cannot be written costs time, nothing else

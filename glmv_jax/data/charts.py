@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -94,5 +96,6 @@ def draw(rng: np.random.Generator, split: str, size: tuple[int, int] = (64, 64))
     """A chart of a random kind. Returns the picture, the kind and the data, scaled to [0, 1]."""
     kind = KINDS[int(rng.integers(len(KINDS)))]
     plot = Plot(size, split, rng)
-    data = {"bar": bar, "line": line, "pie": pie, "scatter": scatter}[kind](plot)
+    drawn: dict[str, Callable[[Plot], list]] = {"bar": bar, "line": line, "pie": pie, "scatter": scatter}
+    data = drawn[kind](plot)
     return plot.picture, kind, data

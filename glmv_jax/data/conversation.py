@@ -73,7 +73,7 @@ def check_rule(thinking: str) -> None:
         raise UserError(f"data.thinking={thinking!r} is not known; use one of {', '.join(THINKING)}")
 
 
-def turns(messages: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+def turns(messages: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The conversation up to the end of each user's turn, what was said before that turn without weight.
 
     So each answer is learnt once, after its own thinking and without that of earlier turns, as when it is given.

@@ -48,7 +48,8 @@ def mim_batches(
     if mask_kind not in ("blockwise", "random"):
         raise UserError(f"unknown kind of mask {mask_kind!r}; choose blockwise or random")
     mask = _Mask(mask_kind, size // patch, masks.count_for(mask_ratio, size // patch, size // patch))
-    transform = functools.partial(_mim_row, size=size, scale=tuple(crop_scale), patch=patch, merge=merge, mask=mask,
+    low, high = crop_scale
+    transform = functools.partial(_mim_row, size=size, scale=(low, high), patch=patch, merge=merge, mask=mask,
                                   keys=keys or stored is not None)
     names = list(sources)
     rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)

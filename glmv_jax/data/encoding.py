@@ -104,7 +104,7 @@ def arrays(
     size_N = np.array([len(patches) for patches, _ in all_], np.int64)
 
     V, Q = encoder.rows, encoder.patches
-    made = {"patches": np.zeros((V, Q, channels), np.uint8), "yx": np.zeros((V, Q, 2), np.int32),
+    made: dict[str, np.ndarray] = {"patches": np.zeros((V, Q, channels), np.uint8), "yx": np.zeros((V, Q, 2), np.int32),
             "frame": np.zeros((V, Q), np.int32)}  # fmt: skip
     start_N, filled_V, number_V = np.zeros(len(all_), np.int64), np.zeros(V, np.int64), np.zeros(V, np.int32)
     for n, ((patches, yx), row) in enumerate(zip(all_, row_N)):

@@ -138,10 +138,10 @@ class FeatureCache:
         """
         result: Rows = {}
         for name in (*names, "key"):
-            out = None
+            out: Any = None
             for first, last, row in _runs(at_B, self.rows):
                 file, header, base = self._file(split, host, int(at_B[first]) // self.rows)
-                entry = header[name]
+                entry: Any = header[name]
                 shape = entry["shape"][1:]
                 if out is None:
                     out = np.empty((len(at_B), *shape), _DTYPES[entry["dtype"]])
@@ -177,7 +177,7 @@ def _runs(at_B: np.ndarray, rows: int) -> list[tuple[int, int, int]]:
 
 
 def _fill(file: BinaryIO, out: np.ndarray) -> None:
-    view, done = memoryview(out).cast("B"), 0
+    view, done = out.data.cast("B"), 0
     while done < len(view):
         got = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not got:

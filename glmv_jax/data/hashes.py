@@ -12,8 +12,8 @@ def image_hash(patches_PC: np.ndarray, yx_P2: np.ndarray) -> str:
     """Hash of an image's patches and their coordinates, padding left out; "" when there are none."""
     if not len(patches_PC):
         return ""
-    digest = hashlib.blake2b(np.ascontiguousarray(patches_PC), digest_size=8)
-    digest.update(np.ascontiguousarray(yx_P2, np.int32))
+    digest = hashlib.blake2b(np.ascontiguousarray(patches_PC).data, digest_size=8)
+    digest.update(np.ascontiguousarray(yx_P2, np.int32).data)
     return digest.hexdigest()
 
 

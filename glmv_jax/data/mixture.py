@@ -33,7 +33,8 @@ class Mixture:
         self._sources = [sources[name] for name in self.names]
         shares = [Fraction(weights[name]).limit_denominator(10**6) for name in self.names]
         if 0 in shares:
-            raise UserError(f"mixture weight of {self.names[shares.index(0)]!r} is too small; use 0 or at least 1e-6")
+            small = self.names[shares.index(Fraction(0))]
+            raise UserError(f"mixture weight of {small!r} is too small; use 0 or at least 1e-6")
         whole = math.lcm(*(share.denominator for share in shares))
         parts = [int(share * whole) for share in shares]
         self._parts = [part // math.gcd(*parts) for part in parts]

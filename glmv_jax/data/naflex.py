@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from glmv_jax.typing import UserError
 
@@ -77,7 +77,7 @@ def opened(source: str | pathlib.Path | bytes, max_pixels: int = MAX_PIXELS) -> 
         raise UserError(f"{name} does not exist; check the path") from None
     except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{name} cannot be read ({error.strerror}); give a readable picture file") from None
-    except Image.UnidentifiedImageError:
+    except UnidentifiedImageError:
         if b"%PDF-" in content[:1024]:
             raise UserError(f"{name} is a PDF; draw its pages as PNG first") from None
         raise UserError(f"{name} is not a picture that Pillow can read; convert it to PNG or JPEG") from None

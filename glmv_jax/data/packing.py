@@ -19,7 +19,7 @@ rows of the encoder's own (`encoding`), and a document is placed where both it a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -135,7 +135,7 @@ class Row:
         cut = partition.cut([len(patches) for patches, _ in self.images], slices.ranks, self.limits.patches)
         places = cut.size * len(slices.made)
         numbers = (np.full(len(patches), number, np.int32) for number, (patches, _) in enumerate(self.images, start=1))
-        made = {
+        made: dict[str, tuple[Iterator[np.ndarray], np.ndarray]] = {
             "patches": ((patches for patches, _ in self.images), np.zeros((places, self.channels), np.uint8)),
             "yx": ((yx for _, yx in self.images), np.zeros((places, 2), np.int32)),
             "frame": (numbers, np.zeros(places, np.int32)),
@@ -250,7 +250,8 @@ class _PackIterator(grain.DatasetIterator):
         if encoder is None:
             return stack([row.arrays(self._dataset.slices) for row in rows]) | trimmed
         text = stack([row.text for row in rows])
-        row_N = self._filling.evened()[[number for row in rows for number in row.encoded]]
+        filling: Any = self._filling  # which there is with an encoder
+        row_N = filling.evened()[[number for row in rows for number in row.encoded]]
         images = [row.images for row in rows]
         vision = encoding.arrays(encoder, row_N, images, text["image_row"], rows[0].channels)
         return text | vision | trimmed
@@ -305,7 +306,7 @@ class _PackIterator(grain.DatasetIterator):
             self._too_long(document)
             return True
         encoded = None if row is None else self._encoded(document)
-        if encoded is None:
+        if row is None or encoded is None:
             return False
         self._add(row, document, encoded)
         return True

@@ -94,7 +94,7 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
     count, channels = patches_PC.shape
     if count > budget:
         raise UserError(f"an image of {count} patches does not fit a row of {budget}; raise the patch budget")
-    row = {"patches": np.zeros((budget, channels), np.uint8), "yx": np.zeros((budget, 2), np.int32),
+    row: Rows = {"patches": np.zeros((budget, channels), np.uint8), "yx": np.zeros((budget, 2), np.int32),
            "frame": np.zeros(budget, np.int32)}
     row["patches"][:count], row["yx"][:count], row["frame"][:count] = patches_PC, yx_P2, 1
     return row

@@ -122,7 +122,7 @@ class Processor:
         said = said or {}
         return Films.of(self._patcher(said, MAX_FILM_PIXELS), said, self.config.get("model_type", ""))
 
-    def _patcher(self, said: dict[str, Any], most: int) -> PixelPatcher:
+    def _patcher(self, said: dict[str, Any], most: int) -> Patcher:
         """Of the settings of an image or video processor; most: pixels, where they say nothing."""
         vision = self.config.get("vision_config")
         if vision is None:
@@ -224,10 +224,11 @@ class Processor:
         waiting, moving = iter(images), iter(films)
         shown: list[int] = []
         pictures = []
+        image: Any = self.image
         for i in ids.tolist():
             if i == self.video:
                 for time, patched in self.films(next(moving)):
-                    shown += [begin, self.image, end, *self.tokenizer.encode(time)]
+                    shown += [begin, image, end, *self.tokenizer.encode(time)]
                     pictures.append(patched)
                 continue
             shown.append(i)

@@ -52,6 +52,6 @@ class Pair:
     """
 
     id: str
-    image: Image.Image | bytes
+    image: Any
     texts: dict[str, list[str]]
     source: str = "emoji"

@@ -58,7 +58,8 @@ class FileSource:
         needed = PACKAGES.get(kind, "")
         if needed and importlib.util.find_spec(needed) is None:  # or each file would be left out as one that is broken
             raise UserError(f"data.sources.{name}: {kind} is read by {needed}; pip install 'glmv_jax[data]'")
-        return dataclasses.replace(source, **{cls.KIND: kind})
+        told: dict[str, Any] = {cls.KIND: kind}
+        return dataclasses.replace(source, **told)
 
     @classmethod
     def told(cls, name: str, path: str) -> str:

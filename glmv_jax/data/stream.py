@@ -17,14 +17,14 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from typing import Any
+from typing import Any, TypeAlias
 
 import grain
 import numpy as np
 
 from glmv_jax.typing import UserError
 
-Rows = dict[str, np.ndarray]
+Rows: TypeAlias = dict[str, Any]  # arrays, and numbers of NumPy
 
 
 class Workers:
@@ -153,7 +153,7 @@ def _adopt(items: list[Any]) -> None:
     global _items
     _items = items
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent decides
-    parent = multiprocessing.parent_process()
+    parent: Any = multiprocessing.parent_process()  # a worker has one
 
     def watch() -> None:
         multiprocessing.connection.wait([parent.sentinel])

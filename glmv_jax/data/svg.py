@@ -112,7 +112,7 @@ def _cover(picture: Image.Image, colour: tuple[int, int, int], outlines: list[np
 
 def _stroked(shape: Shape) -> list[np.ndarray]:
     """The stroke as outlines that all turn the same way: a rectangle a segment, a disc a corner."""
-    outlines = []
+    outlines: list[np.ndarray] = []
     if shape.stroke is None:
         return outlines
     for points, closed in shape.outlines:
@@ -173,7 +173,7 @@ def _walk(root: ElementTree.Element, matrix: np.ndarray) -> Iterator[Shape]:
 
 def _own(element: ElementTree.Element) -> dict[str, str]:
     """The inherited attributes that an element says itself, those of `style` before others."""
-    own = {name: element.get(name) for name in INHERITED if element.get(name)}
+    own = {name: value for name in INHERITED if (value := element.get(name))}
     for part in element.get("style", "").split(";"):
         name, _, value = part.partition(":")
         if name.strip() in INHERITED:

@@ -10,6 +10,7 @@ in memory in arrays: about 60 bytes a sample of three files.
 from __future__ import annotations
 
 import bisect
+import functools
 import glob
 import itertools
 import os
@@ -46,7 +47,7 @@ class Tars:
     def __init__(self, paths: Paths, log: FaultLog | None = None, cache: str | Path | None = None) -> None:
         self.files = expand(paths)
         log = log or FaultLog(None)
-        self._tables = [cached(path, "tar", lambda path=path: _scan(path, log), cache) for path in self.files]
+        self._tables = [cached(path, "tar", functools.partial(_scan, path, log), cache) for path in self.files]
         self.counts = [len(table["key_ends"]) for table in self._tables]
         self._ends = list(itertools.accumulate(self.counts))
         if not self._ends[-1]:

@@ -6,7 +6,8 @@ A sum belongs to one split by its operands.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,7 +20,10 @@ DIGITS = "零一二三四五六七八九"
 HELD_OUT_SHARE = 5  # one sum in five
 
 
-def _pick(rng: np.random.Generator, options: tuple) -> object:
+T = TypeVar("T")
+
+
+def _pick(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 

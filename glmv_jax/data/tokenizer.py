@@ -69,7 +69,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int] | np.ndarray, keep_special: bool = False) -> str:
         """Text of ids; special tokens are dropped or, with `keep_special`, written by name. Ids must be in range."""
-        text, run = [], []
+        text: list[str] = []
+        run: list[int] = []
         for i in map(int, ids):
             if i in self._names:
                 text.append(self._model.decode(run))

@@ -55,7 +55,8 @@ class JsonTokenizer(TokenizersJson):
     def decode(self, ids: Sequence[int] | np.ndarray, keep_special: bool = False) -> str:
         """Text of ids; special tokens are dropped or, with `keep_special`, written by name. An id that no token has
         (models have more rows than their tokenizer) is nothing."""
-        text, run = [], []
+        text: list[str] = []
+        run: list[int] = []
         for i in map(int, ids):
             if i in self._names:
                 text += [self._model.decode(run, skip_special_tokens=False), self._names[i] if keep_special else ""]

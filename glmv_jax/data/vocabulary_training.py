@@ -104,7 +104,8 @@ class _Reservoir:
     """The texts of smallest keys whose sizes together are at most `room`: a fair draw when keys are random."""
 
     def __init__(self, room: int):
-        self.room, self.used, self._heap = room, 0, []
+        self.room, self.used = room, 0
+        self._heap: list[tuple[float, int, str]] = []
 
     def add(self, key: float, size: int, text: str) -> None:
         if self.used + size > self.room and self._heap and key > -self._heap[0][0]:

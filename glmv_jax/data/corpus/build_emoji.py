@@ -37,11 +37,11 @@ def read_annotations(lang: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     for folder in ("annotations", "annotationsDerived"):
         file = require(f"{CLDR}/{folder}/{lang}.xml", "unicode-cldr-core")
         for node in ElementTree.parse(file).iter("annotation"):
-            emoji = node.get("cp").replace(chr(VARIATION), "")
+            emoji, text = node.attrib["cp"].replace(chr(VARIATION), ""), node.text or ""
             if node.get("type") == "tts":
-                names[emoji] = node.text.strip()
+                names[emoji] = text.strip()
             else:
-                keywords[emoji] = [word.strip() for word in node.text.split("|")]
+                keywords[emoji] = [word.strip() for word in text.split("|")]
     return names, keywords
 
 

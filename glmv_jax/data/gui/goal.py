@@ -106,7 +106,8 @@ def to_facts(thing: Window | Goal) -> dict[str, Any]:
 
 def window_of(facts: Mapping[str, Any]) -> Window:
     """The window of `to_facts`, also after JSON."""
-    look = Look(*(tuple(facts["look"][name]) for name in ("paper", "ink", "accent")), facts["look"]["face"])
+    paper, ink, accent = (tuple(facts["look"][name]) for name in ("paper", "ink", "accent"))
+    look = Look(paper, ink, accent, facts["look"]["face"])
     return Window(**{**facts, "size": tuple(facts["size"]), "look": look, "elements": _elements(facts)})
 
 

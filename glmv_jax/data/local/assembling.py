@@ -139,7 +139,7 @@ class Assembler:
             if isinstance(segment, Text):
                 writer.ids(tokenizer.encode(segment.text), segment.loss * record.weight)
                 continue
-            tokens = self._tokens(segment, seen)
+            tokens = self._tokens(segment, seen or ())
             if isinstance(tokens, int):
                 writer.image(tokens)
             else:

@@ -7,6 +7,7 @@ when it is asked for; whoever asks counts it and goes on (`faults.Guarded`).
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,7 +45,7 @@ class Documents(Reader):
 
     prompt = ""
 
-    def __getitem__(self, i: int) -> Record:
+    def __getitem__(self, i: int) -> Record:  # type: ignore[override]  # its records are no pairs
         file, row = self.locate(i)
         fields = self._read(file, row, True)
         record = parse(fields, self.id(i), self._fetch(file, fields))
@@ -79,7 +80,7 @@ class Jsonl(Documents):
         for path in self.files:
             if path.endswith(COMPRESSED):
                 raise UserError(f"{path} is compressed, and records are read from its middle; decompress it first")
-        self._lines = [cached(path, "jsonl", lambda path=path: _lines(path), self.cache) for path in self.files]
+        self._lines = [cached(path, "jsonl", functools.partial(_lines, path), self.cache) for path in self.files]
         self._tars: dict[int, _Members | None] = {}
         return [len(lines["at"]) for lines in self._lines]
 
@@ -102,7 +103,8 @@ class Jsonl(Documents):
             if file not in self._tars:
                 tar = os.path.splitext(self.files[file])[0] + ".tar"
                 self._tars[file] = _Members(tar, self) if os.path.isfile(tar) else None
-            found = self._tars[file] and self._tars[file].get(name)
+            tar_ = self._tars[file]
+            found = None if tar_ is None else tar_.get(name)
             return on_disk(name) if found is None else found
 
         return fetch

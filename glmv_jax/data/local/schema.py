@@ -93,7 +93,7 @@ class Record:
 def parse(fields: Mapping[str, Any], id_: str, fetch: Fetch) -> Record:
     """A record from its fields; id_ is used where it gives none. UserError: what is wrong with it."""
     fields = _given(fields)
-    common = {
+    common: dict[str, Any] = {
         "id": str(fields.get("id", id_)), "category": str(fields.get("category", "")),
         "weight": _number("weight", fields.get("weight", 1.0)),
     }  # fmt: skip
@@ -166,12 +166,12 @@ def _of_llava(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 def _message(message: Any, media: _MediaReader) -> dict[str, Any]:
     message = _given(message)
-    role = {"developer": "system"}.get(message.get("role"), message.get("role"))
+    role = "system" if message.get("role") == "developer" else message.get("role")
     if role not in ROLES:
         raise UserError(f"a message's role is {role!r}; use {', '.join(ROLES)}")
     content = message.get("content", "")
     parts = [{"type": "text", "text": content}] if isinstance(content, str) else _list("content", content)
-    read = {"role": role, "content": [_part(part, media) for part in parts]}
+    read: dict[str, Any] = {"role": role, "content": [_part(part, media) for part in parts]}
     if role == "assistant":
         read["weight"] = _number("weight", message.get("weight", 1.0))
         read["tool_calls"] = [_call(call) for call in _list("tool_calls", message.get("tool_calls", []))]

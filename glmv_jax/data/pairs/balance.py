@@ -38,12 +38,12 @@ class Ref(NamedTuple):
     """A record that is not read yet; what fails in reading it is logged under its id."""
 
     id: str
-    reader: Reader
-    index: int
+    reader: Any  # pairs.reader.Reader, or one of `data.local`
+    index: int  # type: ignore[assignment]  # in place of a tuple's own, which nobody asks
 
 
-def opened(sources: Mapping[str, Source], shard: int, shards: int, log: FaultLog, cache: str | None = None
-           ) -> dict[str, Part]:
+def opened(sources: Mapping[str, Any], shard: int, shards: int, log: FaultLog, cache: str | None = None
+           ) -> dict[str, tuple[Any, Any, slice]]:
     """This host's part of each source: some of its files, or where those are few, some records of every file.
 
     Either is dealt out in a random order, the same on all hosts: one in which languages take turns is often met.
@@ -82,7 +82,7 @@ def languages(source: Source, reader: Reader) -> np.ndarray:
     if source.lang != "auto":
         return np.full(len(reader), 1 << LANGUAGES.index(source.lang), np.uint8)
 
-    said = []
+    said: list[bool] = []
 
     def of_file(file: int) -> np.ndarray:
         if not said:
@@ -134,7 +134,7 @@ class Order:
 
     def _shuffled(self, epoch: int, place: int) -> int:
         blocks, ends = self._blocks(epoch)
-        first = np.searchsorted(ends, place, side="right") // self._width * self._width  # of its window's blocks
+        first = int(np.searchsorted(ends, place, side="right")) // self._width * self._width  # of its window's blocks
         start, end = (int(ends[n - 1]) if n else 0 for n in (first, min(first + self._width, len(ends))))
         place = start + self._in_window(epoch, start, end - start, place - start)
         block = int(np.searchsorted(ends, place, side="right"))
@@ -173,7 +173,7 @@ class Balanced:
         self._readers = {name: reader for name, (_, reader, _) in parts.items()}
         self._heldout = heldout
         if chinese is None:
-            self._shares = {LANGUAGES: 1.0}
+            self._shares: dict[tuple[str, ...], float] = {LANGUAGES: 1.0}
         else:
             self._shares = {lang: share for lang, share in ((("en",), 1 - chinese), (("zh",), chinese)) if share}
         self._rows: dict[tuple[str, ...], dict[str, np.ndarray]] = {langs: {} for langs in self._shares}

@@ -53,7 +53,7 @@ class Folder(Reader):
         files = {n[len(stem) + 1 :].lower(): self._content(n) for n in self._beside.get(stem, ())}
         if picture:
             files["image"] = self._content(name)
-        return {k: v for k, v in fields.items() if k not in _NAMES} | sample(files)
+        return {**{k: v for k, v in fields.items() if k not in _NAMES}, **sample(files)}
 
     def id(self, i: int) -> str:
         _, row = self.locate(i)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import functools
 import itertools
 import os
 from typing import Any
@@ -33,7 +34,7 @@ class Parquet(Reader):
         self._kept: collections.OrderedDict[Any, Any] = collections.OrderedDict()
         self._group_ends = []  # of each file, of its row groups
         for n, path in enumerate(self.files):
-            rows = cached(path, "parquet", lambda n=n: self._grouped(n), self.cache)["rows"]
+            rows = cached(path, "parquet", functools.partial(self._grouped, n), self.cache)["rows"]
             self._group_ends.append(list(itertools.accumulate(map(int, rows))))
         return [ends[-1] if ends else 0 for ends in self._group_ends]
 

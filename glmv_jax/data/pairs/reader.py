@@ -7,6 +7,7 @@ import collections
 import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Reader:
 
     # ------------------------------------------------------------------------------------------------- a format
     def _counts(self) -> list[int]:
-        return [int(self._cached(n, self.kind, lambda n=n: self._counted(n))["count"]) for n in range(len(self.files))]
+        counted = (self._cached(n, self.kind, partial(self._counted, n)) for n in range(len(self.files)))
+        return [int(found["count"]) for found in counted]
 
     def _count(self, file: int) -> int:
         raise NotImplementedError
@@ -91,8 +93,8 @@ class Reader:
     def per_file(self, what: str, of_file: Callable[[int], np.ndarray]) -> np.ndarray:
         """An array over all records, made file by file and kept in the cache."""
         what = f"{self.kind} {what} {dataclasses.asdict(self.fields)}"
-        parts = [self._cached(n, what, lambda n=n: ({"x": of_file(n)}, True))["x"] for n in range(len(self.files))]
-        return np.concatenate(parts)
+        build = lambda file: ({"x": of_file(file)}, True)  # noqa: E731
+        return np.concatenate([self._cached(n, what, partial(build, n))["x"] for n in range(len(self.files))])
 
     def _cached(self, file: int, kind: str, build: Callable[[], Any]) -> dict[str, np.ndarray]:
         return cached(self.files[file], kind, build, self.cache)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -22,7 +24,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     lang, canvas = scene.language(rng), scene.choose(rng, CANVASES)
     heights = values(rng)
     picture = draw(canvas, heights, split, rng)
-    facts = {"values": dict(zip(LABELS, heights))}
+    facts: dict[str, Any] = {"values": dict(zip(LABELS, heights))}
     values_of = [(scene.choose(rng, VALUE[lang]).format(label), str(v)) for label, v in zip(LABELS, heights)]
     extremes = [(scene.choose(rng, forms[lang]), LABELS[heights.index(value)])
                 for forms, value in ((TALLEST, max(heights)), (SHORTEST, min(heights)))]  # fmt: skip

@@ -53,8 +53,8 @@ def write(canvas: tuple[int, int], text: str, lang: str, split: str, rng: np.ran
     room = min((canvas[0] - 2 * MARGIN) / (right - left), (canvas[1] - 2 * MARGIN) / (bottom - top))
     font = fonts.load(name, max(8, int(32 * min(room, 1.0) * rng.uniform(0.78, 1.0))))
     left, top, right, bottom = font.getbbox(text)
-    x = int(rng.integers(MARGIN, max(MARGIN, canvas[0] - MARGIN - (right - left)) + 1))
-    y = int(rng.integers(MARGIN, max(MARGIN, canvas[1] - MARGIN - (bottom - top)) + 1))
+    x = int(rng.integers(MARGIN, int(max(MARGIN, canvas[0] - MARGIN - (right - left))) + 1))
+    y = int(rng.integers(MARGIN, int(max(MARGIN, canvas[1] - MARGIN - (bottom - top))) + 1))
     ImageDraw.Draw(picture).text((x - left, y - top), text, font=font, fill=ink)
     return picture
 

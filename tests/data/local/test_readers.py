@@ -235,6 +235,7 @@ def test_conversations_of_llava():
     ({"text": "a", "weight": True}, "its weight is True"),
     ({"messages": [{"role": "user", "content": "a"}]}, "no message of it is an assistant's"),
     ({"messages": [{"role": "robot", "content": "a"}]}, "role is 'robot'"),
+    ({"messages": [{"role": ["user"], "content": "a"}]}, r"role is \['user'\]"),
     ({"messages": [{"role": "user", "content": 3}]}, "its content are int"),
     ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
      "broken JSON"),
