@@ -39,7 +39,7 @@ class Goodput:
         self._path, self._writes = path, writes
         self._rows = read(path)
         self._attempt = max((row["attempt"] for row in self._rows), default=0) + 1
-        self._seconds: collections.Counter[str] = collections.Counter()
+        self._seconds: collections.defaultdict[str, float] = collections.defaultdict(float)
         self._part, self._since = "start-up", time.monotonic()
         self._written = self._since
         self._torn = path.exists() and not path.read_bytes().endswith(b"\n")

@@ -274,8 +274,8 @@ class _Run:
         counts, flops = _of_all_processes(self.stage.counts(batch)), _of_all_processes(self.stage.flops(batch))
         sources = _of_all_processes(self.stage.counts_by_source(batch))
         self.totals.add(counts, flops, sources)
-        values |= told | self.learning_rates(self.step - 1) | self.totals.seen()
-        self.recorder.started(self.step, values, waited, counts, flops, called, sources)
+        said = {**values, **told, **self.learning_rates(self.step - 1), **self.totals.seen()}
+        self.recorder.started(self.step, said, waited, counts, flops, called, sources)
         if 0 < self.max_skipped <= self.recorder.skipped_in_a_row:
             self._give_up(placed)
         self.goodput.row(self.step, due=self.step % self.log_every == 0)
@@ -352,7 +352,7 @@ class _Run:
         self.recorder.flush()
         self.totals.seconds, self.totals.skipped = self.clock(), self.recorder.skipped
         with self.goodput.spent_on("checkpoint"):
-            host = {"data": self.data.get_state(), "totals": dataclasses.asdict(self.totals)}
+            host: dict[str, Any] = {"data": self.data.get_state(), "totals": dataclasses.asdict(self.totals)}
             host["losses"] = self.recorder.spikes.losses
             self.checkpoints.save(self.step, self.state, host)
         self.goodput.row(self.step)
@@ -400,7 +400,8 @@ def _is_over(totals: Totals, max_seconds: float) -> bool:
 def _initial_state(stage: Stage, optimizer: Any, placement: state_lib.Placement) -> state_lib.TrainState:
     """From nothing, then what the stage reads from files, then what another run gives; the last one counts."""
     cfg = stage.cfg
-    params, init_from, subtrees = None, cfg.get("init_from", ""), cfg.get("init_subtrees", ())
+    params: Any = None
+    init_from, subtrees = cfg.get("init_from", ""), cfg.get("init_subtrees", ())
     whole = init_from and not subtrees
     given = {} if whole else stage.given_params()
     if given or subtrees and init_from:

@@ -13,6 +13,7 @@ and moments in float32 are spared.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +49,7 @@ class Adapted(Stage):
         self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
         self._merged = jax.jit(lambda base, adapters: merged_matrices(self.lora, base, adapters))
         self._host: Params | None = None
-        self._base: Params | None = None
+        self._base: Any = None  # Params, from `begin` on
 
     # --- what is trained, and what stays ------------------------------------------------------------------------------
     def init_params(self, key):

@@ -25,7 +25,7 @@ from glmv_jax.train.panel import View
 from glmv_jax.train.spikes import Spikes
 
 # tensorboardX imports torch where there is one, half of the time that a run takes to start; of use to its graphs alone.
-_torch = sys.modules.setdefault("torch", None)
+_torch = sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # what is None cannot be imported
 from tensorboardX.event_file_writer import EventsWriter  # noqa: E402
 from tensorboardX.proto import event_pb2, summary_pb2  # noqa: E402
 
@@ -144,7 +144,9 @@ class StepRecorder:
         self._on_skip, self.spikes, self._in_spike = on_skip, spikes or Spikes(0.0), False
         self.meter = Meter(peak)
         self.skipped, self.skipped_in_a_row = skipped, 0
-        self._pending: tuple[int, dict[str, Any], tuple, float, Mapping[str, dict[str, int]]] | None = None
+        self._pending: (
+            tuple[int, dict[str, Any], tuple[float, dict[str, int], float], float, Mapping[str, dict[str, int]]] | None
+        ) = None
 
     def started(
         self, step: int, values: dict[str, Any], waited: float, counts: dict[str, int], flops: float,
@@ -162,7 +164,9 @@ class StepRecorder:
     def computing(self) -> bool:
         """Whether devices still work on the step that was started last. Waits for nothing."""
         return self._pending is not None and not all(
-            x.is_ready() for x in self._pending[1].values() if isinstance(x, jax.Array)
+            x.is_ready()  # type: ignore[attr-defined]  # jax's stub leaves it out
+            for x in self._pending[1].values()
+            if isinstance(x, jax.Array)
         )
 
     def flush(self) -> None:
@@ -212,6 +216,7 @@ class Meter:
 
     def reset(self) -> None:
         """Forgets: called after a compilation, an evaluation or a save, which are not the speed of training."""
+        self._steps: collections.deque[tuple[float, float, int, int, float, float]]
         self._steps = collections.deque(maxlen=WINDOW + 1)
         self._steps.append((time.monotonic(), 0.0, 0, 0, 0.0, 0.0))
 

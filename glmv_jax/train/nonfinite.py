@@ -41,7 +41,8 @@ class Suspects:
         with disk_errors(path):
             self.folder.mkdir(exist_ok=True)
             if len(list(self.folder.glob("*.npz"))) < KEPT * jax.process_count():
-                np.savez(path, **{name: np.asarray(x) for name, x in flatten(self._held[step]).items()})
+                arrays: dict[str, Any] = {name: np.asarray(x) for name, x in flatten(self._held[step]).items()}
+                np.savez(path, **arrays)
                 kept = f"its batch is in {path}"
         self._say(f"step {step}: the loss or the gradient is not finite, the update is left out; {kept}")
 

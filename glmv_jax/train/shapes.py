@@ -191,7 +191,7 @@ def _print(table: Sequence[Row], mesh: AbstractMesh, rules: str, biggest: bool, 
 
 def _pipeline(table: Sequence[Row], mesh: AbstractMesh, repeats: int) -> str:
     """What layers that do not divide over the stages cost; "" when they do, or there are none."""
-    found = [row.shape[row.axes.index(pipeline.LAYERS)] for row in table if pipeline.LAYERS in (row.axes or ())]
+    found = [row.shape[row.axes.index(pipeline.LAYERS)] for row in table if row.axes and pipeline.LAYERS in row.axes]
     stages = mesh.shape.get(pipeline.AXIS, 1)
     if not found or stages == 1 or not (more := pipeline.padding(found[0], stages, repeats)):
         return ""

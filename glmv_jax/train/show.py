@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 from rich.console import Console
@@ -19,7 +20,7 @@ def show_batch(cfg: ConfigDict, step: int = 1, html: str | None = None, console:
     """
     if step < 1:
         raise UserError(f"--step {step}: steps count from 1")
-    stage = main.stage_class(cfg.stage)(cfg)
+    stage: Any = main.stage_class(cfg.stage)(cfg)
     if not hasattr(stage, "tokenizer") or not hasattr(stage, "builder"):
         raise UserError(f"show-batch shows packed texts, and stage {cfg.stage} has none; give an experiment of stage "
                         "pretrain, sft or rl")

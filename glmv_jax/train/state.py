@@ -94,7 +94,7 @@ class Placement:
 def place(stage: Stage, optimizer: optax.GradientTransformation, mesh: Mesh, rules: rules_lib.Rules) -> Placement:
     """Shapes and shardings of the state of a run; nothing is allocated."""
     _check_context(stage, mesh, rules)
-    replicated = NamedSharding(mesh, PartitionSpec())
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(lambda: _fresh(stage, optimizer, jax.random.key(0)))
     params = rules.shardings(mesh, stage.logical_axes(), shapes.params)
     state = TrainState(

@@ -60,7 +60,7 @@ class TrainStep:
         self.stage, self.optimizer, self.placement = stage, optimizer, placement
         self.trainable, self.seed = trainable, seed
         self.platform = placement.mesh.devices.flat[0].platform
-        self.options = compiler.options((stage.cfg.get("xla", "auto"),), self.platform, "config.xla=")
+        self.options: dict[str, Any] = compiler.options((stage.cfg.get("xla", "auto"),), self.platform, "config.xla=")
         self.accumulate = stage.cfg.get("accumulate", 1)
         if self.accumulate < 1:
             raise UserError(f"accumulate={self.accumulate}: a batch has at least one piece")
@@ -171,7 +171,7 @@ class TrainStep:
 
         def loss_fn(moving: list[jax.Array], extra, batch, key):
             rest = iter(moving)
-            whole = tree.unflatten([next(rest) if t else x for x, t in zip(leaves, trained)])
+            whole = jax.tree.unflatten(tree, [next(rest) if t else x for x, t in zip(leaves, trained)])
             return self.stage.loss(whole, constants, extra, batch, key)
 
         gradient = jax.value_and_grad(loss_fn, has_aux=True)
@@ -181,7 +181,8 @@ class TrainStep:
         else:
             result, grads = self._accumulated(gradient, moving, where, extra, batch, key)
         rest = iter(grads)
-        return result, tree.unflatten([next(rest) if t else jnp.zeros_like(x) for x, t in zip(leaves, trained)])
+        whole = [next(rest) if t else jnp.zeros_like(x) for x, t in zip(leaves, trained)]
+        return result, jax.tree.unflatten(tree, whole)
 
     def _accumulated(self, gradient, moving, where, extra, batch, key):
         """As `gradient` of the batch, with the activations of one piece."""

@@ -169,7 +169,8 @@ def _seeing(stage: mim.MIM):
 
 def _crops(stage: mim.MIM, plan: Plan, todo: list[File]) -> Iterator[tuple[File, Any, float]]:
     """Each file with its crops and the seconds that they took to come."""
-    stream, data, expected = None, None, 0
+    data: Any = None
+    stream, expected = None, 0
     with contextlib.ExitStack() as open_streams:
         for split, host, number in todo:
             if stream != (split, host):

@@ -51,7 +51,7 @@ def make(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int) ->
     where = {"size": cfg.get("size", 0), "grid": grid}
     if cfg.kind == "siglip":
         both, params = siglip.load(cfg.path, text=False, dtype=dtype)
-        c = both.vision
+        c: Any = both.vision
         about = f"SigLIP {c.depth}x{c.width}/{c.patch} of {cfg.path}"
         return teachers.siglip(name, c, _cast(params["vision"], dtype), about, **where)
     c, params = dinov3.load(cfg.path, dtype=dtype)
@@ -101,7 +101,7 @@ def digest(params: Any) -> str:
     for path, x in flatten(params).items():
         x = np.ascontiguousarray(jax.device_get(x))
         result.update(f"{path} {x.dtype} {x.shape}".encode())
-        result.update(x.view(np.uint8) if x.ndim else x.tobytes())
+        result.update(x.view(np.uint8).data if x.ndim else x.tobytes())
     return result.hexdigest()[:32]
 
 

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -20,6 +21,7 @@ from glmv_jax.data.text_rows import PaddedRows, SharedRows, TextRows
 from glmv_jax.data.tokenizer import SHIPPED
 from glmv_jax.interop import siglip
 from glmv_jax.models import build
+from glmv_jax.models.siglip import SiglipConfig
 from glmv_jax.models.two_tower import TwoTowerConfig
 from glmv_jax.typing import Params, UserError
 
@@ -34,7 +36,7 @@ def model(cfg: ConfigDict) -> TwoTowerConfig:
     return build.two_tower(cfg.model, _sizes(cfg.model.text) if is_public(cfg) else None)
 
 
-def rows(cfg: ConfigDict, text: object) -> TextRows:
+def rows(cfg: ConfigDict, text: Any) -> TextRows:
     """How texts become rows for the tower of config `text`.
 
     Raises: UserError for a vocabulary that cannot be read, or has another size than the tower's table.
@@ -72,7 +74,7 @@ def is_public(cfg: ConfigDict) -> bool:
     return kind == "siglip"
 
 
-def _sizes(text: ConfigDict) -> siglip.SiglipConfig:
+def _sizes(text: ConfigDict) -> SiglipConfig:
     return siglip.sizes(text.path, vision=False, dtype=text.get("dtype", "float32"))
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from glmv_jax.losses.policy.basics import choice, floating
 
@@ -15,7 +16,7 @@ ADVANTAGES = ("grpo", "dr_grpo", "batch_std", "rloo", "reinforce++", "max_rl", "
 EPS = 1e-6
 
 
-def group_advantages(reward_NG: jax.Array, kind: str = "grpo", eps: float = EPS) -> jax.Array:
+def group_advantages(reward_NG: jax.Array | np.ndarray, kind: str = "grpo", eps: float = EPS) -> jax.Array:
     """Advantages of G answers to each of N prompts, relative to their group, as the package's page has them.
 
     A group whose rewards are all equal gets exactly 0 (a rounded mean divided by eps would not). gdpo takes components
@@ -48,7 +49,7 @@ def group_advantages(reward_NG: jax.Array, kind: str = "grpo", eps: float = EPS)
     return jnp.where(_equal(reward_NG), 0.0, centred_NG)
 
 
-def gdpo_advantages(reward_NGC: jax.Array, weight_C: Sequence[float], eps: float = EPS) -> jax.Array:
+def gdpo_advantages(reward_NGC: jax.Array | np.ndarray, weight_C: Sequence[float], eps: float = EPS) -> jax.Array:
     """Each of C components of the reward normalised in its group (as grpo), weighted, summed, and whitened over the
     batch, so that one component with large steps does not drown another. [N, G]; a group in which every component is
     equal gets exactly 0.
@@ -58,14 +59,14 @@ def gdpo_advantages(reward_NGC: jax.Array, weight_C: Sequence[float], eps: float
     return jnp.where(same, 0.0, _whitened(functools.reduce(operator.add, parts), eps))
 
 
-def overlong(length: jax.Array, limit: int, buffer: int, penalty: float = 1.0) -> jax.Array:
+def overlong(length: jax.Array | np.ndarray, limit: int, buffer: int, penalty: float = 1.0) -> jax.Array:
     """What is added to the reward of an answer of `length` tokens: 0 up to limit - buffer, then falling to -penalty at
     `limit` (DAPO's soft punishment). Tokens, not characters."""
     over = floating(length) - (limit - buffer)
     return jnp.minimum(-over / buffer * penalty, 0.0)
 
 
-def informative(reward_NG: jax.Array, least: float = 1e-6) -> jax.Array:
+def informative(reward_NG: jax.Array | np.ndarray, least: float = 1e-6) -> jax.Array:
     """[N] bool: groups whose raw rewards differ by more than `least` (dynamic sampling, DAPO 3.2).
 
     The raw ones: a penalty of length tells apart answers that are all equally wrong.
@@ -74,7 +75,7 @@ def informative(reward_NG: jax.Array, least: float = 1e-6) -> jax.Array:
     return reward_NG.max(1) - reward_NG.min(1) > least
 
 
-def _checked(reward_NG: jax.Array) -> jax.Array:
+def _checked(reward_NG: jax.Array | np.ndarray) -> jax.Array:
     reward_NG = floating(reward_NG)
     if reward_NG.ndim != 2 or reward_NG.shape[1] < 2:
         raise ValueError(f"rewards {reward_NG.shape} are not [N, G >= 2]: raise the group size")

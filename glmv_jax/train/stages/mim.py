@@ -165,7 +165,7 @@ class MIM(Stage):
                 found = {k: batch[k] for k in ("image", "features") if k in batch}
                 rows = batch["frame"].size
                 for name, (mean, scatter) in jax.device_get(moments(constants, found)).items():
-                    new = phi_s.Moments(float(rows), np.float64(mean), np.float64(scatter))
+                    new = phi_s.Moments(float(rows), np.asarray(mean, np.float64), np.asarray(scatter, np.float64))
                     seen[name] = seen[name] + new if name in seen else new
         return seen
 

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -148,7 +149,9 @@ class RL(PolicyUpdate):
         return {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
 
     def _rollouts(self, data, state):
-        batch, step, played, told = next(data), int(state.step), [], {}
+        batch, step = next(data), int(state.step)
+        played: list[Any] = []
+        told: dict[str, float] = {}
         if self.episodes:
             played, told = self.episodes.play(batch["episodes"], state.params, step)
         asking = batch.get("asking") or rl_questions.Fixed(self, batch)

@@ -67,7 +67,7 @@ class Asynchronous:
         )
         self._rows = rl_questions.rows(stage) if stage.episodes is None or stage.episodes.weights else None
         self._expansion = rl_questions.expansion(stage.cfg)
-        prompts = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
+        prompts: Any = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
 
         def scheduler(note):
             keep = useful if r.dynamic else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -40,7 +41,8 @@ class Choice:
         whole to one minibatch, so that rollouts of a prompt share its image in the packed rows.
         """
         r, size = self._r, rewards_NG.shape[1]
-        teaches_N = np.asarray(policy.informative(rewards_NG)) if r.advantage != "gdpo" else advantages_NG.any(1)
+        gdpo = r.advantage == "gdpo"
+        teaches_N: Any = advantages_NG.any(1) if gdpo else np.asarray(policy.informative(rewards_NG))
         teaches_N = teaches_N | (self._objective.distil.kind != "none")
         teaching = [g for g in np.argsort(-rewards_NG.std(1), kind="stable") if teaches_N[g]]
         dropped = lambda n: r.overlong.drop and records[n].truncated  # noqa: E731

@@ -244,7 +244,7 @@ def _means(rows: Iterable[tuple[str, int, int, bool]]) -> dict[str, float]:
     """By source the means over episodes: turns, malformed ones among them, and limited, the share that met a limit."""
     by: dict[str, list[tuple]] = collections.defaultdict(list)
     for source, *numbers in rows:
-        by[source].append(numbers)
+        by[source].append(tuple(numbers))
     return {
         f"{what}/{source}": float(np.mean(x))
         for source, numbers in by.items()

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from glmv_jax.rl.pipeline.protocols import Completion, GradeAnswer, Request
     from glmv_jax.rl.play import Episode
     from glmv_jax.rl.rewards.grade import Verifier
-    from glmv_jax.rl.rewards.system import RewardSystem
     from glmv_jax.train.stages.rl import RL
 
 
@@ -29,7 +28,7 @@ class Grading:
 
     def __init__(self, stage: RL) -> None:
         self._stage, self._table = stage, None
-        self.system: RewardSystem | None = None
+        self.system: Any = None  # RewardSystem
         self._told: dict[str, dict[str, float]] = {}
         self._verifiers: dict[str, Verifier] = {}  # of episodes
         self._lowest: dict[str, float] = {}  # of sources whose episodes are compared: what the worst is worth
@@ -40,7 +39,8 @@ class Grading:
             self._table = config.of_run(stage.cfg.rewards, list(stage.cfg.data.weights), parts)
             _, _, sources = config.read(self._table)  # what is wrong is said now, before workers start
             for name in (name for name in parts if sources[name].group):
-                self._lowest[name] = _lowest(name, *sources[name].group, parts[name]["kind"] == "environment")
+                options, kind, comparator = sources[name].group
+                self._lowest[name] = _lowest(name, options, kind, comparator, parts[name]["kind"] == "environment")
         elif parts:
             from glmv_jax.rl.rewards import rules
 
@@ -84,8 +84,8 @@ class Grading:
             return verdict(episode)
         from glmv_jax.rl.rewards import score
 
-        by = {episode.sample.source: verifier}
-        return (await asyncio.to_thread(score, [episode.sample], [episode.text], by))[0]
+        sample: Any = episode.sample  # which it has where no environment judges
+        return (await asyncio.to_thread(score, [sample], [episode.text], {sample.source: verifier}))[0]
 
     async def compared(self, episodes: Sequence[Episode], grades: Sequence[Grade]) -> list[Grade]:
         """The grades of a group, or of what is left of it; grades: those of `episode`. Where they are compared, one

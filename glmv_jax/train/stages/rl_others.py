@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ class Others:
 
     def _ask(self, role: reference.Role, params: Params, rows: Batch, found: Batch) -> None:
         """Adds to `found` what a policy is asked for; a teacher's word counts on its sources."""
-        drawn = self.logprobs(params, rows) if role.kl or not self.exact else None
+        drawn: Any = self.logprobs(params, rows) if role.kl or not self.exact else None
         if role.kl:
             found["reference"] = drawn
         if role.sources:

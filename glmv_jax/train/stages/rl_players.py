@@ -4,7 +4,7 @@ cfg.rollout.slots the inference engine, which gets the weights of each step, in 
 from __future__ import annotations
 
 import hashlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 
@@ -36,9 +36,9 @@ class Players:
             stage.tokenizer, r.max_new_tokens, allow=DRAWN, temperature=r.temperature, top_p=r.top_p
         )
         self._sampler = Sampler(stage.model, self._sampling)
-        self._front: Front | None = None
-        self._key: jax.Array | None = None
-        self._params: Params | None = None
+        self._front: Any = None  # Front, with slots
+        self._key: Any = None
+        self._params: Any = None  # Params, without slots and while they are there
 
     def begin(self, params: Params, step: int) -> None:
         """The weights that turns are drawn with from now on, after `step` updates."""

@@ -83,7 +83,7 @@ def rows(stage: RL) -> Rows:
     """Where the prompts of the run come from one by one: in the order of the mixture, or of a curriculum."""
     cfg = stage.cfg
     weights = stage.episodes.weights if stage.episodes else dict(cfg.data.weights)
-    common = {"seed": stage.data_seed, "faults": cfg.faults or None}
+    common: dict[str, Any] = {"seed": stage.data_seed, "faults": cfg.faults or None}
     if not curriculum(cfg):
         return Rows(prompt_rows(weights, stage.questioner, **common))
     settings = {name: cfg.rollout.curriculum[name] for name in ("w_min", "decay")}
@@ -104,7 +104,7 @@ def answered(stage: RL, batch: Batch, params: Params, step: int, call: int = 0) 
     """Graded answers to a batch of prompts. call: of the step; each draws with a key of its own."""
     key = jax.random.fold_in(jax.random.key(stage.cfg.seed), step)
     key = jax.random.fold_in(key, call) if call else key
-    more = {"sampled": stage.others.prefetch, "limits": stage.limits}
+    more: dict[str, Any] = {"sampled": stage.others.prefetch, "limits": stage.limits}
     return rollout(stage.drawing(params), params, batch, key, stage.tokenizer, stage.grading.score, **more)
 
 

@@ -35,9 +35,10 @@ class Samples:
         self._stage = stage
         kept = {"rows": True, "pictures": 2000, "groups": 2} | dict(stage.cfg.rollout.get("samples", {}))
         first = stage.cfg.faults and jax.process_index() == 0
-        self.run = Path(stage.cfg.faults).parent if first else None
+        self.run: Any = Path(stage.cfg.faults).parent if first else None
         self.folder = self.run if kept["rows"] else None
-        self._most, self._groups, self._pictures = kept["pictures"], kept["groups"], None
+        self._most, self._groups = kept["pictures"], kept["groups"]
+        self._pictures: Any = None  # Pictures, from the first of them on
         self._writer: ThreadPoolExecutor | None = None
         self._written: Future | None = None
 
@@ -60,8 +61,10 @@ class Samples:
     def _some(self, records: Sequence[Rollout]) -> list[Rollout]:
         """Those of the first groups of each source."""
         rows: dict[str, set[int]] = collections.defaultdict(set)
-        return [r for r in records if r.row in rows[r.source] or len(rows[r.source]) < self._groups
-                and not rows[r.source].add(r.row)]  # fmt: skip
+        for record in records:
+            if len(rows[record.source]) < self._groups:
+                rows[record.source].add(record.row)
+        return [record for record in records if record.row in rows[record.source]]
 
     def _write(self, records: Sequence[Rollout], batch: Batch) -> None:
         for record in records:

@@ -17,7 +17,6 @@ from glmv_jax.train import handover
 from glmv_jax.typing import UserError
 
 if TYPE_CHECKING:
-    from glmv_jax.rl.pipeline.local import Rows
     from glmv_jax.rl.pipeline.served import ServedEngine
     from glmv_jax.train.stages.rl import RL
 
@@ -37,7 +36,7 @@ def check(cfg: Any) -> None:
         raise UserError("rollout.engine is of runs of one process, which can write all weights; leave it empty")
 
 
-def engine(stage: RL, rows: Rows) -> ServedEngine:
+def engine(stage: RL, rows: Any) -> ServedEngine:
     """The server as rollout engine. UserError where there is no folder for weights."""
     from glmv_jax.rl.pipeline.served import ServedEngine
     from glmv_jax.rl.pipeline.wire import Wire

@@ -7,6 +7,7 @@ cfg.loss can be. Old log-probabilities are those of whoever drew the tokens, whi
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ class PolicyUpdate(VLMStage):
         self.objective = policy.Objective.of(loss)
 
     @property
-    def head_settings(self) -> dict[str, float]:
+    def head_settings(self) -> dict[str, Any]:
         return {"temperature": self.cfg.rollout.temperature, "chunk": self.cfg.loss.get("chunk", CHUNK)}
 
     def drawn(self, tokens: TokenInput) -> Targets:
@@ -92,7 +93,7 @@ class PolicyUpdate(VLMStage):
         return policy.with_effective_sizes(metrics)
 
 
-def at_targets(batch: Batch, name: str, targets: Targets) -> jax.Array | None:
+def at_targets(batch: Batch, name: str, targets: Targets) -> Any:
     """An array [B, T, ...] of the batch at the targets, [B, J, ...]; None where it is not there."""
     if name not in batch:
         return None

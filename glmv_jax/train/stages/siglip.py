@@ -83,7 +83,7 @@ class SigLIP(Stage):
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
         texts, N = (batch["tokens"], batch["segments"]), batch["lang"].shape[1]
         image_BE = self._embedded(lambda rows: two_tower.embed_image(self.model, params, rows), vision)
-        text_BNE = self._embedded(lambda rows: two_tower.embed_texts(self.model, params, *rows, N), texts)
+        text_BNE = self._embedded(lambda rows: two_tower.embed_texts(self.model, params, rows[0], rows[1], N), texts)
         log_scale, bias = two_tower.scale(self.model, params)
         c = self.cfg.loss
         loss, metrics = sigmoid_loss(
@@ -139,7 +139,7 @@ class SigLIP(Stage):
     # ------------------------------------------------------------------------------------------------- evaluation
     def evaluate(self, params, extra, *, full: bool):
         """Retrieval among held-out pairs, both ways; the nearest-neighbour probe of the trunk."""
-        metrics = {}
+        metrics: dict[str, float] = {}
         for held, image_NE, text_NE in self._embed(params):
             for query in text_NE:
                 found = probes.recall(probes.ranks(text_NE[query], image_NE, held.concept))

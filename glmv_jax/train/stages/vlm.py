@@ -38,7 +38,7 @@ def inputs(batch: Batch, most: int = 0) -> tuple[VisionInput | Dispatched, Token
     if "sent" in batch:
         places = dispatch.places(rules.active_mesh(), len(batch["tokens"]), most)
         vision = Dispatched(vision, batch["sent"], places)
-    return vision, TokenInput(*(batch[name] for name in TokenInput._fields[:-1]), branches=batch.get("branches"))
+    return vision, TokenInput._make([*(batch[name] for name in TokenInput._fields[:-1]), batch.get("branches")])
 
 
 def _model(cfg: ConfigDict) -> vlm.VLMConfig:
@@ -156,7 +156,8 @@ class VLMStage(MeasuredVLM):
     def _targets(self, tokens: TokenInput) -> Targets:
         """The tokens to be learnt; an image placeholder never is, whatever its weight."""
         weight_BT = jnp.where(tokens.image_row >= 0, 0.0, tokens.loss_weight)
-        return select(tokens.tokens, tokens.segments, weight_BT, self.builder.max_targets)
+        most: Any = self.builder.max_targets  # which a stage sets
+        return select(tokens.tokens, tokens.segments, weight_BT, most)
 
     def _by_source(self, batch: Batch, targets: Targets, value_BJ, weight_BJ) -> tuple[jax.Array, jax.Array]:
         source_BJ = jnp.take_along_axis(on_last(batch["source"]), targets.at_BJ, axis=1)
@@ -185,7 +186,8 @@ class VLMStage(MeasuredVLM):
             chunk=self.cfg.loss.get("chunk", CHUNK),
         )  # fmt: skip
         nll_HBJ, said_HBJ = (jnp.moveaxis(x.reshape(B, J, -1), 2, 0) for x in (one.nll_BT, one.said_BT))
-        aux = experts.by_path(out.aux, said, self.heads == 1 or self.model.mtp.weights == "shared")
+        head: Any = self.model.mtp
+        aux = experts.by_path(out.aux, said, self.heads == 1 or head.weights == "shared")
         return Predicted(targets, one.total, nll_HBJ, said_HBJ, weight_HBJ, weight_H, aux)
 
     def _auxiliary(self, said: experts.Said) -> dict[str, jax.Array]:

@@ -3,6 +3,7 @@ many drafts of the MTP head are taken."""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import NamedSharding
 
 from glmv_jax.data import heldout, texts
 from glmv_jax.data.building import DocumentBuilder
@@ -40,8 +41,8 @@ def held_out(kinds: Sequence[str], n: int) -> dict[str, list]:
 class MeasuredVLM(Stage):
     """The evaluations of a stage with a vision-language model; `vlm.VLMStage` has the rest.
 
-    Attributes that it gives: form, model, tokenizer, heads (of the model); builder, asker: of a document, and of one
-    question a row; names: of the sources. Methods: `predicted`, what the heads make of a batch, and `whole`.
+    Attributes that it gives: form, model, tokenizer (of the model); builder, asker: of a document, and of one question
+    a row; names: of the sources.
     """
 
     form: str
@@ -50,9 +51,17 @@ class MeasuredVLM(Stage):
     builder: DocumentBuilder
     asker: DocumentBuilder
     names: list[str]
-    heads: int
     _answering: Engine | None = None
     _drafting: Engine | None = None
+
+    @property
+    @abc.abstractmethod
+    def heads(self) -> int:
+        """Of the model: the main one and the drafts."""
+
+    @abc.abstractmethod
+    def predicted(self, params: Params, batch: Batch, weight_H: jax.Array) -> Any:
+        """What the heads make of a batch. weight_H: of `whole`."""
 
     @functools.cached_property
     def questions(self) -> dict[str, list]:
@@ -128,7 +137,7 @@ class MeasuredVLM(Stage):
             p = self.predicted(params, batch, self.whole(batch)["weight_H"])
             behind_BT = behind_image(batch["segments"], batch["image_row"] >= 0)
             behind_BJ = jnp.take_along_axis(behind_BT, p.targets.at_BJ, axis=1)
-            found = {}
+            found: dict[str, tuple[jax.Array, jax.Array]] = {}
             for suffix, counts_BJ in (("", 1.0), (" in text alone", ~behind_BJ), (" behind images", behind_BJ)):
                 weight_HBJ = p.weight_HBJ * counts_BJ
                 total_H, weight_H = (weight_HBJ * p.nll_HBJ).sum((1, 2)), weight_HBJ.sum((1, 2))
@@ -183,7 +192,7 @@ class MeasuredVLM(Stage):
             vlm_eval.write_samples(Path(folder), samples, answers, self.score)
 
 
-def _mesh(params: Params) -> Mesh | None:
+def _mesh(params: Params) -> Any:
     """That parameters lie on, if it has more than one device."""
     where = getattr(jax.tree.leaves(params)[0], "sharding", None)
     return where.mesh if isinstance(where, NamedSharding) and where.mesh.size > 1 else None

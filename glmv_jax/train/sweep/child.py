@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from glmv_jax.train.disk import disk_errors
 
@@ -32,7 +33,8 @@ class Child:
     def __init__(
         self, log: Path, command: Sequence[str], *, environment: Mapping[str, str] | None = None, apart: bool = True
     ) -> None:
-        self.log, self.exit_code, self.peak_rss = log, None, 0
+        self.log, self.peak_rss = log, 0
+        self.exit_code: Any = None  # an int when it has ended
         self._began, self._ended = time.monotonic(), 0.0
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ is, `follow`, which looks after it, and which commands that comes to.
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import os
@@ -16,6 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from glmv_jax.train.sweep import jobset as manifests
 from glmv_jax.train.sweep.plan import Run, Shared
@@ -25,17 +27,21 @@ from glmv_jax.typing import UserError
 ALL = 10**6  # arms at a time: other machines are as many as the quota gives
 
 
-class _Remote:
+class _Remote(abc.ABC):
     """What both kinds of other machines share: the code that runs there, the names, and where results come from."""
 
     remote = True
-    tool = ""
+    name = tool = ""
 
     def __init__(self, shared: Shared, identity: str, results: str, every: float) -> None:
         self.shared, self.identity, self.every = shared, identity, every
         self.jobs = ALL if shared.jobs is None else shared.jobs
         self._results = results.rstrip("/")
         self.experiment = _committed(shared.experiment)
+
+    @abc.abstractmethod
+    def arm(self, run: Run) -> TpuVm | JobSet:
+        """What runs an arm there."""
 
     def machine(self, run: Run) -> str:
         """The name of an arm's machines: small letters, digits and -, at most 38."""
@@ -170,7 +176,8 @@ class Kubernetes(_Remote):
 
 def _committed(experiment: str) -> str:
     """The experiment as other machines find it, who get this commit. UserError when it is not in it."""
-    file, colon, arg = re.fullmatch(r"(.*?\.py)(?:(:)(.*))?", experiment, re.DOTALL).groups("")
+    found: Any = re.fullmatch(r"(.*?\.py)(?:(:)(.*))?", experiment, re.DOTALL)  # config.load has taken it
+    file, colon, arg = found.groups("")
     path = Path(file).resolve()
     name = path.relative_to(REPO).as_posix() if path.is_relative_to(REPO) else ""
     try:

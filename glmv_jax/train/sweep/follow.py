@@ -149,5 +149,5 @@ def main(text: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # standard output is the process's own
     sys.exit(main(sys.argv[1]))

@@ -60,7 +60,7 @@ def make(kind: str, shared: Shared, remembered: str | None, options: Mapping[str
     remembered: what the sweep's machines and folders have been called so far, None for a new sweep. options: of the
     command line, None where not given. Raises UserError for one that this launcher has no use for.
     """
-    of_kind = {
+    of_kind: dict[str, dict[str, Any]] = {
         "local": {},
         "tpu_vm": {"type": "", "slices": 1},
         "gke": {"jobset": str(REPO / "launch/gke_jobset.yaml")},
