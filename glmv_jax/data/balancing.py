@@ -212,7 +212,7 @@ def bins(loads_ND: np.ndarray, limits_D: np.ndarray, even: int | None = None) ->
 
 
 def of_counts(
-    loads_ND: np.ndarray, limits_D: np.ndarray, counts: Sequence[int], even: int | None = None
+    loads_ND: np.ndarray, limits_D: Sequence[float] | np.ndarray, counts: Sequence[int], even: int | None = None
 ) -> tuple[np.ndarray, int]:
     """Even rows for all of the documents where there may only be so many: the row of each, int [N], and how many rows.
 

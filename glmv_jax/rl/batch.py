@@ -191,7 +191,7 @@ def _pieces(group: Sequence[tuple[Rollout, float]], prompts: Batch, limits: Load
 
 
 def _sum(a: Loads, b: Loads) -> Loads:
-    return Loads(*(x + y for x, y in zip(a, b)))
+    return Loads._make(x + y for x, y in zip(a, b))
 
 
 def _fit(loads: Loads, limits: Loads) -> bool:

@@ -67,7 +67,7 @@ async def collect(
     async def whole(row: int, name: str, seed: int) -> list[Rollout]:
         async with asyncio.TaskGroup() as tasks:
             playing = [tasks.create_task(member(name, seed, number)) for number in range(size)]
-        found = [task.result() for task in playing if task.result() is not None]
+        found = [result for task in playing if (result := task.result()) is not None]
         grades: Sequence[Grade] = [grade for _, grade in found]
         if compare is not None and found:
             grades = await compare([episode for episode, _ in found], grades)

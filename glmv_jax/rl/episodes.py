@@ -8,6 +8,7 @@ drawn; a group's common beginning is there once for each, which `batch.to_batch`
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,7 +119,8 @@ class _Row:
         whole, said = slice(start, self.row.tokens), slice(start + len(rollout.prompt), self.row.tokens)
         # A branch without a trunk sees itself alone, as the text does; its number tells neighbours apart.
         self._more["branches"][whole] = self.row.documents
-        self._more["advantage"][said] = np.where(rollout.drawn, advantage, 0.0)
+        drawn: Any = rollout.drawn  # of an episode this is told
+        self._more["advantage"][said] = np.where(drawn, advantage, 0.0)
         self._more["old_logprob"][said] = rollout.logprobs
         self.shown.append(Shown(rollout, slice(start, start), whole))
 

@@ -77,7 +77,7 @@ def seen(image_row: np.ndarray, vision: Mapping[str, np.ndarray]) -> str:
 
 def ids_hash(ids: np.ndarray) -> str:
     """Of token ids."""
-    return hashlib.blake2b(np.ascontiguousarray(ids, np.int32), digest_size=8).hexdigest()
+    return hashlib.blake2b(np.ascontiguousarray(ids, np.int32).data, digest_size=8).hexdigest()
 
 
 def check_prompt(batch: Batch, row: int) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from glmv_jax.rl.rollout import Rollout
 
@@ -29,7 +30,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(n - correct, k) / math.comb(n, k)
 
 
-def mismatch_kl(logprobs: np.ndarray, trained: np.ndarray) -> np.ndarray:
+def mismatch_kl(logprobs: ArrayLike, trained: ArrayLike) -> np.ndarray:
     """rho - log rho - 1 of each token, rho = trainer / engine: an estimate, never below 0, of KL(engine || trainer).
 
     Args: logprobs: of the engine that drew the tokens; trained: of the trainer that is about to learn from them.

@@ -9,7 +9,7 @@ import base64
 import html
 import io
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from rich.console import Console
@@ -107,9 +107,10 @@ def half_blocks(picture: Image.Image, width: int) -> Text:
     if picture.width > width:
         picture = picture.resize((width, max(2, picture.height * width // picture.width)), Image.Resampling.BOX)
     text = Text(no_wrap=True)
+    pixels: Any = picture.load()
     for y in range(0, picture.height - 1, 2):
         for x in range(picture.width):
-            upper, lower = (picture.getpixel((x, y + k)) for k in (0, 1))
+            upper, lower = pixels[x, y], pixels[x, y + 1]
             text.append("▀", style=f"rgb({','.join(map(str, upper))}) on rgb({','.join(map(str, lower))})")
         text.append("\n")
     return text

@@ -39,7 +39,8 @@ class Tiers(Rows):
         items = [Item([name, level], name) for name, level in self._levels]
         self.curriculum = Curriculum(items, weights, w_min=w_min, decay=decay, seed=seed)
         self._told = np.zeros((len(items), 2), int)  # groups of each item since the last look, and useful ones
-        super().__init__(self)
+        itself: Any = self  # the random access to rows
+        super().__init__(itself)
 
     def __getitem__(self, key: int) -> Batch:
         item, times = self.curriculum.located(key)

@@ -30,7 +30,7 @@ from glmv_jax.rl.envs.calls import Acting, Refused, Reply, inside, tool
 from glmv_jax.rl.gym import Observation, asked
 from glmv_jax.typing import UserError
 
-POINT = {"x": "integer", "y": "integer"}
+POINT: dict[str, Any] = {"x": "integer", "y": "integer"}
 KEYS = "<Enter>, <Tab>, <Backspace>, <Delete>, <Space>, <ArrowUp>, <ArrowDown>, <ArrowLeft>, <ArrowRight>"
 TOOLS = (
     tool("click", "Clicks. Coordinates are 0..999 from the top left corner of the screenshot.", **POINT),

@@ -31,7 +31,7 @@ class Reply(NamedTuple):
 def tool(name: str, description: str, optional: Mapping[str, Any] | None = None, **needed: Any) -> dict[str, Any]:
     """A tool as OpenAI's API describes it. Arguments by name: a JSON type, or a schema."""
     full = lambda given: {k: {"type": s} if isinstance(s, str) else s for k, s in given.items()}  # noqa: E731
-    parameters = {"type": "object", "properties": full(needed | (optional or {})), "required": list(needed)}
+    parameters = {"type": "object", "properties": full({**needed, **(optional or {})}), "required": list(needed)}
     return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
 
 
@@ -77,7 +77,10 @@ class Acting:
         """Nothing to let go of."""
 
     def _carry_out(self, action: Action) -> Step:
-        messages, images, rewards, info = [], [], [], {}
+        messages: list[Mapping[str, Any]] = []
+        images: list[Image.Image] = []
+        rewards: list[float] = []
+        info: dict[str, Any] = {}
         for call in action.tool_calls:
             try:
                 reply = self.call(call["name"], call["arguments"])

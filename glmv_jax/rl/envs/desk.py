@@ -8,7 +8,7 @@ stand for something only in the index.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from glmv_jax.data.records import Sample
 from glmv_jax.data.seeds import ENDLESS, generator
 from glmv_jax.rl.envs.calls import Acting, Refused, Reply, inside, tool
 from glmv_jax.rl.envs.search import Index
+from glmv_jax.rl.envs.single import Samples
 from glmv_jax.rl.gym import Action, Observation, Step, asked
 from glmv_jax.rl.rewards import boxed as boxed_rule
 from glmv_jax.rl.rewards import text as text_rules
@@ -45,7 +46,7 @@ class Desk(Acting):
 
     judges = False
 
-    def __init__(self, samples: Sequence[Sample], source: str):
+    def __init__(self, samples: Samples, source: str) -> None:
         self.source = source
         self._samples = samples
 
@@ -58,7 +59,10 @@ class Desk(Acting):
         return asked(self.sample.prompt, self.sample.images, self.tools)
 
     def call(self, name: str, arguments: Mapping[str, Any]) -> Reply:
-        return {"crop": self._crop, "search": self._search, "answer": self._answer}[name](**arguments)
+        carry_out: dict[str, Callable[..., Reply]] = {
+            "crop": self._crop, "search": self._search, "answer": self._answer,
+        }  # fmt: skip
+        return carry_out[name](**arguments)
 
     def said(self, action: Action) -> Step:
         """What is said without a call is the answer."""
@@ -122,7 +126,7 @@ class Lookup:
     def _drawn(self, rng: np.random.Generator, code: str) -> tuple[Image.Image, tuple[int, int, int, int]]:
         picture = Image.new("RGB", self.SIZE, drawing.background(self._split, rng))
         pen, font = ImageDraw.Draw(picture), fonts.face(self._split, "en", rng, self.LETTERS)
-        left, top, right, bottom = font.getbbox(code)
+        left, top, right, bottom = map(int, font.getbbox(code))
         x, y = (int(rng.integers(4, side - 4 - length)) for side, length in zip(self.SIZE, (right, bottom)))
         pen.text((x, y), code, font=font, fill=drawing.COLOURS["black"].shade(self._split, rng))
         return picture, (x + left, y + top, x + right, y + bottom)

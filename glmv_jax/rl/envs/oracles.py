@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from glmv_jax.data import chat, coordinates
 from glmv_jax.rl.envs import browser, desk, reasoning, single, windows
@@ -48,7 +49,8 @@ def of_lookup(env: desk.Desk) -> Choose:
     def plan() -> list[Action]:
         x1, y1, x2, y2 = env.sample.meta["box"]
         code = env.sample.meta["code"]
-        price = re.search(r"costs (\d+)", env.search(code)[0])[1]
+        said: Any = re.search(r"costs (\d+)", env.search(code)[0])
+        price = said[1]
         return [call("crop", x1=x1, y1=y1, x2=x2, y2=y2), call("search", query=f"What does {code} cost?"),
                 call("answer", text=price)]  # fmt: skip
 
@@ -66,7 +68,7 @@ def of_browser(env: browser.Browser) -> Choose:
         return [each for each in env.dom.subtree_elements if each.tag == tag]
 
     def plan() -> list[Action]:
-        wanted = re.search(r'"(.*)"', env.utterance)
+        wanted: Any = re.search(r'"(.*)"', env.utterance)
         buttons = elements("button")
         if entries := elements("input_text"):
             if env.source == "miniwob/enter-text":

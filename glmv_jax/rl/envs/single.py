@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, Protocol
 
 from glmv_jax.data.records import Sample
 from glmv_jax.data.seeds import ENDLESS
 from glmv_jax.rl.gym import Action, Observation, Step, asked
 
 
+class Samples(Protocol):
+    """Random access, as `Task.source` gives it."""
+
+    def __getitem__(self, i: int, /) -> Sample: ...
+
+
 class Single:
     """samples: random access to the questions, as `Task.source` gives it; the seed of an episode is the index."""
 
-    def __init__(self, samples: Sequence[Sample], source: str):
+    def __init__(self, samples: Samples, source: str) -> None:
         self.source = source
         self._samples = samples
-        self.sample: Sample | None = None
+        self.sample: Any = None  # Sample, from `reset` on
 
     def reset(self, seed: int) -> Observation:
         self.sample = self._samples[seed % ENDLESS]

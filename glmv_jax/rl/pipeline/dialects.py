@@ -22,7 +22,7 @@ SGLang makes ids with images into text and back, and so is not asked about any.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glmv_jax.inference.sampler import Sampling
@@ -76,7 +76,7 @@ class Ours:
         """Whether an answer to it can begin with what there is of it."""
         return True
 
-    async def draw(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def draw(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         """Pieces, the last of them with a reason. Raises Passing, Unserved."""
         own = {"images": list(ask.images), "begun": len(ask.begun), "seed": ask.seed, "draw": ask.draw}
         async with contextlib.aclosing(self._stream("/v1/completions", self._by_ids(ask) | own, ask)) as pieces:
@@ -106,7 +106,7 @@ class Ours:
     def _by_ids(self, ask: Ask) -> dict[str, Any]:
         return self._common(ask) | {"prompt": [*ask.prompt, *ask.begun], "logprobs": 0}
 
-    async def _stream(self, path: str, body: Mapping[str, Any], ask: Ask) -> AsyncIterator[Piece]:
+    async def _stream(self, path: str, body: Mapping[str, Any], ask: Ask) -> AsyncGenerator[Piece, None]:
         url, prompt = self._wire.url, None
         async with contextlib.aclosing(self._wire.events(path, body)) as events:
             async for event in events:
@@ -146,7 +146,7 @@ class VLLM(Ours):
     def goes_on(self, ask: Ask) -> bool:
         return not ask.images
 
-    async def draw(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def draw(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         body, path = self._by_ids(ask), "/v1/completions"
         if ask.images:
             parts = [{"type": "image_url", "image_url": {"url": url}} for url in ask.images]
@@ -176,11 +176,11 @@ class SGLang(Ours):
         super().__init__(wire, model, sampling)
         self._version = ""
 
-    async def draw(self, ask: Ask) -> AsyncIterator[Piece]:
+    async def draw(self, ask: Ask) -> AsyncGenerator[Piece, None]:
         if ask.images:
             raise Unserved(f"{self._wire.url}: SGLang writes the ids of prompts with images anew; take another server")
         settings = self._settings() | {"max_new_tokens": ask.more, "skip_special_tokens": False}
-        body = {"rid": ask.name, "input_ids": [*ask.prompt, *ask.begun], "sampling_params": settings,
+        body: dict[str, Any] = {"rid": ask.name, "input_ids": [*ask.prompt, *ask.begun], "sampling_params": settings,
                 "return_logprob": True, "stream": False}  # fmt: skip
         version, url = self._version, f"{self._wire.url}/generate"
         reply = await self._wire.ask("POST", "/generate", body)

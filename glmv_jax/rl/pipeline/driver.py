@@ -114,7 +114,8 @@ class Pipeline:
             if self.settings.patience is not None:
                 timer = self._loop.call_later(self.settings.patience, self._lost, request.id, "no sign of it")
                 self._timers[request.id] = timer
-            self.engine.submit(request, functools.partial(self._loop.call_soon_threadsafe, self._ended, request))
+            in_loop: Any = self._loop.call_soon_threadsafe
+            self.engine.submit(request, functools.partial(in_loop, self._ended, request))
         if requests and self.settings.seconds is not None and self._limited < self.scheduler.step:
             self._limited = self.scheduler.step
             self._loop.call_later(self.settings.seconds, self._expired, self.scheduler.step)

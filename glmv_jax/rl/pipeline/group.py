@@ -11,7 +11,7 @@ import numpy as np
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, Prompt
 
 if TYPE_CHECKING:
-    from glmv_jax.rl.rewards.grade import Grade
+    pass
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,8 +26,8 @@ class Member:
     request: int | None = None
     since: int = 0
     prefix: Drawn | None = None
-    answer: Completion | None = None
-    grade: Grade | None = None
+    answer: Any = None  # Completion, when it has come
+    grade: Any = None  # Grade, of an answer
     attempt: int = 0
     aborts: int = 0
     failures: int = 0
@@ -97,7 +97,7 @@ class Group:
         return all(member.grade is not None for member in self.members)
 
     @property
-    def oldest(self) -> int | None:
+    def oldest(self) -> Any:
         """The lowest version of its tokens; None when none has begun."""
         known = [v for v in (member.oldest for member in self.members) if v is not None]
         return min(known, default=None)

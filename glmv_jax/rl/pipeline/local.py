@@ -69,9 +69,9 @@ class SamplerEngine:
     at version v draws with fold_in(key, v), as a synchronous step does, the j-th after it with that folded with j.
     """
 
-    def __init__(self, sampler: Sampler, rows: Rows, prompts: int, key: jax.Array, tokenizer: Any) -> None:
+    def __init__(self, sampler: Sampler, rows: Any, prompts: int, key: jax.Array, tokenizer: Any) -> None:
         self._sampler, self._rows, self._prompts, self._key, self._tokenizer = sampler, rows, prompts, key, tokenizer
-        self._params: Params | None = None
+        self._params: Any = None  # Params, from the first on
         self._version = self._calls = 0
         self._new: list[tuple[Request, OnDone]] = []
         self._waiting: list[tuple[Request, OnDone]] = []
@@ -158,7 +158,7 @@ def nothing() -> Drawn:
     return Drawn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
-def rule_grader(rows: Rows, verifiers: Mapping[str, Any]) -> GradeAnswer:
+def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
     """Grades the text of an answer by the verifier of its source, in a thread."""
     from glmv_jax.rl.rewards import score
 
@@ -169,7 +169,7 @@ def rule_grader(rows: Rows, verifiers: Mapping[str, Any]) -> GradeAnswer:
     return grade
 
 
-def system_grader(rows: Rows, system: Any, size: int) -> GradeAnswer:
+def system_grader(rows: Any, system: Any, size: int) -> GradeAnswer:
     """Grades by a `rewards.system.RewardSystem`; where it compares answers, all `size` of a group together."""
     from glmv_jax.rl.rewards import Answered
 
@@ -186,7 +186,7 @@ def system_grader(rows: Rows, system: Any, size: int) -> GradeAnswer:
     return grade
 
 
-def rollouts(groups: Sequence[Group], rows: Rows) -> tuple[list[Rollout], Batch]:
+def rollouts(groups: Sequence[Group], rows: Any) -> tuple[list[Rollout], Batch]:
     """The records of complete groups, group by group, and the prompt batch that their rows count in.
 
     ValueError: an answer was drawn from another prompt than the batch has, or from other images.

@@ -12,7 +12,7 @@ import collections
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +57,8 @@ def _row(group: Group, i: int) -> dict[str, Any]:
 
 def record_rows(records: Iterable[Rollout], step: int) -> list[dict[str, Any]]:
     """The same of records that one policy has drawn, after `step` updates, and that train it at once."""
-    rows, members = [], collections.Counter()
+    rows = []
+    members: collections.Counter[str] = collections.Counter()
     for r in records:
         uid = f"{step}/{'question' if r.drawn is None else 'episode'} {r.row}"
         rows.append({
@@ -95,7 +96,8 @@ class SampleLog:
             raise ValueError(f"{path} has {size} bytes where {begin} were written; it is not the file of this run")
         os.truncate(path, begin)
         self._file = open(path, "a", encoding="utf-8", errors="replace")
-        self._writer, self._written = ThreadPoolExecutor(1, "samples"), None
+        self._writer = ThreadPoolExecutor(1, "samples")
+        self._written: Future[None] | None = None
 
     def write(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Rows that nobody changes any more."""

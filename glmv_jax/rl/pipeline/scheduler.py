@@ -199,8 +199,8 @@ class Scheduler:
             return staleness.pick(ready, self.open.values(), self.step, self.settings)
         found: list[Group] = []
         for kind, counts in quotas.batches(self.settings.groups, self.settings.staleness + 1).items():
-            own = ([g for g in groups if quotas.of(g) == kind] for groups in (ready, self.open.values()))
-            if (some := staleness.pick(*own, self.step, self.settings, counts)) is None:
+            own, out = ([g for g in groups if quotas.of(g) == kind] for groups in (ready, self.open.values()))
+            if (some := staleness.pick(own, out, self.step, self.settings, counts)) is None:
                 return None
             found += some
         return found if len(found) == self.settings.groups else None
@@ -288,9 +288,9 @@ class Scheduler:
             uid = group.prompt.uid
             running = [member.request for member in group.members]
             for i in group.prune(oldest):
-                if running[i] is not None:
-                    del self._running[running[i]]
-                    self._stops.append(running[i])
+                if (request := running[i]) is not None:
+                    del self._running[request]
+                    self._stops.append(request)
                 self._tell("dropped", group, i)
                 self._idle.append((group, i))
             if self.ready.pop(uid, None) is not None:

@@ -32,8 +32,8 @@ from glmv_jax.inference.requests import Picture
 from glmv_jax.inference.requests import Prompt as Asked
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.rl.integrity import handed
-from glmv_jax.rl.pipeline.dialects import Ask, Ours, Piece, met
-from glmv_jax.rl.pipeline.local import Rows, nothing
+from glmv_jax.rl.pipeline.dialects import Ask, Piece, met
+from glmv_jax.rl.pipeline.local import nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
 from glmv_jax.rl.pipeline.slots import seed_of
 from glmv_jax.rl.pipeline.wire import Passing, Unserved, Wire
@@ -55,8 +55,8 @@ class Job:
     tokens: list[int]
     logprobs: list[float]
     versions: list[int]
-    ask: Ask | None = None
-    drawing: asyncio.Future | None = None
+    ask: Any = None  # Ask, when it is made
+    drawing: Any = None  # asyncio.Future
     sent: Ask | None = None
     stopped: bool = False
 
@@ -82,13 +82,13 @@ class ServedEngine:
     """
 
     def __init__(
-        self, wire: Wire, rows: Rows, sampling: Sampling, length: int, seed: int, tokenizer: Any, *,
+        self, wire: Wire, rows: Any, sampling: Sampling, length: int, seed: int, tokenizer: Any, *,
         write: Callable[[Params, Path], None], folder: Path, patch: int,
     ) -> None:  # fmt: skip
         self._rows, self._sampling, self._seed, self._tokenizer = rows, sampling, seed, tokenizer
         self._length, self._write, self._folder, self._patch = length, write, folder.absolute(), patch
         self._jobs: dict[int, Job] = {}
-        self._dialect: Ours | None = None
+        self._dialect: Any = None  # Ours, from the first weights on
         self._version, self._open = -1, asyncio.Event()  # when requests may be sent
         self._asked = functools.lru_cache(maxsize=1024)(self._begin_to_make)  # once for all answers of a group
         self._wire = wire
@@ -121,7 +121,8 @@ class ServedEngine:
     # --- weights ------------------------------------------------------------------------------------------------------
 
     async def _update(self, params: Params, version: int) -> None:
-        self._keep(asyncio.current_task())
+        own: Any = asyncio.current_task()
+        self._keep(own)
         self._dialect = self._dialect or await met(self._wire, self._sampling, self._length)
         target = self._folder / f"{version:08d}"
         await asyncio.to_thread(self._write_anew, params, target)
@@ -200,7 +201,8 @@ class ServedEngine:
             try:
                 reason = await job.drawing
             except asyncio.CancelledError:
-                if asyncio.current_task().cancelling():
+                own: Any = asyncio.current_task()
+                if own.cancelling():
                     raise
                 reason = "abort"
             if reason == "length" and len(job.tokens) < limit:

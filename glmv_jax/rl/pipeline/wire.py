@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 from glmv_jax.typing import UserError
@@ -75,7 +75,7 @@ class Wire:
             raise Unserved(f"{self.url}{path} replied with no JSON ({reply.content[:80]!r}); is it a server of answers?"
                            ) from None  # fmt: skip
 
-    async def events(self, path: str, body: Any) -> AsyncIterator[dict[str, Any]]:
+    async def events(self, path: str, body: Any) -> AsyncGenerator[dict[str, Any], None]:
         """The objects of a stream of server-sent events; left early, the connection is closed. Raises as `ask`."""
         try:
             async with self._http.stream("POST", self.url + path, json=body) as reply:

@@ -210,7 +210,8 @@ class Environments:
     """
 
     def __init__(self, make: Callable[[str], Environment]) -> None:
-        self._make, self._open = make, {}
+        self._make = make
+        self._open: dict[str, Environment] = {}
 
     def reset(self, source: str, seed: int, name: str = "") -> tuple[str, Observation]:
         """Begins an episode in the environment of that name, or in a new one if there is none: its name, and the first

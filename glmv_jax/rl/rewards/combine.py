@@ -8,10 +8,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TypeAlias
 
 from glmv_jax.config import nearest
-from glmv_jax.rl.rewards.grade import MIN_REWARD, Answered, Grade
+from glmv_jax.rl.rewards.grade import MIN_REWARD, Gradable, Grade
 from glmv_jax.typing import UserError
 
-Part: TypeAlias = Callable[[Answered], Awaitable[Grade]]
+Part: TypeAlias = Callable[[Gradable], Awaitable[Grade]]
 HOW = ("sum", "min", "first")
 
 
@@ -58,7 +58,7 @@ class Combination:
                 f"{', '.join(sorted(rest))}, not negative, and add up to 1"
             )
 
-    async def grade(self, parts: Mapping[str, Part], answered: Answered) -> Grade:
+    async def grade(self, parts: Mapping[str, Part], answered: Gradable) -> Grade:
         """The grade of an answer. A part that fails makes the whole fail: what is left is not what was asked for."""
         found: dict[str, Grade] = {}
         for name in self.gate:

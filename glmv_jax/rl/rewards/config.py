@@ -85,11 +85,11 @@ def part(what: str, given: Mapping[str, Any], kinds: Mapping[str, Mapping[str, A
 
 @dataclasses.dataclass(frozen=True)
 class SourceConfig:
-    """parts: name -> (kind, options); group: the options of GROUP and its comparator's (kind, options), or None."""
+    """parts: name -> (kind, options); group: (the options of GROUP, its comparator's kind and options), or None."""
 
     parts: dict[str, tuple[str, dict[str, Any]]]
     combination: Combination
-    group: tuple[dict[str, Any], str, dict[str, Any]] | None
+    group: Any
 
 
 def source(name: str, given: Mapping[str, Any], judges: Iterable[str]) -> SourceConfig:

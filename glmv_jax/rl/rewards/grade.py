@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from glmv_jax.data.records import Sample
 
@@ -103,15 +103,28 @@ def boxed(rule: Rule, *, format_weight: float = 0.1, most: int = MAX_CONTENT) ->
     return verify
 
 
-@dataclasses.dataclass(frozen=True)
-class Answered:
-    """What is graded: an answer to a sample. Every object with these four attributes will do, an episode too.
+class Gradable(Protocol):
+    """What is graded: an answer to a sample, such as `Answered` or an episode.
 
     sample: what was asked; None in an environment that grades for itself.
     text:   the final answer, box tokens and all.
     reward: the verdict of the environment it was given in; None where there is none.
-    source: the data-source tag; "" is that of the sample.
+    source: the data-source tag.
     """
+
+    @property
+    def sample(self) -> Sample | None: ...
+    @property
+    def text(self) -> str: ...
+    @property
+    def reward(self) -> float | None: ...
+    @property
+    def source(self) -> str: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Answered:
+    """An answer outside of an episode, see `Gradable`. source: "" is that of the sample."""
 
     sample: Sample | None
     text: str

@@ -12,7 +12,7 @@ from PIL import Image
 
 from glmv_jax.data.records import Sample
 from glmv_jax.rl.rewards import rubric
-from glmv_jax.rl.rewards.grade import Answered, Grade
+from glmv_jax.rl.rewards.grade import Gradable, Grade
 from glmv_jax.rl.rewards.judge import Client, JudgeError, Judging, data_uris
 from glmv_jax.rl.rewards.pool import RuleError
 from glmv_jax.rl.rewards.rvpo import BEFORE, rvpo
@@ -47,7 +47,7 @@ class Comparison:
     form: str = "algorithm1"
     polish: bool = False
 
-    async def grades(self, answered: Sequence[Answered], grades: Sequence[Grade]) -> list[Grade]:
+    async def grades(self, answered: Sequence[Gradable], grades: Sequence[Grade]) -> list[Grade]:
         """The grades of a group, with their rewards replaced by those of the comparison.
 
         An answer that cannot be rendered, or whose grade failed, is not compared and never correct. Adds the component

@@ -25,7 +25,7 @@ from glmv_jax.config import nearest
 from glmv_jax.data.records import Sample
 from glmv_jax.rl.rewards import config, groups, judge, rules
 from glmv_jax.rl.rewards.combine import Part
-from glmv_jax.rl.rewards.grade import FAILURES, Answered, Grade, failure
+from glmv_jax.rl.rewards.grade import FAILURES, Answered, Gradable, Grade, failure
 from glmv_jax.rl.rewards.pool import Pool, RuleError
 from glmv_jax.rl.rewards.style import style
 from glmv_jax.rl.rewards.worker import Spec
@@ -59,14 +59,14 @@ class RewardSystem:
 
     # --- what is asked of it ------------------------------------------------------------------------------------------
 
-    async def grade(self, answered: Answered) -> Grade:
+    async def grade(self, answered: Gradable) -> Grade:
         """The grade of one answer or episode, as soon as its parts are there.
 
         Of a source with a group-level reward this is what the parts say; `grade_group` completes it.
         """
         return await asyncio.wrap_future(self._start(self._grade(answered)))
 
-    async def grade_group(self, answered: Sequence[Answered], grades: Sequence[Grade] | None = None) -> list[Grade]:
+    async def grade_group(self, answered: Sequence[Gradable], grades: Sequence[Grade] | None = None) -> list[Grade]:
         """The grades of all answers to one sample; grades: those of `grade`, where they are there already."""
         return await asyncio.wrap_future(self._start(self._grade_group(answered, grades)))
 
@@ -140,7 +140,7 @@ class RewardSystem:
             raise UserError(f"no rewards for data source {source!r}{nearest(source, self._sources)}")
         return self._sources[source]
 
-    async def _grade(self, answered: Answered) -> Grade:
+    async def _grade(self, answered: Gradable) -> Grade:
         source, counts, begin = self._known(answered.source), self._counts[answered.source], time.monotonic()
         if not source.parts:  # all is left to the group
             return Grade(source.combination.lowest, True, {})
@@ -151,7 +151,7 @@ class RewardSystem:
             counts[flag] += 1
         return grade
 
-    async def _grade_group(self, answered: Sequence[Answered], grades: Sequence[Grade] | None) -> list[Grade]:
+    async def _grade_group(self, answered: Sequence[Gradable], grades: Sequence[Grade] | None) -> list[Grade]:
         if grades is None:
             grades = await asyncio.gather(*(self._grade(a) for a in answered))
         source = answered[0].source
@@ -212,7 +212,7 @@ class RewardSystem:
             render = self._called(rules.function(options["render"], options["render_args"]), options["limit"])
         return groups.Comparison(compare, render, options["form"], options["polish"])
 
-    async def _rule(self, call, images: bool, answered: Answered) -> Grade:
+    async def _rule(self, call, images: bool, answered: Gradable) -> Grade:
         sample = _asked(answered)
         found = await call(answered.text, sample if images else dataclasses.replace(sample, images=()))
         if isinstance(found, Grade):
@@ -222,13 +222,13 @@ class RewardSystem:
         return failure(flag)
 
 
-def _asked(answered: Answered) -> Sample:
+def _asked(answered: Gradable) -> Sample:
     if answered.sample is None:
         raise RuleError(f"an answer of {answered.source} comes without its sample")
     return answered.sample
 
 
-async def _survived(part: Part, answered: Answered) -> Grade:
+async def _survived(part: Part, answered: Gradable) -> Grade:
     """The part's grade, or that of a failure."""
     try:
         return await part(answered)
@@ -240,7 +240,7 @@ async def _survived(part: Part, answered: Answered) -> Grade:
         return failure("timeout" if isinstance(error, TimeoutError) else "error")
 
 
-async def _environment(answered: Answered, *, low: float, high: float, passes: float) -> Grade:
+async def _environment(answered: Gradable, *, low: float, high: float, passes: float) -> Grade:
     """The environment's own reward, from [low, high] to [0, 1], cut off outside."""
     if answered.reward is None:
         raise RuleError("the environment gave no reward")
@@ -251,5 +251,5 @@ async def _environment(answered: Answered, *, low: float, high: float, passes: f
     return Grade(value, value >= passes, {"environment": value})
 
 
-async def _style(answered: Answered, **options: Any) -> Grade:
+async def _style(answered: Gradable, **options: Any) -> Grade:
     return style(answered.text, _asked(answered), **options)

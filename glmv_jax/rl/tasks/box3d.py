@@ -8,6 +8,7 @@ blocks of different colours at most; the answer is "[[x,y,z,sx,sy,sz,roll,pitch,
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -106,7 +107,8 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
 
 def misplaced(sample: Sample) -> list[str]:
     """The gold box among others, thrice, without angles, further off, too large, all of space, and other blocks."""
-    (gold,) = solids.parse(sample.answer)
+    golds: Any = solids.parse(sample.answer)
+    (gold,) = golds
     inner = sample.answer[1:-1]
     far = (gold[0], gold[1], gold[2] + 1.5 * math.hypot(gold[3], gold[5]), *gold[3:])
     large = (*gold[:3], *(2 * v for v in gold[3:6]), *gold[6:])

@@ -143,7 +143,11 @@ def _telling(code: str, tests: list[tuple[Any, Any]]) -> bool:
 def _varied(cases: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     """TESTS of the cases, those with results that have not been there first."""
     seen: set[str] = set()
-    new = [case for case in cases if (said := json.dumps(case[1])) not in seen and not seen.add(said)]
+    new = []
+    for case in cases:
+        if (said := json.dumps(case[1])) not in seen:
+            seen.add(said)
+            new.append(case)
     return [*new, *(case for case in cases if case not in new)][:TESTS]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -42,7 +43,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     corners = scene.place(rng, split, (SIDE, SIDE), [(THING, THING + LETTERS + 8)] * number)
     while corners is None:
         corners = scene.place(rng, split, (SIDE, SIDE), [(THING, THING + LETTERS + 8)] * number)
-    facts = {
+    facts: dict[str, Any] = {
         "things": [{"noun": noun, "label": label, "corner": list(corner)}
                    for noun, label, corner in zip(things, labels, corners)],
         "paper": list(drawing.background(split, rng)),

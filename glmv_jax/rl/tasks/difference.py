@@ -7,6 +7,7 @@ colour, another shape, another place, or is new; the answer is a point on it in 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -40,7 +41,8 @@ def changed(things: list[scene.Thing], how: str, split: str, rng: np.random.Gene
         return [*rest, dataclasses.replace(last, noun=scene.choose(rng, [s for s in drawing.SHAPES if s != last.noun]))]
     side = last.box[2] - last.box[0]
     for _ in range(40):
-        (x, y), *_ = scene.place(rng, split, CANVAS, [(side, side)])
+        placed: Any = scene.place(rng, split, CANVAS, [(side, side)])  # there is room for one
+        x, y = placed[0]
         moved = dataclasses.replace(last, box=(x, y, x + side, y + side))
         far = max(abs(x - last.box[0]), abs(y - last.box[1])) >= LEAST_MOVE
         if far and all(free(moved, thing) for thing in things):

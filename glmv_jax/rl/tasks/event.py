@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -113,7 +114,8 @@ def moments() -> Rule:
         if form == "which":
             return text.exact(content, sample)
         if form == "span":
-            found, gold = span(content), span(sample.answer)
+            found = span(content)
+            gold: Any = span(sample.answer)
             if found is None:
                 return WRONG
             right = max(abs(found[0] - gold[0]), abs(found[1] - gold[1])) <= step / 4
@@ -135,7 +137,8 @@ def hacks(sample: Sample) -> list[str]:
     times = [f"{t:.1f}" for t in sample.times]
     spread = [",".join(times), " ".join(times), f"{times[0]} to {times[-1]}", f"[[{times[0]},{times[-1]}]]"]
     if sample.meta["form"] == "span":
-        first, last = span(sample.answer)
+        gold: Any = span(sample.answer)
+        first, last = gold
         return [*spread, f"[[{last},{first}]]", f"[[{first},{last}],[{first},{last}]]", f"{first}", "[[0,9999]]",
                 f"[[{first - sample.meta['step']},{last}]]"]  # fmt: skip
     return spread + [time for time in times if time != sample.answer] + [f"{sample.answer} {sample.answer}", "1e1"]

@@ -6,6 +6,7 @@ another element (section 4 of the report, Lens 1: critic data). Legible at 96 to
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -45,12 +46,14 @@ def corrected(*, threshold: float = 0.5) -> Rule:
     has IoU >= threshold with the gold. "0" is right only where nothing is wrong, and then nothing else is."""
 
     def rule(content: str, sample: Sample) -> Score:
-        found, gold = _ANSWER.fullmatch(content), _ANSWER.fullmatch(sample.answer)
+        found = _ANSWER.fullmatch(content)
+        gold: Any = _ANSWER.fullmatch(sample.answer)
         if not found or found[1] != gold[1]:
             return WRONG
         if gold[1] == "0":
             return WRONG if found[2] else RIGHT
-        said, true = gui_perceive.parse(found[2]), gui_perceive.parse(gold[2])
+        said = gui_perceive.parse(found[2])
+        true: Any = gui_perceive.parse(gold[2])
         right = said is not None and said[0] == true[0] and coordinates.iou(said[1], true[1]) >= threshold
         return Score(1.0 if right else LINE, right)
 

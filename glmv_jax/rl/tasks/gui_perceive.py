@@ -4,6 +4,8 @@ of its kind, name, state and box. Legible at the 96 to 128 pixels that `data.gui
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from glmv_jax.data import coordinates
@@ -51,8 +53,8 @@ def elements(*, threshold: float = 0.5) -> Rule:
 
     def rule(content: str, sample: Sample) -> Score:
         lines = [line for line in content.splitlines() if line.strip()]
-        golds = [parse(line) for line in sample.answer.splitlines()]
-        found = [each for each in map(parse, lines) if each]
+        golds: list[Any] = [parse(line) for line in sample.answer.splitlines()]
+        found: list[Any] = [each for each in map(parse, lines) if each]
         if not found or len(lines) > geometry.MAX_SHAPES:
             return WRONG
         iou_NM = coordinates.iou_matrix(np.array([box for _, box in found]), np.array([box for _, box in golds]))
@@ -68,7 +70,7 @@ def elements(*, threshold: float = 0.5) -> Rule:
 
 def hacks(sample: Sample) -> list[str]:
     """Boxes without words and words without boxes, other words, every line twice, all elements for the one asked."""
-    golds = [parse(line) for line in sample.answer.splitlines()]
+    golds: list[Any] = [parse(line) for line in sample.answer.splitlines()]
     lists = [coordinates.format_lists([box]) for _, box in golds]
     wrong = [
         "\n".join(lists),

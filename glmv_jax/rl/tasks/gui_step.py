@@ -7,6 +7,7 @@ will do. Legible at the 96 to 128 pixels that `data.gui` draws windows at.
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 
@@ -66,7 +67,7 @@ def nearer() -> Rule:
     def rule(content: str, sample: Sample) -> Score:
         window, aim = goal.window_of(sample.meta["window"]), goal.goal_of(sample.meta["goal"])
         action, left = parse(content), goal.remaining(window, aim)
-        if action == "" or (action is None) != (left == 0):
+        if isinstance(action, str) or (action is None) != (left == 0):
             return WRONG
         if action is None or _shorter(window, aim, action):
             return RIGHT
@@ -79,16 +80,16 @@ def nearer() -> Rule:
     return rule
 
 
-def _shorter(window: Window, aim: goal.Goal, action: goal.Action) -> bool:
-    after = goal.remaining(act(window, action), aim)
-    return after is not None and after < goal.remaining(window, aim)
+def _shorter(window: Window, aim: goal.Goal, action: Any) -> bool:
+    after, left = goal.remaining(act(window, action), aim), goal.remaining(window, aim)
+    return after is not None and left is not None and after < left
 
 
 def _targets(window: Window, aim: goal.Goal) -> list[tuple[int, ...]]:
     """Boxes in 0..999 of the elements a click on which shortens the way."""
     clicks = [window.click(*element.centre) for element in window.elements]
     left = goal.remaining(window, aim)
-    nearer = [(after := goal.remaining(each, aim)) is not None and after < left for each in clicks]
+    nearer = [left is not None and (after := goal.remaining(each, aim)) is not None and after < left for each in clicks]
     return [coordinates.encode_box(e.box, *window.size) for e, right in zip(window.elements, nearer) if right]
 
 

@@ -6,6 +6,8 @@ value. A question belongs to one split by its hash. Without the extra `riddle` i
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from glmv_jax.data.questions import read, scene
@@ -18,7 +20,7 @@ from glmv_jax.typing import UserError
 
 # Data set -> the settings that keep its questions short. Without parentheses basic_arithmetic works from left to right
 # (0.1.25: "3 + 9 * 10" is 120), so they stay.
-DATA_SETS = {
+DATA_SETS: dict[str, dict[str, Any]] = {
     "basic_arithmetic": {"max_terms": 3, "max_digits": 2, "operators": ("+", "-", "*")},
     "chain_sum": {"max_terms": 4, "max_digits": 2},
     "count_bits": {"max_n": 255},

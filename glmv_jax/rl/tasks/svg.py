@@ -7,6 +7,7 @@ Legible at the 48 to 64 pixels that the pictures are drawn at. Written as number
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -33,7 +34,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     lang, size = scene.language(rng), scene.choose(rng, scene.CANVASES)
     number = scene.choose(rng, (1, 2, 2, 3))
     colours = scene.distinct(rng, tuple(drawing.COLOURS), number)
-    extents = [tuple(int(n) for n in rng.integers(12, 23, 2)) for _ in range(number)]
+    extents = [(int(w), int(h)) for w, h in (rng.integers(12, 23, 2) for _ in range(number))]
     corners = scene.place(rng, split, size, extents)
     while corners is None:  # they were too large together
         extents = [(max(8, w - 2), max(8, h - 2)) for w, h in extents]
@@ -110,7 +111,8 @@ def hacks(sample: Sample) -> list[str]:
     width, height = sample.meta["size"]
     head = f'<svg viewBox="0 0 {width} {height}">'
     gold = svg.shapes(sample.answer, (width, height))
-    colour = "rgb({},{},{})".format(*(gold[0].fill or gold[0].stroke))
+    seen: Any = gold[0].fill or gold[0].stroke
+    colour = "rgb({},{},{})".format(*seen)
     whole = f'<rect width="{width}" height="{height}" fill="{{}}"/>'
     dot = f'<rect x="{{}}" y="{{}}" width="4" height="4" fill="{colour}"/>'
     dots = "".join(dot.format(n * 5 % width, n * 7 % height) for n in range(30))

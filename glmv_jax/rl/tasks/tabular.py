@@ -5,6 +5,8 @@ Meant for 96 x 64 pixels (96 patches of 8), letters of 10 pixels; up to four row
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -79,7 +81,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
 
 def ragged(sample: Sample) -> list[str]:
     """All text in one cell, empty cells, no cells, the table again and again, and markup that does not close."""
-    gold = tables.parse(sample.answer)
+    gold: Any = tables.parse(sample.answer)
     words = [cell.text for row in gold.children for cell in row.children]
     count = len(gold.children)
     empty = "".join("<tr>" + "<td></td>" * len(row.children) + "</tr>" for row in gold.children)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -48,8 +49,8 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     for second in range(FRAMES):
         picture = Image.new("RGB", canvas, background)
         for path, shape, colour, shade in zip(paths, shapes, colours, rgb):
-            if path[second]:
-                scene.Thing(shape, colour, shade, path[second]).paint(picture)
+            if box := path[second]:
+                scene.Thing(shape, colour, shade, box).paint(picture)
         film.append(picture)
     boxes = {second: coordinates.encode_box(box, *canvas) for second, box in enumerate(asked) if box}
     answer = ",".join(f"{second}:{coordinates.format_lists([box])}" for second, box in boxes.items())
@@ -64,7 +65,7 @@ def _path(rng: np.random.Generator, canvas: tuple[int, int]) -> Path:
         side = int(rng.integers(9, 13))
         ends = rng.integers(1, np.array(canvas) - side, size=(2, 2))
         if np.abs(ends[1] - ends[0]).max() >= (FRAMES - 1) * side / 2:
-            corners = np.linspace(*ends, FRAMES).round().astype(int).tolist()
+            corners = np.linspace(ends[0], ends[1], FRAMES).round().astype(int).tolist()
             return [(x, y, x + side, y + side) for x, y in corners]
 
 
@@ -99,7 +100,8 @@ def tracks(*, threshold: float = 0.5, graded: float = 0.5) -> Rule:
         found = parse(content)
         if found is None:
             return WRONG
-        ious = list(overlaps(found, parse(sample.answer)).values())
+        gold: Any = parse(sample.answer)
+        ious = list(overlaps(found, gold).values())
         hits = sum(iou >= threshold for iou in ious) / len(ious)
         return Score(graded * sum(ious) / len(ious) + (1 - graded) * hits, hits == 1.0)
 
@@ -108,7 +110,7 @@ def tracks(*, threshold: float = 0.5, graded: float = 0.5) -> Rule:
 
 def hacks(sample: Sample) -> list[str]:
     """One box for all seconds, the whole picture, one second only, seconds named twice, times shifted."""
-    gold = parse(sample.answer)
+    gold: Any = parse(sample.answer)
     written = lambda track: ",".join(f"{s}:{coordinates.format_lists([box])}" for s, box in track)  # noqa: E731
     seconds, first, last = range(FRAMES), min(gold), max(gold)
     return [

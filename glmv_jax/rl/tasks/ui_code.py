@@ -133,12 +133,12 @@ def render(answer_text: str, sample: Sample) -> Image.Image | None:
 
 def nearer(sample: Sample, a: Any, b: Any) -> tuple[float, float]:
     """The scores of two rendered answers by how near they are to the page that was shown: a comparator by rule."""
-    return tuple(pictures.closeness(each.picture, sample.images[0]) for each in (a, b))
+    return pictures.closeness(a.picture, sample.images[0]), pictures.closeness(b.picture, sample.images[0])
 
 
 def hacks(sample: Sample) -> list[str]:
     """Nothing, a page of one colour, the words alone, many blocks, the gold page covered, a script that draws it."""
-    page = _page(sample.answer, tuple(sample.meta["size"]))
+    page: Any = _page(sample.answer, tuple(sample.meta["size"]))
     said = " ".join(block.text for block in page.blocks if block.text)
     colour = "rgb({},{},{})".format(*page.blocks[0].colour)
     cover = '<div style="position:fixed;inset:0;background:{}"></div>'
