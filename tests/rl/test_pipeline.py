@@ -57,6 +57,7 @@ def test_stages_overlap_and_a_step_takes_as_long_as_the_longest():
     each = np.diff(w.times)[5:].mean()
     assert each <= 1.15 * 1.0, each
     assert pipeline.trace.overlap() >= 0.6
+    assert pipeline.trace.overlap(("rollout", "reward", "batch", "weights")) >= 0.6, "among themselves, too"
     assert max(ages(w)) <= 3 and w.uids == sorted(w.uids)
     # The same parts one after the other.
     one = world(Settings(8, 4, staleness=0), lambda r: 500, engine={"slots": 16}, **seconds)
@@ -121,7 +122,7 @@ def test_overlap_is_the_time_two_stages_work():
     trace.add("rollout", "", 1.0, 3.0)
     trace.add("reward", "", 3.0, 5.0)
     trace.add("train", "", 9.0, 10.0)
-    assert trace.overlap() == pytest.approx(1.0 / 6.0)
+    assert trace.overlap() == pytest.approx(1.0 / 6.0) and trace.overlap(("rollout", "reward")) == pytest.approx(0.2)
     assert trace.seconds() == {"rollout": 4.0, "reward": 2.0, "batch": 0.0, "weights": 0.0, "train": 1.0}
     with pytest.raises(ValueError, match="not one of rollout"):
         trace.add("rolout", "", 0.0, 1.0)

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,11 +64,12 @@ class Trace:
         spans = self.spans
         return {stage: sum(e - b for b, e, _ in _levels(s for s in spans if s.stage == stage)) for stage in STAGES}
 
-    def overlap(self) -> float:
-        """Of the time in which any stage worked, the share in which two or more different ones did. 0 without spans."""
-        levels = list(_levels(self.spans))
+    def overlap(self, stages: Sequence[str] = STAGES) -> float:
+        """Of the time in which any of these stages worked, the share in which two or more different ones did. 0 without
+        spans."""
+        levels = list(_levels(span for span in self.spans if span.stage in stages))
         total = sum(e - b for b, e, _ in levels)
-        return sum(e - b for b, e, stages in levels if stages > 1) / total if total else 0.0
+        return sum(e - b for b, e, working in levels if working > 1) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """The trace event format: a process a stage, and in it as many rows as it had spans at once; beside it the
