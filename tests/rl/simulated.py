@@ -74,7 +74,8 @@ def tokens(weights: str, request: Request, begin: int, end: int) -> np.ndarray:
 class Engine:
     """Writes `length(request)` tokens at one a `tick` seconds, in `slots` at a time.
 
-    fate(request): "" for an answer, "failed" for one that fails half-way, "lost" for one that never ends.
+    fate(request): "" for an answer, "length" for one that was cut, "failed" for one that fails half-way, "lost" for one
+    that never ends.
     """
 
     def __init__(self, length: Callable[[Request], int], *, tick=0.001, slots=10**9, fate=lambda request: ""):
@@ -120,7 +121,7 @@ class Engine:
             timer.cancel()
         elapsed = asyncio.get_running_loop().time() - began
         most = self.length(request) - len(request.prefix or ())
-        count = most if reason == "stop" else min(most, int(elapsed / self.tick + 1e-9))
+        count = most if reason in ("stop", "length") else min(most, int(elapsed / self.tick + 1e-9))
         on_done(Completion(self._draw(request, began, count), reason, {"error": "crash"} if reason == "failed" else {}))
         self._start()
 

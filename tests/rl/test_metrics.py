@@ -27,9 +27,11 @@ def life(path, settings: Settings) -> list[dict]:
     scheduler = Scheduler(Numbers(SOURCES), settings, notes.append)
 
     def fate(request) -> str:
-        return "failed" if random.Random(f"{request.prompt.uid}/{request.id}").random() < 0.05 else ""
+        if random.Random(f"{request.prompt.uid}/{request.id}").random() < 0.05:
+            return "failed"
+        return "length" if length(request) == 80 else ""
 
-    length = lambda r: int(random.Random(f"{r.prompt.uid}/{r.member}").lognormvariate(3.5, 0.8)) + 1  # noqa: E731
+    length = lambda r: min(80, int(random.Random(f"{r.prompt.uid}/{r.member}").lognormvariate(3.5, 0.8)) + 1)  # noqa: E731
     world = World(scheduler, Engine(length, fate=fate), reward=0.001, update=0.02)
 
     async def grade(request, completion):
@@ -100,7 +102,7 @@ def test_numbers_by_source_are_what_pandas_finds_in_the_dumped_samples(tmp_path)
     rows = life(path, Settings(8, 4, staleness=2, late="abort", in_flight=12))
     wanted, got = recomputed(path), summary(rows, passes=(1, 2, 8), threshold=0.7)
     assert {name.rpartition("/")[2] for name in got} == {*SOURCES, "mean"}
-    for metric in ("timeout", "failed", "aborted", "staleness", "mismatch", "same"):
+    for metric in ("timeout", "failed", "aborted", "truncated", "staleness", "mismatch", "same"):
         assert got[f"{metric}/mean"] > 0, f"the run has no {metric}, so nothing is compared"
     assert sorted(got) == sorted(wanted)
     for name, value in wanted.items():
