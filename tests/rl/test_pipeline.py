@@ -124,6 +124,8 @@ def test_overlap_is_the_time_two_stages_work():
     trace.add("train", "", 9.0, 10.0)
     assert trace.overlap() == pytest.approx(1.0 / 6.0) and trace.overlap(("rollout", "reward")) == pytest.approx(0.2)
     assert trace.seconds() == {"rollout": 4.0, "reward": 2.0, "batch": 0.0, "weights": 0.0, "train": 1.0}
+    trace.add("reference", "runs/start", 0.0, 20.0)  # which lies there, and does no work
+    assert trace.overlap() == pytest.approx(1.0 / 6.0) and trace.seconds()["reference"] == 20.0
     with pytest.raises(ValueError, match="not one of rollout"):
         trace.add("rolout", "", 0.0, 1.0)
 

@@ -5,6 +5,7 @@ Not covered: whether a copy to a device takes less time than the rewards it is h
 
 from __future__ import annotations
 
+import json
 import types
 
 import jax
@@ -24,6 +25,7 @@ from glmv_jax.train import state as state_lib
 from glmv_jax.train.reference import Parked
 from glmv_jax.typing import UserError
 from tests.random_params import switched_on
+from tests.train.test_rl_integrity import build
 
 needs_8 = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 (emulated) devices")
 
@@ -154,6 +156,41 @@ def test_the_first_policy_is_on_its_way_while_rewards_are_computed(asked):
     assert seen and all(row == [True, False] for row in seen)
     assert not any(parked.is_here for parked in made.others.parked.values())
     assert left < 100_000, "bytes of another policy are left on the device"
+
+
+def test_beside_the_training_it_is_on_its_way_before_its_batch_is_there(tmp_path):
+    """As the trace tells it, which Perfetto shows: started before the batch was made, gone before the next update."""
+    made = build(tmp_path, "async")
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    made.others.roles = {"a": reference.Role(True, ())}
+    made.others.parked = {"a": Parked(jax.device_put(numbers(0), host))}
+    seen = {"grader": [], "forward": []}
+    graders = dict(made.verifiers)
+
+    def grade(text, sample):
+        seen["grader"].append(made.others.parked["a"].is_here)
+        return graders[sample.source](text, sample)
+
+    def logprobs(params, rows):
+        seen["forward"].append(kinds(params))
+        return jnp.zeros(rows["tokens"].shape)
+
+    made.verifiers, made.others.logprobs = dict.fromkeys(made.names, grade), logprobs
+    data = made.train_data()
+    try:
+        for step in range(3):
+            made.next_batch(data, types.SimpleNamespace(params={}, step=step))
+            assert not made.others.parked["a"].is_here and kinds(made.others.parked["a"]._parked) == {"pinned_host"}
+    finally:
+        data.close()
+    assert seen["forward"] == [{"device"}] * 3 and len(seen["grader"]) == 24 and all(seen["grader"])
+    trace = json.loads((tmp_path / "trace.json").read_text())
+    spans = {name: sorted((e["ts"], e["ts"] + e["dur"]) for e in trace["traceEvents"] if e.get("cat") == name)
+             for name in ("reference", "batch", "train")}  # fmt: skip
+    assert len(spans["reference"]) == len(spans["batch"]) == 3
+    for held, batch in zip(spans["reference"], spans["batch"]):
+        assert held[0] < batch[0] < batch[1] < held[1], "under way while answers were drawn, graded and packed"
+    assert trace["otherData"]["reference_seconds"] > 0
 
 
 def test_log_probabilities_are_those_of_resident_weights(asked):

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 STAGES = ("rollout", "reward", "batch", "weights", "train")
+HELD = "reference"  # no work: other policies' weights on the devices, from the start of their copies to their end
 
 
 class Span(NamedTuple):
-    """Work of a stage from `begin` to `end`, seconds of the trace's clock; facts: JSON-able."""
+    """Work of a stage (or `HELD`) from `begin` to `end`, seconds of the trace's clock; facts: JSON-able."""
 
     stage: str
     name: str
@@ -45,8 +46,8 @@ class Trace:
 
     def add(self, stage: str, name: str, begin: float, end: float | None = None, **facts: Any) -> None:
         """Records work that has ended (now, by default). ValueError for a stage that does not exist."""
-        if stage not in STAGES:
-            raise ValueError(f"stage {stage!r} is not one of {', '.join(STAGES)}")
+        if stage not in (*STAGES, HELD):
+            raise ValueError(f"stage {stage!r} is not one of {', '.join((*STAGES, HELD))}")
         with self._lock:
             self._spans.append(Span(stage, name, begin, self.clock() if end is None else end, facts))
 
@@ -60,9 +61,10 @@ class Trace:
             self.add(stage, name, begin, **facts)
 
     def seconds(self) -> dict[str, float]:
-        """By stage, the time in which it had work under way, however much at once."""
+        """By stage, the time in which it had work under way, however much at once; `HELD` where there is any."""
         spans = self.spans
-        return {stage: sum(e - b for b, e, _ in _levels(s for s in spans if s.stage == stage)) for stage in STAGES}
+        busy = lambda stage: sum(e - b for b, e, _ in _levels(s for s in spans if s.stage == stage))  # noqa: E731
+        return {stage: busy(stage) for stage in _rows(spans)}
 
     def overlap(self, stages: Sequence[str] = STAGES) -> float:
         """Of the time in which any of these stages worked, the share in which two or more different ones did. 0 without
@@ -77,7 +79,7 @@ class Trace:
         spans = self.spans
         zero = min((span.begin for span in spans), default=0.0)
         events: list[dict[str, Any]] = []
-        for pid, stage in enumerate(STAGES, 1):
+        for pid, stage in enumerate(_rows(spans), 1):
             events.append({"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": stage}})
             free: list[tuple[float, int]] = []  # (until when it is taken, row)
             for span in sorted((s for s in spans if s.stage == stage), key=lambda s: s.begin):
@@ -97,6 +99,10 @@ class Trace:
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(self.to_json()), encoding="utf-8")
         os.replace(part, path)
+
+
+def _rows(spans: Iterable[Span]) -> tuple[str, ...]:
+    return (*STAGES, HELD) if any(span.stage == HELD for span in spans) else STAGES
 
 
 def _levels(spans: Iterable[Span]) -> Iterator[tuple[float, float, int]]:

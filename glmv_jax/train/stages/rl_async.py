@@ -84,13 +84,16 @@ class Asynchronous:
 
         stage.grading.open()
         parts = Parts(scheduler, self._engine(), stage.grading.answers(self._rows), build, close)
-        return Background(parts, stage.samples.run)
+        data = Background(parts, stage.samples.run)
+        stage.others.trace = data.trace
+        return data
 
     def next_batch(self, data: Background, state: Any) -> tuple[Batch, Batch, dict[str, float]]:
         """The rows of an update, what other policies say of them, and metrics."""
-        stage = self._stage
+        stage, version = self._stage, int(state.step)  # which is known when the update before has ended
+        stage.others.prefetch()
         # A copy, as the engine draws with it while the step that follows takes the memory of the state.
-        taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), int(state.step))
+        taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), version)
         rows, left_out, records = taken.batch
         rows = for_ranks(rows, stage.ranks)
         others = stage.others.said_of([rows], state.params)[0]

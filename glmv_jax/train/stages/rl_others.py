@@ -15,6 +15,7 @@ from glmv_jax.losses.chunked import head_map
 from glmv_jax.losses.select import Targets
 from glmv_jax.models import vlm
 from glmv_jax.parallel import rules as rules_lib
+from glmv_jax.rl.pipeline.trace import HELD, Trace
 from glmv_jax.train import reference
 from glmv_jax.train.state import Placement
 from glmv_jax.typing import Batch, Params
@@ -24,13 +25,19 @@ if TYPE_CHECKING:
 
 
 class Others:
-    """The policies beside the trained one. They have its architecture, and wait in the host's memory."""
+    """The policies beside the trained one. They have its architecture, and wait in the host's memory.
+
+    trace: of the asynchronous form; it is told when they were on the devices.
+    """
+
+    trace: Trace | None = None
 
     def __init__(self, stage: RL) -> None:
         self.stage, self.exact = stage, stage.objective.distil.kind == "top_k"
         self.roles = reference.roles(stage.cfg, stage.names)
         self.parked: dict[str, reference.Parked] = {}
         self._placement: Placement | None = None
+        self._since: dict[str, float] = {}  # when copies to the devices were started, by the trace's clock
 
     def begin(self, placement: Placement) -> None:
         """Where the trained policy lives, and they too when it is their turn."""
@@ -59,9 +66,10 @@ class Others:
 
     def prefetch(self) -> None:
         """Called when answers are drawn and their rewards are not known yet: the caches of the sampler are gone, and
-        the first policy is on its way while the host is busy."""
-        for parked in list(self.parked.values())[:1]:
-            parked.prefetch()
+        the first policy is on its way while the host is busy. In the asynchronous form, when an update has ended and
+        its memory is free: before the batch that is asked about is there."""
+        for run in list(self.parked)[:1]:
+            self._fetch(run)
 
     def said_of(self, batches: list[Batch], params: Params) -> list[Batch]:
         """For each batch the arrays of `shapes`. params: the trained ones.
@@ -80,13 +88,22 @@ class Others:
                     found["proximal"] = self.logprobs(params, rows)
             runs = list(self.parked)
             for run, following in zip(runs, [*runs[1:], None]):
+                self._fetch(run)
                 with self.parked[run].here() as theirs:
                     if following:
-                        self.parked[following].prefetch()
+                        self._fetch(following)
                     for found, rows in zip(said, placed):
                         self._ask(self.roles[run], theirs, rows, found)
                     jax.block_until_ready(said)
+                if self.trace is not None:
+                    self.trace.add(HELD, run, self._since[run])
         return said
+
+    def _fetch(self, run: str) -> None:
+        """Starts the copies of one, unless that has been done."""
+        if self.trace is not None and not self.parked[run].is_here:
+            self._since[run] = self.trace.clock()
+        self.parked[run].prefetch()
 
     def _ask(self, role: reference.Role, params: Params, rows: Batch, found: Batch) -> None:
         """Adds to `found` what a policy is asked for; a teacher's word counts on its sources."""
