@@ -16,13 +16,16 @@ from glmv_jax import config
 from glmv_jax.rl import Grade
 from glmv_jax.train import main
 from glmv_jax.typing import UserError
+from tests.inference.test_drafting import made_half_right
+from tests.random_params import switched_on
 
 SMALL = ["model.vision.depth=1", "model.decoder.depth=1", "rollout.prompts=6", "rollout.group=4",
          "rollout.minibatches=1", "rollout.max_new_tokens=6", "data.ahead=0"]  # fmt: skip
 
 
-def build(folder, *more: str):
+def build(folder, *more: str, **rollout):
     cfg = config.override(config.load("experiments/rl_grpo.py:size=nano"), [*SMALL, *more])
+    cfg.rollout.update(rollout)
     cfg.faults = str(folder / "faults.jsonl")
     stage = main.stage_class("rl")(cfg)
     stage.verifiers = dict.fromkeys(stage.names, by_parity)
@@ -105,6 +108,30 @@ def test_a_restart_goes_on_with_what_was_not_trained_on(tmp_path):
             wrong.close()
 
 
+def test_drafts_of_the_mtp_head_are_kept_and_the_log_probabilities_are_the_trainers(tmp_path, monkeypatch):
+    """That drawn answers keep the distribution of the model is tests/inference/test_drafting.py's."""
+    made = build(tmp_path, "rollout.pipeline=async", "rollout.staleness=0", "rollout.slots=8", "rollout.proximal=true",
+                 "rollout.max_new_tokens=14", drafts=2)  # fmt: skip
+    fronts, front = [], made.beside._front
+    monkeypatch.setattr(made.beside, "_front", lambda *new: fronts.append(front(*new)) or fronts[0])
+    params = jax.jit(lambda key: switched_on(made.init_params(key)))(jax.random.key(0))
+    params = made_half_right(params, made.model.decoder.width, 0.08)
+    data = made.train_data()
+    try:
+        for step in range(3):
+            new = jax.tree.map(lambda x, by=1.0 + 0.02 * step: x * by, params)
+            made.next_batch(data, types.SimpleNamespace(params=new, step=step))
+        counts = fronts[0].engine.counts.copy()
+    finally:
+        data.close()
+    assert counts.accepted.sum() > 0.1 * counts.reached.sum() > 20, counts
+    rows = [row for row in map(json.loads, (tmp_path / "samples.jsonl").open()) if "trained_logprobs" in row]
+    assert len(rows) > 24
+    for row in rows:
+        assert set(row["versions"]) == {row["step"]} and len(row["trained_logprobs"]) == row["length"]
+        np.testing.assert_allclose(row["logprobs"], row["trained_logprobs"], atol=1e-4)
+
+
 def test_groups_whose_rewards_are_equal_are_replaced(tmp_path):
     stage = build(tmp_path, "rollout.pipeline=async", "rollout.dynamic=true")
     data = stage.train_data()
@@ -121,5 +148,11 @@ def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
         build(tmp_path, "rollout.pipeline=asynch")
     with pytest.raises(UserError, match="every batch of groups is one update; set minibatches=1"):
         build(tmp_path, "rollout.pipeline=async", "rollout.minibatches=2")
+    for more in ((), ("rollout.slots=8",), ("rollout.pipeline=async",)):
+        with pytest.raises(UserError, match="rollout.drafts=2 are of the engine of this process; set rollout.slots"):
+            build(tmp_path, *more, drafts=2)
+    with pytest.raises(UserError, match="weights of its own for each depth"):
+        build(tmp_path, "rollout.pipeline=async", "rollout.slots=8", "model.mtp.depth=2", "model.mtp.weights=per_depth",
+              drafts=2)  # fmt: skip
     with pytest.raises(UserError, match="rollout.quotas='sources' is not known; choose one of '', 'form', 'source'"):
         build(tmp_path, "rollout.pipeline=async", "rollout.quotas=sources")

@@ -120,7 +120,7 @@ class Asynchronous:
         longest, patches = stage.asker.max_tokens, stage.asker.max_patches
         sizes = EngineSettings(
             slots=r.slots, length=longest + stage.longest, chunks=(min(64, longest), longest), patches=(patches,),
-            pictures=r.prompts * patches // 4, queue=4 * r.slots,
+            pictures=r.prompts * patches // 4, queue=4 * r.slots, drafts=rl_questions.drafts(stage),
         )  # fmt: skip
         engine = Engine(stage.model, params, stage.sampler.sampling, sizes, version=version)
         engine.warm()

@@ -18,6 +18,7 @@ from glmv_jax.rl.pipeline import protocols
 from glmv_jax.rl.play import Limits, Policy
 from glmv_jax.rl.players import sampled, served
 from glmv_jax.rl.turns import DRAWN
+from glmv_jax.train.stages import rl_questions
 from glmv_jax.typing import Params
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ class Players:
         chunks = tuple(sorted({min(n, length) for n in (64, 512)}))
         sizes = Settings(
             slots=r.slots, length=length, chunks=chunks, patches=(asker.max_patches,),
-            pictures=r.slots * limits.patches // 4, queue=4 * r.slots,
+            pictures=r.slots * limits.patches // 4, queue=4 * r.slots, drafts=rl_questions.drafts(self._stage),
         )  # fmt: skip
         engine = Engine(self._stage.model, params, self._sampling, sizes, version=version)
         engine.warm()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 
 from glmv_jax.data.tokenizer import BOX
+from glmv_jax.inference import drafting_programs
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.rl.curriculum import Expansion, kept, useful
 from glmv_jax.rl.pipeline import Group, Member
@@ -41,9 +42,10 @@ class Answered(NamedTuple):
 def sampling(stage: RL) -> Sampling:
     """How answers are drawn: with cfg.rollout.thinking they begin with so many tokens of thinking at most.
 
-    UserError where nothing is left for the answer, and for episodes, whose turns have no such limit.
+    UserError where nothing is left for the answer, and for episodes, whose turns have no such limit; and see `drafts`.
     """
     r, settings = stage.cfg.rollout, {}
+    drafts(stage)
     if think := r.get("thinking", 0):
         if stage.episodes:
             raise UserError("rollout.thinking is of questions; set it to 0 with rollout.environments")
@@ -53,6 +55,24 @@ def sampling(stage: RL) -> Sampling:
         close = stage.tokenizer.special["</think>"]
         settings = {"think": think, "close": close, "allow": (*BOX, "</think>")}
     return Sampling.chat(stage.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p, **settings)
+
+
+def drafts(stage: RL) -> int:
+    """Tokens that the MTP head drafts a step of decoding (cfg.rollout.drafts): answers come in fewer passes, and their
+    distribution and log-probabilities are the policy's own (`inference.drafting_programs`).
+
+    UserError where no engine of this process draws, and for a model that cannot draft.
+    """
+    r = stage.cfg.rollout
+    if not (count := r.get("drafts", 0)):
+        return 0
+    if not r.get("slots", 0) or r.get("engine", "") or not (stage.asynchronous or stage.episodes):
+        raise UserError(
+            f"rollout.drafts={count} are of the engine of this process; set rollout.slots, 8 say, and "
+            "rollout.pipeline=async, and leave rollout.engine empty (a server has its own: glmv serve --speculative)"
+        )
+    drafting_programs.check(stage.model, count)
+    return count
 
 
 def limits(stage: RL) -> dict[str, int]:
