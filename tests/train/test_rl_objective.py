@@ -128,5 +128,7 @@ def test_thinking_is_ended_by_force_and_what_was_put_there_is_not_learnt():
         else:
             assert learnt.all()
     assert put > 4 and len(starts) >= 8 and not any("think>" in text for text in graded)
+    with pytest.raises(UserError, match="rollout.top_p=0.9 draws from a part of the policy's distribution"):
+        stage("rollout.top_p=0.9")
     with pytest.raises(UserError, match="leaves no room for an answer in rollout.max_new_tokens=16"):
         stage("rollout.thinking=15")

@@ -42,10 +42,14 @@ class Answered(NamedTuple):
 def sampling(stage: RL) -> Sampling:
     """How answers are drawn: with cfg.rollout.thinking they begin with so many tokens of thinking at most.
 
-    UserError where nothing is left for the answer, and for episodes, whose turns have no such limit; and see `drafts`.
+    UserError where nothing is left for the answer, and for episodes, whose turns have no such limit; for nuclei, which
+    are no distribution that the update knows (GLM-V, 5.3.2, found text garbled by them); and see `drafts`.
     """
     r, settings = stage.cfg.rollout, {}
     drafts(stage)
+    if r.top_p < 1:
+        raise UserError(f"rollout.top_p={r.top_p} draws from a part of the policy's distribution, and what is trained "
+                        "on are log-probabilities under all of it; set rollout.top_p=1.0")  # fmt: skip
     if think := r.get("thinking", 0):
         if stage.episodes:
             raise UserError("rollout.thinking is of questions; set it to 0 with rollout.environments")
