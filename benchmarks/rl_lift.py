@@ -62,7 +62,8 @@ def measured(folder: pathlib.Path) -> dict[str, dict[str, float]]:
     for task, samples in asked.items():
         for shuffled in (False, True)[: 1 + (task in PICTURED)]:
             chosen = vlm_eval.with_shuffled_images(samples) if shuffled else samples
-            grades = score(chosen, vlm_eval.answers(stage.drawing, params, chosen, stage.asker, 32))
+            drawn = {"temperature": 1.0, "max_new_tokens": stage.cfg.eval.max_new_tokens}
+            grades = score(chosen, vlm_eval.answers(stage.answering(params), params, chosen, stage.asker, **drawn))
             mean = lambda of: round(sum(map(of, grades)) / len(grades), 3)  # noqa: B023, E731
             found["shuffled" if shuffled else "reward"][task] = mean(lambda grade: grade.reward)
             if not shuffled:
