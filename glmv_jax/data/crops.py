@@ -20,7 +20,7 @@ from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import patchify, to_rgb
 from glmv_jax.data.pipeline import ALONE, Reading, vision_row
 from glmv_jax.data.seeds import generator
-from glmv_jax.data.stream import Rows, Stream
+from glmv_jax.data.stream import Batches, Rows, Stream
 from glmv_jax.typing import UserError
 
 
@@ -38,7 +38,7 @@ def mim_batches(
     merge: int = 2, mask_ratio: float = 0.35, mask_kind: str = "blockwise",
     crop_scale: tuple[float, float] = (1.0, 1.0), reading: Reading = ALONE, keys: bool = False,
     stored: Stored | None = None,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Masked crops of size x size pixels. sources: name -> random access of (id, PIL image).
 
     mask_kind: "blockwise" or "random". crop_scale: shares of an image's area that are cropped, see `files.random_crop`.
@@ -54,14 +54,15 @@ def mim_batches(
     names = list(sources)
     rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)
             for name, source in sources.items()}
-    crops: Any = Mixture(rows, weights)
+    mixed = Mixture(rows, weights)
+    crops: Any = mixed
     if stored is not None:
         stored.cache.check_whole(stored.split, reading.shard)
         crops = _Again(crops, stored.cache.items[stored.split], mask, reading.seed)
     batches: Any = Stream(grain.MapDataset.source(crops).batch(batch, drop_remainder=True), reading.workers)
     if stored is not None:
         batches = features.WithFeatures(batches, stored.cache, stored.names, stored.split, reading.shard)
-    return reading.iterator(batches)
+    return reading.iterator(batches, mixed)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from glmv_jax.data.pairs import balance, picture
 from glmv_jax.data.pipeline import ALONE, Reading, vision_row
 from glmv_jax.data.records import Pair
 from glmv_jax.data.schedule import Schedule
-from glmv_jax.data.stream import Rows, Stream, UniqueBatchIterDataset, Workers
+from glmv_jax.data.stream import Batches, Rows, Stream, UniqueBatchIterDataset, Workers
 from glmv_jax.data.text_rows import TextRows
 from glmv_jax.typing import UserError
 
@@ -35,7 +35,7 @@ def siglip_batches(
     pairs: Any, tokenizer: TextRows, patcher: Patcher, *, batch: int, lengths: Mapping[int, float] | None = None,
     text_length: int = 16, chinese: float | None = None, texts: Mapping[str, float] | None = None, basics: float = 0.0,
     reading: Reading = ALONE,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Image-text pairs, no emoji twice in a batch. `source` in a batch counts in SHIPPED.
 
     pairs: endless random access where index i shows emoji i mod n (`emoji.Pairs`).
@@ -56,37 +56,38 @@ def siglip_batches(
     transform = functools.partial(_siglip_row, tokenizer=tokenizer, length=text_length, chinese=chinese,
                                   shares=np.cumsum(shares / shares.sum()))
 
-    def batches(length: int, reading: Reading, workers: Workers) -> grain.IterDataset:
+    def rows(length: int, reading: Reading) -> Guarded:
         order: Any = _ConceptEpochs(pairs, reading)
         if basics:
             own = Basics(reading.seed * reading.shards + reading.shard)
             order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
         row = functools.partial(transform, patcher=dataclasses.replace(patcher, max_patches=length))
-        rows = Stream(reading.guarded(order, row, "pairs"), workers, chunk=32)
-        return UniqueBatchIterDataset(rows, batch, "concept", below=len(emoji.load()))
+        return reading.guarded(order, row, "pairs")
 
-    return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
+    return _of_lengths(rows, lengths or {patcher.max_patches: 1.0}, reading, batch, below=len(emoji.load()))
 
 
-def _of_lengths(batches: Callable[[int, Reading, Workers], grain.IterDataset], lengths: Mapping[int, float],
-                reading: Reading) -> grain.DatasetIterator:
+def _of_lengths(rows: Callable[[int, Reading], Any], lengths: Mapping[int, float], reading: Reading, batch: int,
+                below: int) -> Batches:
     """Batches of image rows of one length, which changes from batch to batch and is the same on every host.
 
     Each length goes through the pairs in an order of its own; the same processes make the rows of all.
+    below: see `UniqueBatchIterDataset`.
     """
-    workers = Workers(reading.workers)
-    streams = {str(length): batches(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n), workers)
-               for n, length in enumerate(lengths)}
-    if len(streams) == 1:
-        return reading.iterator(*streams.values())
-    return reading.iterator(Schedule(streams, {str(length): share for length, share in lengths.items()}, reading.seed))
+    workers, shares = Workers(reading.workers), {str(length): share for length, share in lengths.items()}
+    made = {str(length): rows(length, dataclasses.replace(reading, seed=reading.seed + 7919 * n))
+            for n, length in enumerate(lengths)}
+    streams = {length: UniqueBatchIterDataset(Stream(items, workers, chunk=32), batch, "concept", below=below)
+               for length, items in made.items()}
+    batches = Schedule(streams, shares, reading.seed) if len(streams) > 1 else next(iter(streams.values()))
+    return reading.iterator(batches, Mixture(made, shares))
 
 
 def pair_batches(
     sources: Mapping[str, pairs.Source], tokenizer: TextRows, patcher: Patcher, *, batch: int,
     lengths: Mapping[int, float] | None = None, text_length: int = 64, chinese: float | None = 0.5,
     heldout: float = 0.0, unseen: Collection[int] = (), reading: Reading = ALONE,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Image-text pairs of sources on disk, in the form of `siglip_batches`. A record may come twice in a batch.
 
     `concept` is a hash of the picture (or of the text, where a source says so): pairs of one picture are no negatives
@@ -99,7 +100,7 @@ def pair_batches(
     parts = balance.opened(sources, reading.shard, reading.shards, reading.log)
     balanced = balance.Balanced(parts, chinese, heldout)
 
-    def batches(length: int, reading: Reading, workers: Workers) -> grain.IterDataset:
+    def rows(length: int, reading: Reading) -> Mixture:
         own = dataclasses.replace(patcher, max_patches=length)
 
         def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
@@ -107,10 +108,9 @@ def pair_batches(
                                     length=text_length, unseen=frozenset(unseen), source=list(sources).index(name))
             return reading.guarded(order, row, name)
 
-        rows = Stream(balanced.mixed(reading.seed, guard), workers, chunk=32)
-        return UniqueBatchIterDataset(rows, batch, "concept", below=0)
+        return balanced.mixed(reading.seed, guard)
 
-    return _of_lengths(batches, lengths or {patcher.max_patches: 1.0}, reading)
+    return _of_lengths(rows, lengths or {patcher.max_patches: 1.0}, reading, batch, below=0)
 
 
 def _pair_row(ref: balance.Ref, rng: np.random.Generator, *, langs: tuple[str, ...], alike: str, tokenizer: TextRows,

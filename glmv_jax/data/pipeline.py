@@ -42,7 +42,7 @@ from glmv_jax.data.hashes import image_hash
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.packing import PackIterDataset, collate
 from glmv_jax.data.records import Sample
-from glmv_jax.data.stream import Rows, Stream, prefetched
+from glmv_jax.data.stream import Batches, Rows, Stream, prefetched
 from glmv_jax.typing import UserError
 
 
@@ -81,9 +81,9 @@ class Reading:
         """A source with its transform, broken records replaced."""
         return Guarded(source, transform, name=name, seed=self.seed, log=self.log)
 
-    def iterator(self, batches: grain.IterDataset) -> grain.DatasetIterator:
-        """The batches, made ahead if wished."""
-        return prefetched(batches, self.ahead) if self.ahead else iter(batches)
+    def iterator(self, batches: grain.IterDataset, items: Any) -> Batches:
+        """The batches, made ahead if wished. items: what they are made of, see `stream.Batches`."""
+        return Batches(prefetched(batches, self.ahead) if self.ahead else iter(batches), items)
 
 
 ALONE = Reading()  # one host, without worker processes
@@ -103,7 +103,7 @@ def vision_row(patches_PC: np.ndarray, yx_P2: np.ndarray, budget: int) -> Rows:
 def vlm_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, form: str, batch: int,
     encoder: Encoder | None = None, reading: Reading = ALONE,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Packed rows of builder.max_tokens tokens and builder.max_patches patches.
 
     sources: name -> random access of `Sample`; their names are what `source` counts in. form: "pretrain" or "chat".
@@ -111,12 +111,11 @@ def vlm_batches(
     if form not in ("pretrain", "chat"):
         raise UserError(f"unknown document form {form!r}; choose pretrain or chat")
     names = list(sources)
-    documents = guarded_documents(sources, builder, form, reading)
-    stream = Stream(Mixture(documents, weights), reading.workers, chunk=32)
+    documents = Mixture(guarded_documents(sources, builder, form, reading), weights)
     return reading.iterator(PackIterDataset(
-        stream, tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
-        rows=batch, names=names, log=reading.log, targets=builder.max_targets, images=builder.max_images,
-        encoder=encoder))
+        Stream(documents, reading.workers, chunk=32), tokens=builder.max_tokens, patches=builder.max_patches,
+        channels=builder.patcher.channels, rows=batch, names=names, log=reading.log, targets=builder.max_targets,
+        images=builder.max_images, encoder=encoder), documents)
 
 
 def guarded_documents(sources: Mapping[str, Any], builder: DocumentBuilder, form: str, reading: Reading
@@ -129,11 +128,11 @@ def guarded_documents(sources: Mapping[str, Any], builder: DocumentBuilder, form
 def prompt_batches(
     sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, *, batch: int,
     reading: Reading = ALONE,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Questions to sample answers for, one a row, with "samples", which they come from, and "hashes", of their images
-    (`hashes.image_hash`), which what learns from the answers is held against."""
-    return reading.iterator(Stream(prompt_items(sources, weights, builder, batch=batch, reading=reading),
-                                   reading.workers))
+    (`hashes.image_hash`), which what learns from the answers is held against. Items are (Sample, Document)."""
+    asked = _asked(sources, weights, builder, reading)
+    return reading.iterator(Stream(_collated(asked, list(sources), builder, batch), reading.workers), asked)
 
 
 def prompt_items(
@@ -141,11 +140,18 @@ def prompt_items(
     reading: Reading = ALONE,
 ) -> grain.MapDataset:
     """Random access to the batches of `prompt_batches`."""
-    names = list(sources)
-    pairs = {name: reading.guarded(reading.endless(source), _Build(builder, "prompt", name, keep=True), name)
-             for name, source in sources.items()}
+    return _collated(_asked(sources, weights, builder, reading), list(sources), builder, batch)
+
+
+def _asked(sources: Mapping[str, Any], weights: Mapping[str, float], builder: DocumentBuilder, reading: Reading
+           ) -> Mixture:
+    return Mixture({name: reading.guarded(reading.endless(source), _Build(builder, "prompt", name, keep=True), name)
+                    for name, source in sources.items()}, weights)
+
+
+def _collated(asked: Mixture, names: Sequence[str], builder: DocumentBuilder, batch: int) -> grain.MapDataset:
     collated = functools.partial(_collate_prompts, builder=builder, names=names)
-    return grain.MapDataset.source(Mixture(pairs, weights)).batch(batch, drop_remainder=True, batch_fn=collated)
+    return grain.MapDataset.source(asked).batch(batch, drop_remainder=True, batch_fn=collated)
 
 
 @dataclasses.dataclass(frozen=True)

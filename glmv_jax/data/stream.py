@@ -208,6 +208,26 @@ class _UniqueBatchIterator(grain.DatasetIterator):
         self._parent.set_state(state)
 
 
+class Batches(grain.DatasetIterator):
+    """The batches of an iterator, whose state they have; and what those are made of, for who looks at it first.
+
+    items: random access to single items (documents, rows), in the order in which batches take them.
+    """
+
+    def __init__(self, parent: grain.DatasetIterator, items: Any):
+        super().__init__(parent)
+        self.items = items
+
+    def __next__(self) -> Any:
+        return next(self._parent)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._parent.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._parent.set_state(state)
+
+
 def prefetched(batches: grain.IterDataset, ahead: int = 2) -> grain.DatasetIterator:
     """An iterator whose batches are made in a thread while the device works, `ahead` of them at most.
 

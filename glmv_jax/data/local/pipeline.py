@@ -24,7 +24,7 @@ from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.packing import PackIterDataset
 from glmv_jax.data.pairs import balance
 from glmv_jax.data.pipeline import ALONE, Reading, guarded_documents
-from glmv_jax.data.stream import Stream
+from glmv_jax.data.stream import Batches, Stream
 from glmv_jax.typing import UserError
 
 
@@ -42,7 +42,7 @@ def batches(
     files: Mapping[str, local.Source], generators: Mapping[str, Any], weights: Mapping[str, float],
     assembler: Assembler, *, form: str, batch: int, records: Mapping[str, Any] | None = None, power: float = 0.0,
     heldout: float = 0.0, packing: Packing = Packing(), reading: Reading = ALONE,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Packed rows of the sources in `files`, and beside them of `generators` (name -> random access of `Sample`) and of
     `records` (name -> of `schema.Record`, as `gui.Windows`).
 
@@ -59,11 +59,12 @@ def batches(
         made = dataclasses.replace(assembler, long=files[name].long, name=name, log=log)
         documents[name] = reading.guarded(balance.Order(reader, rows, reading.seed, heldout), made, name)
     sizes = {name: len(rows) for name, (_, rows) in parts.items()}
-    stream = Stream(Mixture(documents, shares(files, sizes, weights, power)), reading.workers, chunk=8)
+    mixed = Mixture(documents, shares(files, sizes, weights, power))
+    stream = Stream(mixed, reading.workers, chunk=8)
     return reading.iterator(PackIterDataset(
         Parts(stream), tokens=builder.max_tokens, patches=builder.max_patches, channels=builder.patcher.channels,
         rows=batch, names=list(documents), log=log, targets=builder.max_targets, images=builder.max_images,
-        fit=packing.fit, ahead=packing.ahead, trimmed=True, slices=packing.slices, encoder=packing.encoder))
+        fit=packing.fit, ahead=packing.ahead, trimmed=True, slices=packing.slices, encoder=packing.encoder), mixed)
 
 
 def shares(files: Mapping[str, local.Source], sizes: Mapping[str, int], weights: Mapping[str, float], power: float
