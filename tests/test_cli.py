@@ -72,7 +72,7 @@ finally:
 
 @pytest.mark.parametrize("command", ["train", "cache-teachers", "train-vocabulary", "import-hf", "export-hf", "compile",
                                      "generate", "serve", "eval", "report", "doctor", "show-config", "shapes",
-                                     "tasks"])  # fmt: skip
+                                     "tasks", "show-data", "show-batch"])  # fmt: skip
 def test_every_help_teaches_by_example(capsys, command):
     with pytest.raises(SystemExit) as done:
         cli.main([command, "--help"])

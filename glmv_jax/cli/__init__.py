@@ -44,6 +44,7 @@ _COMMANDS = {
     "compile": _Command(inspection.compile_for, aot.options),
     "doctor": _Command(inspection.doctor, None),
     "show-config": _Command(inspection.show_config, inspection.show_config_options),
+    "show-data": _Command(inspection.show_data, inspection.show_data_options),
     "show-batch": _Command(inspection.show_batch, inspection.show_batch_options),
     "shapes": _Command(inspection.shapes, inspection.shapes_options),
     "tasks": _Command(inspection.tasks, inspection.tasks_options),

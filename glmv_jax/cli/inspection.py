@@ -1,4 +1,5 @@
-"""`glmv compile`, `doctor`, `show-config`, `show-batch`, `shapes`, `tasks`: what a machine has, what a run would be."""
+"""`glmv compile`, `doctor`, `shapes`, `tasks`, `show-config`, `show-data`, `show-batch`: what a machine has, what a run
+would be."""
 
 from __future__ import annotations
 
@@ -84,6 +85,35 @@ def shapes_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--limit-mb", type=float, default=64.0, metavar="MB", help="on a device: larger is large (64)")
     sub.add_argument("--allow-replicated", action="append", metavar="REGEX", help="what may be whole; repeatable")
     sub.add_argument("--json", nargs="?", const="-", metavar="FILE", help="all of it as JSON: to a file, or printed")
+
+
+def show_data(args: argparse.Namespace) -> int:
+    """Shows what the sources of any stage give, before it is packed or batched: how much, how large, what is skipped.
+
+    For each source: its share, wanted and drawn; records that are broken or left out, with the reasons; the sizes of
+    texts and pictures; and examples with their pictures, as the model will see them. Broken records end nothing, and
+    nothing is written but the page. Items are those that training would draw, in its order; with a source that has an
+    end, draws beyond its records are of its next epoch.
+
+      glmv show-data --config experiments/vlm_pretrain.py:size=nano
+      glmv show-data --config experiments/vlm_sft.py:size=nano,sources=mine --config.data.sources.mine.path=mine/ \
+          --config.data.sources.mine.prompt="What is it?" --html data.html
+      glmv show-data --config experiments/cogvit_siglip.py:size=l,sources=web --draws 2000 --examples 6 \
+          --config.data.sources.web.path='web-{000..127}.tar' --html data.html
+
+    Exit code 1 when a source gave nothing at all. What rows and batches then hold is shown by glmv show-batch.
+    """
+    from glmv_jax.train import show_data as lib
+
+    tallies = lib.show_data(read_config(args), args.draws, args.examples, args.html)
+    return 1 if any(tally.turns and not tally.drawn for tally in tallies) else 0
+
+
+def show_data_options(sub: argparse.ArgumentParser) -> None:
+    config_options(sub)
+    sub.add_argument("--draws", type=int, default=256, metavar="N", help="items drawn, of all sources (default 256)")
+    sub.add_argument("--examples", type=int, default=2, metavar="N", help="shown of each source (default 2)")
+    sub.add_argument("--html", metavar="FILE", help="write a page instead of printing")
 
 
 def show_batch(args: argparse.Namespace) -> int:

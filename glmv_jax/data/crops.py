@@ -19,7 +19,7 @@ from glmv_jax.data.files import crop_box, cropped
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.naflex import patchify, to_rgb
 from glmv_jax.data.pipeline import ALONE, Reading, vision_row
-from glmv_jax.data.seeds import generator
+from glmv_jax.data.seeds import ENDLESS, generator
 from glmv_jax.data.stream import Batches, Rows, Stream
 from glmv_jax.typing import UserError
 
@@ -52,7 +52,8 @@ def mim_batches(
     transform = functools.partial(_mim_row, size=size, scale=(low, high), patch=patch, merge=merge, mask=mask,
                                   keys=keys or stored is not None)
     names = list(sources)
-    rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name)
+    rows = {name: reading.guarded(reading.endless(source), functools.partial(transform, source=names.index(name)), name,
+                                  records=len(source) if len(source) < ENDLESS else None)
             for name, source in sources.items()}
     mixed = Mixture(rows, weights)
     crops: Any = mixed

@@ -64,12 +64,14 @@ class Guarded:
     """A source with a transform, in which a record that raises is logged (but for `LeftOut`) and replaced by the next.
 
     source:    random access; `transform(record, rng) -> item`, rng depending on (seed, name, index) only.
+    records: how many the source has, where it has an end: for who looks at it; what is read of it may have none.
     window, limit: UserError when more than `limit` of the last `window` records failed, or TRIES in a row.
     """
 
     def __init__(self, source: Any, transform: Callable[[Any, np.random.Generator], Any], *, name: str, seed: int,
-                 log: FaultLog, window: int = 1000, limit: float = 0.05):
+                 log: FaultLog, records: int | None = None, window: int = 1000, limit: float = 0.05):
         self.source, self.transform, self.name, self.seed, self.log = source, transform, name, seed, log
+        self.records = records
         self.limit = limit
         self.faults = 0
         self._last: collections.deque[bool] = collections.deque(maxlen=window)
@@ -84,7 +86,7 @@ class Guarded:
             record = None
             try:
                 record = self.source[index]
-                item = self.transform(record, generator(self.seed, self.name, index))
+                item = self.made_of(record, index)
             except BUGS:
                 raise
             except LeftOut as error:
@@ -98,14 +100,22 @@ class Guarded:
         raise UserError(f"{TRIES} records of source {self.name!r} in a row failed, the last with {reason}; "
                         f"mend the source{self._where()}")
 
+    def made_of(self, record: Any, index: int) -> Any:
+        """The item of a record that was read under this index. Raises what a broken one raises."""
+        return self.transform(record, generator(self.seed, self.name, index))
+
     def _failed(self, index: int, record: Any, reason: str) -> None:
         self.faults += 1
         self._last.append(True)
-        id_ = getattr(record, "id", None) or (record[0] if isinstance(record, tuple) else f"{self.name}/{index}")
-        self.log.add(self.name, str(id_), reason, index)
+        self.log.add(self.name, self.id(record, index), reason, index)
         if len(self._last) == self._last.maxlen and sum(self._last) > self.limit * len(self._last):
             raise UserError(f"{sum(self._last)} of the last {len(self._last)} records of source {self.name!r} failed, "
                             f"the last with {reason}; mend the source{self._where()}")
+
+    def id(self, record: Any, index: int) -> str:
+        """Its own, or else one of source and index."""
+        own = getattr(record, "id", None) or (record[0] if isinstance(record, tuple) else f"{self.name}/{index}")
+        return str(own)
 
     def _where(self) -> str:
         return f", the faults are in {self.log.path}" if self.log.path else ""

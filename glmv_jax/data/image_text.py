@@ -57,10 +57,8 @@ def siglip_batches(
                                   shares=np.cumsum(shares / shares.sum()))
 
     def rows(length: int, reading: Reading) -> Guarded:
-        order: Any = _ConceptEpochs(pairs, reading)
-        if basics:
-            own = Basics(reading.seed * reading.shards + reading.shard)
-            order = Mixture({"emoji": order, "basics": own}, {"emoji": 1.0 - basics, "basics": basics})
+        own = {"emoji": _ConceptEpochs(pairs, reading), "basics": Basics(reading.seed * reading.shards + reading.shard)}
+        order = Mixture(own, {"emoji": 1.0 - basics, "basics": basics})
         row = functools.partial(transform, patcher=dataclasses.replace(patcher, max_patches=length))
         return reading.guarded(order, row, "pairs")
 
@@ -106,7 +104,7 @@ def pair_batches(
         def guard(order: balance.Order, langs: tuple[str, ...], name: str) -> Guarded:
             row = functools.partial(_pair_row, langs=langs, alike=sources[name].alike, tokenizer=tokenizer, patcher=own,
                                     length=text_length, unseen=frozenset(unseen), source=list(sources).index(name))
-            return reading.guarded(order, row, name)
+            return reading.guarded(order, row, name, records=len(order.reader))
 
         return balanced.mixed(reading.seed, guard)
 

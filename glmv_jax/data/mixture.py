@@ -43,9 +43,23 @@ class Mixture:
         return sys.maxsize
 
     def __getitem__(self, k: int) -> Any:
+        _, source, index = self.within(k)
+        return source[index]
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """Of each source, of all elements."""
+        return {name: part / sum(self._parts) for name, part in zip(self.names, self._parts)}
+
+    @property
+    def sources(self) -> dict[str, Any]:
+        """Those that are read."""
+        return dict(zip(self.names, self._sources))
+
+    def within(self, k: int) -> tuple[str, Any, int]:
+        """Element k -> (name of its source, the source, index within it)."""
         which, index = self.locate(k)
-        source = self._sources[which]
-        return source[index % len(source)]
+        return self.names[which], self._sources[which], index % len(self._sources[which])
 
     def locate(self, k: int) -> tuple[int, int]:
         """Element k -> (number of its source among `names`, index within that source)."""

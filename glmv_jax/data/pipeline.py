@@ -77,9 +77,9 @@ class Reading:
             raise UserError(f"a source of {len(source)} records cannot be read by {self.shards} hosts; use fewer")
         return grain.MapDataset.source(source)[self.shard::self.shards].shuffle(seed=self.seed % 2**32).repeat()
 
-    def guarded(self, source: Any, transform: Any, name: str) -> Guarded:
-        """A source with its transform, broken records replaced."""
-        return Guarded(source, transform, name=name, seed=self.seed, log=self.log)
+    def guarded(self, source: Any, transform: Any, name: str, records: int | None = None) -> Guarded:
+        """A source with its transform, broken records replaced. records: see there."""
+        return Guarded(source, transform, name=name, seed=self.seed, log=self.log, records=records)
 
     def iterator(self, batches: grain.IterDataset, items: Any) -> Batches:
         """The batches, made ahead if wished. items: what they are made of, see `stream.Batches`."""

@@ -36,12 +36,13 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Picture:
     """What the tower is given for an image: uint8 [H, W, 3], one for each frame that its patches hold. tokens: that it
-    takes. boxes, points: in 0..999, of the lists that the text after it speaks of."""
+    takes, or what else is counted (`unit`). boxes, points: in 0..999, of the lists that the text after it speaks of."""
 
     frames: tuple[np.ndarray, ...]
     tokens: int
     boxes: tuple[coordinates.Box, ...] = ()
     points: tuple[coordinates.Point, ...] = ()
+    unit: str = "tokens"
 
 
 @dataclasses.dataclass(frozen=True)

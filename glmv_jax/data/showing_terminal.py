@@ -19,7 +19,7 @@ _CONTROL = {n: f"\\x{n:02x}" for n in (*range(10), *range(11, 32), *range(127, 1
 def show(documents: Sequence[Shown], rows: Sequence[dict[str, tuple[int, int]]], title: str, console: Console) -> None:
     """Prints a batch as `showing.read` and `showing.budgets` give it."""
     heaviest = max((run.weight for each in documents for run in each.runs), default=0.0)
-    console.print(Text.assemble((title, "bold"), "  loss weight: ", *_legend(heaviest)))
+    console.print(Text.assemble((title, "bold"), "  loss weight: ", *legend(heaviest)))
     for b, used in enumerate(rows):
         own = [each for each in documents if each.row == b]
         said = ", ".join(f"{n} of {of} {name}" for name, (n, of) in used.items())
@@ -34,10 +34,15 @@ def body(document: Shown, heaviest: float) -> Text:
     text = Text()
     for run in document.runs:
         if run.picture < 0:
-            text.append(run.text.translate(_CONTROL), style=LEVELS[level(run.weight, heaviest)])
+            text.append(plain(run.text), style=LEVELS[level(run.weight, heaviest)])
         else:
             text.append(_line(run.picture, document.pictures[run.picture]), style="bold " + _colour(document))
     return text
+
+
+def plain(text: str) -> str:
+    """Without what would move the cursor or change colours, which is shown instead; line breaks stay."""
+    return text.translate(_CONTROL)
 
 
 def level(weight: float, heaviest: float) -> int:
@@ -48,7 +53,7 @@ def level(weight: float, heaviest: float) -> int:
 def _line(number: int, picture: Picture) -> str:
     height, width, _ = picture.frames[0].shape
     frames = f", {len(picture.frames)} frames" if len(picture.frames) > 1 else ""
-    return f"\n[image {number + 1}: {width}x{height} pixels{frames}, {picture.tokens} tokens]\n"
+    return f"\n[image {number + 1}: {width}x{height} pixels{frames}, {picture.tokens} {picture.unit}]\n"
 
 
 def _head(document: Shown) -> Text:
@@ -60,6 +65,6 @@ def _colour(document: Shown) -> str:
     return SEGMENTS[(document.segment - 1) % len(SEGMENTS)]
 
 
-def _legend(heaviest: float) -> list[tuple[str, str]]:
+def legend(heaviest: float) -> list[tuple[str, str]]:
     bounds = [f" to {heaviest * n / 4:.3g} " for n in range(1, 5)]
     return [(" 0 ", LEVELS[0]), *((bound, style) for bound, style in zip(bounds, LEVELS[1:]))]

@@ -29,6 +29,9 @@ class Vocabulary(Protocol):
     def encode(self, text: str) -> list[int]:
         """Ids of plain text, no special one among them, not even when the text spells one."""
 
+    def decode(self, ids: list[int]) -> str:
+        """The text of ids, special ones left out."""
+
 
 def load(path: str | pathlib.Path) -> Vocabulary:
     """The vocabulary in a file, told by its ending, or in a folder that holds one of FILES.
@@ -71,6 +74,9 @@ class SentencePiece:
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text)
 
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids)
+
 
 class TokenizersJson:
     """A tokenizer.json; see `Vocabulary`. What it says of templates, padding and truncation is not used."""
@@ -98,6 +104,9 @@ class TokenizersJson:
 
     def encode(self, text: str) -> list[int]:
         return self._model.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: list[int]) -> str:
+        return self._model.decode(ids, skip_special_tokens=True)
 
     def _first(self, names: tuple[str, ...]) -> int:
         ids = [i for i in map(self._model.token_to_id, names) if i is not None]

@@ -57,7 +57,8 @@ def batches(
         documents[name] = reading.guarded(References(reading.endless(source)), made, name)
     for name, (reader, rows) in parts.items():
         made = dataclasses.replace(assembler, long=files[name].long, name=name, log=log)
-        documents[name] = reading.guarded(balance.Order(reader, rows, reading.seed, heldout), made, name)
+        order = balance.Order(reader, rows, reading.seed, heldout)
+        documents[name] = reading.guarded(order, made, name, records=len(rows))
     sizes = {name: len(rows) for name, (_, rows) in parts.items()}
     mixed = Mixture(documents, shares(files, sizes, weights, power))
     stream = Stream(mixed, reading.workers, chunk=8)
