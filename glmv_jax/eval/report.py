@@ -16,10 +16,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
-from rich.table import Table as RichTable
-from rich.text import Text
 
 from glmv_jax import __version__
 from glmv_jax.eval import report_html as page
@@ -33,14 +30,13 @@ from glmv_jax.eval import (
     report_sweep,
     report_sweep_html,
     report_sweep_tables,
+    report_terminal,
 )
 from glmv_jax.eval.report_run import STAGES, StageRun, read
 from glmv_jax.eval.report_tables import Table, duration, final_table, quantity, rl_tables, share_table, short_table
 from glmv_jax.typing import UserError
 
 Paths = str | os.PathLike | Sequence[str | os.PathLike]
-_LEFT = ("metric", "arm", "arms")  # columns of words
-_TONES = {"good": "green", "bad": "red", "quiet": "dim", "head": "bold", "": ""}
 
 
 def write(paths: Paths, out: str | os.PathLike | None = None) -> pathlib.Path:
@@ -85,7 +81,7 @@ def show(paths: Paths, console: Console | None = None) -> None:
     else:
         tables = _tables(read(roots[0]))
     for content in tables:
-        _print(content, console)
+        report_terminal.show(content, console)
 
 
 def _roots(paths: Paths) -> list[pathlib.Path]:
@@ -101,20 +97,6 @@ def _are_runs(roots: list[pathlib.Path]) -> bool:
         return True
     inside = {path.name for path in root.iterdir()} - {"report.html"}
     return not (report_sweep.is_sweep(root) or not inside or inside & set(STAGES))
-
-
-def _print(content: Table, console: Console) -> None:
-    drawn = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True)
-    for i, name in enumerate(content.header):
-        words = i == 0 or name in _LEFT or content.kind == "values"
-        drawn.add_column(Text(name), justify="left" if words else "right", overflow="fold", no_wrap=i == 0)
-    for row in content.rows:
-        drawn.add_row(*(Text(cell.text, style=_TONES[cell.tone]) for cell in row))
-    console.print(Text(f"\n{content.title}", style="bold"))
-    if content.rows:
-        console.print(drawn)
-    if content.note:
-        console.print(Text(content.note, style="dim"))
 
 
 def _tables(stages: dict[str, StageRun]) -> list[Table]:

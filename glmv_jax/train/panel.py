@@ -10,12 +10,14 @@ from collections.abc import Iterable
 
 import jax
 from rich.columns import Columns
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+SHORTEST = 10  # columns of a bar
 SOURCES = 36  # shown; the rest is counted
 BESIDE = ("grad_norm", "lr", "accuracy", "accuracy/mean")  # metrics that are shown beside the headline
 
@@ -48,39 +50,67 @@ class View:
 
 def draw(view: View, memory: Iterable[str] = ()) -> RenderableType:
     """The panel. memory: words, as `memory` gives them."""
-    bar = Table.grid(padding=(0, 2), expand=True)
-    bar.add_column(ratio=1)
-    for _ in range(3):
-        bar.add_column(no_wrap=True)
-    done, left = ProgressBar(max(1, view.total), view.step), eta(view.step, view.total, view.rates, view.seconds_left)
-    percent = f"{100 * view.step // max(1, view.total)}%"
-    bar.add_row(done, f"step {view.step:,} of {view.total:,}", percent, f"eta {left}")
-    rows: list[RenderableType] = [bar, _numbers(view)]
+    rows: list[RenderableType] = [_Bar(view), _numbers(view)]
     if view.sources:
         shown = [_pair(name, f"{x:.3g}") for name, x in list(view.sources.items())[:SOURCES]]
         more = len(view.sources) - len(shown)
         shown += [Text(f"and {more} more", style="dim")] if more else []
-        rows.append(Columns(shown, padding=(0, 2), equal=True))
+        rows.append(Columns(shown, padding=(0, 2)))
     if view.rates:
-        rows += [_words(speed(view.rates)), _words(_shares(view))]
+        rows += [_Flow(speed(view.rates)), _Flow(_shares(view))]
     if memory := list(memory):
-        rows.append(_words([f"memory {memory[0]}", *memory[1:]]))
+        rows.append(_Flow([f"memory {memory[0]}", *memory[1:]]))
     stage = f" · {view.stage}" if view.stage not in ("", view.name) else ""
     return Panel(Group(*rows), title=Text(f"{view.name}{stage}", style="bold"), title_align="left", border_style="dim")
 
 
-def _numbers(view: View) -> Text:
+class _Flow:
+    """Words side by side, as many to a line as there is room for; none is broken but one that is longer than a line."""
+
+    def __init__(self, words: Iterable[str | Text]) -> None:
+        self.words = [word if isinstance(word, Text) else Text(word) for word in words]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = Text()
+        for word in self.words:
+            if line and line.cell_len + 2 + word.cell_len > options.max_width:
+                yield line
+                line = Text()
+            line = Text("  ").join([line, word]) if line else word
+        yield line
+
+
+class _Bar:
+    """How far a run is: the bar and what it means on one line, or on two where that is short."""
+
+    def __init__(self, view: View) -> None:
+        left = eta(view.step, view.total, view.rates, view.seconds_left)
+        percent = f"{100 * view.step // max(1, view.total)}%"
+        self.bar = ProgressBar(max(1, view.total), view.step)
+        self.words = [f"step {view.step:,} of {view.total:,}", percent, f"eta {left}"]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        if sum(map(len, self.words)) + 6 + SHORTEST > options.max_width:
+            yield self.bar
+            yield Segment.line()
+            yield _Flow(self.words)
+            return
+        grid = Table.grid(padding=(0, 2), expand=True)
+        grid.add_column(ratio=1)
+        for _ in self.words:
+            grid.add_column(no_wrap=True)
+        grid.add_row(self.bar, *self.words)
+        yield grid
+
+
+def _numbers(view: View) -> _Flow:
     said = [_pair(view.headline.removesuffix("/mean"), f"{view.values.get(view.headline, math.nan):.4g}", "bold")]
     said += [_pair(name.removesuffix("/mean"), f"{view.values[name]:.3g}") for name in BESIDE if name in view.values]
-    return Text("  ").join(said)
+    return _Flow(said)
 
 
 def _pair(name: str, value: str, style: str = "") -> Text:
     return Text.assemble((f"{name} ", "dim"), (value, style))
-
-
-def _words(words: Iterable[str]) -> Text:
-    return Text("  ".join(words))
 
 
 def eta(step: int, total: int, rates: dict[str, float], seconds_left: float = math.inf) -> str:

@@ -120,6 +120,23 @@ def test_one_panel_is_redrawn_in_place_and_messages_stay_above_it(terminal, monk
     assert re.search(r"memory host \d+\.\d of \d+ GiB", drawn)
 
 
+@pytest.mark.parametrize("width", [100, 80, 60, 40])
+def test_no_number_is_broken_at_any_width(width):
+    view = View("sft_more", "sft", 100_000)
+    sources = {f"ce/{name}": 0.1234 for name in ("attribute", "chart", "a_source_with_a_long_name")}
+    view.update(12_345, {"loss": 1.2345, "grad_norm": 0.123, "lr": 3e-4, "accuracy": 0.33, **sources}, RATES)
+    console = Console(file=io.StringIO(), width=width)
+    console.print(panel.draw(view, ["host 3.1 of 8 GiB", "device 70.1 of 80 GiB"]))
+    lines = console.file.getvalue().splitlines()
+    assert {len(line) for line in lines} == {width}
+    for words in ("step 12,345 of 100,000", "12%", "eta 12:10:28", "loss 1.234", "grad_norm 0.123", "lr 0.0003",
+                  "accuracy 0.33", "attribute 0.123", "a_source_with_a_long_name 0.123", "412 samples/s",
+                  "48.1 GFLOP/s (41% of peak)", "data wait 3%", "memory host 3.1 of 8 GiB",
+                  "device 70.1 of 80 GiB"):  # fmt: skip
+        assert any(words in line for line in lines), words
+    assert any("━" in line for line in lines)
+
+
 def test_it_is_drawn_at_most_four_times_a_second(monkeypatch, terminal):
     file, seen = terminal
     now, asked = [0.0], []
