@@ -1,7 +1,9 @@
 """Anthropic's messages: a body to what is asked, an answer to a body or to events.
 
 What clients send beyond the documented minimum is taken: messages of the role system among the others, images inside
-`tool_result`, turns that mix results and text, and any unknown field. Thinking is on where the request turns it on,
+`tool_result`, turns that mix results and text, and any unknown field. Films are blocks of the type `video` with the
+sources that images have, which is no part of Anthropic's API but what others that serve models which see films take
+(MiniMax's compatible API of November 2026). Thinking is on where the request turns it on,
 and as the model was made where it is `adaptive`, which Claude Code always sends; its budget is not kept. A turn that
 the client has begun for the assistant is refused.
 """
@@ -50,7 +52,8 @@ def asked(body: Mapping[str, Any], limits: Limits, *, counted: bool = False) -> 
             f"thinking.type={thinking!r:.40} is not known; use enabled, adaptive or disabled", field="thinking"
         )
     return Asked(
-        messages, gallery.decoded(), tools, call, thinking=None if thinking == "adaptive" else thinking == "enabled",
+        messages, gallery.decoded(), tools, call, films=gallery.films,
+        thinking=None if thinking == "adaptive" else thinking == "enabled",
         one_call=fields.get(fields.get(body, "tool_choice", dict, {}), "disable_parallel_tool_use", bool, False),
         tokens=fields.within(body, "max_tokens", int, 1, 1 << 30),
         temperature=fields.within(body, "temperature", float, 0, 100), top_p=fields.probability(body, "top_p"),
@@ -123,22 +126,24 @@ def _said(blocks: Sequence[Block], where: str) -> dict[str, Any]:
 
 
 def _part(block: Any, where: str, gallery: Gallery) -> dict[str, Any]:
-    """Text or a picture."""
+    """Text, a picture or a film."""
     kind = fields.need(fields.of(dict, block, where), "type", str, f"{where}.")
     source = fields.get(block, "source", dict, {}, f"{where}.")
     if kind == "text":
         return {"type": "text", "text": fields.need(block, "text", str, f"{where}.")}
     if kind == "document" and source.get("type") == "text":
         return {"type": "text", "text": fields.need(source, "data", str, f"{where}.source.")}
-    if kind != "image":
-        raise Refused(f"{where} is of type {kind!r:.40}, which is not served; use text or image", field=where)
+    if kind not in ("image", "video"):
+        raise Refused(f"{where} is of type {kind!r:.40}, which is not served; use text, image or video", field=where)
+    by_data, by_url = {"image": (gallery.add_base64, gallery.add_url),
+                       "video": (gallery.add_film_base64, gallery.add_film_url)}[kind]  # fmt: skip
     if source.get("type") == "base64":
-        gallery.add_base64(source.get("data"), f"{where}.source.data")
+        by_data(source.get("data"), f"{where}.source.data")
     elif source.get("type") == "url":
-        gallery.add_url(source.get("url"), f"{where}.source.url")
+        by_url(source.get("url"), f"{where}.source.url")
     else:
-        raise Refused(f"{where}.source is no base64; send the image so", field=f"{where}.source")
-    return {"type": "image"}
+        raise Refused(f"{where}.source is no base64; send the {kind} so", field=f"{where}.source")
+    return {"type": kind}
 
 
 def _tools(body: Mapping[str, Any]) -> tuple[list[dict[str, Any]], bool | str]:

@@ -32,12 +32,22 @@ class Gallery:
         """A picture by address: a data: URL, or one to fetch. Raises Refused for all others."""
         self._add_image(self._at(url, field), field)
 
+    def add_film_base64(self, data: object, field: str) -> None:
+        """A film in base64, as `add_film_url`."""
+        self._check_room(field)
+        self._add_film(_decoded(data, field), field)
+
     def add_film_url(self, url: object, field: str) -> None:
         """A film by address, as `add_url`; what is too long or too large is so by its head. Raises Refused."""
+        self._check_room(field)
+        self._add_film(self._at(url, field), field)
+
+    def _check_room(self, field: str) -> None:
         if len(self.films) == self._limits.films:
             most = f"more than {self._limits.films} films in a request" if self._limits.films else "no films are taken"
             raise Refused(f"{field}: {most}; leave it out, or serve with a greater --films", field=field)
-        film = self._at(url, field)
+
+    def _add_film(self, film: bytes, field: str) -> None:
         try:
             video.check(film, self._limits.pixels, self._limits.frames)
         except UserError as error:

@@ -120,14 +120,15 @@ def _completions() -> Schema:
     )  # fmt: skip
 
 
-def _messages(*, counted: bool = False) -> Schema:
+def _messages(limits: Limits, *, counted: bool = False) -> Schema:
     text = obj("type text", type=one_of(["text"]), text=TEXT)
     base64 = obj("type data", type=one_of(["base64"]), data={"type": "string", "examples": [PIXEL]})
     source = either(base64, obj("type url", type=one_of(["url"]), url=DATA_URL))
     image = obj("type source", type=one_of(["image"]), source=source)
     plain = obj("type data", type=one_of(["text"]), data=TEXT)
     document = obj("type source", type=one_of(["document"]), source=plain)
-    parts = (text, image, document)
+    film = obj("type source", type=one_of(["video"]), source=source)
+    parts = (text, image, document, *[film] * (limits.films > 0))
     result = obj("type", type=one_of(["tool_result"]), tool_use_id=maybe(TEXT),
                  content=maybe(either(TEXT, array(either(*parts)))))  # fmt: skip
     spoken = (
@@ -265,9 +266,9 @@ def description(names: Sequence[str], limits: Limits, *, key: bool) -> dict[str,
         "/v1/completions": {"post": _operation(
             "complete", "A prompt of token ids", "TextCompletion", _completions(), asks, stream="TextChunk")},
         "/v1/messages": {"post": _operation(
-            "message", "Anthropic's messages", "Message", _messages(), asks, "AnthropicError", "Event")},
+            "message", "Anthropic's messages", "Message", _messages(limits), asks, "AnthropicError", "Event")},
         "/v1/messages/count_tokens": {"post": _operation(
-            "count", "How many tokens a message has", "Counted", _messages(counted=True), (400, 404, 413),
+            "count", "How many tokens a message has", "Counted", _messages(limits, counted=True), (400, 404, 413),
             "AnthropicError")},
         "/v1/models": {"get": _operation("models", "The model's names", "Models")},
         "/v1/models/{name}": {"get": _operation("model", "One of them", "Model", None, (404,)) | {"parameters": [

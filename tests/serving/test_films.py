@@ -21,6 +21,7 @@ from glmv_jax.data.local import schema  # noqa: E402
 from glmv_jax.data.local.assembling import Assembler  # noqa: E402
 from glmv_jax.data.processor import Conversation, Processor  # noqa: E402
 from glmv_jax.inference.requests import Prompt  # noqa: E402
+from glmv_jax.serving import anthropic, openai  # noqa: E402
 from glmv_jax.serving.model import Own, Public  # noqa: E402
 from glmv_jax.typing import UserError  # noqa: E402
 from tests.data import json_vocabulary  # noqa: E402
@@ -100,6 +101,49 @@ def test_a_public_checkpoint_is_asked_as_by_the_library(public):
     still = Public(Processor(public, 256, moving=True)).prompt(checked(asked()), [image], (), None)
     (alone,), (beside,) = still.pictures, got.pictures[-1:]
     assert alone.digest == beside.digest  # also without a film, for one engine takes both
+
+
+def blocks(*sources: dict) -> list[dict]:
+    """`asked` as blocks of Anthropic's messages."""
+    words = lambda text: {"type": "text", "text": text}  # noqa: E731
+    image = {"type": "image", "source": {"type": "url", "url": data_uri()}}
+    return [*({"type": "video", "source": source} for source in sources), words("and "), image, words("?")]
+
+
+BASE64 = {"type": "base64", "media_type": "video/mp4", "data": uri().partition(",")[2]}
+
+
+@pytest.mark.parametrize("source", [BASE64, {"type": "url", "url": uri()}], ids=["base64", "url"])
+def test_a_film_in_anthropics_messages_is_the_same_prompt(bird, http_client, source):  # noqa: F811
+    bird.say("lighter")
+    limits = bird.answers.limits
+    body = {"model": parrot.NAME, "max_tokens": 8, "messages": [{"role": "user", "content": blocks(source)}]}
+    one, other = (form.asked(body | {"messages": said}, limits)
+                  for form, said in ((anthropic, body["messages"]), (openai, asked(uri()))))  # fmt: skip
+    assert one.messages == other.messages and one.films == other.films == [FILM]
+    reply = http_client.post("/v1/messages", json=body)
+    assert reply.status_code == 200 and reply.json()["content"][0]["text"] == "lighter"
+    wanted = post(http_client, asked(uri()), max_tokens=8).json()["usage"]["prompt_tokens"]
+    assert reply.json()["usage"]["input_tokens"] == wanted
+    counted = http_client.post("/v1/messages/count_tokens", json=body).json()
+    assert counted == {"input_tokens": wanted}
+
+
+def test_a_film_may_be_the_result_of_a_tool(bird, http_client, limit):  # noqa: F811
+    bird.say("x")
+    result = {"type": "tool_result", "tool_use_id": "t", "content": blocks(BASE64)[:1]}
+    use = {"type": "tool_use", "id": "t", "name": "look", "input": {}}
+    messages = [{"role": "user", "content": "Look."}, {"role": "assistant", "content": [use]},
+                {"role": "user", "content": [result]}]  # fmt: skip
+    send = lambda: http_client.post("/v1/messages", json={"model": parrot.NAME, "max_tokens": 4,  # noqa: E731
+                                                          "messages": messages})  # fmt: skip
+    assert send().status_code == 200
+    limit(films=0)
+    refused = send()
+    assert refused.status_code == 400 and refused.json()["error"]["type"] == "invalid_request_error"
+    assert "no films are taken; leave it out, or serve with a greater --films" in refused.json()["error"]["message"]
+    result["content"] = [{"type": "video_url", "video_url": {"url": uri()}}]
+    assert "'video_url', which is not served; use text, image or video" in send().json()["error"]["message"]
 
 
 def test_what_is_refused(bird, http_client, limit, public, monkeypatch):  # noqa: F811
