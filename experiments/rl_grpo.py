@@ -25,7 +25,7 @@ def get_config(arg=None):
     cfg.data = presets.documents(arg.size, weights, seed=5, ahead=2)
     if nano:
         cfg.data.tokens, cfg.data.targets = 256, 208
-    cfg.rollout = _answers(nano) | _form() | _asked()
+    cfg.rollout = _answers(nano) | _form() | _asked() | {"workers": _workers()}
     cfg.loss = _loss(nano)
     cfg.rewards = {}  # a table of `rl.rewards.config`: workers, judges, sources; empty: the tasks' own rules, here
     # Runs whose weights wait in the host's memory: "init_from" or a folder for the policy that loss.kl is from, and
@@ -84,6 +84,22 @@ def _form():
         "quotas": "",
         "in_flight": 0,  # groups that are written at a time; 0: as many as can be trained in time
         "seconds": 0.0,  # "abort": of a step's rollouts; 0: no limit
+    }
+
+
+def _workers():
+    """Of "async" alone: how many processes of their own each role has, as Ray actors on any number of machines; 0: it
+    is done in this one. Whatever the config names (a vocabulary, a checkpoint) has to be under one path everywhere."""
+    return {
+        "ray": "",  # address of the cluster: "auto", HOST:6379; "": one is started on this machine, for this run
+        "rollout": 0,  # engines, each with all of rollout.slots, and a copy of the weights
+        "reward": 0,  # graders, each with all of cfg.rewards' workers
+        "environment": 0,
+        # What Ray reserves for each process; resources: pairs, (("TPU", 4.0),). Engines compute on the GPUs or the
+        # resources that they reserve; where they reserve none, and graders and environments always, on processors.
+        "needs": {
+            role: {"num_cpus": 1.0, "num_gpus": 0.0, "resources": ()} for role in ("rollout", "reward", "environment")
+        },
     }
 
 

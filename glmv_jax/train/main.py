@@ -54,7 +54,7 @@ def run(cfg: Any, workdir: str | Path, profile: str | None = None) -> dict[str, 
     quiet_orbax()
     prepare_memory()
     workdir = Path(workdir).expanduser().absolute()
-    _keep_compiled_programs(cfg.get("compilation_cache", ""))
+    keep_compiled_programs(cfg.get("compilation_cache", ""))
     if cfg.get("match_wall", ""):
         cfg.max_seconds = _train_seconds(cfg.match_wall)
     if "faults" in cfg and not cfg.faults:
@@ -154,7 +154,8 @@ def _config_of(workdir: Path) -> Iterator[Any]:
         ) from error
 
 
-def _keep_compiled_programs(folder: str) -> None:
+def keep_compiled_programs(folder: str) -> None:
+    """In that folder, for every process that compiles them again; "" for nowhere."""
     if folder:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

@@ -19,7 +19,7 @@ from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.gym import Observation, asked
 from glmv_jax.rl.pipeline import Prompt, Settings
 from glmv_jax.rl.pipeline.episodes import EpisodeEngine
-from glmv_jax.rl.pipeline.workers import Environments, RemoteEnvironment
+from glmv_jax.rl.pipeline.remote_environment import Environments, RemoteEnvironment
 from tests.rl import test_pipeline_episodes as local
 from tests.rl.test_pipeline_episodes import FORM, GROUP, LIMITS, LONGEST, Run, Talk, alone
 

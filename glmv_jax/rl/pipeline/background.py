@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import inspect
 import threading
 import time
 from collections.abc import Callable, Coroutine, Sequence
@@ -20,7 +21,7 @@ from glmv_jax.rl.pipeline.trace import Trace
 @dataclasses.dataclass
 class Parts:
     """What a pipeline is made of. engine: an `Engine` with `set_params(params, version)`, which
-    may return a future of the moment when the engine has them, and `close()`.
+    may return a future or a coroutine of the moment when the engine has them, and `close()`.
     scheduler: gets the function that notes take; see `Scheduler`.   close: called when all is over."""
 
     scheduler: Callable[[Callable[[dict[str, Any]], None]], Scheduler]
@@ -33,7 +34,7 @@ class Parts:
 class Background:
     """The trainer's side: `exchange` weights for the next batch; the state is for its checkpoints.
 
-    folder: gets samples.jsonl and trace.json; None: neither is written.
+    folder: gets samples.jsonl and trace.json; None: neither is written.   loop: of the pipeline.
     """
 
     def __init__(self, parts: Parts, folder: Path | None = None) -> None:
@@ -46,8 +47,8 @@ class Background:
         self._took: tuple[int, float] | None = None  # the batch that is trained on, and since when
         self._params: Any = None
         self.trace = Trace(time.monotonic, keep=20_000)
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="pipeline", daemon=True)
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="pipeline", daemon=True)
         self._thread.start()
 
     def exchange(self, params: Any, version: int) -> tuple[Taken, list[dict[str, Any]]]:
@@ -84,15 +85,15 @@ class Background:
             self._run(self._pipeline.close())
         self._parts.engine.close()
         self._parts.close()
-        self._loop.call_soon_threadsafe(self._loop.stop)
+        self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
-        self._loop.close()
+        self.loop.close()
         if self._log is not None:
             self._log.close()
             self.trace.save(self._folder / "trace.json")
 
     def _run(self, work: Coroutine) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
     async def _exchange(self, version: int) -> Taken:
         if self._pipeline is None:
@@ -106,7 +107,7 @@ class Background:
 
     async def _push(self, version: int) -> None:
         if (done := self._parts.engine.set_params(self._params, version)) is not None:
-            await asyncio.wrap_future(done)
+            await (done if inspect.isawaitable(done) else asyncio.wrap_future(done))
 
     async def _begin(self, version: int) -> None:
         parts, state = self._parts, self._state

@@ -10,8 +10,9 @@ import asyncio
 import functools
 import logging
 import threading
+import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -24,6 +25,9 @@ from glmv_jax.rl.pipeline.protocols import Completion, Drawn, GradeAnswer, OnDon
 from glmv_jax.rl.pipeline.together import Together
 from glmv_jax.rl.rollout import Rollout, heard, versions
 from glmv_jax.typing import Batch, Params
+
+if TYPE_CHECKING:
+    from glmv_jax.rl.rewards import Answered
 
 log = logging.getLogger(__name__)
 
@@ -67,10 +71,14 @@ class SamplerEngine:
 
     prompts: at a time, at most; each with `sampler.group` answers.   key: of all random numbers. The first call
     at version v draws with fold_in(key, v), as a synchronous step does, the j-th after it with that folded with j.
+    one_of_many: others draw with this key too; then it is folded with what is asked as well.
     """
 
-    def __init__(self, sampler: Sampler, rows: Any, prompts: int, key: jax.Array, tokenizer: Any) -> None:
+    def __init__(
+        self, sampler: Sampler, rows: Rows, prompts: int, key: jax.Array, tokenizer: Any, one_of_many: bool = False
+    ) -> None:
         self._sampler, self._rows, self._prompts, self._key, self._tokenizer = sampler, rows, prompts, key, tokenizer
+        self._one_of_many = one_of_many
         self._params: Any = None  # Params, from the first on
         self._version = self._calls = 0
         self._new: list[tuple[Request, OnDone]] = []
@@ -133,6 +141,9 @@ class SamplerEngine:
         keys = list(dict.fromkeys(request.prompt.key for request in requests))
         batch = self._rows.batch(keys, self._prompts)
         key = jax.random.fold_in(self._key, version)
+        if self._one_of_many:
+            asked = ",".join(f"{request.prompt.uid}/{request.attempt}" for request in requests)
+            key = jax.random.fold_in(key, zlib.crc32(asked.encode()))
         out = jax.device_get(self._sampler(params, Asked.of(batch), jax.random.fold_in(key, call) if call else key))
         done, told = [], [_handed(batch, row) for row in range(len(keys))]
         for request in requests:
@@ -158,7 +169,7 @@ def nothing() -> Drawn:
     return Drawn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
-def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
+def rule_grader(rows: Rows, verifiers: Mapping[str, Any]) -> GradeAnswer:
     """Grades the text of an answer by the verifier of its source, in a thread."""
     from glmv_jax.rl.rewards import score
 
@@ -169,24 +180,26 @@ def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
     return grade
 
 
-def system_grader(rows: Any, system: Any, size: int) -> GradeAnswer:
+def system_grader(rows: Rows, system: Any, size: int) -> GradeAnswer:
     """Grades by a `rewards.system.RewardSystem`; where it compares answers, all `size` of a group together."""
-    from glmv_jax.rl.rewards import Answered
-
-    answered = lambda request, completion: Answered(  # noqa: E731
-        rows.row(request.prompt.key)["samples"][0], completion.facts["text"]
-    )
-    together = Together(lambda answers: system.grade_group([answered(*answer) for answer in answers]), size)
+    together = Together(lambda answers: system.grade_group([answered(rows, *answer) for answer in answers]), size)
 
     async def grade(request: Request, completion: Completion):
         if system.needs_group(request.prompt.source):
             return await together(request, completion)
-        return await system.grade(answered(request, completion))
+        return await system.grade(answered(rows, request, completion))
 
     return grade
 
 
-def rollouts(groups: Sequence[Group], rows: Any) -> tuple[list[Rollout], Batch]:
+def answered(rows: Rows, request: Request, completion: Completion) -> Answered:
+    """The answer to a question as a reward system takes it."""
+    from glmv_jax.rl.rewards import Answered
+
+    return Answered(rows.row(request.prompt.key)["samples"][0], completion.facts["text"])
+
+
+def rollouts(groups: Sequence[Group], rows: Rows) -> tuple[list[Rollout], Batch]:
     """The records of complete groups, group by group, and the prompt batch that their rows count in.
 
     ValueError: an answer was drawn from another prompt than the batch has, or from other images.

@@ -35,6 +35,7 @@ from glmv_jax.train.stages.rl_grading import Closing, Grading
 from glmv_jax.train.stages.rl_others import Others
 from glmv_jax.train.stages.rl_samples import Samples, add_trained
 from glmv_jax.train.stages.rl_update import PolicyUpdate
+from glmv_jax.train.stages.rl_workers import Roles
 from glmv_jax.train.stages.vlm import begins
 from glmv_jax.typing import Batch, Params, UserError
 
@@ -48,6 +49,7 @@ class RL(PolicyUpdate):
     def __init__(self, cfg: ConfigDict) -> None:
         super().__init__(cfg)
         rl_served.check(cfg)
+        self.roles = Roles(self)
         from glmv_jax.rl import tasks  # graders are imported where answers are graded, not with the trainer
 
         r = cfg.rollout

@@ -1,4 +1,5 @@
-"""The asynchronous form of stage 5: rollouts, rewards and rows made beside the training, in threads (`rl.pipeline`).
+"""The asynchronous form of stage 5: rollouts, rewards and rows made beside the training (`rl.pipeline`), in threads or,
+with cfg.rollout.workers, in processes on any number of machines (`rl_workers`).
 
 The engine gets the weights of every update while it goes on drawing; a batch is of groups that are old by at most
 cfg.rollout.staleness updates, token by token.
@@ -25,7 +26,7 @@ from glmv_jax.rl.pipeline.background import Background, Parts
 from glmv_jax.rl.pipeline.driver import Taken
 from glmv_jax.rl.pipeline.episodes import is_episode
 from glmv_jax.rl.pipeline.episodes import records as of_episodes
-from glmv_jax.rl.pipeline.local import SamplerEngine, rollouts
+from glmv_jax.rl.pipeline.local import Rows, SamplerEngine, rollouts
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.rl.tiers import Tiers
@@ -65,7 +66,7 @@ class Asynchronous:
         settings = Settings(
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
-        self._rows = rl_questions.rows(stage) if stage.episodes is None or stage.episodes.weights else None
+        self._rows = self.rows()
         self._expansion = rl_questions.expansion(stage.cfg)
         prompts: Any = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
 
@@ -79,21 +80,28 @@ class Asynchronous:
             return await asyncio.to_thread(self._batch, groups)
 
         def close():
-            stage.grading.close()
-            stage.samples.close()
+            for part in (stage.roles, stage.grading, stage.samples):
+                part.close()
 
-        stage.grading.open()
+        stage.roles.open()
+        stage.grading.open(stage.roles.grader())
         parts = Parts(scheduler, self._engine(), stage.grading.answers(self._rows), build, close)
         data = Background(parts, stage.samples.run)
-        stage.others.trace = data.trace
+        stage.roles.loop, stage.others.trace = data.loop, data.trace
         return data
+
+    def rows(self) -> Rows | None:
+        """Where questions come from; None where there are none."""
+        stage = self._stage
+        return rl_questions.rows(stage) if stage.episodes is None or stage.episodes.weights else None
 
     def next_batch(self, data: Background, state: Any) -> tuple[Batch, Batch, dict[str, float]]:
         """The rows of an update, what other policies say of them, and metrics."""
         stage, version = self._stage, int(state.step)  # which is known when the update before has ended
         stage.others.prefetch()
         # A copy, as the engine draws with it while the step that follows takes the memory of the state.
-        taken, drawn = data.exchange(jax.tree.map(jnp.copy, state.params), version)
+        copied = jax.device_get if stage.roles.counts["rollout"] else lambda params: jax.tree.map(jnp.copy, params)
+        taken, drawn = data.exchange(copied(state.params), version)
         rows, left_out, records = taken.batch
         rows = for_ranks(rows, stage.ranks)
         others = stage.others.said_of([rows], state.params)[0]
@@ -102,17 +110,24 @@ class Asynchronous:
         add_trained(answers, records, [rows], [others])
         if stage.samples.folder is not None:
             data.keep([*stage.samples.asked(answers, records), *drawn])
-        return rows, others, summary(drawn) | left_out | self._told(taken, drawn) | stage.grading.metrics()
+        told = self._told(taken, drawn) | stage.grading.metrics() | stage.roles.metrics()
+        return rows, others, summary(drawn) | left_out | told
 
     def _engine(self) -> Any:
-        stage, r = self._stage, self._stage.cfg.rollout
+        stage, (answers, turns) = self._stage, self._stage.roles.engines()
         if stage.episodes:
-            return stage.episodes.engine(self._rows)
-        if r.get("engine", ""):
+            return stage.episodes.engine(self._rows, answers, turns)
+        if stage.cfg.rollout.get("engine", ""):
             return rl_served.engine(stage, self._rows)
+        return answers or self.engine(self._rows)
+
+    def engine(self, rows: Rows, engines: int = 1) -> SlotEngine | SamplerEngine:
+        """Of questions alone, in this process. engines: how many there are of it."""
+        stage, r = self._stage, self._stage.cfg.rollout
         if r.get("slots", 0):
-            return SlotEngine(self._front, self._rows, stage.cfg.seed, stage.tokenizer, stage.limits)
-        return SamplerEngine(stage.sampler, self._rows, r.prompts, jax.random.key(stage.cfg.seed), stage.tokenizer)
+            return SlotEngine(self._front, rows, stage.cfg.seed, stage.tokenizer, stage.limits)
+        key = jax.random.key(stage.cfg.seed)
+        return SamplerEngine(stage.sampler, rows, -(-r.prompts // engines), key, stage.tokenizer, engines > 1)
 
     def _front(self, params, version: int) -> Front:
         """The inference engine in a thread of its own."""

@@ -13,7 +13,7 @@ import asyncio
 import collections
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +34,7 @@ from glmv_jax.train.stages.rl_players import Players, number
 from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
+    from glmv_jax.rl.pipeline.remote_rollout import RemoteEngine, RemoteTurns
     from glmv_jax.train.stages.rl import RL
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,9 @@ log = logging.getLogger(__name__)
 class Episodes:
     """Of one stage that has environments.
 
-    parts: by data source what grades its episodes (`envs.part`).   weights: of the questions by task.
-    groups, questions: of a step, in all cfg.rollout.prompts.
+    make: an environment of a name.   parts: by data source what grades its episodes (`envs.part`).
+    weights: of the questions by task.   groups, questions: of a step, in all cfg.rollout.prompts.
+    players: who draws their turns.
     Raises UserError for an environment that cannot be made here, and for limits that rows do not hold.
     """
 
@@ -53,13 +55,11 @@ class Episodes:
         self._stage = stage
         d, r, e = stage.cfg.data, stage.cfg.rollout, stage.cfg.rollout.episodes
         share = {name: float(weight) for name, weight, *_ in r.environments}
-        options = {name: dict(*given) for name, _, *given in r.environments}
         if min(share.values()) <= 0:
             raise UserError(f"rollout.environments={r.environments}: weights are above 0; leave others out")
         self._names, self._share = list(share), np.array(list(share.values())) / sum(share.values())
-        seed = namespaced("rl", stage.data_seed)
-        make = lambda name: envs.make(name, "train", seed, **options[name])  # noqa: E731
-        self._sources = {name: _source(make(name)) for name in share}
+        self.make = maker(r.environments, stage.data_seed)
+        self._sources = {name: _source(self.make(name)) for name in share}
         self.parts = {source: envs.part(name) for name, source in self._sources.items()}
         self.weights = {name: weight for name, weight in d.weights.items() if weight}
         self.groups = _groups(r.prompts, sum(share.values()), sum(self.weights.values()))
@@ -67,8 +67,8 @@ class Episodes:
         self.limits = Limits(e.turns, e.tokens or d.tokens, e.patches or d.patches, e.seconds)
         self._check()
         self._form = Form(stage.tokenizer, stage.asker.patcher)
-        self._players = Players(stage, self.limits)
-        self.arena = Arena(make, e.parallel)
+        self.players = Players(stage, self.limits)
+        self.arena = Arena(self._made, e.parallel)
 
     def _check(self) -> None:
         d, r, limits = self._stage.cfg.data, self._stage.cfg.rollout, self.limits
@@ -89,7 +89,7 @@ class Episodes:
 
     def close(self) -> None:
         """Ends the engine, if there is one, and the environments."""
-        self._players.close()
+        self.players.close()
         self.arena.close()
 
     def group(self, number_: int) -> tuple[str, int]:
@@ -109,16 +109,16 @@ class Episodes:
             return await self._stage.grading.episode(episode)
 
         groups = [self.group(n) for n in range(first, first + self.groups)]
-        self._players.begin(params, step)
+        self.players.begin(params, step)
         try:
             found = asyncio.run(collect(
-                self.arena, self._players, graded, groups, self._form, size=r.group, tries=r.episodes.tries,
+                self.arena, self.players, graded, groups, self._form, size=r.group, tries=r.episodes.tries,
                 limits=self.limits, compare=self._stage.grading.compared,
             ))  # fmt: skip
         except BaseExceptionGroup as errors:  # of tasks: the first says what has to be mended
             raise _first(errors) from errors
         finally:
-            self._players.end()
+            self.players.end()
         records = [dataclasses.replace(record, row=self.questions + record.row) for record in found.records]
         return records, self._told(played, found)
 
@@ -150,12 +150,23 @@ class Episodes:
 
         return Mixture(rows, self.questions, self.groups, episode)
 
-    def engine(self, rows: Rows | None) -> Joined:
-        """Of the pipeline: one inference engine draws answers and turns."""
-        stage, r = self._stage, self._stage.cfg.rollout
-        questions = SlotEngine(self._players.start, rows, stage.cfg.seed, stage.tokenizer, stage.limits)
-        played = EpisodeEngine(self.arena, self._players.ask, self._form, self.limits, r.max_new_tokens)
-        return Joined(questions, played)
+    def engine(
+        self, rows: Rows | None, answers: RemoteEngine | None = None, turns: RemoteTurns | None = None
+    ) -> Joined:
+        """Of the pipeline: one inference engine draws answers and turns. answers, turns: who draws in its place."""
+        played = EpisodeEngine(
+            self.arena, turns or self.players.ask, self._form, self.limits, self._stage.cfg.rollout.max_new_tokens
+        )
+        return Joined(answers or self.questioned(rows), played)
+
+    def questioned(self, rows: Rows | None) -> SlotEngine:
+        """Draws the answers to questions with the engine that `players` draw turns with."""
+        stage = self._stage
+        return SlotEngine(self.players.start, rows, stage.cfg.seed, stage.tokenizer, stage.limits)
+
+    def _made(self, name: str) -> Environment:
+        """For the arena: here, or by one of the environment workers."""
+        return self._stage.roles.environment(name, self._sources[name]) or self.make(name)
 
     def told(self, groups: Sequence[Group]) -> dict[str, float]:
         """By source, of the episodes of a batch: `_means`, and thrown_away, tokens that could not be gone on from."""
@@ -212,6 +223,14 @@ class Episodes:
             for update, of in zip(sorted(updates, key=len), chosen):  # the first has the most
                 update += at_NG.reshape(-1)[of].tolist()
         return updates, advantages_N
+
+
+def maker(environments: Sequence[Sequence[Any]], seed: int) -> Callable[[str], Environment]:
+    """What makes cfg.rollout.environments by name. seed: of the stage's data."""
+    from glmv_jax.rl import envs
+
+    options = {name: dict(*given) for name, _, *given in environments}
+    return lambda name: envs.make(name, "train", namespaced("rl", seed), **options[name])
 
 
 class Mixed:

@@ -6,11 +6,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from glmv_jax.rl.episodes import verdict
-from glmv_jax.rl.pipeline.local import Rows, rule_grader, system_grader
+from glmv_jax.rl.pipeline.local import Rows, answered, rule_grader, system_grader
 from glmv_jax.rl.pipeline.together import Answer, Together
 from glmv_jax.rl.rewards.grade import FAILURES, MIN_REWARD, Grade
 from glmv_jax.typing import UserError
@@ -18,17 +18,21 @@ from glmv_jax.typing import UserError
 if TYPE_CHECKING:
     from glmv_jax.data.records import Sample
     from glmv_jax.rl.pipeline.protocols import Completion, GradeAnswer, Request
+    from glmv_jax.rl.pipeline.remote_reward import RemoteGrader
     from glmv_jax.rl.play import Episode
     from glmv_jax.rl.rewards.grade import Verifier
     from glmv_jax.train.stages.rl import RL
 
 
 class Grading:
-    """Of one stage. system: the reward system while it is open.   UserError for a table that makes no sense."""
+    """Of one stage. system: the reward system while it is open.   remote: who grades in its place, in other processes.
+    together: sources whose answers are compared, all of a group.   UserError for a table that makes no sense."""
 
     def __init__(self, stage: RL) -> None:
         self._stage, self._table = stage, None
         self.system: Any = None  # RewardSystem
+        self.remote: RemoteGrader | None = None
+        self.together: frozenset[str] = frozenset()
         self._told: dict[str, dict[str, float]] = {}
         self._verifiers: dict[str, Verifier] = {}  # of episodes
         self._lowest: dict[str, float] = {}  # of sources whose episodes are compared: what the worst is worth
@@ -38,6 +42,7 @@ class Grading:
 
             self._table = config.of_run(stage.cfg.rewards, list(stage.cfg.data.weights), parts)
             _, _, sources = config.read(self._table)  # what is wrong is said now, before workers start
+            self.together = frozenset(name for name, source in sources.items() if source.group)
             for name in (name for name in parts if sources[name].group):
                 options, kind, comparator = sources[name].group
                 self._lowest[name] = _lowest(name, options, kind, comparator, parts[name]["kind"] == "environment")
@@ -47,13 +52,14 @@ class Grading:
             named = {name: part["rule"] for name, part in parts.items() if part["kind"] == "rule"}
             self._verifiers = {name: rules.verifier(rule) for name, rule in named.items()}
 
-    def open(self) -> None:
-        """Starts the reward system, if there is to be one. UserError for a judge that cannot be used."""
-        if self._table is None or self.system is not None:
+    def open(self, remote: RemoteGrader | None = None) -> None:
+        """Starts the reward system, if there is to be one here. UserError for a judge that cannot be used."""
+        self.remote, self._told = remote, {}
+        if self._table is None or self.system is not None or remote is not None:
             return
         from glmv_jax.rl.rewards.system import RewardSystem
 
-        self.system, self._told = RewardSystem(self._table), {}
+        self.system = RewardSystem(self._table)
         try:
             self.system.check()
         except BaseException:
@@ -102,31 +108,51 @@ class Grading:
 
     def answers(self, rows: Rows | None) -> GradeAnswer:
         """What grades in the asynchronous form. rows: of the questions, None where there are none."""
-        size = self._stage.cfg.rollout.group
+        if self.remote is not None:
+            return self.remote
+        alone, of_group = self.alone(rows), self.of_group(rows)
+        together = Together(of_group, self._stage.cfg.rollout.group)
+
+        async def grade(request: Request, completion: Completion) -> Grade:
+            how = together if request.prompt.source in self.together else alone
+            return await how(request, completion)
+
+        return grade
+
+    def alone(self, rows: Rows | None) -> GradeAnswer:
+        """What grades an answer that is not compared."""
         if self.system is not None:
-            questions = system_grader(rows, self.system, size)
+            questions = system_grader(rows, self.system, self._stage.cfg.rollout.group)
         else:
             questions = rule_grader(rows, self._stage.verifiers)
-
-        async def of_group(answers: Sequence[Answer]) -> list[Grade]:
-            episodes = [completion.episode for _, completion in answers]
-            return await self.compared(episodes, await asyncio.gather(*map(self.episode, episodes)))
-
-        together = Together(of_group, size)
 
         async def grade(request: Request, completion: Completion) -> Grade:
             if completion.episode is None:
                 return await questions(request, completion)
-            if completion.episode.source in self._lowest:
-                return await together(request, completion)
             return await self.episode(completion.episode)
 
         return grade
 
+    def of_group(self, rows: Rows | None) -> Callable[[Sequence[Answer]], Awaitable[Sequence[Grade]]]:
+        """What grades all answers of a group of `together`."""
+
+        async def grade(answers: Sequence[Answer]) -> Sequence[Grade]:
+            if answers[0][1].episode is None:
+                return await self.system.grade_group([answered(rows, *answer) for answer in answers])
+            episodes = [completion.episode for _, completion in answers]
+            return await self.compared(episodes, await asyncio.gather(*map(self.episode, episodes)))
+
+        return grade
+
+    def counters(self) -> dict[str, dict[str, float]]:
+        """See `RewardSystem.counters`; nothing without one."""
+        counting = self.remote or self.system
+        return {} if counting is None else counting.counters()
+
     def metrics(self) -> dict[str, float]:
         """What the reward system has counted since the last call, "grading/<what>/<source>": see
         `RewardSystem.counters`. Nothing without one."""
-        now = {} if self.system is None else self.system.counters()
+        now = self.counters()
         found = {}
         for source, counts in now.items():
             told, always = self._told.get(source, {}), () if source.startswith("judge ") else ("graded", *FAILURES)
