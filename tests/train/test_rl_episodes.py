@@ -180,7 +180,7 @@ def test_the_asynchronous_form_draws_the_same_episodes_beside_questions(learn):
                     assert told[name] == pytest.approx(metrics[name]), name
     finally:
         data.close()
-    assert alone.episodes._players._front is None, "closed with the data"
+    assert alone.episodes.players._front is None, "closed with the data"
 
 
 def test_groups_that_lost_episodes_are_compared_among_what_is_left():
