@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -37,10 +37,10 @@ class Span(NamedTuple):
     """
 
     segments: jax.Array
-    slots: jax.Array | None = None
-    branches: jax.Array | None = None
+    slots: Any = None
+    branches: Any = None
     in_order: InOrder | None = None
-    valid: jax.Array | None = None
+    valid: Any = None
 
 
 def visible(query: Span, key: Span) -> jax.Array:

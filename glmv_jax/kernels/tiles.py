@@ -50,11 +50,11 @@ def tiled(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, query: Span, 
         rest = ((0, 0), (0, -T % t), *[(0, 0)] * (x_BT.ndim - 2))
         return jnp.pad(x_BT, rest, constant_values=fill).reshape(B, -1, t, *x_BT.shape[2:])
 
-    spans = Span(*(apart(jnp.broadcast_to(x, (B, T)), -1) for x in query[:3]))  # what fills up sees itself
+    segments, slots, branches = (apart(jnp.broadcast_to(x, (B, T)), -1) for x in query[:3])  # what fills up sees itself
     q_BNtGRK = apart(q_BTHK * K**-0.5).reshape(B, -1, t, G, H // G, K)
     q_BNGQK = q_BNtGRK.transpose(0, 1, 3, 4, 2, 5).reshape(B, -1, G, H // G * t, K)
     k_BMGtK, v_BMGtK = (apart(x).swapaxes(2, 3) for x in (k_BTGK, v_BTGK))
-    out_BNGQK = _attend(q_BNGQK, k_BMGtK, v_BMGtK, _lists(spans))
+    out_BNGQK = _attend(q_BNGQK, k_BMGtK, v_BMGtK, _lists(Span(segments, slots, branches)))
     out_BNtGRK = out_BNGQK.reshape(B, -1, G, H // G, t, K).transpose(0, 1, 4, 2, 3, 5)
     return out_BNtGRK.reshape(B, -1, H, K)[:, :T].astype(v_BTGK.dtype)
 

@@ -22,7 +22,6 @@ from glmv_jax.data.stream import Batches
 from glmv_jax.models import teachers
 from glmv_jax.train import main
 from glmv_jax.train.panel import clock
-from glmv_jax.train.stages.base import Stage
 from glmv_jax.typing import UserError
 
 EVERY = 10.0  # seconds between lines of progress where there is no terminal
@@ -58,7 +57,7 @@ def show_data(cfg: ConfigDict, draws: int = 256, each: int = 2, page: str | None
     return tallies
 
 
-def _stage(cfg: ConfigDict) -> Stage:
+def _stage(cfg: ConfigDict) -> Any:
     """The stage. Teachers of stage 1 are asked nothing, so one that needs no file stands in for each; only a cache of
     theirs is held against those that are given."""
     cls: Any = main.stage_class(cfg.stage)

@@ -197,7 +197,8 @@ class RemoteEngine:
                 self._writing[request.id] = self._tasks.begin(self._complete(request, on_done, moment))
 
     async def _complete(self, request: Request, on_done: OnDone, moment: Moment) -> None:
-        group, asked = self._groups[request.prompt.uid], []
+        group = self._groups[request.prompt.uid]
+        asked: list[int] = []
 
         def choose() -> int:
             if asked and group[0] == asked[-1]:  # it was lost; the group stays together

@@ -66,7 +66,7 @@ class Asynchronous:
         settings = Settings(
             r.prompts, r.group, staleness=r.staleness, late=r.late, in_flight=r.in_flight, seconds=r.seconds or None
         )
-        self._rows = self.rows()
+        self._rows: Any = self.rows()
         self._expansion = rl_questions.expansion(stage.cfg)
         prompts: Any = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
 
@@ -121,7 +121,7 @@ class Asynchronous:
             return rl_served.engine(stage, self._rows)
         return answers or self.engine(self._rows)
 
-    def engine(self, rows: Rows, engines: int = 1) -> SlotEngine | SamplerEngine:
+    def engine(self, rows: Any, engines: int = 1) -> SlotEngine | SamplerEngine:
         """Of questions alone, in this process. engines: how many there are of it."""
         stage, r = self._stage, self._stage.cfg.rollout
         if r.get("slots", 0):

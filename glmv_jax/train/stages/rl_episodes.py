@@ -154,9 +154,8 @@ class Episodes:
         self, rows: Rows | None, answers: RemoteEngine | None = None, turns: RemoteTurns | None = None
     ) -> Joined:
         """Of the pipeline: one inference engine draws answers and turns. answers, turns: who draws in its place."""
-        played = EpisodeEngine(
-            self.arena, turns or self.players.ask, self._form, self.limits, self._stage.cfg.rollout.max_new_tokens
-        )
+        ask: Any = turns or self.players.ask
+        played = EpisodeEngine(self.arena, ask, self._form, self.limits, self._stage.cfg.rollout.max_new_tokens)
         return Joined(answers or self.questioned(rows), played)
 
     def questioned(self, rows: Rows | None) -> SlotEngine:
