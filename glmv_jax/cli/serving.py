@@ -121,8 +121,13 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("seconds", float, 600.0, "seconds of an answer"),
         ("drain", float, 25.0, "seconds that answers have left after SIGTERM"),
         ("ping", float, 10.0, "seconds between signs of life in a stream that waits"),
+        ("connections", int, 1024, "open connections; requests on more are refused"),
+        ("head", int, 64 << 10, "bytes of a request's headers"),
+        ("reading", float, 20.0, "seconds in which a request has to come, and one more for each 4 KiB of its body"),
+        ("keep_alive", float, 75.0, "seconds that a connection stays open without a request"),
     ):
-        sub.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
+        option = f"--{name.replace('_', '-')}"
+        sub.add_argument(option, type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
     sub.add_argument("--fetch", action="store_true", help="fetch images by URL, from public addresses (default: no)")
 
 

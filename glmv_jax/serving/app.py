@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from glmv_jax.serving import anthropic, completions, fields, openai, openapi, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
-from glmv_jax.serving.limits import WRITING, Limits, Refused
+from glmv_jax.serving.limits import RATE, WRITING, Limits, Refused
 from glmv_jax.serving.weights import Weights
 from glmv_jax.typing import UserError
 
@@ -200,15 +200,24 @@ class Server:
             yield form.event(form.error(error, getattr(error, "status", 500)))
 
     async def _body(self, request: Request) -> bytes:
-        """The body, no further than the limit."""
+        """The body, no further than the limit, and no longer than it may take."""
         most, found = self.answers.limits.body, bytearray()
         said = request.headers.get("content-length", "0")
         if said.isdecimal() and int(said) > most:
             raise Refused(f"a body of {said} bytes, of {most} that are taken; send smaller images", 413)
-        async for piece in request.stream():
-            found += piece
-            if len(found) > most:
-                raise Refused(f"a body of more than {most} bytes; send smaller images", 413)
+        until, seconds = asyncio.get_running_loop().time(), self.answers.limits.reading
+        try:
+            async with asyncio.timeout_at(until + seconds) as clock:
+                async for piece in request.stream():
+                    found += piece
+                    if len(found) > most:
+                        raise Refused(f"a body of more than {most} bytes; send smaller images", 413)
+                    clock.reschedule(until + seconds + len(found) / RATE)
+        except TimeoutError:
+            raise Refused(f"{len(found)} bytes of the body came in {seconds + len(found) / RATE:.0f} s, and no more; "
+                          "send it faster", 408) from None  # fmt: skip
+        except ClientDisconnect:
+            raise _Left from None
         return bytes(found)
 
     # --- around all ---------------------------------------------------------------------------------------------------
@@ -226,6 +235,8 @@ class Server:
                 response = JSONResponse(form.error(error, status), status)
                 if after := getattr(error, "after", None):
                     response.headers["Retry-After"] = str(after)
+                if status == 408:  # the rest of the body is not waited for
+                    response.headers["Connection"] = "close"
             except _Left:
                 response = Response(status_code=499)  # nobody reads it
             except Exception as error:

@@ -6,6 +6,7 @@ import dataclasses
 
 from glmv_jax.typing import UserError
 
+RATE = 4096  # bytes a second: who sends faster is never too slow
 WRITING = 5.0  # seconds that an answer which is over has to reach who asked
 
 
@@ -19,6 +20,10 @@ class Limits:
     fetch: whether images may be named by URL; then they are fetched, from public addresses only.
     films: of a request; 0 where model or engine take none.   frames: of a film as it is sent, of a megapixel each;
     fewer of larger ones, up to `pixels`.
+    connections: that may be open; requests on more are refused.   head: bytes of a request's first line and headers.
+    reading: seconds in which a request's head has to come, and its body, which has one more for each RATE bytes of it.
+    keep_alive: seconds that a connection may stay open without a request; more than a proxy before the server keeps
+    its own.
     """
 
     body: int = 32 << 20
@@ -33,6 +38,10 @@ class Limits:
     fetch: bool = False
     films: int = 0
     frames: int = 10_000
+    connections: int = 1024
+    head: int = 64 << 10
+    reading: float = 20.0
+    keep_alive: float = 75.0
 
     def __post_init__(self) -> None:
         for name, value in dataclasses.asdict(self).items():

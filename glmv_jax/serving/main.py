@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import math
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import uvicorn
 from glmv_jax.inference.front import Front
 from glmv_jax.serving.answers import Answers, Model
 from glmv_jax.serving.app import Server
+from glmv_jax.serving.connection import Connection
 from glmv_jax.serving.limits import WRITING, Limits
 from glmv_jax.serving.metrics import Metrics
 from glmv_jax.serving.weights import Weights
@@ -29,9 +31,14 @@ class Listener(uvicorn.Server):
 
 def listener(server: Server, host: str, port: int) -> Listener:
     """What serves it; `started` and `servers` as uvicorn has them. port: 0 for any."""
+    limits = server.answers.limits
     config = uvicorn.Config(
-        server.app(), host, port, log_level="warning", access_log=False, lifespan="off", loop="asyncio",
-        timeout_graceful_shutdown=math.ceil(server.answers.limits.drain + WRITING),
+        server.app(), host, port, log_level="warning", access_log=False, lifespan="off", loop="asyncio", ws="none",
+        http=functools.partial(Connection, limits=lambda: server.answers.limits),  # type: ignore[arg-type]
+        timeout_graceful_shutdown=math.ceil(limits.drain + WRITING),
+        limit_concurrency=limits.connections + 1,  # it refuses from that many on, the one that asks among them
+        timeout_keep_alive=limits.keep_alive,  # type: ignore[arg-type]  # handed on to a timer of asyncio
+        h11_max_incomplete_event_size=limits.head,
     )  # fmt: skip
     return Listener(config)
 

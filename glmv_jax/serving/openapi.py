@@ -232,7 +232,8 @@ def _given() -> dict[str, Schema]:
 RETRY = {"Retry-After": {"required": True, "schema": integer(1, 60)}}
 STATUSES = {
     400: "what is wrong, and which field", 401: "no API key, or another", 403: "not taken by this server",
-    404: "there is no such model", 413: "too large", 429: "too many answers are running", 503: "the server is ending",
+    404: "there is no such model", 408: "the body came too slowly", 413: "too large",
+    429: "too many answers are running", 503: "the server is ending",
 }  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _operation(
 
 def description(names: Sequence[str], limits: Limits, *, key: bool) -> dict[str, Any]:
     """The document. names: of the model.   key: whether one is asked for."""
-    asks = (400, 404, 413, 429, 503)
+    asks = (400, 404, 408, 413, 429, 503)
     paths = {
         "/v1/chat/completions": {"post": _operation(
             "chat", "OpenAI's chat completions", "Completion", _chat(limits), asks, stream="Chunk")},
@@ -268,14 +269,14 @@ def description(names: Sequence[str], limits: Limits, *, key: bool) -> dict[str,
         "/v1/messages": {"post": _operation(
             "message", "Anthropic's messages", "Message", _messages(limits), asks, "AnthropicError", "Event")},
         "/v1/messages/count_tokens": {"post": _operation(
-            "count", "How many tokens a message has", "Counted", _messages(limits, counted=True), (400, 404, 413),
+            "count", "How many tokens a message has", "Counted", _messages(limits, counted=True), (400, 404, 408, 413),
             "AnthropicError")},
         "/v1/models": {"get": _operation("models", "The model's names", "Models")},
         "/v1/models/{name}": {"get": _operation("model", "One of them", "Model", None, (404,)) | {"parameters": [
             {"name": "name", "in": "path", "required": True, "schema": ref("Name")}]}},
         "/v1/weights": {"post": _operation(
             "weights", "New weights, from a trainer", "Taken",
-            obj("folder version", folder=TEXT, version=integer(0, (1 << 31) - 1)), (400, 403, 413))},
+            obj("folder version", folder=TEXT, version=integer(0, (1 << 31) - 1)), (400, 403, 408, 413))},
         "/health": {"get": {"operationId": "health", "summary": "Whether it takes questions", "security": [],
                             "responses": {"200": _reply("yes", ref("Health")), "503": _reply("no", ref("Health"))}}},
         "/metrics": {"get": {"operationId": "metrics", "summary": "Counts, for Prometheus", "security": [],
