@@ -5,6 +5,7 @@ The scripts' installation itself is exercised by running the tests through launc
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import pathlib
@@ -85,8 +86,20 @@ def test_wheel_is_small_and_carries_the_licence(wheel):
 def test_version_and_entry_point():
     assert PROJECT["version"] == glmv_jax.__version__
     assert PROJECT["scripts"] == {"glmv": "glmv_jax.cli:main"}
-    assert set(PROJECT["optional-dependencies"]) == {"cuda", "tpu", "hf", "data", "rl", "serve", "agents", "dev"}
+    assert set(PROJECT["optional-dependencies"]) == {"cuda", "tpu", "hf", "data", "rl", "serve", "dev"}
     assert not any(re.match(r"(torch|transformers|tensorflow)\b", line) for line in PROJECT["dependencies"])
+
+
+def test_each_package_of_an_extra_is_imported_somewhere():
+    """Those of the accelerators are jax's own plugins, those of dev are for the tests."""
+    extras = {name: lines for name, lines in PROJECT["optional-dependencies"].items()
+              if name not in ("cuda", "tpu", "dev")}  # fmt: skip
+    asked = {re.match(r"[\w.-]+", line).group().replace("-", "_") for lines in extras.values() for line in lines}
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in (REPO / "glmv_jax").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    assert asked <= {name.partition(".")[0] for name in found}
 
 
 # --- scripts ----------------------------------------------------------------------------------------------------------
