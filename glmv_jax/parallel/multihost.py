@@ -17,12 +17,14 @@ of a TPU slice, whose metadata server is then asked. For two on a laptop:
 from __future__ import annotations
 
 import argparse
+import functools
 import importlib.util
 import os
 import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 from glmv_jax.typing import UserError
@@ -186,3 +188,34 @@ def agreed(value: bool) -> bool:
     from jax.experimental import multihost_utils
 
     return bool(np.any(multihost_utils.process_allgather(np.array(value))))
+
+
+def own_copy(arrays: Any) -> Any:
+    """Arrays of the run, whole, on this process' first device: for work in which the others take no part, such as to
+    draw answers. All have to ask, with the same; with one process they are handed back as they are."""
+    import jax
+
+    if jax.process_count() == 1:
+        return arrays
+    gathered = _gathered(jax.tree.leaves(arrays)[0].sharding.mesh)(arrays)
+    return jax.tree.map(lambda x: x.addressable_data(0), gathered)
+
+
+@functools.cache
+def _gathered(mesh: Any) -> Callable[[Any], Any]:
+    """Compiled: the same arrays, on every device of the mesh."""
+    import jax
+
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    return jax.jit(lambda arrays: arrays, out_shardings=everywhere)
+
+
+def own_rows(x: Any) -> Any:
+    """NumPy: of an array of the run that is split by rows those that this process gave; all of any other."""
+    import jax
+    import numpy as np
+
+    if not isinstance(x, jax.Array) or x.is_fully_addressable:
+        return np.asarray(x)
+    parts = {shard.index[0].start or 0: shard.data for shard in x.addressable_shards}
+    return np.concatenate([np.asarray(parts[at]) for at in sorted(parts)])

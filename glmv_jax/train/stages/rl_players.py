@@ -14,6 +14,7 @@ from glmv_jax.inference.front import Front, Ticket
 from glmv_jax.inference.requests import Completion, Prompt, Request
 from glmv_jax.inference.sampler import Sampler, Sampling
 from glmv_jax.inference.settings import Settings
+from glmv_jax.parallel import multihost
 from glmv_jax.rl.pipeline import protocols
 from glmv_jax.rl.play import Limits, Policy
 from glmv_jax.rl.players import sampled, served
@@ -32,7 +33,7 @@ class Players:
 
     def __init__(self, stage: RL, limits: Limits) -> None:
         r = stage.cfg.rollout
-        self._stage, self._limits = stage, limits
+        self._stage, self._limits, self._seed = stage, limits, rl_questions.own_seed(stage)
         self._sampling = Sampling.chat(
             stage.tokenizer, r.max_new_tokens, allow=DRAWN, temperature=r.temperature, top_p=r.top_p
         )
@@ -43,9 +44,10 @@ class Players:
 
     def begin(self, params: Params, step: int) -> None:
         """The weights that turns are drawn with from now on, after `step` updates."""
+        params = multihost.own_copy(params)
         if not self._stage.cfg.rollout.get("slots", 0):
             self._params = params
-            self._key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._stage.cfg.seed), step), KEY)
+            self._key = jax.random.fold_in(jax.random.fold_in(jax.random.key(self._seed), step), KEY)
         elif self._front is None:
             self.start(params, step)
         else:
@@ -81,7 +83,7 @@ class Players:
 
     def _drawn(self, document: Document, room: int, facts: str, begun: Completion | None = None) -> Ticket:
         """A turn of the engine. facts: what its random numbers depend on, beside the seed and the weights."""
-        own = number(f"{self._stage.cfg.seed}/{self._front.engine.version}/{facts}")
+        own = number(f"{self._seed}/{self._front.engine.version}/{facts}")
         most = min(room, self._stage.cfg.rollout.max_new_tokens)
         return self._front.submit(Request(Prompt.of_document(document), own, max_new_tokens=most, begun=begun))
 

@@ -4,6 +4,10 @@ By default a step asks the next cfg.rollout.prompts of the mixture. With cfg.rol
 that the policy can do half of the time (`rl.tiers`). With cfg.rollout.dynamic as many more are asked as will teach
 nothing, by what was useless in the steps before, and the most balanced of the useful groups are trained on (GLM-V,
 section 5.3). What a group teaches is told by its rewards as they were graded, before any shaping by length.
+
+Of several processes each asks cfg.rollout.prompts questions of its own, and answers them with a copy of the weights on
+its first device (`multihost.own_copy`); the update is of the rows of all. What is told and kept of rollouts is the
+first one's.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import jax
 from glmv_jax.data.tokenizer import BOX
 from glmv_jax.inference import drafting_programs
 from glmv_jax.inference.sampler import Sampling
+from glmv_jax.parallel import multihost
 from glmv_jax.rl.curriculum import Expansion, kept, useful
 from glmv_jax.rl.pipeline import Group, Member
 from glmv_jax.rl.pipeline.local import Rows
@@ -27,6 +32,9 @@ from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
     from glmv_jax.train.stages.rl import RL
+
+
+OTHERS = 1_000_003  # between the seeds of processes
 
 
 class Answered(NamedTuple):
@@ -47,6 +55,7 @@ def sampling(stage: RL) -> Sampling:
     """
     r, settings = stage.cfg.rollout, {}
     drafts(stage)
+    _check_processes(stage)
     if r.top_p < 1:
         raise UserError(f"rollout.top_p={r.top_p} draws from a part of the policy's distribution, and what is trained "
                         "on are log-probabilities under all of it; set rollout.top_p=1.0")  # fmt: skip
@@ -59,6 +68,23 @@ def sampling(stage: RL) -> Sampling:
         close = stage.tokenizer.special["</think>"]
         settings = {"think": think, "close": close, "allow": (*BOX, "</think>")}
     return Sampling.chat(stage.tokenizer, r.max_new_tokens, temperature=r.temperature, top_p=r.top_p, **settings)
+
+
+def _check_processes(stage: RL) -> None:
+    """UserError for what several processes cannot do, or not without knowing of each other."""
+    r, n = stage.cfg.rollout, jax.process_count()
+    if n == 1:
+        return
+    if stage.asynchronous or r.dynamic or curriculum(stage.cfg):
+        raise UserError(
+            f"{n} processes: rollout.pipeline=async, rollout.dynamic and rollout.curriculum keep a state that each "
+            "would have another of; use the synchronous form without them, or one process"
+        )
+    if len(r.rows) > 1:
+        raise UserError(
+            f"{n} processes: rollout.rows={tuple(r.rows)} lets each choose another number, and a batch is of all; give "
+            f"one, {max(r.rows)} say"
+        )
 
 
 def drafts(stage: RL) -> int:
@@ -126,10 +152,16 @@ def expansion(cfg: Any) -> Expansion | None:
 
 def answered(stage: RL, batch: Batch, params: Params, step: int, call: int = 0) -> list[Rollout]:
     """Graded answers to a batch of prompts. call: of the step; each draws with a key of its own."""
-    key = jax.random.fold_in(jax.random.key(stage.cfg.seed), step)
+    key = jax.random.fold_in(jax.random.key(own_seed(stage)), step)
     key = jax.random.fold_in(key, call) if call else key
+    params = multihost.own_copy(params)
     more: dict[str, Any] = {"sampled": stage.others.prefetch, "limits": stage.limits}
     return rollout(stage.drawing(params), params, batch, key, stage.tokenizer, stage.grading.score, **more)
+
+
+def own_seed(stage: RL) -> int:
+    """Of what this process draws with."""
+    return stage.cfg.seed + OTHERS * jax.process_index()
 
 
 class Asking:

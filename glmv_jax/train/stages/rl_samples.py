@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
-import numpy as np
 
 from glmv_jax.data.records import Sample
+from glmv_jax.parallel import multihost
 from glmv_jax.rl.pipeline.samples import Pictures, SampleLog, prompt_rows
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.typing import Batch
@@ -100,7 +100,7 @@ def add_trained(
     for batch, others in zip(batches, said):
         if "proximal" not in others:
             continue
-        proximal_BT = np.asarray(others["proximal"])
+        proximal_BT = multihost.own_rows(others["proximal"])
         for b, shown in enumerate(batch["shown"]):
             for record, _, own in shown:
                 at = slice(own.stop - len(record.answer), own.stop)

@@ -18,7 +18,7 @@ from glmv_jax.losses.chunked import CHUNK, head_logprobs, head_map
 from glmv_jax.losses.cross_entropy import per_source
 from glmv_jax.losses.select import Targets, behind_image, predictors, select, weights
 from glmv_jax.models import vlm
-from glmv_jax.train.stages import experts
+from glmv_jax.train.stages import experts, rl_questions
 from glmv_jax.train.stages.vlm import VLMStage, inputs
 from glmv_jax.typing import Batch, Params, TokenInput
 
@@ -33,6 +33,11 @@ class PolicyUpdate(VLMStage):
         super().__init__(cfg)
         loss = {name: value for name, value in cfg.loss.items() if name not in NOT_OF_THE_OBJECTIVE}
         self.objective = policy.Objective.of(loss)
+
+    @property
+    def data_seed(self) -> int:
+        """Processes ask different questions."""
+        return super().data_seed + rl_questions.OTHERS * jax.process_index()
 
     @property
     def head_settings(self) -> dict[str, Any]:
