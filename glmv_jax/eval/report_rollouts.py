@@ -3,7 +3,7 @@ each part of the pipeline worked.
 
     RUN/<stage>/samples.jsonl   rows of `rl.pipeline.samples`: "prompt" says what a group was asked, "sample" an answer
                 pictures/       HASH.png
-                trace.json      spans of the pipeline's stages (asynchronous form), as Perfetto opens them
+                trace.json      when each part of a step worked, as Perfetto opens it
 
 Of a large samples.jsonl the beginning and the end are read.
 """

@@ -156,6 +156,9 @@ def test_the_first_policy_is_on_its_way_while_rewards_are_computed(asked):
     assert seen and all(row == [True, False] for row in seen)
     assert not any(parked.is_here for parked in made.others.parked.values())
     assert left < 100_000, "bytes of another policy are left on the device"
+    spans = {(span.stage, span.name): span for span in made.samples.trace.spans}
+    first, second, reward = (spans[x] for x in (("reference", "a"), ("reference", "b"), ("reward", "step 0")))
+    assert first.begin < reward.end < first.end and second.begin < first.end < second.end
 
 
 def test_beside_the_training_it_is_on_its_way_before_its_batch_is_there(tmp_path):

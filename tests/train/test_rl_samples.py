@@ -88,6 +88,22 @@ def test_the_metrics_are_those_of_the_rows(run):
             assert {key: metrics[f"{name}/{key}"] for key in values.index} == pytest.approx(values.to_dict(), rel=1e-5)
 
 
+def test_every_run_has_a_trace(run):
+    """In the synchronous form one thing after the other: what is drawn, graded, laid in rows, trained on."""
+    stage, folder, _ = run
+    trace = json.loads((folder / "trace.json").read_text())
+    spans = {name: sorted((e["ts"], e["ts"] + e["dur"]) for e in trace["traceEvents"] if e.get("cat") == name)
+             for name in ("rollout", "reward", "batch", "train")}  # fmt: skip
+    assert spans["rollout"] and spans["reward"] and spans["batch"] and "overlap" in trace["otherData"]
+    if not stage.asynchronous:
+        # With the one that was killed; nobody asks for more after the last, and so its update is not in it.
+        assert [len(x) for x in spans.values()] == [STEPS + 2, STEPS + 2, STEPS + 2, STEPS]
+        ends = [edge for step in zip(spans["rollout"], spans["reward"], spans["batch"]) for edge in np.ravel(step)]
+        assert ends == sorted(ends) and trace["otherData"]["overlap"] == 0.0
+        for (begin, end), batch, following in zip(spans["train"], spans["batch"], spans["rollout"][1:]):
+            assert batch[1] <= begin <= end <= following[0]
+
+
 def test_rows_say_what_was_asked_and_answered(run):
     stage, folder, _ = run
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]

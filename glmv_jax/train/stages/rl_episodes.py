@@ -104,17 +104,21 @@ class Episodes:
         `_told`. Their rows count on from the questions'."""
         r, played = self._stage.cfg.rollout, []
 
+        trace = self._stage.samples.trace
+
         async def graded(episode: Episode):
             played.append(episode)
-            return await self._stage.grading.episode(episode)
+            with trace.span("reward", episode.source):
+                return await self._stage.grading.episode(episode)
 
         groups = [self.group(n) for n in range(first, first + self.groups)]
         self.players.begin(params, step)
         try:
-            found = asyncio.run(collect(
-                self.arena, self.players, graded, groups, self._form, size=r.group, tries=r.episodes.tries,
-                limits=self.limits, compare=self._stage.grading.compared,
-            ))  # fmt: skip
+            with trace.span("rollout", f"episodes of step {step}"):
+                found = asyncio.run(collect(
+                    self.arena, self.players, graded, groups, self._form, size=r.group, tries=r.episodes.tries,
+                    limits=self.limits, compare=self._stage.grading.compared,
+                ))  # fmt: skip
         except BaseExceptionGroup as errors:  # of tasks: the first says what has to be mended
             raise _first(errors) from errors
         finally:

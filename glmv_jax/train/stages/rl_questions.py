@@ -31,6 +31,8 @@ from glmv_jax.rl.tiers import Tiers
 from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
+    from glmv_jax.data.records import Sample
+    from glmv_jax.rl.rewards.grade import Grade
     from glmv_jax.train.stages.rl import RL
 
 
@@ -154,9 +156,19 @@ def answered(stage: RL, batch: Batch, params: Params, step: int, call: int = 0) 
     """Graded answers to a batch of prompts. call: of the step; each draws with a key of its own."""
     key = jax.random.fold_in(jax.random.key(own_seed(stage)), step)
     key = jax.random.fold_in(key, call) if call else key
-    params = multihost.own_copy(params)
-    more: dict[str, Any] = {"sampled": stage.others.prefetch, "limits": stage.limits}
-    return rollout(stage.drawing(params), params, batch, key, stage.tokenizer, stage.grading.score, **more)
+    params, trace, name = multihost.own_copy(params), stage.samples.trace, f"step {step}"
+    begun = trace.clock()
+
+    def drawn() -> None:
+        trace.add("rollout", name, begun)
+        stage.others.prefetch()
+
+    def score(samples: Sequence[Sample], texts: Sequence[str]) -> list[Grade]:
+        with trace.span("reward", name):
+            return stage.grading.score(samples, texts)
+
+    more: dict[str, Any] = {"sampled": drawn, "limits": stage.limits}
+    return rollout(stage.drawing(params), params, batch, key, stage.tokenizer, score, **more)
 
 
 def own_seed(stage: RL) -> int:

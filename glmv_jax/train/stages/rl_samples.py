@@ -1,4 +1,5 @@
-"""What stage 5 keeps of its rollouts beside the checkpoints: samples.jsonl and the pictures, see `rl.pipeline.samples`.
+"""What stage 5 keeps of its rollouts beside the checkpoints: samples.jsonl and the pictures, see `rl.pipeline.samples`,
+and trace.json, when each part of a step worked (`rl.pipeline.trace`).
 
 cfg.rollout.samples: rows (whether anything is kept), pictures (how many at most) and groups (of each source, whose
 pictures are written in a step). Files are written by threads, while training goes on.
@@ -18,6 +19,7 @@ import jax
 from glmv_jax.data.records import Sample
 from glmv_jax.parallel import multihost
 from glmv_jax.rl.pipeline.samples import Pictures, SampleLog, prompt_rows
+from glmv_jax.rl.pipeline.trace import Trace
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.typing import Batch
 
@@ -29,7 +31,7 @@ Row = dict[str, Any]
 
 class Samples:
     """Of one stage. run: its folder, None but in the first of several processes, which keeps its own.   folder: the
-    same, None where nothing is kept."""
+    same, None where nothing is kept.   trace: of the synchronous form (the pipeline has its own)."""
 
     def __init__(self, stage: RL) -> None:
         self._stage = stage
@@ -41,10 +43,12 @@ class Samples:
         self._pictures: Any = None  # Pictures, from the first of them on
         self._writer: ThreadPoolExecutor | None = None
         self._written: Future | None = None
+        self.trace = Trace(keep=20_000)
 
     def open(self, data: Any) -> Kept:
-        """The data with their log."""
-        return Kept(data, self.folder and self.folder / "samples.jsonl")
+        """The data with their log and trace."""
+        self._stage.others.trace = self.trace
+        return Kept(data, self.folder and self.folder / "samples.jsonl", self.trace)
 
     def show(self, records: Sequence[Rollout], batch: Batch) -> None:
         """Keeps pictures that records were drawn from; they are written while training goes on. batch: the prompts of
@@ -110,22 +114,33 @@ def add_trained(
 @dataclasses.dataclass
 class Kept:
     """A data iterator and the log of what was drawn from it, which go on together after a restart.   path: None for
-    no log."""
+    no log.   trace: gets the spans of what is between: rows are made from the last verdict on until they are kept, and
+    trained on until the next data are asked for."""
 
     data: Any
     path: Path | None
+    trace: Trace
     _log: SampleLog | None = None
     _state: Mapping[str, int] | None = None
+    _took: tuple[str, float] | None = None  # what is trained on, and since when
 
     def __next__(self) -> Any:
+        if self._took is not None:
+            self.trace.add("train", *self._took)
+        self._took = None
         return next(self.data)
 
     def keep(self, rows: Sequence[Row]) -> None:
+        name = f"step {rows[0]['step']}" if rows else ""
+        drawn = [span.end for span in self.trace.spans if span.stage in ("rollout", "reward")]
+        self.trace.add("batch", name, max(drawn, default=self.trace.clock()))
+        self._took = name, self.trace.clock()
         if self.path is not None:
             self._log = self._log or SampleLog(self.path, self._state)
             self._log.write(rows)
 
     def get_state(self) -> dict[str, Any]:
+        self._save_trace()
         return {"data": self.data.get_state(), "samples": self._log.get_state() if self._log else self._state}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -138,3 +153,8 @@ class Kept:
         finally:
             if self._log is not None:
                 self._log.close()
+                self._save_trace()
+
+    def _save_trace(self) -> None:
+        if self._log is not None:
+            self.trace.save(self.path.parent / "trace.json")
