@@ -2,12 +2,12 @@
 
     python benchmarks/rl_ray.py [--steps 10] [--kills 0.1] [--out FILE]
 
-A local Ray cluster: rollout, reward and environment workers, each an actor in its own process, under the pipeline that
-a run on one machine uses. Answers are simulated (a token a tick of real time), everything else is as it is: requests,
-aborts, weights and verdicts travel between processes, and a share of the requests, a reward worker and an environment
-worker kill the process they are in with SIGKILL. Half of the prompts are episodes of three steps in an environment
-worker, each of which shows a picture; some pictures are changed on their way here. A minute on two cores, most of it
-processes that start.
+The roles alone (`rl_ray_train.py` trains). A local Ray cluster: rollout, reward and environment workers, each an actor
+in its own process, under the pipeline that a run on one machine uses. Answers are simulated (a token a tick of real
+time), everything else is as it is: requests, aborts, weights and verdicts travel between processes, and a share of the
+requests, a reward worker and an environment worker kill the process they are in with SIGKILL. Half of the prompts are
+episodes of three steps in an environment worker, each of which shows a picture; some pictures are changed on their way
+here. A minute on two cores, most of it processes that start.
 
 Prints one JSON line: prompts trained on and how many of them twice or never (the answer must be none), processes that
 died, work done again, the oldest token against the bound, pictures that were spoilt, how often that was told, and how
@@ -51,7 +51,7 @@ class Writer:
     def abort(self, id: int) -> None:
         self.stopped.add(id)
 
-    async def complete(self, request):
+    async def complete(self, request, moment=None):
         from glmv_jax.rl.pipeline import Completion, Drawn
 
         rng = random.Random(f"{request.prompt.uid}/{request.member}")
@@ -83,7 +83,7 @@ class Judge:
         if self.count == 3 and first(self.graves, "judge"):
             die()
         await asyncio.sleep(5 * TICK)
-        return Grade(float(request.member), bool(request.member), {"score": float(request.member)})
+        return Grade(float(request.member), bool(request.member), {"score": float(request.member)}), {}
 
 
 def picture(seed: int, at: int) -> Image.Image:
@@ -124,7 +124,7 @@ class Counting:
 
 def worlds(graves: str):
     """An environment worker, whose pictures of some episodes are other ones when they arrive, once each."""
-    from glmv_jax.rl.pipeline.workers import Environments
+    from glmv_jax.rl.pipeline.remote_environment import Environments
 
     class Spoiling(Environments):
         async def step(self, name: str, action):
@@ -171,7 +171,10 @@ async def work(steps: int, kills: float, graves: str) -> dict:
     from glmv_jax.rl.arena import Arena
     from glmv_jax.rl.gym import Action
     from glmv_jax.rl.pipeline import Pipeline, Scheduler, Settings, train
-    from glmv_jax.rl.pipeline.workers import RemoteEngine, RemoteEnvironment, RemoteGrader, Workers
+    from glmv_jax.rl.pipeline.remote_environment import RemoteEnvironment
+    from glmv_jax.rl.pipeline.remote_reward import RemoteGrader
+    from glmv_jax.rl.pipeline.remote_rollout import RemoteEngine
+    from glmv_jax.rl.pipeline.workers import Workers
     from glmv_jax.rl.play import Limits
     from glmv_jax.rl.players import scripted
     from glmv_jax.rl.transcript import Form

@@ -250,7 +250,7 @@ def test_the_ray_cluster_has_a_group_and_a_resource_for_each_role():
     cluster = yaml.safe_load(text)
     assert complaints(cluster, RAY_CLUSTER) == []
     groups = {group["groupName"]: group for group in cluster["spec"]["workerGroupSpecs"]}
-    assert list(groups) == ["trainer", "rollout", "reward", "judge"]
+    assert list(groups) == ["trainer", "rollout", "reward", "environment", "judge"]
     head = cluster["spec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
     for name, group in groups.items():
         # KubeRay puts the value on a shell's command line as it is: JSON in quotes of its own.
@@ -268,5 +268,15 @@ def test_the_ray_cluster_has_a_group_and_a_resource_for_each_role():
             assert group["template"]["metadata"]["annotations"]["gke-gcsfuse/volumes"] == "true"
     asked = re.search(r"--entrypoint-resources '(.*?)'", text)[1]
     assert json.loads(asked) == {"trainer": 1} and groups["trainer"]["replicas"] == 1
-    experiment, workdir = re.search(r"--config (\S+) --workdir (\S+)'", text).groups()
-    assert config.load(str(REPO / experiment)).stage == "rl" and workdir.startswith("/runs/")
+    experiment, workdir = re.search(r"--config (\S+) --workdir (\S+)", text).groups()
+    cfg = config.load(str(REPO / experiment))
+    assert cfg.stage == "rl" and workdir.startswith("/runs/")
+    given = [a or b for a, b in re.findall(r'"--config\.(\S+=.+?)"|--config\.(\S+=\S+)', text)]
+    workers = config.override(cfg, given).rollout.workers
+    for role, needs in workers.needs.items():
+        assert role in groups
+        if needs.resources:
+            assert workers[role] * dict(needs.resources)[role] <= groups[role]["maxReplicas"]
+    assert workers.ray == "auto" and {role for role, needs in workers.needs.items() if needs.resources} == {
+        role for role in workers.needs if workers[role]
+    }

@@ -71,6 +71,7 @@ class Workers:
         self._busy = [0] * count
         self._told: dict[str, tuple] = {}
         self.lost = self.again = 0
+        self._closed = False
 
     def __len__(self) -> int:
         return len(self._actors)
@@ -141,7 +142,7 @@ class Workers:
         """UserError for one that could not be made, as another of its kind could not."""
         if getattr(error, "actor_init_failed", False):
             raise self._unmade(error) from error
-        if self._actors[at] is dead:  # many calls may hear of one death
+        if self._actors[at] is dead and not self._closed:  # many calls may hear of one death
             self.lost += 1
             self._ray.kill(dead)  # where it only cannot be reached
             self._actors[at] = self._start()
@@ -165,6 +166,7 @@ class Workers:
 
     def close(self) -> None:
         """Ends the processes; a role with a method `end` ends first what it has begun."""
+        self._closed = True
         self._ray.wait([actor.end.remote() for actor in self._actors], num_returns=len(self), timeout=LEAVING)
         for actor in self._actors:
             self._ray.kill(actor)

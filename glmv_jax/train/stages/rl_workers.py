@@ -13,6 +13,7 @@ import importlib
 import logging
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +90,9 @@ class Roles:
             if not address:
                 _check_devices(needs)
             try:
-                ray.init(address or "local", **({} if address else quiet))
+                with warnings.catch_warnings():  # JAX warns of a fork, which Ray only starts programs by
+                    warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+                    ray.init(address or "local", **({} if address else quiet))
             except ConnectionError as error:
                 raise UserError(f"rollout.workers.ray={address!r}: {error}") from error
             self._started = not address
