@@ -1,7 +1,8 @@
-"""Environments in other processes: the same episodes as here, and images that are changed on the way are noticed.
+"""Environments in other processes: the same episodes as here, and images that are changed on the way are noticed; and
+processes that take the place of others.
 
-What passes between processes passes through pickle, in one process. Not covered: processes, their deaths, and Ray
-(benchmarks/rl_ray.py).
+What passes between processes passes through pickle, in one process. Not covered: processes, and Ray (benchmarks/
+rl_ray.py, tests/train/test_rl_ray.py).
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ import dataclasses
 import pickle
 import threading
 
+import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
 from glmv_jax.rl import integrity
 from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.gym import Observation, asked
-from glmv_jax.rl.pipeline import Prompt, Settings
+from glmv_jax.rl.pipeline import Completion, Drawn, Prompt, Request, Settings
 from glmv_jax.rl.pipeline.episodes import EpisodeEngine
 from glmv_jax.rl.pipeline.remote_environment import Environments, RemoteEnvironment
+from glmv_jax.rl.pipeline.remote_rollout import RemoteEngine
+from glmv_jax.rl.pipeline.workers import Workers
+from tests.rl import ray_stand_in
 from tests.rl import test_pipeline_episodes as local
 from tests.rl.test_pipeline_episodes import FORM, GROUP, LIMITS, LONGEST, Run, Talk, alone
 
@@ -147,3 +152,89 @@ def test_what_a_process_held_is_gone_with_it():
         asyncio.run(second.step(name, None))
     second.close(name)
     assert list(second._open) == [other] and second.reset("talk", 2, other)[0] == other
+
+
+class Told:
+    """A role that knows what it was told; from the third on it takes it in only when the gate is open."""
+
+    made, gate = 0, threading.Event()
+
+    def __init__(self):
+        Told.made += 1
+        self.number, self.values = Told.made, []
+
+    def tell(self, value):
+        if self.number > 2:
+            assert Told.gate.wait(30)
+        if value == "no":
+            raise ValueError("not that")
+        self.values.append(value)
+
+    async def say(self):
+        return self.number, list(self.values)
+
+
+@pytest.fixture
+def told(monkeypatch):
+    Told.made, Told.gate = 0, threading.Event()
+    world = ray_stand_in.installed(monkeypatch)
+    return world, Workers(Told, 2, name="Told")
+
+
+def test_nobody_waits_for_a_process_that_takes_the_place_of_another(told):
+    world, workers = told
+
+    async def work():
+        await workers.tell("tell", 1)
+        world.deaths = {("Told", "say"): [1]}
+        assert await workers.call("say") == (2, [1]), "by the one that is left"
+        assert (workers.lost, workers.again) == (1, 1) and not workers.ready(0)
+        await workers.tell("tell", 2)
+        assert [await workers.call("say") for _ in range(3)] == [(2, [1, 2])] * 3
+        waits = asyncio.ensure_future(workers.call_once(0, "say"))
+        await asyncio.sleep(0.1)
+        assert not waits.done()
+        Told.gate.set()
+        number, values = await waits
+        assert number == 3 and values[-1] == 2 and workers.ready(0)
+
+    asyncio.run(work())
+    workers.close()
+
+
+def test_what_a_new_process_cannot_be_told_is_heard(told):
+    world, workers = told
+    Told.gate.set()
+
+    async def work():
+        await workers.tell("tell", 1)
+        workers._told["tell"] = ("no",)
+        world.deaths = {("Told", "say"): [1]}
+        assert (await workers.call("say"))[0] == 2
+        with pytest.raises(ValueError, match="not that"):
+            await workers.call_once(0, "say")
+        with pytest.raises(ValueError, match="not that"):
+            await workers.tell("tell", 3)
+
+    asyncio.run(work())
+    workers.close()
+
+
+def test_a_request_that_waits_for_a_new_process_is_stopped_at_once(told):
+    world, workers = told
+    prefix = Drawn(np.arange(3, dtype=np.int32), np.zeros(3, np.float32), np.zeros(3, np.int32))
+    done: list[Completion] = []
+
+    async def work():
+        engine = RemoteEngine(workers)
+        world.deaths = {("Told", "tell"): [1, 2]}
+        await workers.tell("tell", 1)
+        engine.submit(Request(7, Prompt(0, 0, "any"), 0, prefix=prefix), done.append)
+        await asyncio.sleep(0.1)
+        assert not done and not workers.ready(0) and not workers.ready(1)
+        engine.abort(7)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(work())
+    workers.close()
+    assert [completion.reason for completion in done] == ["aborted"] and done[0].drawn is prefix

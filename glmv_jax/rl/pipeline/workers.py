@@ -130,13 +130,14 @@ class Workers:
         return self._ray.put(value)
 
     async def tell(self, method: str, *args: Any) -> None:
-        """Calls it in all of them, and first of all in every process that takes the place of one. The last call of a
-        method counts."""
+        """Calls it in all of them, and first of all in every process that takes the place of one, for which nobody
+        waits here. The last call of a method counts."""
         self._told[method] = args
-        calls = (self.call_once(at, method, *args) for at in range(len(self)))
+        there = [at for at, telling in enumerate(self._telling) if telling is None or telling.done()]
+        calls = (self.call_once(at, method, *args) for at in there)
         for result in await asyncio.gather(*calls, return_exceptions=True):
             if isinstance(result, BaseException) and not isinstance(result, WorkerLost):
-                raise result  # those that were lost have been replaced, and told
+                raise result  # those that were lost have been replaced, and are told
 
     def _replace(self, at: int, dead: Any, error: Exception) -> None:
         """UserError for one that could not be made, as another of its kind could not."""
@@ -149,11 +150,14 @@ class Workers:
             self._telling[at] = asyncio.ensure_future(self._tell_again(at, self._actors[at]))
 
     async def _tell_again(self, at: int, actor: Any) -> None:
-        """What it raises, everybody hears who calls that actor."""
+        """What all were told, and what they are meanwhile. What it raises, everybody hears who calls that actor."""
+        told: dict[str, tuple] = {}
         try:
             await actor.up.remote()
-            for method, args in list(self._told.items()):
-                await actor.call.remote(method, args)
+            while new := [(method, args) for method, args in self._told.items() if told.get(method) is not args]:
+                for method, args in new:
+                    await actor.call.remote(method, args)
+                told |= dict(new)
         except self._ray.exceptions.RayActorError as error:
             self._replace(at, actor, error)
             return
