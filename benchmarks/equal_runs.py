@@ -70,10 +70,10 @@ def accounts(run: Run, groups: int, answers: int, staleness: int) -> list[str]:
     by_step = sorted(row["step"] for row in rows)
     if by_step != [step for step in range(run.step) for _ in range(groups * answers)]:
         wrong.append(f"{len(rows)} answers in {run.step} steps of {groups * answers}")
-    if sorted([*trained, *waiting, *left_out]) != list(range(state["prompts"])):
-        have = {*trained, *waiting, *left_out}
-        lost = sorted(set(range(state["prompts"])) - have)
-        wrong.append(f"of {state['prompts']} prompts {len(lost)} are lost: {lost[:5]}, or some are twice")
+    prompts = state["prompts"]["drawn"] if isinstance(state["prompts"], dict) else state["prompts"]  # with episodes
+    if sorted([*trained, *waiting, *left_out]) != list(range(prompts)):
+        lost = sorted(set(range(prompts)) - {*trained, *waiting, *left_out})
+        wrong.append(f"of {prompts} prompts {len(lost)} are lost: {lost[:5]}, or some are twice")
     oldest = max(row["trained_at"] - version for row in rows for version in row["versions"])
     return wrong[:6] + ([f"a token is {oldest} updates old"] if oldest > staleness else [])
 

@@ -189,6 +189,8 @@ def test_nobody_waits_for_a_process_that_takes_the_place_of_another(told):
         world.deaths = {("Told", "say"): [1]}
         assert await workers.call("say") == (2, [1]), "by the one that is left"
         assert (workers.lost, workers.again) == (1, 1) and not workers.ready(0)
+        while world.calls["Told", "tell"] < 3:  # it is being told what was so
+            await asyncio.sleep(0.01)
         await workers.tell("tell", 2)
         assert [await workers.call("say") for _ in range(3)] == [(2, [1, 2])] * 3
         waits = asyncio.ensure_future(workers.call_once(0, "say"))
@@ -234,7 +236,8 @@ def test_a_request_that_waits_for_a_new_process_is_stopped_at_once(told):
         assert not done and not workers.ready(0) and not workers.ready(1)
         engine.abort(7)
         await asyncio.sleep(0.1)
+        assert [completion.reason for completion in done] == ["aborted"] and done[0].drawn is prefix
+        Told.gate.set()
 
     asyncio.run(work())
     workers.close()
-    assert [completion.reason for completion in done] == ["aborted"] and done[0].drawn is prefix
