@@ -74,7 +74,7 @@ def accounts(run: Run, groups: int, answers: int, staleness: int) -> list[str]:
     if sorted([*trained, *waiting, *left_out]) != list(range(prompts)):
         lost = sorted(set(range(prompts)) - {*trained, *waiting, *left_out})
         wrong.append(f"of {prompts} prompts {len(lost)} are lost: {lost[:5]}, or some are twice")
-    oldest = max(row["trained_at"] - version for row in rows for version in row["versions"])
+    oldest = max(row["trained_at"] - version for row in rows for version in row["versions"] if version >= 0)
     return wrong[:6] + ([f"a token is {oldest} updates old"] if oldest > staleness else [])
 
 
