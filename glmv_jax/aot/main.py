@@ -17,7 +17,7 @@ from glmv_jax.typing import UserError
 _OF_THE_LOOP = ("log_every", "eval_every", "save_every", "keep", "spikes", "max_skipped", "max_seconds", "faults",
                 "match_wall", "compilation_cache")  # fmt: skip
 _OF_ROLLOUTS = ("slots", "limits", "samples", "engine", "weights", "staleness", "late", "quotas", "in_flight",
-                "seconds", "dynamic", "expansion", "curriculum", "environments")  # fmt: skip
+                "seconds", "dynamic", "expansion", "curriculum", "environments", "drafts", "workers")  # fmt: skip
 _UNREAD = {*_OF_THE_LOOP, *(f"rollout.{name}" for name in _OF_ROLLOUTS)}
 
 

@@ -156,5 +156,5 @@ class Kept:
                 self._save_trace()
 
     def _save_trace(self) -> None:
-        if self._log is not None:
+        if self._log is not None and self.path is not None:
             self.trace.save(self.path.parent / "trace.json")
