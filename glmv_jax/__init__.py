@@ -6,6 +6,7 @@ The public names are imported when first used, so `import glmv_jax` costs nothin
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -29,7 +30,7 @@ _PUBLIC = {
 __all__ = ["__version__", *_PUBLIC]
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'glmv_jax' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])

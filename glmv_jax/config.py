@@ -21,7 +21,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -252,7 +252,7 @@ class FrozenMapping(Mapping):
     def __getitem__(self, key: str) -> Any:
         return self._items[key]
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[str]:
         return iter(self._items)
 
     def __len__(self) -> int:
@@ -282,7 +282,7 @@ def _thaw(cfg: ConfigDict) -> ConfigDict:
     return ConfigDict(cfg) if isinstance(cfg, FrozenConfigDict) else copy.deepcopy(cfg).unlock()
 
 
-def _map_leaves(cfg: ConfigDict, function) -> dict[str, Any]:
+def _map_leaves(cfg: ConfigDict, function: Callable[[Any], Any]) -> dict[str, Any]:
     return {
         key: _map_leaves(value, function) if isinstance(value, ConfigDict) else function(value)
         for key, value in cfg.items()

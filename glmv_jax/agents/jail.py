@@ -118,7 +118,7 @@ def main() -> None:
         program(job, superuser)
     expired = []
 
-    def stop(*_) -> None:
+    def stop(*_: object) -> None:
         expired.append(True)
         os.kill(child, signal.SIGKILL)
 

@@ -222,7 +222,9 @@ def _begun(module: Module, fusion: Op) -> list[tuple[Computation, Op]]:
     return [] if ends else [(where, op) for where, op in held if "async_collective_fusion" not in where.name]
 
 
-def _transfer(found, step: Step, where: Computation, op: Op, kind: str, mesh, slice_of) -> Transfer:
+def _transfer(
+    found: Schedule, step: Step, where: Computation, op: Op, kind: str, mesh: Mapping[str, int], slice_of: Sequence[int]
+) -> Transfer:
     within = " ".join((step.op.name, step.op.called.get("calls", ""))) if op is not step.op else ""
     begins = any(_ASYNC_START in inner.attributes for _, inner in found.module.fused(step.op))
     if kind == "all-reduce" and "all-reduce-scatter" in within:

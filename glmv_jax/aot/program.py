@@ -180,7 +180,9 @@ def _as_served(stage: VLMStage, params: Params) -> Params:
     return jax.tree.map(put, params, rounding.used(stage.model))
 
 
-def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params, cache: Params, last: Batch, key):
+def _next_token(
+    model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params, cache: Params, last: Batch, key: jax.Array
+) -> tuple:
     """(cache, token, its log-probability): a turn of `sampler.sample`'s loop for rows that hold their own prompts."""
     N = len(last["token"])
     positions_N13 = jnp.broadcast_to(last["position"][:, None, None], (N, 1, 3))
@@ -193,7 +195,7 @@ def _next_token(model: vlm.VLMConfig, drawing: sampler.Sampling, params: Params,
 def _cache_shapes(model: vlm.VLMConfig, rows: int, slots: int, placement: Placement) -> Params:
     """With rows where those of a batch are, axis 1 behind the layers'; or, of a dense decoder, rows and heads."""
 
-    def put(x):
+    def put(x: Any) -> jax.ShapeDtypeStruct:
         kept = caches.spec(placement.mesh, placement.rules, heads=x.ndim > 1 and x.shape[1] > rows)
         where = NamedSharding(placement.mesh, PartitionSpec(None, *kept)) if x.ndim > 2 else placement.replicated
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)

@@ -88,7 +88,10 @@ def jinja(source: str, name: str | pathlib.Path = "the chat template") -> Render
 
     template = told(lambda: environment.from_string(source))
 
-    def render(messages, tools=(), add_generation_prompt=True, **settings) -> str:
+    def render(
+        messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True, **settings: Any,
+    ) -> str:  # fmt: skip
         given = dict(messages=messages, tools=list(tools) or None, add_generation_prompt=add_generation_prompt)
         return told(lambda: template.render(**given, documents=None, **settings))
 

@@ -237,7 +237,7 @@ class Patcher:
     resample: str = "bicubic"
     frames: int = 1
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.frames not in (1, self.temporal):
             raise UserError(f"patches of {self.frames} frames for a tower whose patches have {self.temporal}")
         if self.policy not in ("naflex", "smart"):

@@ -62,7 +62,7 @@ class Reading:
     ahead: int = 2
     faults: str | pathlib.Path | None = None
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.shard < self.shards:
             raise UserError(f"shard {self.shard} of {self.shards} does not exist; shards count from 0")
 

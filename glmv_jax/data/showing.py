@@ -81,8 +81,10 @@ def budgets(batch: Mapping[str, np.ndarray]) -> list[dict[str, tuple[int, int]]]
     return [{name: (int(row.sum()), len(row)) for name, row in zip(used, rows)} for rows in zip(*used.values())]
 
 
-def _document(batch, b: int, segment: int, at: np.ndarray, tokenizer: Tokenizer, names: Sequence[str], patch: int
-              ) -> Shown:
+def _document(
+    batch: Mapping[str, np.ndarray], b: int, segment: int, at: np.ndarray, tokenizer: Tokenizer, names: Sequence[str],
+    patch: int,
+) -> Shown:  # fmt: skip
     tokens, weights, rows = (np.asarray(batch[name][b])[at] for name in ("tokens", "loss_weight", "image_row"))
     frame = np.asarray(batch["frame"][b])
     merge = 4  # patches of a visual token

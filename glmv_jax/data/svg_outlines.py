@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -92,7 +93,9 @@ def _path(element: ElementTree.Element) -> list[Outline]:
     return [*outlines, (np.array(points), False)] if len(points) > 1 else outlines
 
 
-def _segment(kind, given, origin, here, control, last) -> tuple[list[np.ndarray], np.ndarray]:
+def _segment(
+    kind: Any, given: Any, origin: Any, here: Any, control: Any, last: Any
+) -> tuple[list[np.ndarray], np.ndarray]:
     """(points after `here`, the last control point) of one command; curves in 16 steps."""
     if kind in "HV":
         axis, end = int(kind == "V"), here.copy()

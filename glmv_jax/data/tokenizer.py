@@ -47,7 +47,7 @@ class Tokenizer:
         self.pad, self.eos, self.image = (self.special[n] for n in ("<pad>", "<|endoftext|>", "<|image|>"))
         self.stops = frozenset(self.special[n] for n in ("<|endoftext|>", "<|user|>", "<|observation|>"))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Tokenizer, (self.path,)  # the model file is read again in a worker process
 
     def encode(self, text: str) -> list[int]:

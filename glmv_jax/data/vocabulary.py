@@ -68,7 +68,7 @@ class SentencePiece:
             raise UserError(f"vocabulary {str(self.path)!r} has no end token; train it with an eos_id")
         self.pad = self._model.pad_id() if self._model.pad_id() >= 0 else self.eos
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.path,)  # the file is read again in a worker process
 
     def encode(self, text: str) -> list[int]:
@@ -99,7 +99,7 @@ class TokenizersJson:
         self.vocab_size = self._model.get_vocab_size(with_added_tokens=True)
         self.eos, self.pad = self._first(_END), self._first(_PADDING)
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return type(self), (self.path,)
 
     def encode(self, text: str) -> list[int]:

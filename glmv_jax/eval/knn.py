@@ -7,6 +7,7 @@ query while it goes through its part, and the k best of all devices are merged a
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,16 +55,19 @@ def knn(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "k", "block", "classes", "temperature"))
-def _votes(gallery, real, index, query, *, mesh: Mesh, k: int, block: int, classes: int, temperature: float):
+def _votes(
+    gallery: jax.Array, real: jax.Array, index: jax.Array, query: jax.Array, *, mesh: Mesh, k: int, block: int,
+    classes: int, temperature: float,
+) -> jax.Array:  # fmt: skip
     """[Q] the class with most votes."""
     axes, rows = mesh_lib.data_axes(mesh), shards.rows_spec(mesh)
     everywhere = PartitionSpec()
 
-    def nearest(gallery_RE, real_R, query_QE):
+    def nearest(gallery_RE: jax.Array, real_R: jax.Array, query_QE: jax.Array) -> tuple:
         """The k best of a device's rows: cosines, and their numbers in the whole gallery."""
         first = jax.lax.axis_index(axes) * len(gallery_RE) if axes else 0
 
-        def look(best, n):
+        def look(best: tuple, n: jax.Array) -> tuple[Any, Any]:
             rows_bE = jax.lax.dynamic_slice_in_dim(gallery_RE, n * block, block)
             real_b = jax.lax.dynamic_slice_in_dim(real_R, n * block, block)
             cosine_Qb = jnp.where(real_b, shards.scores(query_QE, rows_bE), -jnp.inf)
@@ -85,6 +89,6 @@ def _votes(gallery, real, index, query, *, mesh: Mesh, k: int, block: int, class
     return votes_QC.argmax(1)
 
 
-def _best(k: int, cosine, number):
+def _best(k: int, cosine: jax.Array, number: jax.Array) -> tuple:
     cosine, place = jax.lax.top_k(cosine, k)
     return cosine, jnp.take_along_axis(number, place, axis=1)

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -130,14 +132,17 @@ def linear_probe(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block", "classes", "max_steps"))
-def _fit(x, y, used, strength, *, mesh: Mesh, block: int, classes: int, max_steps: int):
+def _fit(
+    x: jax.Array, y: jax.Array, used: jax.Array, strength: float, *, mesh: Mesh, block: int, classes: int,
+    max_steps: int,
+) -> tuple:  # fmt: skip
     rows, everywhere, axes = shards.rows_spec(mesh), PartitionSpec(), mesh_lib.data_axes(mesh)
 
-    def entropy(params: Params, x_RE, y_R, used_R) -> jax.Array:
+    def entropy(params: Params, x_RE: jax.Array, y_R: jax.Array, used_R: jax.Array) -> jax.Array:
         """[1]: summed over a device's rows, a block at a time."""
 
         @jax.checkpoint
-        def one(so_far, block):
+        def one(so_far: jax.Array, block: tuple) -> tuple[Any, Any]:
             x_bE, y_b, used_b = block
             logits_bC = jnp.matmul(x_bE, params["weight"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
             losses_b = optax.softmax_cross_entropy_with_integer_labels(logits_bC, y_b)
@@ -159,7 +164,9 @@ def _fit(x, y, used, strength, *, mesh: Mesh, block: int, classes: int, max_step
     return minimise(objective, {"weight": jnp.zeros((x.shape[1], classes)), "bias": jnp.zeros(classes)}, max_steps)
 
 
-def minimise(objective, params: Params, max_steps: int, tolerance: float = 1e-5) -> tuple[Params, jax.Array, jax.Array]:
+def minimise(
+    objective: Callable, params: Params, max_steps: int, tolerance: float = 1e-5
+) -> tuple[Params, jax.Array, jax.Array]:
     """(parameters, value, steps) of L-BFGS, until no part of the gradient is above `tolerance` or it does not descend.
 
     In float32 a value near the minimum is all rounding, and no step can be told to be better: after three that were
@@ -168,11 +175,11 @@ def minimise(objective, params: Params, max_steps: int, tolerance: float = 1e-5)
     solver = optax.lbfgs(memory_size=20, linesearch=optax.scale_by_zoom_linesearch(30, initial_guess_strategy="one"))
     value_and_grad = optax.value_and_grad_from_state(objective)
 
-    def going(carry):
+    def going(carry: tuple) -> jax.Array:
         _, _, step, gradient, stuck, _ = carry
         return (step < max_steps) & (gradient > tolerance) & (stuck < 3)
 
-    def advance(carry):
+    def advance(carry: tuple) -> tuple:
         params, state, step, _, stuck, least = carry
         value, grad = value_and_grad(params, state=state)
         updates, state = solver.update(grad, state, params, value=value, grad=grad, value_fn=objective)
@@ -188,6 +195,6 @@ def minimise(objective, params: Params, max_steps: int, tolerance: float = 1e-5)
 
 
 @jax.jit
-def _right(x, y, used, params: Params) -> jax.Array:
+def _right(x: jax.Array, y: jax.Array, used: jax.Array, params: Params) -> jax.Array:
     logits = jnp.matmul(x, params["weight"], precision=jax.lax.Precision.HIGHEST) + params["bias"]
     return ((logits.argmax(-1) == y) * used).sum()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from glmv_jax.eval.report_run import Point
@@ -104,7 +104,7 @@ def _anchor(x: float) -> str:
     return "end" if x > WIDTH - RIGHT - 12 else "middle"
 
 
-def _curve(series: Series, place) -> list[str]:
+def _curve(series: Series, place: Callable) -> list[str]:
     colour = f"var(--c{series.colour % COLOURS})"
     name = html.escape(series.name)
     if series.kind == "mean":

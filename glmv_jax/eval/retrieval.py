@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,13 +63,15 @@ def ranks(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "rows"))
-def _ranks(query, group, keys_KBE, key_groups_KB, *, mesh: Mesh, rows: int):
-    def some(query_RE, group_R, keys_KBE, key_groups_KB):
-        def best(so_far_R, block):
+def _ranks(
+    query: jax.Array, group: jax.Array, keys_KBE: jax.Array, key_groups_KB: jax.Array, *, mesh: Mesh, rows: int
+) -> jax.Array:
+    def some(query_RE: jax.Array, group_R: jax.Array, keys_KBE: jax.Array, key_groups_KB: jax.Array) -> jax.Array:
+        def best(so_far_R: jax.Array, block: tuple) -> tuple[Any, Any]:
             score_RB, own_RB = shards.scores(query_RE, block[0]), block[1] == group_R[:, None]
             return jnp.maximum(so_far_R, jnp.where(own_RB, score_RB, -jnp.inf).max(1)), None
 
-        def higher(so_far_R, block):
+        def higher(so_far_R: jax.Array, block: tuple) -> tuple[Any, Any]:
             # Own keys are left out by name: two compiled products of the same rows need not agree to the last bit.
             score_RB, other_RB = shards.scores(query_RE, block[0]), block[1] != group_R[:, None]
             counted_RB = (score_RB > best_R[:, None]) & other_RB & (block[1] >= 0)

@@ -38,7 +38,7 @@ def nearest_classes(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block", "k"))
-def _nearest(image, classes, *, mesh: Mesh, block: int, k: int):
+def _nearest(image: jax.Array, classes: jax.Array, *, mesh: Mesh, block: int, k: int) -> jax.Array:
     best = lambda image_bE, class_CE: jax.lax.top_k(shards.scores(image_bE, class_CE), k)[1]  # noqa: E731
     return shards.map_rows(best, mesh, block, (image,), (classes,))
 
@@ -60,8 +60,8 @@ def average_precisions(
 
 
 @functools.partial(jax.jit, static_argnames=("mesh", "block"))
-def _precisions(classes, truth, image, *, mesh: Mesh, block: int):
-    def some(class_bE, truth_bN, image_NE):
+def _precisions(classes: jax.Array, truth: jax.Array, image: jax.Array, *, mesh: Mesh, block: int) -> jax.Array:
+    def some(class_bE: jax.Array, truth_bN: jax.Array, image_NE: jax.Array) -> jax.Array:
         order_bN = jnp.argsort(-shards.scores(class_bE, image_NE), axis=1, stable=True)
         hit_bN = jnp.take_along_axis(truth_bN, order_bN, axis=1).astype(jnp.float32)
         precision_bN = jnp.cumsum(hit_bN, axis=1) / jnp.arange(1, hit_bN.shape[1] + 1)

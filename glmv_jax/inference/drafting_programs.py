@@ -43,7 +43,9 @@ def check(cfg: vlm.VLMConfig, drafts: int) -> None:
 class DraftingPrograms(Programs):
     """`Programs` with `drafts` drafts a step; `length` has to leave room for as many entries behind a row's last."""
 
-    def __init__(self, cfg: vlm.VLMConfig, sampling: Sampling, slots: int, length: int, drafts: int, **more) -> None:
+    def __init__(
+        self, cfg: vlm.VLMConfig, sampling: Sampling, slots: int, length: int, drafts: int, **more: Any
+    ) -> None:
         check(cfg, drafts)
         self.drafts, self.width = drafts, drafts + 1
         super().__init__(cfg, sampling, slots, length, **more)
@@ -93,7 +95,9 @@ class DraftingPrograms(Programs):
                 draft, head = self._head(params, rows, s, draft.chain, tokens[-1], k, head)
         return jnp.concatenate(tokens, axis=1), jnp.concatenate(drawn_with, axis=1)
 
-    def _head(self, params: Params, rows: Running, s: State, h_NJD, tokens_NJ, k: int, head: dict):
+    def _head(
+        self, params: Params, rows: Running, s: State, h_NJD: jax.Array, tokens_NJ: jax.Array, k: int, head: dict
+    ) -> tuple[drafting.Draft, dict]:
         """The head's entries from the k-th behind a row's last on, for these tokens."""
         first_N = rows.position + s.count + 1 + k
         made, new = drafting.step(

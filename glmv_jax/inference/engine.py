@@ -180,7 +180,7 @@ class Engine:
 
     # --- requests -----------------------------------------------------------------------------------------------------
 
-    def _work(self, request: Request, on_done, on_tokens) -> Work:
+    def _work(self, request: Request, on_done: Callable | None, on_tokens: Callable | None) -> Work:
         default = lambda name: getattr(self.sampling if getattr(request, name) is None else request, name)  # noqa: E731
         settings = {name: default(name) for name in ("temperature", "top_p")}
         limit = default("max_new_tokens")

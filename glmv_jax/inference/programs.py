@@ -175,7 +175,7 @@ class Programs:
     def _copy(self, cache: dict, source_DP: jax.Array, target_DP: jax.Array, count: jax.Array) -> dict:
         """In each shard rows over others (or themselves), the first `count` of these pairs in their order."""
 
-        def one(i, cache: dict) -> dict:
+        def one(i: jax.Array, cache: dict) -> dict:
             at = lambda x_DP: jax.lax.dynamic_slice_in_dim(x_DP, i, 1, axis=1)  # noqa: E731
             return self._rows.put(cache, self._rows.take(cache, at(source_DP)), at(target_DP))
 
@@ -193,7 +193,7 @@ class Programs:
             return self._rows.pinned(self._rows.put(cache, new, chunk.row))
         works_DL = chunk.valid.any(axis=2)
 
-        def one(lane, cache: dict) -> dict:
+        def one(lane: jax.Array, cache: dict) -> dict:
             """What a lane without work would write is what is there."""
             at = lambda x_DL: jax.lax.dynamic_slice_in_dim(x_DL, lane, 1, axis=1)  # noqa: E731
             made, there = self._rows.of_lane(new, lane, L), self._rows.take(cache, at(chunk.row))
@@ -288,7 +288,7 @@ class Programs:
         return contextlib.nullcontext() if self.mesh is None or self.rules is None else use(self.mesh, self.rules)
 
     def _jit(self, function: Callable, donate: int | None = None) -> Callable:
-        def traced(*args):
+        def traced(*args: Any) -> Any:
             self.traces += 1  # runs while tracing only
             with self._in_force():
                 return function(*args)
@@ -307,13 +307,13 @@ def probabilities(logits_NJV: jax.Array, rows: Running, sampling: Sampling) -> j
     scaled_NJV = without(_scaled(logits_NJV, rows), sampling.suppress)
     cut = lambda x: jnp.where(top_p_N11 < 1, nucleus(x, top_p_N11), x)  # noqa: E731
 
-    def drawn(x_NJV):
+    def drawn(x_NJV: jax.Array) -> jax.Array:
         return jax.nn.softmax(jax.lax.cond((rows.top_p < 1).any(), cut, lambda x: x, x_NJV), axis=-1)
 
-    def greedy(x_NJV):
+    def greedy(x_NJV: jax.Array) -> jax.Array:
         return (likeliest(logits_NJV, sampling)[..., None] == jnp.arange(x_NJV.shape[-1])).astype(x_NJV.dtype)
 
-    def both(x_NJV):
+    def both(x_NJV: jax.Array) -> jax.Array:
         return jnp.where(temperature_N11 == 0, greedy(x_NJV), drawn(x_NJV))
 
     # Most often rows are all of one kind.

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import hashlib
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -182,6 +182,6 @@ class Busy(UserError):
     """The engine's queue is full: come back later, or lengthen it (`Settings.queue`)."""
 
 
-def group(prompt: Prompt, size: int, seed: int, **settings) -> list[Request]:
+def group(prompt: Prompt, size: int, seed: int, **settings: Any) -> list[Request]:
     """`size` answers to one prompt, which read it once between them."""
     return [Request(prompt, seed, draw, **settings) for draw in range(size)]

@@ -50,7 +50,7 @@ class Rows:
     def take(self, cache: dict, row_DL: jax.Array) -> dict:
         """L rows of each shard, as a cache of D * L rows."""
 
-        def take(x, at):
+        def take(x: jax.Array, at: _At) -> jax.Array:
             cut = lambda x, row: jax.lax.dynamic_slice_in_dim(x, row * at.own, at.own, at.axis)  # noqa: E731
             of_run = jax.vmap(jax.vmap(cut, (None, 0), at.axis), (at.axis, 0), at.axis)
             rows = of_run(_apart(x, at.axis, at.runs), self._by_run(row_DL, at))
@@ -61,7 +61,7 @@ class Rows:
     def put(self, cache: dict, rows: dict, row_D1: jax.Array) -> dict:
         """The cache with these rows in place of one of each shard."""
 
-        def put(x, new, at):
+        def put(x: jax.Array, new: jax.Array, at: _At) -> jax.Array:
             x, new = (_apart(x, at.axis, at.runs) for x in (x, new))
             write = lambda x, new, row: jax.lax.dynamic_update_slice_in_dim(x, new, row * at.own, at.axis)  # noqa: E731
             written = jax.vmap(write, (at.axis, at.axis, 0), at.axis)(x, new, self._by_run(row_D1, at)[:, 0])
@@ -72,7 +72,7 @@ class Rows:
     def of_lane(self, rows: dict, lane: jax.Array, lanes: int) -> dict:
         """Of `lanes` rows of each shard those of one lane."""
 
-        def pick(x, at):
+        def pick(x: jax.Array, at: _At) -> jax.Array:
             x = _apart(_apart(x, at.axis, at.runs), at.axis + 1, lanes)
             return _merged(jax.lax.dynamic_index_in_dim(x, lane, at.axis + 1, keepdims=False), at.axis)
 
@@ -81,7 +81,7 @@ class Rows:
     def where(self, is_B: jax.Array, rows: dict, others: dict) -> dict:
         """Of B rows, one of each shard or without heads, these where it is true, else the others."""
 
-        def pick(x, other, at):
+        def pick(x: jax.Array, other: jax.Array, at: _At) -> jax.Array:
             repeated = jnp.repeat(is_B, x.shape[at.axis] // len(is_B))
             return jnp.where(repeated.reshape(*[1] * at.axis, -1, *[1] * (x.ndim - at.axis - 1)), x, other)
 
@@ -93,7 +93,7 @@ class Rows:
             return cache
         of_rows, of_heads = (caches.spec(mesh, self._rules, heads) for heads in (False, True))
 
-        def pin(x, at):
+        def pin(x: jax.Array, at: _At) -> jax.Array:
             spec = PartitionSpec(*[None] * at.axis, *(of_heads if at.runs > self.shards else of_rows))
             return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 

@@ -155,7 +155,7 @@ def sample(
         cache: dict
         out: Generated
 
-    def draw(t, logits_NV, done_N, out: Generated):
+    def draw(t: jax.Array, logits_NV: jax.Array, done_N: jax.Array, out: Generated) -> tuple:
         token_N, logprob_N = choose(logits_NV, jax.vmap(jax.random.fold_in, (0, None))(keys_N, t), sampling)
         if sampling.think:
             put_N = (t == sampling.think) & ~(out.tokens[:, : sampling.think] == sampling.close).any(-1)

@@ -159,7 +159,9 @@ def _blocks(theirs: str, ours: str, depth: int, width: int, heads: int) -> list[
     ]
 
 
-def _block(theirs, ours, norms, attention, width: int, heads: int, layers: int | None) -> list[Entry]:
+def _block(
+    theirs: str, ours: str, norms: Mapping[str, str], attention: str, width: int, heads: int, layers: int | None
+) -> list[Entry]:
     """Norms, attention and MLP of a block, or of the pooling head."""
     square, K = lambda t: (t.reshape(width, width),), width // heads
     read = Transform(square, lambda a: a[0].reshape(width, heads, K))

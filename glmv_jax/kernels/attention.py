@@ -40,7 +40,7 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Sp
     if context.parts() == 1 or q_BTHK.shape[1] == 1:
         return _attention(q_BTHK, k_BSGK, v_BSGK, query, key)
 
-    def own(q, k, v, query, key):
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, query: Span, key: Span) -> jax.Array:
         k, v, key = jax.tree.map(context.gathered, (k, v, key))
         return _attention(q, k, v, query, key)
 
@@ -49,7 +49,7 @@ def attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Sp
     return context.per_device(own, (q, kv, kv, row, row), q, kernel=True)(q_BTHK, k_BSGK, v_BSGK, query, key)
 
 
-def _attention(q_BTHK, k_BSGK, v_BSGK, query: Span, key: Span) -> jax.Array:
+def _attention(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span) -> jax.Array:
     path = fused if supported(q_BTHK, k_BSGK) else plain
     return path(q_BTHK, k_BSGK, v_BSGK, query, key)
 
@@ -75,7 +75,9 @@ def cached(
     return mapped(q_BTHK, k_CSK, v_CSK, query, key, shared)
 
 
-def _cached(q_BTHK, k_CSK, v_CSK, query: Span, key: Span, shared: Shared | None) -> jax.Array:
+def _cached(
+    q_BTHK: jax.Array, k_CSK: jax.Array, v_CSK: jax.Array, query: Span, key: Span, shared: Shared | None
+) -> jax.Array:
     B, T, _, K = q_BTHK.shape
     C, S, _ = k_CSK.shape
     G = C // B

@@ -82,7 +82,7 @@ def _advance(state: jax.Array, c: Chunk) -> tuple[jax.Array, jax.Array]:
 
 
 @jax.checkpoint
-def _chunk(q, k, v, g, beta, segments_NBC) -> Chunk:
+def _chunk(q: jax.Array, k: jax.Array, v: jax.Array, g: jax.Array, beta: jax.Array, segments_NBC: jax.Array) -> Chunk:
     """Of all chunks at once: leaves [chunks, B, H, C, X], segments [chunks, B, C]."""
     segments = segments_NBC[:, :, None]
     last = segments[..., -1:]
@@ -99,7 +99,7 @@ def _chunk(q, k, v, g, beta, segments_NBC) -> Chunk:
     )
 
 
-def _pairs(q, k, g, beta, segments) -> tuple[jax.Array, ...]:
+def _pairs(q: jax.Array, k: jax.Array, g: jax.Array, beta: jax.Array, segments: jax.Array) -> tuple[jax.Array, ...]:
     """(q_i k_j decayed from j to i where j <= i, and (I + A)^-1), both [..., C, C]: see the head of the file; and the
     sums of g from a chunk's beginning up to a position, and behind it up to the end, both [..., C, K].
 

@@ -66,11 +66,11 @@ def exchange(
     return ragged(x, there, back, axis, rows, home) if supported() else padded(x, there, axis, rows, most)
 
 
-def _forward(x, there, back, axis, rows, most, home):
+def _forward(x: jax.Array, there: Slices, back: Slices, axis: str | Way, rows: int, most: int, home: bool) -> tuple:
     return exchange(x, there, back, axis, rows, most, home), (there, back, len(x))
 
 
-def _backward(axis, rows, most, home, saved, g):
+def _backward(axis: str | Way, rows: int, most: int, home: bool, saved: tuple, g: jax.Array) -> tuple:
     there, back, own = saved
     return exchange(g, back, there, axis, own, most, not home), None, None
 

@@ -37,10 +37,12 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
     return q_BTHK.shape[0] % rows == q_BTHK.shape[2] % heads == k_BSGK.shape[2] % groups == 0
 
 
-def forked(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False):
+def forked(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False
+) -> jax.Array:
     """As `attention.plain`, of spans that are in order and have slots and branches."""
 
-    def own(q, k, v, query, key):
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, query: Any, key: Any) -> jax.Array:
         if context.parts() > 1:
             k, v, key = jax.tree.map(context.gathered, (k, v, key))
         q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))

@@ -8,6 +8,7 @@ there are, forward and backward; on TPUs the kernels of `grouped_tiles` do the s
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,11 +80,11 @@ def tiled(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int) -> j
     return _product(x_MK, w_GKN, sizes_G, rows, transposed=False)
 
 
-def _forward(x_MK, w_GKN, sizes_G, rows):
+def _forward(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int) -> tuple:
     return tiled(x_MK, w_GKN, sizes_G, rows), (x_MK, w_GKN, sizes_G)
 
 
-def _backward(rows, saved, g_MN):
+def _backward(rows: int, saved: tuple, g_MN: jax.Array) -> tuple:
     x_MK, w_GKN, sizes_G = saved
     g_MN = g_MN.astype(x_MK.dtype)
     dw_GKN = _outer_products(x_MK, g_MN, sizes_G, rows, w_GKN.dtype)
@@ -114,7 +115,7 @@ def _product(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int, t
     x_MK = jnp.pad(x_MK, ((0, rows), (0, 0)))  # the last tile of a group may reach beyond the rows there are
     count, first_G = _tiles(sizes_G, rows)
 
-    def one(t, y_MN):
+    def one(t: jax.Array, y_MN: jax.Array) -> jax.Array:
         group, start, _ = _tile(t, first_G, sizes_G, rows)
         x_RK = jax.lax.dynamic_slice_in_dim(x_MK, start, rows)
         w = jax.lax.dynamic_index_in_dim(w_GKN, group, keepdims=False).astype(x_MK.dtype)
@@ -128,13 +129,13 @@ def _product(x_MK: jax.Array, w_GKN: jax.Array, sizes_G: jax.Array, rows: int, t
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "dtype"), inline=True)
-def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, rows: int, dtype) -> jax.Array:
+def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, rows: int, dtype: Any) -> jax.Array:
     """[G, K, N]: x^T g over the rows of each group, summed in float32."""
     G = sizes_G.shape[0]
     x_MK, g_MN = (jnp.pad(a, ((0, rows), (0, 0))) for a in (x_MK, g_MN))
     count, first_G = _tiles(sizes_G, rows)
 
-    def one(t, dw_GKN):
+    def one(t: jax.Array, dw_GKN: jax.Array) -> jax.Array:
         group, start, mine = _tile(t, first_G, sizes_G, rows)
         x_RK, g_RN = (jax.lax.dynamic_slice_in_dim(a, start, rows) for a in (x_MK, g_MN))
         g_RN = jnp.where(jnp.arange(rows)[:, None] < mine, g_RN, 0)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from glmv_jax.kernels.selected import dot, dot_t
+from glmv_jax.kernels.selected import Ref, dot, dot_t
 
 LANES = 128  # widths and rows are whole ones
 _ROWS = (256, 128)
@@ -46,11 +46,11 @@ def grouped(x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int
     return tuple(_product((x_MK,), (w_GKN,), sizes_G, expected, interpret, transposed=False) for w_GKN in ws_GKN)
 
 
-def _forward(x_MK, ws_GKN, sizes_G, expected, interpret):
+def _forward(x_MK: jax.Array, ws_GKN: Matrices, sizes_G: jax.Array, expected: int, interpret: bool) -> tuple:
     return grouped(x_MK, ws_GKN, sizes_G, expected, interpret), (x_MK, ws_GKN, sizes_G)
 
 
-def _backward(expected, interpret, saved, gs_MN):
+def _backward(expected: int, interpret: bool, saved: tuple, gs_MN: Matrices) -> tuple:
     x_MK, ws_GKN, sizes_G = saved
     dx_MK = _product(gs_MN, ws_GKN, sizes_G, expected, interpret, transposed=True)
     return dx_MK, tuple(_outer_products(x_MK, g_MN, sizes_G, expected, interpret) for g_MN in gs_MN), None
@@ -82,7 +82,7 @@ def estimate(expected: int, groups: int, tile: int, K: int, N: int, moved: float
     return pl.CostEstimate(flops=2 * (expected + groups * tile) * K * N, transcendentals=0, bytes_accessed=int(moved))
 
 
-def _mine(v: jax.Array, group_V, tile_V, ends_G, shape: tuple[int, int]) -> jax.Array:
+def _mine(v: jax.Array, group_V: Ref, tile_V: Ref, ends_G: Ref, shape: tuple[int, int]) -> jax.Array:
     """Which rows of a tile are of the group that it is visited for."""
     at = tile_V[v] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
     return (at >= ends_G[group_V[v]]) & (at < ends_G[group_V[v] + 1])
@@ -93,14 +93,16 @@ def _width(most: int, n: int) -> int:
     return max((w for w in range(LANES, n + 1, LANES) if n % w == 0 and w <= most), default=LANES)
 
 
-def _product(xs_MK: Matrices, ws_GKN: Matrices, sizes_G, expected: int, interpret: bool, transposed: bool) -> jax.Array:
+def _product(
+    xs_MK: Matrices, ws_GKN: Matrices, sizes_G: jax.Array, expected: int, interpret: bool, transposed: bool
+) -> jax.Array:
     """[M, N], summed over pairs of rows and matrices."""
     (M, K), (G, *sides), count = xs_MK[0].shape, ws_GKN[0].shape, len(xs_MK)
     N, size = sides[0 if transposed else 1], xs_MK[0].dtype.itemsize
     rows, wide = tile_rows(M, G, expected), _width(min(_BLOCK // (K * size * count), _SQUARE), N)
     found = visits(sizes_G, M, rows, empty=False)
 
-    def body(group_V, tile_V, ends_G, *refs):
+    def body(group_V: Ref, tile_V: Ref, ends_G: Ref, *refs: Ref) -> None:
         xs, ws, y = refs[:count], refs[count:-1], refs[-1]
         made: Any = sum((dot_t if transposed else dot)(x[...], w[...]) for x, w in zip(xs, ws))
         mine = _mine(pl.program_id(1), group_V, tile_V, ends_G, made.shape)
@@ -124,13 +126,13 @@ def _product(xs_MK: Matrices, ws_GKN: Matrices, sizes_G, expected: int, interpre
     )(*found[:3], *xs_MK, *ws_GKN)  # fmt: skip
 
 
-def _outer_products(x_MK, g_MN, sizes_G, expected: int, interpret: bool) -> jax.Array:
+def _outer_products(x_MK: jax.Array, g_MN: jax.Array, sizes_G: jax.Array, expected: int, interpret: bool) -> jax.Array:
     """[G, K, N]: x^T g over the rows of each group, summed in float32."""
     (M, K), N, G = x_MK.shape, g_MN.shape[1], len(sizes_G)
     rows, tall, wide = tile_rows(M, G, expected), _width(_SQUARE, K), _width(_SQUARE, N)
     found = visits(sizes_G, M, rows, empty=True)
 
-    def body(group_V, tile_V, ends_G, x, g, dw, acc):
+    def body(group_V: Ref, tile_V: Ref, ends_G: Ref, x: Ref, g: Ref, dw: Ref, acc: Ref) -> None:
         v, end = pl.program_id(2), pl.num_programs(2) - 1
         group = group_V[v]
         real = lambda r: jnp.where(  # noqa: E731
@@ -138,13 +140,13 @@ def _outer_products(x_MK, g_MN, sizes_G, expected: int, interpret: bool) -> jax.
         )
 
         @pl.when((v == 0) | (group_V[jnp.maximum(v - 1, 0)] != group))
-        def _():
+        def _() -> None:
             acc[...] = jnp.zeros_like(acc)
 
         acc[...] += dot(real(x).T.astype(x.dtype), real(g).astype(g.dtype))
 
         @pl.when((v == end) | (group_V[jnp.minimum(v + 1, end)] != group))
-        def _():
+        def _() -> None:
             dw[...] = acc[...].astype(dw.dtype)
 
     moved = (expected * (K * (N // wide) + N * (K // tall)) + G * K * N) * x_MK.dtype.itemsize

@@ -130,7 +130,10 @@ def latent_attention(
     weights: Any = context.spec(None, "heads", None)
     by_head: Any = context.spec("batch", "length", "heads", None)
 
-    def own(heads, latents, query, key, index, selection):
+    def own(
+        heads: Heads, latents: Latents | Cached, query: Span, key: Span, index: Index | None,
+        selection: Selection | None,
+    ) -> Looked:  # fmt: skip
         if context.parts() > 1:
             latents, key = jax.tree.map(context.gathered, (latents, key))
             index = None if index is None else index._replace(k=context.gathered(index.k))
@@ -145,7 +148,10 @@ def latent_attention(
 # --- on TPUs ----------------------------------------------------------------------------------------------------------
 
 
-def supported(heads, latents, query: Span, key: Span, index: Index | None, selection, with_loss: bool) -> bool:
+def supported(
+    heads: Heads, latents: Any, query: Span, key: Span, index: Index | None, selection: Selection | None,
+    with_loss: bool,
+) -> bool:  # fmt: skip
     """Whether kernels take these: on a TPU, rows that see themselves in order, of `splash.SHORTEST` positions or more,
     in whole 128 on each device, and heads as wide as 128 or a multiple. A loss wants all heads on a device."""
     if rules.device().platform != "tpu" or query.in_order is None or key.in_order is None or query.slots is None:
@@ -167,8 +173,9 @@ def supported(heads, latents, query: Span, key: Span, index: Index | None, selec
 
 
 def _kernels(
-    heads, latents, query, key, index, selection, top_k: int, with_loss: bool, heads_over=None, interpret: bool = False
-) -> Looked:
+    heads: Heads, latents: Latents, query: Span, key: Span, index: Any, selection: Selection | None, top_k: int,
+    with_loss: bool, heads_over: Any = None, interpret: bool = False,
+) -> Looked:  # fmt: skip
     """As `_by_blocks`, of rows with an indexer or with what one has chosen."""
     B, T = heads.q.shape[:2]
     q_BHTK, k_BHSK, v_BHSV = (x.swapaxes(1, 2) for x in expand(heads, latents))
@@ -196,8 +203,9 @@ def expand(heads: Heads, latents: Latents) -> tuple[jax.Array, jax.Array, jax.Ar
 
 
 def _by_blocks(
-    heads, latents, query, key, index, selection, top_k: int, with_loss: bool, block: int, heads_over=None
-) -> Looked:
+    heads: Heads, latents: Latents | Cached, query: Span, key: Span, index: Any, selection: Selection | None,
+    top_k: int, with_loss: bool, block: int, heads_over: Any = None,
+) -> Looked:  # fmt: skip
     """Of queries [B, T, ...] and keys [B, S, ...]. heads_over: the axes that heads are split over, inside shard_map."""
     B, T = heads.q.shape[:2]
     keys = 0 if index is None else index.k.shape[1]
@@ -210,11 +218,11 @@ def _by_blocks(
     if T <= block or T % block:
         return look(heads, latents, query, key, index, selection)
 
-    def blocks(x_BT):
+    def blocks(x_BT: jax.Array | None) -> Any:
         return None if x_BT is None else jnp.moveaxis(x_BT.reshape(B, T // block, block, *x_BT.shape[2:]), 1, 0)
 
     @jax.checkpoint
-    def one(part):
+    def one(part: tuple) -> Looked:
         q, r, span, indexed, mask = part
         own_index = None if indexed is None else index._replace(q=indexed[0], w=indexed[1])
         own_selection = None if mask is None else Selection(mask)
@@ -226,7 +234,10 @@ def _by_blocks(
     return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, T, *x.shape[3:]), parts)
 
 
-def _look(heads, latents, query, key, index, selection, top_k: int, with_loss: bool, heads_over) -> Looked:
+def _look(
+    heads: Heads, latents: Latents, query: Span, key: Span, index: Any, selection: Selection | None, top_k: int,
+    with_loss: bool, heads_over: Any,
+) -> Looked:  # fmt: skip
     seen_BTS = allowed_BTS = visible(query, key)
     scores_BTS: Any = None if index is None else index_scores(index)
     if selection is not None:
@@ -249,7 +260,9 @@ def _allowed(index: Index, scores_BTS: jax.Array, seen_BTS: jax.Array, top_k: in
     return pools_lib.open_keys(index.pools, select(scores_BTS, whole_BTP, top_k), whole_BTP, seen_BTS)
 
 
-def _one_query(heads, latents, query, key, index, selection, top_k: int) -> Looked:
+def _one_query(
+    heads: Heads, latents: Latents | Cached, query: Span, key: Span, index: Any, selection: Selection | None, top_k: int
+) -> Looked:
     """A row's one query over the latents of its chosen keys, which are gathered: the others are not read."""
     seen_BS = visible(query, key)[:, 0]
     if selection is None:
@@ -357,7 +370,7 @@ def kth_largest(x_XS: jax.Array, k: int) -> jax.Array:
     top = jnp.uint32(1 << 31)
     ordered_XS = jnp.where(bits_XS & top, ~bits_XS, bits_XS | top)  # as large as the numbers are
 
-    def bit(i, found_X1):
+    def bit(i: jax.Array, found_X1: jax.Array) -> jax.Array:
         tried_X1 = found_X1 | (top >> i.astype(jnp.uint32))
         enough_X1 = (ordered_XS >= tried_X1).sum(-1, keepdims=True) >= k
         return jnp.where(enough_X1, tried_X1, found_X1)
@@ -366,7 +379,9 @@ def kth_largest(x_XS: jax.Array, k: int) -> jax.Array:
     return jax.lax.bitcast_convert_type(jnp.where(found_X1 & top, found_X1 ^ top, ~found_X1), jnp.float32)
 
 
-def index_loss(scores_BTS, weights_BHTS, allowed_BTS, heads_over=None) -> jax.Array:
+def index_loss(
+    scores_BTS: jax.Array, weights_BHTS: jax.Array, allowed_BTS: jax.Array, heads_over: Any = None
+) -> jax.Array:
     """[B, T]: KL(attention, mean over heads, without gradient || softmax of the index scores), over the allowed keys.
 
     DeepSeek-V3.2, equations 3 and 4: over all keys while the indexer warms up, over the selected ones after that.

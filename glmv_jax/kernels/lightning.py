@@ -11,13 +11,26 @@ Source: DeepSeek-V3.2 (arXiv 2512.02556, section 2.1).
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from glmv_jax.kernels.selected import UNSEEN, Chosen, block, call, chosen, dot, dot_t, estimate, last_needed, reach
+from glmv_jax.kernels.selected import (
+    UNSEEN,
+    Chosen,
+    Ref,
+    block,
+    call,
+    chosen,
+    dot,
+    dot_t,
+    estimate,
+    last_needed,
+    reach,
+)
 from glmv_jax.kernels.span import Span
 
 _ROWS = 16 << 20  # bytes of the scores of a block of queries, of which vector memory holds two
@@ -68,12 +81,15 @@ def choose(index: Any, query: Span, key: Span, top_k: int, interpret: bool = Fal
     return Chosen(*found)
 
 
-def _choose(reach, q, w, k, q_segment, k_segment, slot, order, last, cut, total, sums, *, top_k, J, K, S, bk):
+def _choose(
+    reach: Ref, q: Ref, w: Ref, k: Ref, q_segment: Ref, k_segment: Ref, slot: Ref, order: Ref, last: Ref, cut: Ref,
+    total: Ref, sums: Ref, *, top_k: int, J: int, K: int, S: int, bk: int,
+) -> None:  # fmt: skip
     i, j = pl.program_id(1), pl.program_id(2)
     here = pl.ds(pl.multiple_of(j * bk, bk), bk)
 
     @pl.when(j < reach[i])
-    def _():
+    def _() -> None:
         found = _scores_of(q, w, k, sums, J, K)
         bits = jax.lax.bitcast_convert_type(jnp.where(found == 0, 0.0, found), jnp.int32)  # of two zeros one
         at = j * bk + jax.lax.broadcasted_iota(jnp.int32, found.shape, 1)
@@ -81,19 +97,19 @@ def _choose(reach, q, w, k, q_segment, k_segment, slot, order, last, cut, total,
         order[:, here] = jnp.where(visible, ordered(bits), UNSEEN)
 
     @pl.when(j >= reach[i])
-    def _():
+    def _() -> None:
         order[:, here] = jnp.full((order.shape[0], bk), UNSEEN, jnp.int32)
 
     @pl.when(j == S // bk - 1)
-    def _():
+    def _() -> None:
         last[...], cut[...], total[...] = _threshold(order, reach[i], top_k, S, bk)
 
 
-def _scores_of(q, w, k, sums, J: int, K: int) -> jax.Array:
+def _scores_of(q: Ref, w: Ref, k: Ref, sums: Ref, J: int, K: int) -> jax.Array:
     """[bq, bk]: sum_j w_j relu(q_j k) / sqrt(J K). sums: room for it."""
     sums[...] = jnp.zeros_like(sums)
 
-    def add(j, _):
+    def add(j: jax.Array, _: Any) -> None:
         sums[...] += _column(w, j) * jnp.maximum(dot_t(q[:, _of_head(j, K)], k[...]), 0.0)
 
     # A loop, here and in the gradient: what XLA takes to compile a kernel grows with its operations, and 32 heads one
@@ -106,32 +122,32 @@ def _of_head(j: jax.Array, width: int) -> Any:
     return pl.ds(pl.multiple_of(j * width, width), width)
 
 
-def _column(ref, j: jax.Array) -> jax.Array:
+def _column(ref: Ref, j: jax.Array) -> jax.Array:
     """[n, 1]: column j. Columns cannot be numbered while a kernel runs, unless in whole 128."""
     return jnp.where(_is_column(ref, j), ref[...], 0.0).sum(-1, keepdims=True)
 
 
-def _is_column(ref, j: jax.Array) -> jax.Array:
+def _is_column(ref: Ref, j: jax.Array) -> jax.Array:
     return jax.lax.broadcasted_iota(jnp.int32, ref.shape, 1) == j
 
 
-def _threshold(order, blocks, top_k: int, S: int, bk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _threshold(order: Ref, blocks: jax.Array, top_k: int, S: int, bk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """(last, cut, total), see `Chosen`, from the order [bq, S] of keys, of which `blocks` blocks are looked at."""
     rows = order.shape[0]
 
-    def over(start: jax.Array, step):
-        def one(c, carry):
+    def over(start: jax.Array, step: Callable) -> jax.Array:
+        def one(c: jax.Array, carry: jax.Array) -> jax.Array:
             first = pl.multiple_of(c * bk, bk)
             return step(carry, order[:, pl.ds(first, bk)], first)
 
         return jax.lax.fori_loop(0, blocks, one, start)
 
-    def count(which) -> jax.Array:
+    def count(which: Callable) -> jax.Array:
         """[bq, 1]; counted in float32, which is exact here, as lanes add faster so."""
         added = lambda n, x, first: n + jnp.where(which(x, first), 1.0, 0.0).sum(-1, keepdims=True)  # noqa: E731
         return over(jnp.zeros((rows, 1), jnp.float32), added)
 
-    def bit(b, found):
+    def bit(b: jax.Array, found: jax.Array) -> jax.Array:
         tried = found | jnp.left_shift(jnp.int32(1), 31 - b)
         limit = tried ^ jnp.int32(UNSEEN)
         return jnp.where(count(lambda x, _: x >= limit) >= top_k, tried, found)
@@ -141,10 +157,10 @@ def _threshold(order, blocks, top_k: int, S: int, bk: int) -> tuple[jax.Array, j
     room = top_k - count(lambda x, _: x > last)
     excess = jnp.where(all_seen, 0.0, count(lambda x, _: x == last) - room)
 
-    def position(b, found):
+    def position(b: jax.Array, found: jax.Array) -> jax.Array:
         tried = found | jnp.left_shift(jnp.int32(1), S.bit_length() - 1 - b)
 
-        def equal_before(x, first):
+        def equal_before(x: jax.Array, first: jax.Array) -> jax.Array:
             at = first + jax.lax.broadcasted_iota(jnp.int32, x.shape, 1)
             return (x == last) & (at < tried)
 
@@ -173,18 +189,23 @@ def _highest(order: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def loss(index: Any, q_BHTK, k_BHSK, total_BHT, keys: Chosen, slots_BT, interpret: bool = False) -> jax.Array:
+def loss(
+    index: Any, q_BHTK: jax.Array, k_BHSK: jax.Array, total_BHT: jax.Array, keys: Chosen, slots_BT: jax.Array,
+    interpret: bool = False,
+) -> jax.Array:  # fmt: skip
     """[B, T]: KL(attention, mean over heads || softmax of the index scores), over the chosen keys. Only `index` has a
     gradient. q, k: scaled queries and keys of all heads; total: what `selected.attend` says of them."""
     del index
     return _learn(None, None, q_BHTK, k_BHSK, total_BHT, keys, slots_BT, interpret)[..., 0]
 
 
-def _forward(index, q, k, total, keys, slots_BT, interpret):
+def _forward(
+    index: Any, q: jax.Array, k: jax.Array, total: jax.Array, keys: Chosen, slots_BT: jax.Array, interpret: bool
+) -> tuple:
     return loss(index, q, k, total, keys, slots_BT, interpret), (index, q, k, total, keys, slots_BT)
 
 
-def _backward(interpret, saved, given_BT):
+def _backward(interpret: bool, saved: tuple, given_BT: jax.Array) -> tuple:
     index, q, k, total, keys, slots_BT = saved
     dq, dw, dk = _learn(index, given_BT, q, k, total, keys, slots_BT, interpret)
     d_index = type(index)(dq.reshape(index.q.shape), dw.astype(index.w.dtype), dk.astype(index.k.dtype))
@@ -194,7 +215,10 @@ def _backward(interpret, saved, given_BT):
 loss.defvjp(_forward, _backward)
 
 
-def _learn(index: Any, given_BT, q, k, total, keys: Chosen, slots_BT, interpret):
+def _learn(
+    index: Any, given_BT: Any, q: jax.Array, k: jax.Array, total: jax.Array, keys: Chosen,
+    slots_BT: jax.Array, interpret: bool,
+) -> Any:  # fmt: skip
     """The loss [B, T, 1]; or, with its gradient given, that of the index: q [B, T, J K], w, k in float32.
 
     The gradient of k is written by block of queries and summed behind the kernel: [T / 256, S, K] is half of what the
@@ -234,63 +258,67 @@ def _learn(index: Any, given_BT, q, k, total, keys: Chosen, slots_BT, interpret)
     return dq, dw, dk.sum(axis=1)
 
 
-def _target(q, k, total, seen, target, h, H: int) -> None:
+def _target(q: Ref, k: Ref, total: Ref, seen: Any, target: Ref, h: Any, H: int) -> None:
     """Adds the weights of this head to those of the others of a block."""
     shares = jnp.where(seen, jnp.exp(dot_t(q[...], k[...]) - total[...]), 0.0) / H
 
     @pl.when(h == 0)
-    def _():
+    def _() -> None:
         target[...] = shares
 
     @pl.when(h > 0)
-    def _():
+    def _() -> None:
         target[...] += shares
 
 
-def _loss_of_block(reach, q, k, total, order, last, cut, index_total, out, target, *, H, bk):
+def _loss_of_block(
+    reach: Ref, q: Ref, k: Ref, total: Ref, order: Ref, last: Ref, cut: Ref, index_total: Ref, out: Ref, target: Ref, *,
+    H: int, bk: int,
+) -> None:  # fmt: skip
     i, j, h = (pl.program_id(n) for n in (1, 2, 3))
 
     @pl.when((j == 0) & (h == 0))
-    def _():
+    def _() -> None:
         out[...] = jnp.zeros_like(out)
 
     @pl.when(j < reach[i])
-    def _():
+    def _() -> None:
         seen = chosen(order[...], last[...], cut[...], j * bk)
         _target(q, k, total, seen, target, h, H)
 
         @pl.when(h == H - 1)
-        def _():
+        def _() -> None:
             t = target[...]
             parts = t * (jnp.log(jnp.maximum(t, _TINY)) - (scores(order[...]) - index_total[...]))
             out[...] += jnp.where(seen & (t > 0), parts, 0.0).sum(-1, keepdims=True)
 
 
 def _gradient_of_block(
-    reach, q, k, total, order, last, cut, index_total, iq, iw, ik, given, dq, dw, dk, target, acc, *, H, J, C, bk
-):
+    reach: Ref, q: Ref, k: Ref, total: Ref, order: Ref, last: Ref, cut: Ref, index_total: Ref, iq: Ref, iw: Ref,
+    ik: Ref, given: Ref, dq: Ref, dw: Ref, dk: Ref, target: Ref, acc: Ref, *, H: int, J: int, C: int, bk: int,
+) -> None:  # fmt: skip
     i, j, h = (pl.program_id(n) for n in (1, 2, 3))
 
     @pl.when(h == 0)
-    def _():
+    def _() -> None:
         dk[...] = jnp.zeros_like(dk)  # of blocks that no query here looks at too
 
     @pl.when((j == 0) & (h == 0))
-    def _():
+    def _() -> None:
         acc[...] = jnp.zeros_like(acc)
         dw[...] = jnp.zeros_like(dw)
 
     @pl.when(j < reach[i])
-    def _():
+    def _() -> None:
         seen = chosen(order[...], last[...], cut[...], j * bk)
         _target(q, k, total, seen, target, h, H)
 
         @pl.when(h == H - 1)
-        def _():
+        def _() -> None:
             shares = jnp.exp(jnp.minimum(scores(order[...]) - index_total[...], 0.0))
             target[...] = jnp.where(seen, (shares - target[...]) * given[...], 0.0) * (J * C) ** -0.5
 
-            def add(n, _):
+            def add(n: jax.Array, _: Any) -> None:
                 of_head, ds = _of_head(n, C), target[...]
                 logits = dot_t(iq[:, of_head], ik[...])
                 sums = (ds * jnp.maximum(logits, 0.0)).sum(-1, keepdims=True)
@@ -302,5 +330,5 @@ def _gradient_of_block(
             jax.lax.fori_loop(0, J, add, None)
 
     @pl.when((j == pl.num_programs(2) - 1) & (h == H - 1))
-    def _():
+    def _() -> None:
         dq[...] = acc[...].astype(dq.dtype)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -67,12 +68,12 @@ def scattered(x_BTI: jax.Array, w_IO: jax.Array, over: tuple[str, ...]) -> jax.A
     return plain(x_BTI, w_IO)
 
 
-def _backward(over, saved, g_BTO):
+def _backward(over: Any, saved: tuple, g_BTO: jax.Array) -> tuple:
     x_BTI, w_IO = saved
     row = context.spec("batch", "length", None)
     others = tuple(axis for entry in row for axis in rules.entry_axes(entry) if axis not in over)
 
-    def own(x_BTI, g_BTO):
+    def own(x_BTI: jax.Array, g_BTO: jax.Array) -> jax.Array:
         dw = jnp.einsum("bti,bto->io", x_BTI, g_BTO)
         for axis in over:
             dw = jax.lax.psum_scatter(dw, axis, scatter_dimension=0, tiled=True)

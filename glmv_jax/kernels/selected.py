@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from glmv_jax.parallel.remat import ATTENTION
 UNSEEN = -(1 << 31)  # the order of keys that a query may not see; below that of every score
 _MASKED = -2.0e38
 _BLOCKS = (512, 384, 256, 128)
+Ref: TypeAlias = Any  # an array in the memory of a kernel that runs
 _VMEM = 64 << 20  # bytes of vector memory that a kernel may ask for: v4 and later have it
 
 
@@ -67,7 +68,10 @@ class Forked(NamedTuple):
         return tuple(self)
 
     @staticmethod
-    def seen(segment, branch, slot, key_segment, key_branch, first: Any) -> jax.Array:
+    def seen(
+        segment: jax.Array, branch: jax.Array, slot: jax.Array, key_segment: jax.Array, key_branch: jax.Array,
+        first: Any,
+    ) -> jax.Array:  # fmt: skip
         at = first + jax.lax.broadcasted_iota(jnp.int32, (segment.shape[0], key_segment.shape[1]), 1)
         mine = (key_branch == 0) | (key_branch == branch)
         return (segment == key_segment) & mine & (at <= slot)
@@ -114,7 +118,9 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
-def _attend(q, k, v, keys: Chosen, slots_BT, interpret):
+def _attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: Chosen, slots_BT: jax.Array, interpret: bool
+) -> tuple[jax.Array, jax.Array]:
     return _forward(q, k, v, keys, slots_BT, interpret)[0]
 
 
@@ -181,23 +187,25 @@ def last_needed(reach_ref: Any, i: Any, j: Any) -> Any:
     return jnp.minimum(j, reach_ref[i] - 1)
 
 
-def _forward(q, k, v, keys, slots_BT, interpret):
+def _forward(
+    q: jax.Array, k: jax.Array, v: jax.Array, keys: Any, slots_BT: jax.Array, interpret: bool
+) -> tuple:
     g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
     at = g.specs(K, V, keys, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
 
-    def body(reach, q, k, v, *refs):
+    def body(reach: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref) -> None:
         *told, out, total, high, weight, acc = refs
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
-        def _():
+        def _() -> None:
             high[...] = jnp.full_like(high, _MASKED)
             weight[...] = jnp.zeros_like(weight)
             acc[...] = jnp.zeros_like(acc)
 
         @pl.when(j < reach[i])
-        def _():
-            logits = jnp.where(keys.seen(*(x[...] for x in told), j * g.bk), dot_t(q[...], k[...]), _MASKED)
+        def _() -> None:
+            logits = jnp.where(keys.seen(*[x[...] for x in told], j * g.bk), dot_t(q[...], k[...]), _MASKED)
             higher = jnp.maximum(high[...], logits.max(axis=-1, keepdims=True))
             fade = jnp.exp(high[...] - higher)
             shares = jnp.exp(logits - higher)
@@ -206,7 +214,7 @@ def _forward(q, k, v, keys, slots_BT, interpret):
             high[...] = higher
 
         @pl.when(j == g.nk - 1)
-        def _():
+        def _() -> None:
             out[...] = (acc[...] / weight[...]).astype(out.dtype)
             total[...] = high[...] + jnp.log(weight[...])
 
@@ -221,7 +229,7 @@ def _forward(q, k, v, keys, slots_BT, interpret):
     return (out, total), (q, k, v, keys, slots_BT, out, total)
 
 
-def _backward(interpret, saved, given):
+def _backward(interpret: bool, saved: tuple, given: tuple) -> tuple:
     q, k, v, keys, slots_BT, out, total = saved
     g_out = given[0]
     g, K, V = _Grid.of(q, k), q.shape[-1], v.shape[-1]
@@ -229,30 +237,32 @@ def _backward(interpret, saved, given):
     args = (q, k, v, *keys.told(), g_out, total[..., None], inner)
     needed = reach(slots_BT, g.bq, g.bk)
 
-    def gradient_of_logits(q, k, v, told, g_out, total, inner, j):
+    def gradient_of_logits(
+        q: Ref, k: Ref, v: Ref, told: list, g_out: Ref, total: Ref, inner: Ref, j: Ref
+    ) -> tuple[jax.Array, jax.Array]:
         """(weights, gradient of the logits) of a block."""
         seen = keys.seen(*(x[...] for x in told), j * g.bk)
         shares = jnp.where(seen, jnp.exp(dot_t(q[...], k[...]) - total[...]), 0.0)
         return shares, shares * (dot_t(g_out[...], v[...]) - inner[...])
 
-    def ins(at):
+    def ins(at: dict[str, Any]) -> list[pl.BlockSpec]:
         return [at["q"], at["k"], at["v"], *at["keys"], at["o"], at["one"], at["one"]]
 
-    def of_queries(reach, q, k, v, *refs):
+    def of_queries(reach: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref) -> None:
         *told, g_out, total, inner, dq, acc = refs
         i, j = pl.program_id(2), pl.program_id(3)
 
         @pl.when(j == 0)
-        def _():
+        def _() -> None:
             acc[...] = jnp.zeros_like(acc)
 
         @pl.when(j < reach[i])
-        def _():
+        def _() -> None:
             _, d_logits = gradient_of_logits(q, k, v, told, g_out, total, inner, j)
             acc[...] += dot(d_logits.astype(k.dtype), k[...])
 
         @pl.when(j == g.nk - 1)
-        def _():
+        def _() -> None:
             dq[...] = acc[...].astype(dq.dtype)
 
     at = g.specs(K, V, keys, lambda b, h, i, j, reach: (b, h, i, last_needed(reach, i, j)))
@@ -262,23 +272,23 @@ def _backward(interpret, saved, given):
         estimate(1, q, k, 2 * K + V, args), interpret, "selected_backward_q",
     )(needed, *args)  # fmt: skip
 
-    def of_keys(reach, q, k, v, *refs):
+    def of_keys(reach: Ref, q: Ref, k: Ref, v: Ref, *refs: Ref) -> None:
         *told, g_out, total, inner, dk, dv, acc_k, acc_v = refs
         j, i = pl.program_id(2), pl.program_id(3)
 
         @pl.when(i == 0)
-        def _():
+        def _() -> None:
             acc_k[...] = jnp.zeros_like(acc_k)
             acc_v[...] = jnp.zeros_like(acc_v)
 
         @pl.when(j < reach[i])
-        def _():
+        def _() -> None:
             shares, d_logits = gradient_of_logits(q, k, v, told, g_out, total, inner, j)
             acc_v[...] += dot(shares.T.astype(g_out.dtype), g_out[...])
             acc_k[...] += dot(d_logits.T.astype(q.dtype), q[...])
 
         @pl.when(i == g.nq - 1)
-        def _():
+        def _() -> None:
             dk[...] = acc_k[...].astype(dk.dtype)
             dv[...] = acc_v[...].astype(dv.dtype)
 

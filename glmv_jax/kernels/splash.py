@@ -50,7 +50,9 @@ def _divides(q_BTHK: jax.Array, k_BSGK: jax.Array) -> bool:
     return n == 1 or q_BTHK.shape[1] % math.lcm(n * n, 2 * n * BLOCKS[-1]) == 0
 
 
-def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False):
+def splash(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span, key: Span, interpret: bool = False
+) -> jax.Array:
     """As `attention.plain`, of spans that are in order. interpret: run by the interpreter, for tests elsewhere."""
     T, n = q_BTHK.shape[1], context.parts()
     fill = -T % BLOCKS[-1] if n == 1 else 0
@@ -63,7 +65,10 @@ def splash(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, query: Span,
     if mesh is None or mesh.size == 1:
         return _rows(kernel, q, k, v, q_ids, k_ids)[:, :T]
 
-    def own(kernel, q, k, v, q_ids, k_ids):
+    def own(
+        kernel: pallas.SplashAttentionKernel, q: jax.Array, k: jax.Array, v: jax.Array, q_ids: jax.Array,
+        k_ids: jax.Array,
+    ) -> jax.Array:  # fmt: skip
         if n > 1:
             k, v, k_ids = (context.gathered(x) for x in (k, v, k_ids))
         return _rows(kernel, q, k, v, q_ids, k_ids)
@@ -100,7 +105,11 @@ def _kernel(T: int, K: int, causal: bool, interpret: bool) -> pallas.SplashAtten
     )  # one mask stands for all heads
 
 
-def _rows(kernel, q_BTHK, k_BSGK, v_BSGK, q_ids_BT, k_ids_BS) -> jax.Array:
+def _rows(
+    kernel: pallas.SplashAttentionKernel, q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, q_ids_BT: jax.Array,
+    k_ids_BS: jax.Array,
+) -> jax.Array:  # fmt: skip
     q, k, v = (x.swapaxes(1, 2) for x in (q_BTHK, k_BSGK, v_BSGK))
-    out_BHTK = jax.vmap(lambda q, k, v, *ids: kernel(q, k, v, pallas.SegmentIds(*ids)))(q, k, v, q_ids_BT, k_ids_BS)
+    own: Any = lambda q, k, v, *ids: kernel(q, k, v, pallas.SegmentIds(*ids))  # noqa: E731
+    out_BHTK = jax.vmap(own)(q, k, v, q_ids_BT, k_ids_BS)
     return out_BHTK.swapaxes(1, 2)

@@ -98,7 +98,7 @@ def head_map(
     pieces = cut(hidden_BTD), tuple(cut(jax.lax.stop_gradient(x)) for x in given)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def one(h_SCD, *given_SC):
+    def one(h_SCD: jax.Array, *given_SC: tuple) -> Any:
         # The head is cast in here: its gradient is then summed over chunks in the parameter's dtype.
         logits_SCV = _Head.of(head_DV, pieces[0]).logits(h_SCD) / temperature
         return fn(logits_SCV - _logsumexp(logits_SCV)[0][..., None], *given_SC)
@@ -143,11 +143,15 @@ class _Cut(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pieces_loss(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC):
+def _pieces_loss(
+    z_loss: float, hidden_nSCD: jax.Array, head_DV: jax.Array, targets_nSC: jax.Array, weight_nSC: jax.Array
+) -> tuple:
     return _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient=False)[0]
 
 
-def _forward(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC):
+def _forward(
+    z_loss: float, hidden_nSCD: jax.Array, head_DV: jax.Array, targets_nSC: jax.Array, weight_nSC: jax.Array
+) -> tuple:
     if len(hidden_nSCD) > 1:
         return _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient=True)
     head = _Head.of(head_DV, hidden_nSCD)
@@ -155,7 +159,7 @@ def _forward(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC):
     return (total, nll_SC[None], said_SC[None]), (hidden_nSCD, head_DV, d_SCV)
 
 
-def _backward(z_loss, kept, given):
+def _backward(z_loss: float, kept: tuple, given: tuple) -> tuple:
     del z_loss
     if len(kept) == 2:
         scaled = lambda g, like: (given[0] * g).astype(like)  # noqa: E731
@@ -170,7 +174,7 @@ def _backward(z_loss, kept, given):
 _pieces_loss.defvjp(_forward, _backward)
 
 
-def _piece(z_loss, head, h_SCD, target_SC, w_SC):
+def _piece(z_loss: float, head: _Head, h_SCD: jax.Array, target_SC: jax.Array, w_SC: jax.Array) -> tuple:
     """Of one chunk: the sum of its losses, nll, what is said, and the gradient of the logits, in the dtype of h."""
     V = head.head_DV.shape[1]
     ids_V = jnp.arange(V, dtype=target_SC.dtype)
@@ -186,11 +190,14 @@ def _piece(z_loss, head, h_SCD, target_SC, w_SC):
     return total, nll_SC, said_SC, d_SCV.astype(h_SCD.dtype)
 
 
-def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool):
+def _scan(
+    z_loss: float, hidden_nSCD: jax.Array, head_DV: jax.Array, targets_nSC: jax.Array, weight_nSC: jax.Array,
+    gradient: bool,
+) -> tuple:  # fmt: skip
     """((total, nll, said), ((gradient of hidden, of head), (empty arrays of their dtypes)) or None)."""
     head = _Head.of(head_DV, hidden_nSCD)
 
-    def chunk(carry, piece):
+    def chunk(carry: tuple, piece: tuple) -> tuple[Any, Any]:
         total, d_head = carry
         h_SCD = piece[0]
         more, nll_SC, said_SC, d_SCV = _piece(z_loss, head, *piece)
@@ -211,15 +218,15 @@ def _scan(z_loss, hidden_nSCD, head_DV, targets_nSC, weight_nSC, gradient: bool)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pieces_logprobs(temperature, hidden_nSCD, head_DV, targets_nSC):
+def _pieces_logprobs(temperature: float, hidden_nSCD: jax.Array, head_DV: jax.Array, targets_nSC: jax.Array) -> tuple:
     return _logprobs_forward(temperature, hidden_nSCD, head_DV, targets_nSC)[0]
 
 
-def _logprobs_forward(temperature, hidden_nSCD, head_DV, targets_nSC):
+def _logprobs_forward(temperature: float, hidden_nSCD: jax.Array, head_DV: jax.Array, targets_nSC: jax.Array) -> tuple:
     head = _Head.of(head_DV, hidden_nSCD)
     ids_V = jnp.arange(head_DV.shape[1], dtype=targets_nSC.dtype)
 
-    def chunk(_, piece):
+    def chunk(_: Any, piece: tuple) -> tuple[Any, Any]:
         h_SCD, target_SC = piece
         logits_SCV = head.logits(h_SCD) / temperature
         lse_SC, _ = _logsumexp(logits_SCV)
@@ -231,12 +238,12 @@ def _logprobs_forward(temperature, hidden_nSCD, head_DV, targets_nSC):
     return (logprob, entropy), (hidden_nSCD, head_DV, targets_nSC, lse)
 
 
-def _logprobs_backward(temperature, kept, given):
+def _logprobs_backward(temperature: float, kept: tuple, given: tuple) -> tuple:
     hidden_nSCD, head_DV, targets_nSC, lse_nSC = kept
     head = _Head.of(head_DV, hidden_nSCD)
     ids_V = jnp.arange(head_DV.shape[1], dtype=targets_nSC.dtype)
 
-    def chunk(d_head, piece):
+    def chunk(d_head: jax.Array, piece: tuple) -> tuple[Any, Any]:
         h_SCD, target_SC, lse_SC, g_SC = piece
         p_SCV = jnp.exp(head.logits(h_SCD) / temperature - lse_SC[..., None])
         d_SCV = ((ids_V == target_SC[..., None]) - p_SCV) * (g_SC[..., None] / temperature)

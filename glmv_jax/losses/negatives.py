@@ -98,7 +98,10 @@ def implementation(
     return _distributed(_ring if name == "ring_bidir" else _gather, mesh, axes, chunk, wire)
 
 
-def dense(image_BE, text_ME, image_label_B, text_label_M, scale, bias) -> Negatives:
+def dense(
+    image_BE: jax.Array, text_ME: jax.Array, image_label_B: jax.Array, text_label_M: jax.Array, scale: jax.Array,
+    bias: jax.Array,
+) -> Negatives:  # fmt: skip
     """All logits at once."""
     cosine_BM = jnp.matmul(image_BE, text_ME.T, preferred_element_type=jnp.float32)
     return _sums(scale * cosine_BM + bias, image_label_B[:, None] != text_label_M[None, :])
@@ -122,12 +125,12 @@ def _add(a: _Found, b: _Found) -> _Found:
     return total._replace(sums=total.sums._replace(highest_B=highest))
 
 
-def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
+def _meet(own: _Rows, visiting: _Rows, scale: jax.Array, bias: jax.Array, chunk: int) -> _Found:
     """Own images against the visiting texts and, where there are visiting images, own texts against those."""
     grads = visiting.image is not None
     assert own.image is not None
 
-    def of_images(cosine_CM, unlike_CM):
+    def of_images(cosine_CM: jax.Array, unlike_CM: jax.Array) -> tuple:
         sums = _sums(scale * cosine_CM + bias, unlike_CM)
         if not grads:
             return sums[:3], sums.highest_B
@@ -135,7 +138,7 @@ def _meet(own: _Rows, visiting: _Rows, scale, bias, chunk: int) -> _Found:
         slopes = (g_CM * cosine_CM).sum(), g_CM.sum()
         return (*sums[:3], *slopes), (sums.highest_B, _times(g_CM, visiting.text))
 
-    def of_texts(cosine_CM, unlike_CM):
+    def of_texts(cosine_CM: jax.Array, unlike_CM: jax.Array) -> tuple:
         assert visiting.image is not None
         return (), _times(_slope(cosine_CM, unlike_CM, scale, bias), visiting.image)
 
@@ -155,7 +158,7 @@ def _by_rows(fn: Callable, own: _Side, visiting: _Side, chunk: int) -> tuple[Any
     m = own.label.shape[0]
     c = next(c for c in range(min(chunk, m), 0, -1) if m % c == 0)
 
-    def part(side: _Side):
+    def part(side: _Side) -> Any:
         cosine = jnp.matmul(side.features, visiting.features.T, preferred_element_type=jnp.float32)
         return fn(cosine, side.label[:, None] != visiting.label[None, :])
 
@@ -164,7 +167,7 @@ def _by_rows(fn: Callable, own: _Side, visiting: _Side, chunk: int) -> tuple[Any
     parts = jax.tree.map(lambda x: x.reshape(m // c, c, *x.shape[1:]), own)
     zero, _ = _zeros(part, jax.tree.map(lambda x: x[0], parts))
 
-    def step(total, side):
+    def step(total: Any, side: Any) -> tuple[Any, Any]:
         sums, rows = part(side)
         return jax.tree.map(jnp.add, total, sums), rows
 
@@ -177,7 +180,7 @@ def _zeros(fn: Callable, arg: Any) -> Any:
     return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fn, arg))
 
 
-def _slope(cosine_CM, unlike_CM, scale, bias) -> jax.Array:
+def _slope(cosine_CM: jax.Array, unlike_CM: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     """d softplus / d logit."""
     return jnp.where(unlike_CM, jax.nn.sigmoid(scale * cosine_CM + bias), 0.0)
 
@@ -212,7 +215,7 @@ def _ring(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int]) -
     right, left = shift(own, 1), shift(own, -1)  # with two devices the same, and only one is used
     found = meet(own)
 
-    def hop(carry, _):
+    def hop(carry: tuple, _: Any) -> tuple[Any, Any]:
         found, right, left = carry
         arriving = shift(right, 1), shift(left, -1)
         return (_add(_add(found, meet(right)), meet(left)), *arriving), None
@@ -235,14 +238,14 @@ def _gather(meet: Meet, own: _Rows, axes: tuple[str, ...], order: Sequence[int])
     part = lambda i: jax.tree.map(lambda x: x[i], parts)  # noqa: E731
 
     @jax.named_scope("ring")
-    def everyone(rows):
+    def everyone(rows: Any) -> Any:
         return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), rows)
 
     here = everyone(part(0))
     if pieces == 1:
         return meet(here)
 
-    def piece(carry, rows):
+    def piece(carry: tuple, rows: Any) -> tuple[Any, Any]:
         found, here = carry
         arriving = everyone(rows)
         return (_add(found, meet(here)), arriving), None
@@ -261,7 +264,10 @@ def _distributed(visit: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int,
     size, order = data_shards(mesh), ring_order(mesh, axes)
     rows, everywhere = P(axes), P()
 
-    def local(image, text, image_label, text_label, scale, bias, *, grads: bool):
+    def local(
+        image: jax.Array, text: jax.Array, image_label: jax.Array, text_label: jax.Array, scale: jax.Array,
+        bias: jax.Array, *, grads: bool,
+    ) -> Any:  # fmt: skip
         own = _Rows(_Side(image.astype(wire), image_label), _Side(text.astype(wire), text_label))
         meet = lambda visiting: _meet(own, visiting, scale, bias, chunk)  # noqa: E731
         sums, slopes = visit(meet, own if grads else own._replace(image=None), axes, order)
@@ -271,7 +277,7 @@ def _distributed(visit: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int,
         both = jax.lax.psum((slopes.scale, slopes.bias), axes)
         return sums, _Grads((scale * slopes.image).astype(image.dtype), (scale * slopes.text).astype(text.dtype), *both)
 
-    def run(*args, grads: bool):
+    def run(*args: Any, grads: bool) -> Any:
         out: Any = Negatives._make((everywhere, everywhere, everywhere, rows))
         out = (out, _Grads._make((rows, rows, everywhere, everywhere))) if grads else out
         specs = (rows, rows, rows, rows, everywhere, everywhere)
@@ -280,17 +286,17 @@ def _distributed(visit: Callable, mesh: Mesh, axes: tuple[str, ...], chunk: int,
                              check_vma=False)(*args)  # fmt: skip
 
     @jax.custom_vjp
-    def negatives(*args):
+    def negatives(*args: Any) -> Any:
         return run(*args, grads=False)
 
-    def backward(grads: _Grads, cotangent: Negatives):
+    def backward(grads: _Grads, cotangent: Negatives) -> tuple:
         g = cotangent.softplus  # the other outputs are metrics
         image, text, scale, bias = ((g * x).astype(x.dtype) for x in grads)
         return image, text, None, None, scale, bias
 
     negatives.defvjp(functools.partial(run, grads=True), backward)
 
-    def checked(image, text, *rest):
+    def checked(image: jax.Array, text: jax.Array, *rest: Any) -> Any:
         for what, x in (("images", image), ("texts", text)):
             if x.shape[0] % size:
                 raise UserError(f"sigmoid loss: {x.shape[0]} {what} do not divide over {size} devices")

@@ -21,7 +21,7 @@ from glmv_jax.models.layers import Linear, RMSNorm, SwiGLU, fan_in, normal, ones
 from glmv_jax.parallel import caches, context, micro, pipeline, rules
 from glmv_jax.parallel.remat import named, policy
 from glmv_jax.parallel.rules import constrain
-from glmv_jax.typing import UserError
+from glmv_jax.typing import Params, UserError
 
 # What one layer keeps while decoding, here k and v [B * G, S, K], which it adds to and returns (`entries.Kept`), and
 # where rows continue the same prompts "prompt", a kernels.attention.Shared, which it only reads. The stack holds all of
@@ -144,7 +144,9 @@ class Block(nn.Module):
     cfg: BlockConfig
 
     @nn.compact
-    def __call__(self, x_BTD, cache, rope, query: Span, key: Span):
+    def __call__(
+        self, x_BTD: jax.Array, cache: LayerCache | None, rope: Any, query: Span, key: Span
+    ) -> tuple[jax.Array, tuple[LayerCache | None, dict[str, jax.Array]]]:
         c = self.cfg
         norm = lambda name, init=ones: RMSNorm("norm", c.norm_eps, init, name=name)  # noqa: E731
         with jax.named_scope("attention"):
@@ -166,7 +168,7 @@ class Block(nn.Module):
 
 
 def stack(
-    cfg: Any, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache=None,
+    cfg: Any, depth: int, remat: str, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: Any = None,
     unroll: int = 1, name: str = "blocks", axis: str = "layers",
 ) -> tuple[jax.Array, Any, dict[str, jax.Array]]:
     """`depth` blocks of `cfg.layer` as one scan, parameters stacked on a leading axis `axis` under `name`.
@@ -213,10 +215,12 @@ def stack(
     return x_BTD, None, aux
 
 
-def _staged(plan: pipeline.Schedule, cfg: Any, remat: str, params: Any, x_BTD, beside: tuple, unroll: int) -> tuple:
+def _staged(
+    plan: pipeline.Schedule, cfg: Any, remat: str, params: Any, x_BTD: jax.Array, beside: tuple, unroll: int
+) -> tuple:
     """As `stack`, each layer on its stage."""
 
-    def layer(params, x, beside):
+    def layer(params: Params, x: jax.Array, beside: tuple) -> tuple:
         x = named(x) if remat == "offload" else x
         x, (_, aux) = applied(cfg.layer(cfg, parent=None), params, x, None, *beside)
         return x, (aux, (beside[1].segments > 0).sum().astype(jnp.float32))
@@ -230,7 +234,7 @@ def _named(layer: Any) -> type[nn.Module]:
     """The layer, reading its input by the name that a policy knows (`parallel.remat`)."""
 
     class Named(layer):
-        def __call__(self, x_BTD, *rest):
+        def __call__(self, x_BTD: jax.Array, *rest: Any) -> Any:
             return super().__call__(named(x_BTD), *rest)
 
     return Named
@@ -240,7 +244,7 @@ def _in_place(layer: Any) -> type[nn.Module]:
     """The layer with its part of what all layers keep, which goes from layer to layer as it is (`entries`)."""
 
     class InPlace(layer):
-        def __call__(self, carry, prompt, *rest):
+        def __call__(self, carry: tuple, prompt: dict, *rest: Any) -> tuple:
             x_BTD, stacks, number = carry
             own = jax.tree.map(lambda stack: entries.Place(stack, number), stacks)
             x_BTD, (own, aux) = super().__call__(x_BTD, own | prompt, *rest)
@@ -255,7 +259,7 @@ def _of_batch(said: tuple[dict, jax.Array]) -> dict:
     tokens and of means over rows there is the mean over the batch's."""
     aux, tokens_M = said
 
-    def of(path, x):
+    def of(path: tuple, x: jax.Array) -> jax.Array:
         if path[-1].key == "load":
             return x.sum(0)
         over_tokens = path[-1].key == "index_loss"

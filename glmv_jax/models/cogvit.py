@@ -163,8 +163,9 @@ def example_rows(patch_dim: int) -> VisionInput:
 
 
 def apply(
-    cfg: CogViTConfig, params: dict, vision: VisionInput, mask_BP: jax.Array | None = None, mask_token_D=None
-) -> jax.Array:
+    cfg: CogViTConfig, params: dict, vision: VisionInput, mask_BP: jax.Array | None = None,
+    mask_token_D: jax.Array | None = None,
+) -> jax.Array:  # fmt: skip
     """Patch features [B, P, D] after the final norm; see CogViT. `cfg` may be of a tower derived from it."""
     return applied(cfg.module(), params, vision, mask_BP, mask_token_D)
 
@@ -173,8 +174,8 @@ def apply(
 def merge(cfg: MergerConfig, params: dict, x_BPD: jax.Array) -> jax.Array:
     """Visual tokens [B, P / 4, width] from patch features; see Merger."""
 
-    def merged(x_BPD):
-        return Merger(cfg).apply({"params": params}, named(x_BPD))
+    def merged(x_BPD: jax.Array) -> jax.Array:
+        return applied(Merger(cfg), params, named(x_BPD))
 
     if cfg.remat == "none" and not cfg.chunk:
         return merged(x_BPD)

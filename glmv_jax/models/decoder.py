@@ -102,7 +102,9 @@ class Decoder(nn.Module):
     cfg: DecoderConfig
 
     @nn.compact
-    def __call__(self, x_BTD, positions_BT3, query: Span, key: Span, cache: dict | None) -> DecoderOutput:
+    def __call__(
+        self, x_BTD: jax.Array, positions_BT3: jax.Array, query: Span, key: Span, cache: dict | None
+    ) -> DecoderOutput:
         c = self.cfg
         Embedding(c.vocab, c.width, name="embed")()
         if not c.tied:
@@ -111,7 +113,7 @@ class Decoder(nn.Module):
         x_BTD, cache, aux = self.layers(x_BTD, c.rope(positions_BT3), query, key, cache)
         return DecoderOutput(RMSNorm("norm", c.norm_eps, name="norm")(x_BTD), x_BTD, cache, aux)
 
-    def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
+    def layers(self, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
         """(x after all layers, cache, aux)."""
         c = self.cfg
         own = None if cache is None else with_prompt(cache["layers"], cache.get("prompt"))
@@ -127,7 +129,7 @@ class Runs(Decoder):
 
     cfg: Any
 
-    def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
+    def layers(self, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
         kept, aux = {}, {}
         longest = max(times for _, times in self.cfg.stacks)  # the others are not many; they stay outside of a pipeline
         for i, (block, times) in enumerate(self.cfg.stacks):
@@ -175,7 +177,10 @@ def embed(params: dict, tokens_BT: jax.Array) -> jax.Array:
     return jnp.take(params["embed"]["embedding"], tokens_BT, axis=0)
 
 
-def apply(cfg: Any, params: dict, x_BTD, positions_BT3, query: Span, key: Span, cache=None) -> DecoderOutput:
+def apply(
+    cfg: Any, params: dict, x_BTD: jax.Array, positions_BT3: jax.Array, query: Span, key: Span,
+    cache: dict | None = None,
+) -> DecoderOutput:  # fmt: skip
     """Embedded inputs [B, T, D] through the decoder of this config."""
     return cfg.module().apply({"params": params}, x_BTD, positions_BT3, query, key, cache)
 

@@ -80,7 +80,10 @@ def entries(
     return draft, cache | own | {"length": cache["length"] + T}
 
 
-def _apply(cfg: vlm.VLMConfig, params: Params, e_BTD, h_BTD, positions_BT3, query: Span, key: Span, cache: dict):
+def _apply(
+    cfg: vlm.VLMConfig, params: Params, e_BTD: jax.Array, h_BTD: jax.Array, positions_BT3: jax.Array, query: Span,
+    key: Span, cache: dict,
+) -> tuple[Draft, dict]:  # fmt: skip
     head: Any = cfg.mtp
     rope = head.decoder.rope(positions_BT3)
     weights = mtp.layer_params(head, params["mtp"], 1)

@@ -110,7 +110,7 @@ def apply(
 
     axis = owners[0] if owners and mesh.shape[owners[0]] > 1 else None
 
-    def local(x, chosen, experts):
+    def local(x: jax.Array, chosen: Chosen, experts: Experts) -> tuple:
         split = _split(axis, mesh.shape[axis], chosen, experts, free) if axis else None
         with jax.named_scope("dispatch"):
             gate, up = (_gathered(w, entry_axes(at.gate[1]), x.dtype) for w in experts[:2])
@@ -148,7 +148,9 @@ def _whole_tiles(rows: float) -> int:
     return int(-(-rows // 128)) * 128  # kernels on TPUs take no less
 
 
-def _own(x_BTD, chosen: Chosen, experts: Experts, split: Split | None, form: Form) -> tuple[jax.Array, jax.Array]:
+def _own(
+    x_BTD: jax.Array, chosen: Chosen, experts: Experts, split: Split | None, form: Form
+) -> tuple[jax.Array, jax.Array]:
     """Of this device's tokens. Rows of invalid ones come last and belong to none."""
     D, k = x_BTD.shape[-1], chosen.expert.shape[-1]
     E = len(experts.gate) * (split.devices if split else 1)
@@ -181,7 +183,9 @@ def _sorted(expert_C: jax.Array, sizes_E: jax.Array, unit: int) -> tuple[jax.Arr
 
 
 @jax.named_scope("products")
-def _mlp(form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any) -> jax.Array:
+def _mlp(
+    form: Form, x_RD: jax.Array, weight_R: jax.Array, experts: Experts, sizes_E: jax.Array, **about: Any
+) -> jax.Array:
     products: Any = plain if form.dense else functools.partial(grouped_matmul, **about)
     gate_RF, up_RF = products(x_RD, experts[:2], sizes_E)
     inside_RF = gated(gate_RF, up_RF, form.limit) * weight_R[:, None]
@@ -192,13 +196,17 @@ def _mlp(form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_E: jax.A
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sent(split: Split, form: Form, x_RD, weight_R: jax.Array, experts: Experts, sizes_SE: jax.Array) -> jax.Array:
+def _sent(
+    split: Split, form: Form, x_RD: jax.Array, weight_R: jax.Array, experts: Experts, sizes_SE: jax.Array
+) -> jax.Array:
     """[R, D]: what the experts make of rows that are sorted by expert; sizes_SE: of each device, rows an expert."""
     return _forward(split, form, x_RD, weight_R, experts, sizes_SE)[0]
 
 
-def _forward(split, form, x_RD, weight_R, experts, sizes_SE):
-    def more(n, y_RD):
+def _forward(
+    split: Split, form: Form, x_RD: jax.Array, weight_R: jax.Array, experts: Experts, sizes_SE: jax.Array
+) -> tuple:
+    def more(n: jax.Array, y_RD: jax.Array) -> jax.Array:
         return y_RD + _window(split, form, n, sizes_SE, *given)
 
     given = x_RD, weight_R, experts
@@ -206,10 +214,10 @@ def _forward(split, form, x_RD, weight_R, experts, sizes_SE):
     return _over_windows(split, sizes_SE, more, y_RD), (pull, given, sizes_SE)
 
 
-def _backward(split, form, saved, g_RD):
+def _backward(split: Split, form: Form, saved: tuple, g_RD: jax.Array) -> tuple:
     pull, given, sizes_SE = saved
 
-    def more(n, grads):
+    def more(n: jax.Array, grads: Any) -> Any:
         _, pull = jax.vjp(functools.partial(_window, split, form, n, sizes_SE), *given)
         return jax.tree.map(jnp.add, grads, pull(g_RD))
 
@@ -230,16 +238,19 @@ def _over_windows(split: Split, sizes_SE: jax.Array, more: Any, value: Any) -> A
         return jax.lax.fori_loop(1, windows, more, value)
 
 
-def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD, weight_R: jax.Array, experts: Experts) -> jax.Array:
+def _window(
+    split: Split, form: Form, n: jax.Array | int, sizes_SE: jax.Array, x_RD: jax.Array, weight_R: jax.Array,
+    experts: Experts,
+) -> jax.Array:
     """[R, D]: as `_sent`, for the rows that are in window n of their experts' device; the others are zero."""
     unit = split.unit
     window, own, most = (rows // unit for rows in (split.window, len(x_RD), split.most))
     here = jax.lax.axis_index(split.axis)
 
-    def send(x, there, back, rows, home):
+    def send(x: jax.Array, there: Slices, back: Slices, rows: int, home: bool) -> jax.Array:
         return exchange(x, there, back, split.axis, rows, most, home)
 
-    def send_rows(x_RD, there, back, rows, home):
+    def send_rows(x_RD: jax.Array, there: Slices, back: Slices, rows: int, home: bool) -> jax.Array:
         tiles = x_RD.reshape(-1, unit, x_RD.shape[-1]) if unit > 1 else x_RD
         return send(tiles, there, back, rows, home).reshape(-1, x_RD.shape[-1])
 
@@ -253,7 +264,9 @@ def _window(split: Split, form: Form, n, sizes_SE: jax.Array, x_RD, weight_R: ja
         return send_rows(y_CD, back, there, own, True)
 
 
-def ways(sizes_SE: jax.Array, devices: int, window: int, n, me) -> tuple[Slices, Slices, jax.Array]:
+def ways(
+    sizes_SE: jax.Array, devices: int, window: int, n: jax.Array | int, me: jax.Array
+) -> tuple[Slices, Slices, jax.Array]:
     """How the rows of window n go from device `me` to their experts' devices, and back; and how many of them each of
     its own experts has."""
     size_ES = sizes_SE.T

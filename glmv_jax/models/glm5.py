@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +138,9 @@ class Layers(nn.Module):
     unit: Unit
 
     @nn.compact
-    def __call__(self, x_BTD, cache: LayerCache | None, rope, query: Span, key: Span):
+    def __call__(
+        self, x_BTD: jax.Array, cache: LayerCache | None, rope: Any, query: Span, key: Span
+    ) -> tuple[jax.Array, tuple[dict | None, dict]]:
         selection, kept, aux = None, {}, {}
         for j, mlp in enumerate(self.unit.mlps):
             name = f"layer{j}"
@@ -156,7 +158,9 @@ class Layer(nn.Module):
     indexed: bool
 
     @nn.compact
-    def __call__(self, x_BTD, cache, rope, query: Span, key: Span, selection: Selection | None):
+    def __call__(
+        self, x_BTD: jax.Array, cache: dict | None, rope: Any, query: Span, key: Span, selection: Selection | None
+    ) -> tuple[jax.Array, dict | None, Selection | None, dict[str, jax.Array]]:
         c = self.cfg
         with jax.named_scope("attention"):
             normed = RMSNorm("norm", c.norm_eps, name="norm1")(x_BTD)

@@ -132,7 +132,7 @@ class GLM5NextConfig(ExpertDecoderConfig):
         slots = next(cached.shape[2] for name, cached in _leaves(cache["layers"]) if name == "latents")
         more = {"latents": length, "pool": -(-(slots + length) // self.pool) + -slots // self.pool}
 
-        def copied(path, x):
+        def copied(path: tuple, x: jax.Array) -> jax.Array:
             x = jnp.repeat(x, group, axis=1)
             return jnp.pad(x, [(0, more.get(path[-1].key, 0) if axis == 2 else 0) for axis in range(x.ndim)])
 
@@ -188,7 +188,7 @@ class Unit(OfConfig):
 class Decoder(Runs):
     """As `Runs`, with residual streams between the embedding and the final norm."""
 
-    def layers(self, x_BTD, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
+    def layers(self, x_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: dict | None) -> tuple:
         if query.branches is not None:
             raise UserError("linear attention reads a row in order and takes no rows with branches; pack every answer "
                             "with its own prompt")  # fmt: skip
@@ -207,7 +207,9 @@ class Layers(nn.Module):
     unit: Unit
 
     @nn.compact
-    def __call__(self, x, cache: LayerCache | None, rope, query: Span, key: Span):
+    def __call__(
+        self, x: jax.Array, cache: LayerCache | None, rope: Any, query: Span, key: Span
+    ) -> tuple[jax.Array, tuple[dict | None, dict]]:
         selection, kept, aux = None, {}, {}
         for j, (kind, mlp) in enumerate(self.unit.layers):
             name = f"layer{j}"
@@ -226,7 +228,9 @@ class Layer(nn.Module):
     streams: StreamsConfig | None
 
     @nn.compact
-    def __call__(self, x, cache, query: Span, key: Span, selection: Selection | None):
+    def __call__(
+        self, x: jax.Array, cache: dict | None, query: Span, key: Span, selection: Selection | None
+    ) -> tuple[jax.Array, dict | None, Selection | None, dict[str, jax.Array]]:
         c = self.cfg
         aux: dict[str, jax.Array] = {}
         with jax.named_scope("attention"):
@@ -260,7 +264,9 @@ class PooledLatentAttention(LatentAttention):
     The cache keeps the keys of pools, and of the pool at a row's end, which may not be complete, what they are made of.
     """
 
-    def index(self, x_BTD, q_BTQ, rope, cache, query: Span) -> tuple[Index | None, dict]:
+    def index(
+        self, x_BTD: jax.Array, q_BTQ: jax.Array, rope: Any, cache: dict | None, query: Span
+    ) -> tuple[Index | None, dict]:
         c, (B, T, _) = self.cfg, x_BTD.shape
         q, w, k_BTK = Indexer(c, name="indexer")(x_BTD, q_BTQ, rope)
         score_BTK = Linear(c.index_dim, ("embed", None), False, c.dtype, name="pool_score")(x_BTD)
@@ -287,7 +293,10 @@ def _means(parts_PnX: jax.Array, place_nK: jax.Array) -> jax.Array:
     return pools_lib.mean(key_PnK, score_PnK.astype(jnp.float32) + place_nK)
 
 
-def _extended(pool_BPK, tail_BnX, new_BTX, place_nK, start_B, counts_B) -> tuple[jax.Array, jax.Array]:
+def _extended(
+    pool_BPK: jax.Array, tail_BnX: jax.Array, new_BTX: jax.Array, place_nK: jax.Array, start_B: jax.Array,
+    counts_B: jax.Array,
+) -> tuple[jax.Array, jax.Array]:  # fmt: skip
     """The keys of pools, and the parts of the last one, after T new positions a row from slot start on, of which the
     first `counts` count. Pools that are not complete hold what nobody sees, until they are."""
     (B, n, X), T = tail_BnX.shape, new_BTX.shape[1]

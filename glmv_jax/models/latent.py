@@ -25,7 +25,9 @@ class LatentAttention(nn.Module):
     indexed: bool
 
     @nn.compact
-    def __call__(self, x_BTD, cache, rope, query: Span, key: Span, selection: Selection | None):
+    def __call__(
+        self, x_BTD: jax.Array, cache: dict | None, rope: Any, query: Span, key: Span, selection: Selection | None
+    ) -> tuple[jax.Array, dict | None, Selection | None, dict[str, jax.Array]]:
         c = self.cfg
         B, T, _ = x_BTD.shape
 
@@ -68,7 +70,9 @@ class LatentAttention(nn.Module):
             out_BTD = linear("o", c.width, ("from_heads", None), looked.out.reshape(B, T, -1))
         return out_BTD, None if cache is None else kept | more, looked.selection, aux
 
-    def index(self, x_BTD, q_BTQ, rope, cache, query: Span) -> tuple[Index | None, dict]:
+    def index(
+        self, x_BTD: jax.Array, q_BTQ: jax.Array, rope: Any, cache: dict | None, query: Span
+    ) -> tuple[Index | None, dict]:
         """The index of the keys so far, and what the cache keeps of it."""
         q, w, k_BSK = Indexer(self.cfg, name="indexer")(x_BTD, q_BTQ, rope)
         if cache is None:
@@ -83,7 +87,7 @@ class Indexer(nn.Module):
     cfg: Any  # GLM5Config
 
     @nn.compact
-    def __call__(self, x_BTD, q_BTQ, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x_BTD: jax.Array, q_BTQ: jax.Array, rope: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         c = self.cfg
         B, T, _ = x_BTD.shape
         q = Linear(c.index_heads * c.index_dim, ("from_latent", "index"), False, c.dtype, name="q")(q_BTQ)

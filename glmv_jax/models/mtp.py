@@ -85,7 +85,9 @@ class MTPLayer(nn.Module):
     cfg: Any  # of the block
 
     @nn.compact
-    def __call__(self, e_BTD, h_BTD, rope, query: Span, key: Span, cache: Any = None):
+    def __call__(
+        self, e_BTD: jax.Array, h_BTD: jax.Array, rope: Any, query: Span, key: Span, cache: Any = None
+    ) -> tuple[jax.Array, jax.Array, Any, dict[str, jax.Array]]:
         """(h, norm(h), cache, aux): what the next depth is fed before and after the norm, the block's cache with these
         positions in it (None without one), and what the block says."""
         c = self.cfg
@@ -157,7 +159,7 @@ def apply(
     own = None if cfg.weights == "shared" else params
     layer = MTPLayer(cfg.decoder.block)
 
-    def depth(h_BTD, given):
+    def depth(h_BTD: jax.Array, given: tuple) -> tuple[Any, Any]:
         (e_BTD, is_key_BT, positions_BT3), own = given
         key = query._replace(segments=jnp.where(is_key_BT, query.segments, -1))
         weights, rope = params if own is None else own, cfg.decoder.rope(positions_BT3)

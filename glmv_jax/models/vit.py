@@ -82,7 +82,9 @@ class ViTBlock(nn.Module):
     cfg: ViTBlockConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, cache: Any, rope: Any, query: Span, key: Span):
+    def __call__(
+        self, x_BTD: jax.Array, cache: Any, rope: Any, query: Span, key: Span
+    ) -> tuple[jax.Array, tuple[Any, dict]]:
         c = self.cfg
         with jax.named_scope("attention"):
             h = LayerNorm(c.norm_eps, name="norm1")(x_BTD)

@@ -27,10 +27,10 @@ def average_params(decay: float) -> optax.GradientTransformation:
     if not 0 < decay < 1:
         raise UserError(f"ema={decay} is no decay; give a number between 0 and 1, such as 0.999, or 0 for no average")
 
-    def init(params):
+    def init(params: Params) -> AverageState:
         return AverageState(jax.tree.map(lambda p: jnp.array(p, jnp.float32, copy=True), params))
 
-    def update(updates, state, params=None):
+    def update(updates: Any, state: AverageState, params: Params | None = None) -> tuple[Any, AverageState]:
         new = optax.apply_updates(params, updates)
         average = jax.tree.map(lambda a, p: decay * a + (1 - decay) * p.astype(jnp.float32), state.average, new)
         return updates, AverageState(average)

@@ -172,7 +172,9 @@ def _named(name: str, transform: optax.GradientTransformation) -> optax.Gradient
     return optax.GradientTransformation(transform.init, jax.named_scope(name)(transform.update))
 
 
-def _transform(cfg, regex, settings, leaves, total_steps, shardings) -> optax.GradientTransformation:
+def _transform(
+    cfg: Any, regex: str, settings: dict[str, Any], leaves: list[tuple[str, Any]], total_steps: int, shardings: Any
+) -> optax.GradientTransformation:
     kind, wd = settings["kind"], settings.get("wd", 0.0)
     if kind == "frozen":
         return optax.set_to_zero()
@@ -200,7 +202,7 @@ def _rate(cfg: Any, settings: dict[str, Any], total_steps: int) -> Callable[[Any
 def _decayed(params: Params) -> Params:
     """True for the leaves that are not vectors."""
 
-    def matrix(path, leaf):
+    def matrix(path: tuple, leaf: Any) -> bool:
         return len(leaf.shape) > 1 and not _VECTOR_NAME.fullmatch(slash_path(path).rsplit("/", 1)[-1])
 
     return jax.tree_util.tree_map_with_path(matrix, params)

@@ -12,7 +12,7 @@ github.com/MoonshotAI/Moonlight `examples/toy_train.py`) for the scale that make
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,10 +55,10 @@ def orthogonalise(update_IO: jax.Array, steps: int = 5, dtype: Any = jnp.float32
     wide = x.shape[-2] <= x.shape[-1]  # the Gram matrix is taken on the short side
     x = x if wide else x.mT
 
-    def product(left, right):
+    def product(left: jax.Array, right: jax.Array) -> jax.Array:
         return jnp.matmul(left.astype(dtype), right.astype(dtype), preferred_element_type=jnp.float32)
 
-    def step(_, x):
+    def step(_: Any, x: jax.Array) -> jax.Array:
         gram = product(x, x.mT)
         return a * x + product(b * gram + c * product(gram, gram), x)
 
@@ -107,7 +107,7 @@ def scale_by_muon(
     Raises: ValueError at init for a leaf of fewer than two dimensions, or columns that `heads` does not divide.
     """
 
-    def init(params):
+    def init(params: Params) -> MuonState:
         for path, leaf in flatten(params).items():
             if len(leaf.shape) < 2:
                 raise ValueError(f"Muon needs matrices, and {path} has shape {leaf.shape}; give it to AdamW")
@@ -115,7 +115,7 @@ def scale_by_muon(
                 raise ValueError(f"{path} {leaf.shape}: its columns do not divide into {heads} heads")
         return MuonState(jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
 
-    def update(grads, state, params=None):
+    def update(grads: Any, state: MuonState, params: Params | None = None) -> tuple[Any, MuonState]:
         del params
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), grads)
         mean = jax.tree.map(lambda m, g: momentum * m + (1 - momentum) * g, state.momentum, grads)
@@ -130,7 +130,9 @@ def scale_by_muon(
     return optax.GradientTransformation(init, update)
 
 
-def _all(fn, leaves, heads: int, dtype: Any, shardings: list[NamedSharding] | None) -> list[jax.Array]:
+def _all(
+    fn: Callable, leaves: Sequence[jax.Array], heads: int, dtype: Any, shardings: list[NamedSharding] | None
+) -> list[jax.Array]:
     """fn of every leaf [..., I, O], head by head, on all devices alike or shared out among them."""
     if shardings is None or shardings[0].mesh.size == 1:
         return [_unstack(fn(_stack(leaf, heads)), leaf.shape, heads) for leaf in leaves]

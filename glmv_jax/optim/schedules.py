@@ -47,7 +47,7 @@ def schedule(cfg: Mapping[str, Any], peak: float, total_steps: int) -> Callable[
     if not 0 <= warmup_steps <= total_steps:
         raise UserError(f"optim.schedule.warmup={warmup_steps} does not fit in {total_steps} steps; make it smaller")
 
-    def value(count):
+    def value(count: Any) -> Any:
         np = jax.numpy if isinstance(count, jax.Array) else numpy  # logging asks on the host, with plain numbers
         ramp = (count + 1) / (warmup_steps + 1)
         u = np.clip((count - warmup_steps) / max(1, total_steps - warmup_steps), 0.0, 1.0)

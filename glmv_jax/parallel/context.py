@@ -192,7 +192,7 @@ def before(x_BTD: jax.Array, at_BJ: jax.Array, by: int) -> jax.Array:
     if n == 1:
         return jnp.take_along_axis(x_BTD, jnp.maximum(at_BJ - by, 0)[..., None], axis=1)
 
-    def own(x_BXD, at_BJ):
+    def own(x_BXD: jax.Array, at_BJ: jax.Array) -> jax.Array:
         length, me = x_BXD.shape[1] // 2, jax.lax.axis_index(AXIS)
         front_BJ = at_BJ - me * length
         local_BJ = jnp.where(front_BJ < length, front_BJ, at_BJ - (2 * n - 2 - me) * length)

@@ -81,7 +81,7 @@ def in_chunks(
     if n == 1:
         return once_more(x_BTD)
 
-    def one(_, x_BtD):
+    def one(_: Any, x_BtD: jax.Array) -> tuple[Any, Any]:
         return None, once_more(rules.constrain(x_BtD, "batch", "length", None))
 
     x_NBtD = jnp.moveaxis(x_BTD.reshape(B, devices, n, -1, D), 2, 0).reshape(n, B, -1, D)

@@ -120,7 +120,9 @@ def run(
     mesh, rules = rules_lib.in_force()
     B, M, shards = len(x_BTD), plan.microbatches, _shards(mesh)
 
-    def dealt(x, axis):  # microbatches over `axis`, their rows over data, and the rest as it comes
+    def dealt(  # microbatches over `axis`, their rows over data, and the rest as it comes
+        x: jax.Array, axis: str | None
+    ) -> jax.Array:
         x = _dealt(x, shards, M * _parts())
         spec = PartitionSpec(axis, _rows(mesh), *[PartitionSpec.UNCONSTRAINED] * (x.ndim - 2))
         return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
@@ -130,7 +132,7 @@ def run(
     fill = padding(layers, plan.stages, plan.repeats)
     params = jax.tree.map(lambda w: jnp.pad(w, [(0, fill), *[(0, 0)] * (w.ndim - 1)]) if fill else w, params)
 
-    def local(stage_1, params, xs, beside):
+    def local(stage_1: jax.Array, params: Any, xs: jax.Array, beside: Any) -> tuple:
         with rules_lib.use(mesh, rules.without(AXIS)):
             own = _skipping(layer, layers) if fill else lambda number, *args: layer(*args)
             return _stage(plan, own, stage_1[0], params, xs, beside, combine, unroll)
@@ -153,14 +155,17 @@ def padding(layers: int, stages: int, repeats: int = 1) -> int:
 def _skipping(layer: Callable, layers: int) -> Callable:
     """(number of a layer, its parameters, x, beside) -> as `layer`; from number `layers` on x as it is, and zeros."""
 
-    def run(number, w, x, beside):
+    def run(number: jax.Array, w: Any, x: jax.Array, beside: Any) -> tuple:
         said = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(layer, w, x, beside)[1])
         return jax.lax.cond(number < layers, lambda: layer(w, x, beside), lambda: (x, said))
 
     return run
 
 
-def _stage(plan: Schedule, layer, stage, params, xs, beside, combine, unroll):
+def _stage(
+    plan: Schedule, layer: Callable, stage: jax.Array, params: Any, xs: jax.Array, beside: Any, combine: Callable,
+    unroll: int,
+) -> tuple:  # fmt: skip
     """What one stage does: (its part of the results, leaves [M / S, ...], what its layers say [R, 1, N, ...])."""
     S, R, M = plan
     pieces = _regrouped(plan, stage, params)
@@ -168,7 +173,7 @@ def _stage(plan: Schedule, layer, stage, params, xs, beside, combine, unroll):
     xs = _to_first(S, xs) if split else xs
     links = [(s, (s + 1) % S) for s in range(S if R > 1 else S - 1)]
 
-    def step(carry, i):
+    def step(carry: tuple, i: jax.Array) -> tuple[Any, Any]:
         x, outs = carry
         repeat, microbatch = plan.item(i, stage)
         x = jnp.where((stage == 0) & (repeat == 0), _take(xs, microbatch), x)
@@ -184,7 +189,7 @@ def _stage(plan: Schedule, layer, stage, params, xs, beside, combine, unroll):
     (_, outs), said = jax.lax.scan(step, (jnp.zeros_like(xs[0]), jnp.zeros_like(xs)), jnp.arange(plan.steps))
     outs = _from_last(S, stage, outs) if split else outs
 
-    def by_microbatch(x):  # [steps, N, ...] -> [M, R, N, ...]
+    def by_microbatch(x: jax.Array) -> jax.Array:  # [steps, N, ...] -> [M, R, N, ...]
         items = jax.lax.dynamic_slice_in_dim(x, stage, plan.work).reshape(M // S, R, S, *x.shape[1:])
         return items.swapaxes(1, 2).reshape(M, R, *x.shape[1:])
 
@@ -206,7 +211,7 @@ def _from_last(S: int, stage: jax.Array, outs: jax.Array) -> jax.Array:
     return sum(sent, jnp.where(stage == S - 1, own, 0))
 
 
-def _regrouped(plan: Schedule, stage, params: Any) -> Any:
+def _regrouped(plan: Schedule, stage: jax.Array, params: Any) -> Any:
     """This stage's layers [L / S, ...], which are neighbours, -> its pieces [R, N, ...]: R permutes.
 
     Piece c is stored on stage c // R and belongs to stage c % S. In a round of permutes each stage sends one and gets

@@ -7,6 +7,7 @@ no grader. `rl.prompts` and `rl.rollout` are modules.
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 # public name -> module of this package it lives in
 _PUBLIC = {
@@ -25,7 +26,7 @@ _PUBLIC = {
 __all__ = list(_PUBLIC)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name not in _PUBLIC:
         raise AttributeError(f"module 'glmv_jax.rl' has no attribute {name!r}")
     return getattr(importlib.import_module(f"glmv_jax.rl.{_PUBLIC[name]}"), name)

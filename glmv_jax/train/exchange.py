@@ -119,7 +119,7 @@ def load(source: str | Path, dtype: str | None = None, mesh: Mesh | None = None)
     arrays = weights.opened(source)
     check_shapes(dict(arrays), abstract_params(cfg))
 
-    def wanted(path, leaf, sharding):
+    def wanted(path: tuple, leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
         stored = arrays[slash_path(path)].dtype
         as_dtype = stored if dtype is None else families.np_dtype(dtype)
         return jax.ShapeDtypeStruct(leaf.shape, as_dtype, sharding=sharding)

@@ -12,19 +12,23 @@ and moments in float32 are spared.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from glmv_jax.optim.lora import adapter_axes, apply_adapters, init_adapters, merged_matrices
+from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import checkpoint, weights
 from glmv_jax.train.stages import experts
-from glmv_jax.train.stages.base import Stage
+from glmv_jax.train.stages.base import DataIterator, Stage
+from glmv_jax.train.state import Placement
 from glmv_jax.trees import nest, replaced
-from glmv_jax.typing import Params, UserError
+from glmv_jax.typing import Axes, Batch, Params, UserError
 
 
 def adapted(stage: Stage) -> Stage:
@@ -52,13 +56,13 @@ class Adapted(Stage):
         self._base: Any = None  # Params, from `begin` on
 
     # --- what is trained, and what stays ------------------------------------------------------------------------------
-    def init_params(self, key):
+    def init_params(self, key: jax.Array) -> Params:
         return init_adapters(self.lora, self.shapes, key)
 
-    def logical_axes(self):
+    def logical_axes(self) -> Axes:
         return adapter_axes(self.lora, self.shapes, self.stage.logical_axes())
 
-    def constants(self):
+    def constants(self) -> Params:
         if self._host is None:
             arrays = weights.opened(self.lora.base)
             checkpoint.taken(self.lora.base, dict(arrays), (), self.shapes)
@@ -66,16 +70,16 @@ class Adapted(Stage):
             self._host = nest({path: as_kept(array) for path, array in arrays.items()})  # one at a time
         return {"base": self._host, "stage": self.stage.constants()}
 
-    def constant_axes(self):
+    def constant_axes(self) -> Axes | None:
         axes = self.stage.constant_axes()
         if axes is None:
             axes = jax.tree.map(lambda x: (None,) * np.ndim(x), self.stage.constants())
         return {"base": self.stage.logical_axes(), "stage": axes}
 
-    def init_extra(self):
+    def init_extra(self) -> Params:
         return {"stage": self.stage.init_extra(), "base": jnp.zeros((), jnp.float32)}
 
-    def begin(self, placement, constants, extra, *, fresh):
+    def begin(self, placement: Placement, constants: Params, extra: Params, *, fresh: bool) -> Params:
         """Also sees to it that a run that goes on has the base that it began with."""
         self._base, self._host = constants["base"], None
         size = np.float32(_size(self._base))
@@ -94,54 +98,56 @@ class Adapted(Stage):
         return replaced(base, self._merged(base, adapters))
 
     # --- one step -----------------------------------------------------------------------------------------------------
-    def train_data(self):
+    def train_data(self) -> DataIterator:
         return self.stage.train_data()
 
-    def batch_shapes(self):
+    def batch_shapes(self) -> Iterable[Batch]:
         return self.stage.batch_shapes()
 
-    def next_batch(self, data, state):
+    def next_batch(self, data: Any, state: Any) -> Any:
         if self.on_policy:
             state = state._replace(params=self._apply(self._base, state.params))
         return self.stage.next_batch(data, state)
 
-    def loss(self, params, constants, extra, batch, key):
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         model = apply_adapters(self.lora, constants["base"], params)
         loss, (metrics, inner) = self.stage.loss(model, constants["stage"], extra["stage"], batch, key)
         return loss, (metrics, extra | {"stage": inner})
 
-    def whole(self, batch, pieces=1):
+    def whole(self, batch: Batch, pieces: int = 1) -> Params:
         return self.stage.whole(batch, pieces)
 
-    def finished(self, metrics):
+    def finished(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return self.stage.finished(metrics)
 
-    def counts(self, batch):
+    def counts(self, batch: Batch) -> dict[str, int]:
         return self.stage.counts(batch)
 
-    def counts_by_source(self, batch):
+    def counts_by_source(self, batch: Batch) -> dict[str, dict[str, int]]:
         return self.stage.counts_by_source(batch)
 
-    def flops(self, batch):
+    def flops(self, batch: Batch) -> float:
         """As of the whole model being trained: the gradient of a target matrix is computed here too."""
         return self.stage.flops(batch)
 
-    def place(self, mesh=None):
+    def place(self, mesh: Any = None) -> tuple[Mesh, rules_lib.Rules]:
         return self.stage.place(mesh)
 
     # --- what is reported ---------------------------------------------------------------------------------------------
-    def after_update(self, params, extra):
+    def after_update(self, params: Params, extra: Params) -> tuple[Params, Params, dict[str, jax.Array]]:
         """The base stands still: only what the stage counted begins anew."""
         _, inner, metrics = experts.settled({}, extra["stage"], 0.0)
         return params, extra | {"stage": inner}, metrics
 
-    def evaluate(self, params, extra, *, full):
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
         return self.stage.evaluate(self._apply(self._base, params), extra["stage"], full=full)
 
-    def notes(self):
+    def notes(self) -> dict[str, dict[str, Any]]:
         return self.stage.notes()
 
-    def write_samples(self, params, extra, folder):
+    def write_samples(self, params: Params, extra: Params, folder: Path) -> None:
         self.stage.write_samples(self._apply(self._base, params), extra["stage"], folder)
 
 

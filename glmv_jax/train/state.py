@@ -55,7 +55,7 @@ class Placement:
     def batch(self, batch: Batch) -> Batch:
         """The host's rows as one global array a leaf, split over the data axes; UserError when they do not divide."""
 
-        def place(x, sharding):
+        def place(x: Any, sharding: NamedSharding) -> jax.Array:
             if isinstance(x, jax.Array):
                 return jax.device_put(x, sharding)
             return jax.make_array_from_process_local_data(sharding, np.asarray(x))
@@ -65,7 +65,7 @@ class Placement:
     def batch_shapes(self, batch: Batch) -> Batch:
         """As `batch`, for jax.ShapeDtypeStruct of this process' rows."""
 
-        def place(x, sharding):
+        def place(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
             shape = (x.shape[0] * jax.process_count(), *x.shape[1:]) if x.shape else ()
             return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
@@ -77,7 +77,7 @@ class Placement:
         patches = NamedSharding(self.mesh, self.rules.spec(("batch", "length"), self.mesh)) if parts > 1 else rows
         own_rows = "sent" in batch  # the encoder's
 
-        def where(path, x):
+        def where(path: tuple, x: Any) -> NamedSharding:
             if not np.ndim(x):
                 return self.replicated
             name, many = trees.slash_path(path).rpartition("/")[2], np.shape(x)[0] * jax.process_count()
@@ -170,7 +170,7 @@ def _like_params(opt_shapes: Any, shapes: Params, shardings: Params, replicated:
     """
     shape_of, place_of = trees.flatten(shapes), trees.flatten(shardings)
 
-    def find(path, leaf):
+    def find(path: tuple, leaf: Any) -> Any:
         parts = trees.slash_path(path).split("/")
         for name in ("/".join(parts[start:]) for start in range(len(parts))):
             if name in shape_of and shape_of[name].shape == leaf.shape:

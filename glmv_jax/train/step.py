@@ -5,6 +5,7 @@ With cfg.accumulate = n the gradient is that of the same batch, taken in n piece
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -56,7 +57,10 @@ class TrainStep:
     compiling once more; `traces` counts how often Python ran the traced function, which must equal the shapes seen.
     """
 
-    def __init__(self, stage, optimizer, placement: Placement, trainable: Params | None, seed: int) -> None:
+    def __init__(
+        self, stage: Stage, optimizer: optax.GradientTransformation, placement: Placement, trainable: Params | None,
+        seed: int,
+    ) -> None:  # fmt: skip
         self.stage, self.optimizer, self.placement = stage, optimizer, placement
         self.trainable, self.seed = trainable, seed
         self.platform = placement.mesh.devices.flat[0].platform
@@ -160,7 +164,7 @@ class TrainStep:
             }
         return state, metrics
 
-    def _gradient(self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array):
+    def _gradient(self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array) -> tuple:
         """((loss, (metrics, new extra)), gradient): of the whole batch, or of its pieces one after the other.
 
         Only trained parameters are differentiated; the gradient of the others is the constant 0, which takes no memory.
@@ -169,7 +173,7 @@ class TrainStep:
         trained = [True] * len(leaves) if self.trainable is None else jax.tree.leaves(self.trainable)
         where = [s for s, t in zip(jax.tree.leaves(self.placement.state.params), trained, strict=True) if t]
 
-        def loss_fn(moving: list[jax.Array], extra, batch, key):
+        def loss_fn(moving: list[jax.Array], extra: Params, batch: Batch, key: jax.Array) -> tuple:
             rest = iter(moving)
             whole = jax.tree.unflatten(tree, [next(rest) if t else x for x, t in zip(leaves, trained)])
             return self.stage.loss(whole, constants, extra, batch, key)
@@ -184,7 +188,9 @@ class TrainStep:
         whole = [next(rest) if t else jnp.zeros_like(x) for x, t in zip(leaves, trained)]
         return result, jax.tree.unflatten(tree, whole)
 
-    def _accumulated(self, gradient, moving, where, extra, batch, key):
+    def _accumulated(
+        self, gradient: Callable, moving: list[jax.Array], where: Any, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple:
         """As `gradient` of the batch, with the activations of one piece."""
         n = self.accumulate
         shared = self.stage.whole(batch, n)
@@ -196,7 +202,7 @@ class TrainStep:
                 f"try {-(-B // (n * shards)) * n * shards}"
             )
 
-        def piece(carry, given):
+        def piece(carry: tuple, given: tuple) -> tuple[Any, Any]:
             total, extra = carry
             i, rows = given
             batch_i = batch | rows | {"whole": shared}

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from glmv_jax.train import teachers
 from glmv_jax.train.disk import disk_errors, size_text, write_json
 from glmv_jax.train.metrics import Meter, Progress
 from glmv_jax.train.stages import mim
-from glmv_jax.typing import UserError
+from glmv_jax.typing import Params, UserError
 
 _DEAD = 3600  # seconds after which a file that is being written is taken for one of a writer that was killed
 
@@ -149,17 +149,18 @@ def _write(stage: mim.MIM, plan: Plan, todo: list[File], out: Path, progress: Pr
         finish(*last)
 
 
-def _seeing(stage: mim.MIM):
+def _seeing(stage: mim.MIM) -> Callable:
     """images [rows, S, S, 3] -> name -> [rows, P, C] bfloat16, with rows and parameters where the config wants them."""
     mesh, rules = stage.place()
     rows = rules_lib.batch_sharding(mesh)
-    constants = jax.device_put(stage.constants(), rules.shardings(mesh, stage.constant_axes(), stage.constants()))
+    axes: Any = stage.constant_axes()
+    constants = jax.device_put(stage.constants(), rules.shardings(mesh, axes, stage.constants()))
 
     @jax.jit
-    def see(constants, images):
+    def see(constants: Params, images: jax.Array) -> dict[str, jax.Array]:
         return {t.name: t.apply(constants[t.name], images).astype(jnp.bfloat16) for t in stage.teachers}
 
-    def placed(images: np.ndarray):
+    def placed(images: np.ndarray) -> Any:
         mesh_lib.check_batch(len(images), mesh)
         with rules_lib.use(mesh, rules):
             return see(constants, jax.device_put(images, rows))

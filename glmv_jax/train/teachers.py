@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from glmv_jax.models import dinov3 as dinov3_lib
 from glmv_jax.models import siglip as siglip_lib
 from glmv_jax.train import checkpoint, weights
 from glmv_jax.trees import flatten
-from glmv_jax.typing import UserError
+from glmv_jax.typing import Params, UserError
 
 KINDS = ("siglip", "dinov3", "tower", "hog")
 
@@ -77,7 +77,7 @@ def abstract(name: str, cfg: ConfigDict, student: cogvit.CogViTConfig, crop: int
 def stored(name: str, about: Mapping[str, Any], folder: str) -> teachers.Teacher:
     """One whose features are read from a cache, at no cost; about: its entry in `FeatureCache.teachers`."""
 
-    def apply(params, images):
+    def apply(params: Params, images: jax.Array) -> NoReturn:
         raise ValueError(f"teacher {name} is read from {folder}, and this batch has no features")
 
     return teachers.Teacher(name, f"{about['about']}, stored", about["channels"], {}, {}, 0.0, apply)
@@ -115,5 +115,5 @@ def _tower(name: str, path: str, student: cogvit.CogViTConfig, grid: int) -> tea
     return teachers.tower(name, vision, params, about, grid=grid)
 
 
-def _cast(params, dtype: str):
+def _cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda x: x.astype(jnp.dtype(dtype)), params)

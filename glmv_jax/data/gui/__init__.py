@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import dataclasses
 import io
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -163,7 +163,10 @@ def _written(window: Window, element: Element) -> tuple[int, int]:
     return coordinates.encode_point(element.centre, *window.size)
 
 
-def _any(rng: np.random.Generator, options):
+T = TypeVar("T")
+
+
+def _any(rng: np.random.Generator, options: Sequence[T]) -> T:
     return options[int(rng.integers(len(options)))]
 
 

@@ -8,6 +8,7 @@ is not there.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -86,7 +87,7 @@ class Window:
             return self
         return self._with(self.focus, value=self.elements[self.focus].value + text)
 
-    def _with(self, number: int, **changes) -> Window:
+    def _with(self, number: int, **changes: Any) -> Window:
         elements = list(self.elements)
         elements[number] = dataclasses.replace(elements[number], **changes)
         return dataclasses.replace(self, elements=tuple(elements), focus=number if "value" in changes else -1)
@@ -147,7 +148,9 @@ def draw(window: Window) -> Image.Image:
     return picture
 
 
-def _draw(pen: ImageDraw.ImageDraw, size: tuple[int, int], element: Element, focused: bool, look: Look, font) -> None:
+def _draw(
+    pen: ImageDraw.ImageDraw, size: tuple[int, int], element: Element, focused: bool, look: Look, font: Any
+) -> None:
     width, height = size
     middle = height / 2
     if element.kind == "label":

@@ -12,8 +12,11 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from glmv_jax.data.local.readers import Documents
 from glmv_jax.typing import UserError
@@ -48,7 +51,7 @@ class Icons(Documents):
     def id(self, i: int) -> str:
         return self._pairs[i][0]
 
-    def per_file(self, what, of_file):
+    def per_file(self, what: str, of_file: Callable[[int], np.ndarray]) -> np.ndarray:
         return of_file(0)  # a folder's own time says nothing of its files': not kept
 
 

@@ -84,7 +84,7 @@ class Jsonl(Documents):
         self._tars: dict[int, _Members | None] = {}
         return [len(lines["at"]) for lines in self._lines]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_tars": {}}
 
     def _read(self, file: int, row: int, picture: bool) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from glmv_jax.data.pairs import example
 from glmv_jax.data.pairs.fields import Record
 from glmv_jax.data.pairs.reader import Opened, Reader
@@ -30,7 +32,7 @@ class ArrayRecord(Reader):
         return features | {k.removesuffix("/text"): v for k, v in features.items() if k.endswith("/text")}
 
 
-def _file(path: str):
+def _file(path: str) -> Any:
     try:
         from array_record.python import array_record_module
     except ImportError:
@@ -44,7 +46,7 @@ def _file(path: str):
         raise UserError(f"the array_record file cannot be read ({_line(error)})") from None
 
 
-def _closed(reader) -> None:
+def _closed(reader: Any) -> None:
     reader.close()
 
 

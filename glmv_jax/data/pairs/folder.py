@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from glmv_jax.data.files import pictures
 from glmv_jax.data.pairs.fields import Record, from_json
@@ -59,7 +61,7 @@ class Folder(Reader):
         _, row = self.locate(i)
         return self._rows[row][0]
 
-    def per_file(self, what, of_file):
+    def per_file(self, what: str, of_file: Callable[[int], np.ndarray]) -> np.ndarray:
         return of_file(0)  # a folder's own time says nothing of its files': not kept
 
     def _content(self, name: str) -> bytes:

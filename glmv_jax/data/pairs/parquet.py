@@ -12,6 +12,7 @@ import collections
 import functools
 import itertools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class Parquet(Reader):
             self._group_ends.append(list(itertools.accumulate(map(int, rows))))
         return [ends[-1] if ends else 0 for ends in self._group_ends]
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_kept": collections.OrderedDict()}
 
     def _grouped(self, file: int) -> tuple[dict[str, np.ndarray], bool]:
@@ -66,7 +67,7 @@ class Parquet(Reader):
                 image["bytes"] = beside.read()
         return record
 
-    def _group(self, file: int, group: int, picture: bool):
+    def _group(self, file: int, group: int, picture: bool) -> Any:
         key = file, group, picture
         if key in self._kept:
             self._kept.move_to_end(key)
@@ -80,7 +81,7 @@ class Parquet(Reader):
         return table
 
 
-def _pyarrow():
+def _pyarrow() -> Any:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -89,7 +90,7 @@ def _pyarrow():
     return pyarrow
 
 
-def _guarded(read, what: str):
+def _guarded(read: Callable[[], Any], what: str) -> Any:
     """What `read` gives; whatever pyarrow finds wrong with a file is a UserError."""
     pyarrow = _pyarrow()
     try:
@@ -99,11 +100,11 @@ def _guarded(read, what: str):
         raise UserError(f"{what} cannot be read ({reason})") from None
 
 
-def _file(path: str):
+def _file(path: str) -> Any:
     pyarrow = _pyarrow()
     return _guarded(lambda: pyarrow.parquet.ParquetFile(path), "the parquet file")
 
 
-def _closed(file) -> None:
+def _closed(file: Any) -> None:
     file.close()
 

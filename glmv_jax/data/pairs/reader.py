@@ -126,5 +126,5 @@ class Opened:
                 self._close(self._files.popitem(last=False)[1])
         return self._files[key]
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple:
         return Opened, (self._open, self._close, self._most)

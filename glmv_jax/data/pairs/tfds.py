@@ -49,11 +49,11 @@ def shards(folder: str, split: str) -> list[str]:
 
 
 @functools.lru_cache(maxsize=8)
-def _builder(folder: str):
+def _builder(folder: str) -> Any:
     return _tfds().builder_from_directory(folder)
 
 
-def _tfds():
+def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError:
@@ -61,7 +61,7 @@ def _tfds():
     return tensorflow_datasets
 
 
-def _source(split: str, path: str):
+def _source(split: str, path: str) -> Any:
     tfds, folder = _tfds(), os.path.dirname(path)
     builder = _builder(folder)
     encoded = {name: tfds.decode.SkipDecoding() for name, feature in builder.info.features.items()
@@ -69,6 +69,6 @@ def _source(split: str, path: str):
     return builder.as_data_source(f"{split}[{shards(folder, split).index(path)}shard]", decoders=encoded or None)
 
 
-def _closed(source) -> None:
+def _closed(source: Any) -> None:
     with source.data_source:  # whose end closes its readers
         pass

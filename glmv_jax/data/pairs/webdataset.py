@@ -5,8 +5,10 @@ The fields of a record are its files by extension, and what a .json holds by nam
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.files import EXTENSIONS
 from glmv_jax.data.pairs.fields import Record, from_json
 from glmv_jax.data.pairs.reader import Reader
@@ -18,7 +20,9 @@ class WebDataset(Reader):
 
     kind = "tar"
 
-    def __init__(self, files, *args: Any, log=None, cache=None, **options: Any) -> None:
+    def __init__(
+        self, files: Sequence[str], *args: Any, log: FaultLog | None = None, cache: str | None = None, **options: Any
+    ) -> None:
         self._tars = Tars(files, log, cache)
         super().__init__(self._tars.files, *args, log=log, cache=cache, **options)
 

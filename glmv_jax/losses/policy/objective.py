@@ -164,7 +164,10 @@ def policy_loss(
     return loss, metrics, off
 
 
-def _check(o: Objective, proximal_BT, reference_BT, teacher_BT, distil_BT) -> None:
+def _check(
+    o: Objective, proximal_BT: jax.Array | None, reference_BT: jax.Array | None, teacher_BT: jax.Array | None,
+    distil_BT: jax.Array | None,
+) -> None:  # fmt: skip
     if o.kl.factor and reference_BT is None:
         raise UserError(f"loss.kl.factor={o.kl.factor} needs a reference policy; set reference.policy")
     if o.distil.kind == "sampled" and teacher_BT is None or o.distil.kind == "top_k" and distil_BT is None:

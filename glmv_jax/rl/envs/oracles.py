@@ -15,7 +15,7 @@ from glmv_jax.rl.gym import Action
 Choose = Callable[[], Action]
 
 
-def call(name: str, **arguments) -> Action:
+def call(name: str, **arguments: Any) -> Action:
     return Action(tool_calls=({"name": name, "arguments": arguments},))
 
 
@@ -60,7 +60,7 @@ def of_lookup(env: desk.Desk) -> Choose:
 def of_browser(env: browser.Browser) -> Choose:
     """click-test, click-button and enter-text, by the elements of the page."""
 
-    def center(element) -> dict[str, int]:
+    def center(element: Any) -> dict[str, int]:
         x, y = coordinates.encode_point((element.left + element.width / 2, element.top + element.height / 2), *env.size)
         return {"x": x, "y": y}
 

@@ -23,6 +23,7 @@ from glmv_jax.rl.integrity import check_handed, check_prompt, handed, seen
 from glmv_jax.rl.pipeline.group import Group
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, GradeAnswer, OnDone, Prompt, Request
 from glmv_jax.rl.pipeline.together import Together
+from glmv_jax.rl.rewards.grade import Grade
 from glmv_jax.rl.rollout import Rollout, heard, versions
 from glmv_jax.typing import Batch, Params
 
@@ -173,7 +174,7 @@ def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
     """Grades the text of an answer by the verifier of its source, in a thread."""
     from glmv_jax.rl.rewards import score
 
-    async def grade(request: Request, completion: Completion):
+    async def grade(request: Request, completion: Completion) -> Grade:
         sample = rows.row(request.prompt.key)["samples"][0]
         return (await asyncio.to_thread(score, [sample], [completion.facts["text"]], verifiers))[0]
 
@@ -184,7 +185,7 @@ def system_grader(rows: Any, system: Any, size: int) -> GradeAnswer:
     """Grades by a `rewards.system.RewardSystem`; where it compares answers, all `size` of a group together."""
     together = Together(lambda answers: system.grade_group([answered(rows, *answer) for answer in answers]), size)
 
-    async def grade(request: Request, completion: Completion):
+    async def grade(request: Request, completion: Completion) -> Grade:
         if system.needs_group(request.prompt.source):
             return await together(request, completion)
         return await system.grade(answered(rows, request, completion))

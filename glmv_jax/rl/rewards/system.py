@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from glmv_jax.config import nearest
@@ -186,7 +186,7 @@ class RewardSystem:
             part = functools.partial(_style, **options)
         return functools.partial(_survived, part)
 
-    def _called(self, spec: Spec, limit: float | None):
+    def _called(self, spec: Spec, limit: float | None) -> Callable:
         """An async function that calls a worker's."""
         self._specs.append(spec)
         limit = float(self._limit if limit is None else limit)
@@ -212,7 +212,7 @@ class RewardSystem:
             render = self._called(rules.function(options["render"], options["render_args"]), options["limit"])
         return groups.Comparison(compare, render, options["form"], options["polish"])
 
-    async def _rule(self, call, images: bool, answered: Gradable) -> Grade:
+    async def _rule(self, call: Callable, images: bool, answered: Gradable) -> Grade:
         sample = _asked(answered)
         found = await call(answered.text, sample if images else dataclasses.replace(sample, images=()))
         if isinstance(found, Grade):

@@ -36,7 +36,9 @@ def problem(rng: np.random.Generator, split: str, signs: str, most: int) -> Prob
             return a, sign, b
 
 
-def _paper(canvas: tuple[int, int], split: str, rng: np.random.Generator):
+def _paper(
+    canvas: tuple[int, int], split: str, rng: np.random.Generator
+) -> tuple[Image.Image, ImageDraw.ImageDraw, drawing.RGB]:
     picture = Image.new("RGB", canvas, drawing.background(split, rng))
     ink = drawing.COLOURS[scene.choose(rng, ("black", "blue", "purple", "red"))].shade(split, rng)
     return picture, ImageDraw.Draw(picture), ink

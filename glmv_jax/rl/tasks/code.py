@@ -11,6 +11,7 @@ import dataclasses
 import json
 import re
 import zlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def belongs(code: str, split: str) -> bool:
     return (zlib.crc32(re.sub(r"[0-9]", "", code).encode()) % 4 == 0) == (split == "heldout")
 
 
-def _trusted(code: str):
+def _trusted(code: str) -> Callable:
     """The function of a program made of the steps above, and of nothing that anyone else wrote."""
     scope: dict[str, Any] = {}
     exec(code, scope)

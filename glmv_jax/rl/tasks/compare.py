@@ -5,6 +5,7 @@ that each is drawn at.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     return dataclasses.replace(made, images=images)
 
 
-def _picture(rng, split, asked, number, others) -> list[scene.Thing]:
+def _picture(rng: np.random.Generator, split: str, asked: Any, number: int, others: Any) -> list[scene.Thing]:
     """`number` of the asked things, and others so that there are always things to be seen, up to MOST + 1."""
     rest = int(rng.integers(1, max(2, MOST + 2 - number)))
     kinds = [asked] * number + [scene.choose(rng, others) for _ in range(rest)]

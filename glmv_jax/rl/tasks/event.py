@@ -80,7 +80,7 @@ def generate(rng: np.random.Generator, split: str) -> Sample:
     return dataclasses.replace(made, images=film, times=times)
 
 
-def _paint(canvas, background, things, second, stories) -> tuple[Image.Image, ...]:
+def _paint(canvas: Any, background: Any, things: Any, second: Any, stories: Any) -> tuple[Image.Image, ...]:
     film = []
     for frame in range(FRAMES):
         picture = Image.new("RGB", canvas, background)

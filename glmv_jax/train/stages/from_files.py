@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -33,9 +34,11 @@ from glmv_jax.data.local.assembling import Assembler
 from glmv_jax.data.partition import Slices
 from glmv_jax.data.stream import Stream
 from glmv_jax.train import exchange
+from glmv_jax.train.stages.base import DataIterator
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.train.stages.vlm import VLMStage
-from glmv_jax.typing import Batch, UserError
+from glmv_jax.train.state import Placement, TrainState
+from glmv_jax.typing import Batch, Params, UserError
 
 
 class FromFiles(VLMStage):
@@ -78,7 +81,7 @@ class FromFiles(VLMStage):
         """Sources of records about windows, by name."""
         return {_gui(kind): gui.Windows(kind, split, self.data_seed if split == "train" else 1) for kind in self.gui}
 
-    def train_data(self):
+    def train_data(self) -> DataIterator:
         if not self.files and not self.gui:
             return super().train_data()
         d = self.cfg.data
@@ -90,7 +93,7 @@ class FromFiles(VLMStage):
             reading=reading(self.cfg),
         )  # fmt: skip
 
-    def next_batch(self, data, state) -> tuple[Batch, dict[str, float]]:
+    def next_batch(self, data: DataIterator, state: TrainState) -> tuple[Batch, dict[str, float]]:
         batch, metrics = super().next_batch(data, state)
         if "split" not in batch:  # of the generators alone
             return batch, metrics
@@ -98,7 +101,7 @@ class FromFiles(VLMStage):
         filled = {f"filled/{name}": share for name, share in packing.efficiency(batch).items()}
         return batch, metrics | trimmed | filled
 
-    def begin(self, placement, constants, extra, *, fresh):
+    def begin(self, placement: Placement, constants: Params, extra: Params, *, fresh: bool) -> Params:
         _ = self._heldout_records  # where nothing is held out, that is said before anything is compiled
         return super().begin(placement, constants, extra, fresh=fresh)
 
@@ -124,13 +127,13 @@ class FromFiles(VLMStage):
             rows=self.cfg.batch, names=self.names, log=log, targets=b.max_targets, images=b.max_images,
         )))  # fmt: skip
 
-    def evaluate(self, params, extra, *, full: bool):
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
         return super().evaluate(params, extra, full=full) if self.cfg.eval.kinds else self.heldout_loss(params)
 
-    def notes(self):
+    def notes(self) -> dict[str, dict[str, Any]]:
         return super().notes() if self.cfg.eval.kinds else {}
 
-    def heldout_loss(self, params) -> dict[str, float]:
+    def heldout_loss(self, params: Params) -> dict[str, float]:
         """As of the generators, and for each source "heldout loss/<name>", with the images and without."""
         result = super().heldout_loss(params) if self.cfg.eval.kinds else {}
         for name, batches in self._heldout_records.items():

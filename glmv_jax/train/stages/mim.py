@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -29,12 +29,13 @@ from glmv_jax.data.pipeline import vision_row
 from glmv_jax.eval import probes, towers
 from glmv_jax.losses import distill, phi_s
 from glmv_jax.models import build, cogvit, mim
+from glmv_jax.models.teachers import Teacher
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.train import teachers
-from glmv_jax.train.stages.base import Stage, rows_by_source
+from glmv_jax.train.stages.base import DataIterator, Stage, rows_by_source
 from glmv_jax.train.stages.suite import SuiteLook
 from glmv_jax.train.state import Placement
-from glmv_jax.typing import Params, UserError, VisionInput
+from glmv_jax.typing import Axes, Batch, Params, UserError, VisionInput
 
 KEPT = 2**30  # bytes of held-out batches that are read once and kept; more are read for each evaluation
 SPLITS = ("train", "heldout")
@@ -94,7 +95,7 @@ class MIM(Stage):
         self._begun: tuple[Placement, Params] | None = None
         self._kept: list[Any] = []
 
-    def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig):
+    def _teacher(self, name: str, entry: ConfigDict, vision: cogvit.CogViTConfig) -> Teacher:
         """One that runs, or one that the cache knows; then its weights are compared if they are here."""
         if self.cache is None:
             return self._make(name, entry, vision, self.cfg.data.size)
@@ -125,23 +126,23 @@ class MIM(Stage):
         return facts
 
     # ------------------------------------------------------------------------------------------------- step
-    def init_params(self, key):
+    def init_params(self, key: jax.Array) -> Params:
         return models.init_params(self.model, key)
 
-    def logical_axes(self):
+    def logical_axes(self) -> Axes:
         return models.logical_axes(self.model)
 
-    def constants(self):
+    def constants(self) -> Params:
         return {t.name: t.params for t in self.teachers}
 
-    def constant_axes(self):
+    def constant_axes(self) -> Axes | None:
         return {t.name: t.axes for t in self.teachers}
 
-    def init_extra(self):
+    def init_extra(self) -> Params:
         start = {"channel": distill.init_stats, "phi_s": phi_s.init}
         return {"stats": {t.name: start[self.normalise[t.name]](t.channels) for t in self.teachers}}
 
-    def begin(self, placement, constants, extra, *, fresh):
+    def begin(self, placement: Placement, constants: Params, extra: Params, *, fresh: bool) -> Params:
         self._begun = placement, constants
         turned = [t for t in self.teachers if self.normalise[t.name] == "phi_s"]
         if not (fresh and turned):
@@ -153,7 +154,7 @@ class MIM(Stage):
             fitted = multihost_utils.broadcast_one_to_all(fitted)
         return {"stats": extra["stats"] | jax.device_put(fitted, placement.replicated)}
 
-    def _moments(self, turned, placement, constants) -> dict[str, phi_s.Moments]:
+    def _moments(self, turned: Any, placement: Placement, constants: Params) -> dict[str, phi_s.Moments]:
         """Of the features of the first batches, the same that training begins with."""
         moments = jax.jit(lambda constants, batch: {
             t.name: phi_s.batch_moments(self._features(t, constants, batch)) for t in turned
@@ -169,14 +170,16 @@ class MIM(Stage):
                     seen[name] = seen[name] + new if name in seen else new
         return seen
 
-    def _features(self, teacher, constants, batch):
+    def _features(self, teacher: Teacher, constants: Params, batch: Batch) -> jax.Array:
         """[B, P, C] of one teacher, live or stored."""
         if self.cache is not None:
             return batch["features"][teacher.name].astype(jnp.float32)
         with jax.named_scope("teacher"):
             return jax.lax.stop_gradient(teacher.apply(constants[teacher.name], batch["image"]))
 
-    def loss(self, params, constants, extra, batch, key):
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         target, stats = {}, {}
         for teacher in self.teachers:
             name, old = teacher.name, extra["stats"][teacher.name]
@@ -195,7 +198,7 @@ class MIM(Stage):
         return loss, (metrics, {"stats": stats})
 
     # ------------------------------------------------------------------------------------------------- data
-    def batches(self, split: str, reading: pipeline.Reading, batch: int, *, keys: bool = False):
+    def batches(self, split: str, reading: pipeline.Reading, batch: int, *, keys: bool = False) -> Any:
         """Crops of a split in the order that the reading gives. keys: for a cache, see `crops.mim_batches`."""
         d, v = self.cfg.data, self.model.vision
         stored = crops.Stored(self.cache, tuple(t.name for t in self.teachers), split) if self.cache else None
@@ -204,10 +207,10 @@ class MIM(Stage):
             mask_kind=d.mask_kind, crop_scale=d.crop_scale, reading=reading, keys=keys, stored=stored,
         )  # fmt: skip
 
-    def train_data(self):
+    def train_data(self) -> DataIterator:
         return self.batches("train", reading(self.cfg), self.own_rows)
 
-    def batch_shapes(self):
+    def batch_shapes(self) -> Iterable[Batch]:
         if self.cache is not None:  # its features are known when they are read
             return
         B, size, v = self.own_rows, self.cfg.data.size, self.model.vision
@@ -218,19 +221,19 @@ class MIM(Stage):
             "image": shape((B, size, size, v.channels), np.uint8),
         }  # fmt: skip
 
-    def counts(self, batch):
+    def counts(self, batch: Batch) -> dict[str, int]:
         return {"samples": len(batch["patches"]), "tokens": batch["frame"].size}
 
-    def counts_by_source(self, batch):
+    def counts_by_source(self, batch: Batch) -> dict[str, dict[str, int]]:
         """Of a cache's crops too, which say where they are from as those that are made."""
         return rows_by_source(list(self.sources["train"]), batch["source"], batch["frame"].shape[1])
 
-    def flops(self, batch):
+    def flops(self, batch: Batch) -> float:
         B, P = batch["frame"].shape
         return B * (3 * self.model.flops(P) + sum(t.flops for t in self.teachers))
 
     # ------------------------------------------------------------------------------------------------- evaluation
-    def evaluate(self, params, extra, *, full: bool):
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
         """Held-out loss, and a nearest-neighbour probe of the trunk: which held-out emoji concept is it?"""
         metrics = self._heldout_loss(params, extra)
         metrics["knn"] = knn_probe(self.model.vision, params["vision"])
@@ -243,7 +246,7 @@ class MIM(Stage):
         patcher = Patcher(patch=v.patch, temporal=v.temporal_patch, max_patches=budget)
         return towers.of_trunk(v, patcher, *self.place(), batch)
 
-    def _heldout_loss(self, params, extra):
+    def _heldout_loss(self, params: Params, extra: Params) -> dict[str, float]:
         placement, constants = self._begun or (None, self.constants())
         # An untrained run has no statistics yet: the teachers' on the held-out images stand in for them, so that the
         # first number is comparable with the last.
@@ -257,16 +260,16 @@ class MIM(Stage):
         return {f"heldout/{k}": float(np.mean([r[k] for r in rows])) for k in rows[0]}
 
     @functools.cached_property
-    def _loss(self):
+    def _loss(self) -> Callable:
         """The loss and its metrics alone, compiled."""
 
-        def loss(*args):
+        def loss(*args: Any) -> tuple:
             value, (metrics, _) = self.loss(*args)
             return value, metrics
 
         return jax.jit(loss)
 
-    def _heldout_batches(self):
+    def _heldout_batches(self) -> Iterator[Batch]:
         """The same ones each time, kept where they are small."""
         if self._kept:
             yield from self._kept
@@ -281,7 +284,7 @@ class MIM(Stage):
                 yield batch
         self._kept = batches
 
-    def notes(self):
+    def notes(self) -> dict[str, dict[str, Any]]:
         classes = len({concept_number(i) for i in _heldout_ids()})
         notes = {"knn": {"chance": 1.0 / classes, "note": f"which of {classes} held-out concepts, 5 neighbours"}}
         own = [f"{len(source)} of {name}" for name, source in self.sources["heldout"].items()
@@ -296,7 +299,7 @@ def _heldout_ids() -> list[str]:
     return [emoji.load()[i].id for i in emoji.split("heldout")]
 
 
-def knn_probe(vision: cogvit.CogViTConfig, params, views: int = 4, k: int = 5) -> float:
+def knn_probe(vision: cogvit.CogViTConfig, params: Params, views: int = 4, k: int = 5) -> float:
     """Accuracy of naming the concept of `views` augmented views of each held-out emoji by their neighbours among as
     many other views; mean-pooled trunk features, nothing trained."""
     patcher = Patcher(patch=vision.patch, temporal=vision.temporal_patch)

@@ -12,6 +12,7 @@ import collections
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +28,7 @@ from glmv_jax.rl.integrity import checked
 from glmv_jax.rl.metrics import summary
 from glmv_jax.rl.pipeline.samples import record_rows
 from glmv_jax.rl.prompts import prompts
+from glmv_jax.rl.rollout import Rollout
 from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.train.stages.rl_async import Asynchronous
 from glmv_jax.train.stages.rl_choice import Choice
@@ -37,6 +39,7 @@ from glmv_jax.train.stages.rl_samples import Samples, add_trained
 from glmv_jax.train.stages.rl_update import PolicyUpdate
 from glmv_jax.train.stages.rl_workers import Roles
 from glmv_jax.train.stages.vlm import begins
+from glmv_jax.train.state import Placement, TrainState
 from glmv_jax.typing import Batch, Params, UserError
 
 
@@ -76,13 +79,13 @@ class RL(PolicyUpdate):
         if self.asynchronous:
             self.beside.check()
 
-    def begin(self, placement, constants, extra, *, fresh):
+    def begin(self, placement: Placement, constants: Params, extra: Params, *, fresh: bool) -> Params:
         self.others.begin(placement)
         shared = rules_lib.batch_sharding(placement.mesh).shard_shape((placement.mesh.size,))[0]
         self.ranks = max(1, placement.mesh.size // shared // jax.process_count())
         return extra
 
-    def train_data(self):
+    def train_data(self) -> Any:
         self.others.read()
         d, r = self.cfg.data, self.cfg.rollout
         if self.asynchronous:
@@ -102,7 +105,7 @@ class RL(PolicyUpdate):
         ends = episodes.close, self.grading.close, self.samples.close
         return self.samples.open(Closing(Mixed(data, episodes.groups), *ends))
 
-    def batch_shapes(self):
+    def batch_shapes(self) -> Iterable[Batch]:
         d = self.cfg.data
         sizes = dict(rows=(1,), tokens=d.tokens, patches=d.patches, names=self.names)
         row = checked(to_batch((), self.no_prompts(), np.zeros(0), **sizes)[0])
@@ -110,7 +113,7 @@ class RL(PolicyUpdate):
             shapes = {name: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype) for name, x in row.items()}
             yield shapes | self.others.shapes(rows, d.tokens)
 
-    def next_batch(self, data, state):
+    def next_batch(self, data: Any, state: TrainState) -> tuple[Batch, dict[str, float]]:
         """One update's rows; a new set of rollouts when the last set's minibatches are used up.
 
         Rollouts that wait belong to the policy of at most cfg.rollout.minibatches - 1 updates ago; the ratio corrects.
@@ -150,7 +153,7 @@ class RL(PolicyUpdate):
         """A batch of none, for those who ask what rows look like."""
         return {"patches": np.zeros((1, 1, self.asker.patcher.channels), np.uint8)}
 
-    def _rollouts(self, data, state):
+    def _rollouts(self, data: Any, state: TrainState) -> Iterator[tuple[Batch, Batch, dict[str, float]]]:
         batch, step = next(data), int(state.step)
         played: list[Any] = []
         told: dict[str, float] = {}
@@ -172,7 +175,7 @@ class RL(PolicyUpdate):
         for (rows, left_out), others in zip(parts, said):
             yield rows, others, metrics | left_out
 
-    def packed(self, records, batch):
+    def packed(self, records: Sequence[Rollout], batch: Batch) -> Iterator[tuple[Batch, dict[str, float]]]:
         """The rows of each minibatch, and how much found no room in them."""
         updates, advantages_NG = self.chosen(records, self.cfg.rollout.group)
         for of in updates:
@@ -183,14 +186,14 @@ class RL(PolicyUpdate):
             )  # fmt: skip
             yield rows, {"left_out": left_out / max(1, len(of))}
 
-    def counts(self, batch):
+    def counts(self, batch: Batch) -> dict[str, int]:
         """Samples are answers."""
         return super().counts(batch) | {"samples": int(begins(self._samples(batch)).sum())}
 
-    def _samples(self, batch):
+    def _samples(self, batch: Batch) -> np.ndarray:
         return np.asarray(batch["branches"])
 
-    def flops(self, batch):
+    def flops(self, batch: Batch) -> float:
         """Of the update alone. The draft head is not run; a frozen encoder is not run backwards."""
         (B, T), P = batch["tokens"].shape, batch["frame"].shape[1]
         spared = 0.0 if self.trains_encoder else 2 * B * self.model.vision.flops(P)

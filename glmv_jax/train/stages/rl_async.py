@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -32,7 +32,7 @@ from glmv_jax.rl.rollout import Rollout
 from glmv_jax.rl.tiers import Tiers
 from glmv_jax.train.stages import rl_questions, rl_served
 from glmv_jax.train.stages.rl_samples import add_trained
-from glmv_jax.typing import Batch, UserError
+from glmv_jax.typing import Batch, Params, UserError
 
 if TYPE_CHECKING:
     from glmv_jax.train.stages.rl import RL
@@ -70,16 +70,16 @@ class Asynchronous:
         self._expansion = rl_questions.expansion(stage.cfg)
         prompts: Any = stage.episodes.prompts(self._rows) if stage.episodes else self._rows
 
-        def scheduler(note):
+        def scheduler(note: Callable[[dict[str, Any]], None]) -> Scheduler:
             keep = useful if r.dynamic else None
             self._scheduler = Scheduler(prompts, settings, note, keep, KINDS[r.get("quotas", "")])
             return self._scheduler
 
-        async def build(step, groups):
+        async def build(step: int, groups: Sequence[Group]) -> Any:
             del step
             return await asyncio.to_thread(self._batch, groups)
 
-        def close():
+        def close() -> None:
             for part in (stage.roles, stage.grading, stage.samples):
                 part.close()
 
@@ -129,7 +129,7 @@ class Asynchronous:
         key = jax.random.key(stage.cfg.seed)
         return SamplerEngine(stage.sampler, rows, -(-r.prompts // engines), key, stage.tokenizer, engines > 1)
 
-    def _front(self, params, version: int) -> Front:
+    def _front(self, params: Params, version: int) -> Front:
         """The inference engine in a thread of its own."""
         stage, r = self._stage, self._stage.cfg.rollout
         longest, patches = stage.asker.max_tokens, stage.asker.max_patches

@@ -28,6 +28,7 @@ from glmv_jax.rl.pipeline.local import Rows
 from glmv_jax.rl.pipeline.slots import SlotEngine
 from glmv_jax.rl.play import Episode, Limits
 from glmv_jax.rl.prompts import namespaced
+from glmv_jax.rl.rewards.grade import Grade
 from glmv_jax.rl.rollout import Rollout
 from glmv_jax.rl.transcript import Form
 from glmv_jax.train.stages.rl_players import Players, number
@@ -106,7 +107,7 @@ class Episodes:
 
         trace = self._stage.samples.trace
 
-        async def graded(episode: Episode):
+        async def graded(episode: Episode) -> Grade:
             played.append(episode)
             with trace.span("reward", episode.source):
                 return await self._stage.grading.episode(episode)

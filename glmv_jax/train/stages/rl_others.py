@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -117,10 +118,10 @@ class Others:
                 found[name] = jnp.where(mine, x, found.get(name, 0))
 
     @functools.cached_property
-    def logprobs(self):
+    def logprobs(self) -> Callable:
         """(params, batch) -> [B, T]: of learnt tokens, 0 elsewhere; compiled."""
 
-        def logprobs(params, batch):
+        def logprobs(params: Params, batch: Batch) -> jax.Array:
             targets, hidden_BJD, _, _ = self.stage.learnt(params, batch)
             logprob_BJ, _ = self.stage.of_targets(params, targets, hidden_BJD)
             return _put_back(logprob_BJ, targets, batch["tokens"].shape[1])
@@ -128,10 +129,10 @@ class Others:
         return self._jitted(logprobs)
 
     @functools.cached_property
-    def likeliest(self):
+    def likeliest(self) -> Callable:
         """(params, batch) -> {"teacher_ids", "teacher_top"}; compiled."""
 
-        def likeliest(params, batch):
+        def likeliest(params: Params, batch: Batch) -> dict[str, jax.Array]:
             targets, hidden_BJD, _, _ = self.stage.learnt(params, batch)
             top = lambda logp_SCV: jax.lax.top_k(logp_SCV, self.stage.objective.distil.top_k)  # noqa: E731
             head = vlm.head(self.stage.model, params)
@@ -141,7 +142,7 @@ class Others:
 
         return self._jitted(likeliest)
 
-    def _jitted(self, fn):
+    def _jitted(self, fn: Callable) -> Callable:
         if self._placement is None:
             return jax.jit(fn)
         return jax.jit(fn, out_shardings=rules_lib.batch_sharding(self._placement.mesh))

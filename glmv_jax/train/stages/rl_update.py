@@ -7,6 +7,7 @@ cfg.loss can be. Old log-probabilities are those of whoever drew the tokens, whi
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -46,7 +47,7 @@ class PolicyUpdate(VLMStage):
     def drawn(self, tokens: TokenInput) -> Targets:
         return select(tokens.tokens, tokens.segments, tokens.loss_weight, self.cfg.data.targets)
 
-    def learnt(self, params: Params, batch: Batch):
+    def learnt(self, params: Params, batch: Batch) -> tuple:
         """(targets, hidden states that predict them [B, J, D], their weights [B, J], what blocks say)."""
         vision, tokens = inputs(batch)
         out = vlm.apply(self.model, params, vision, tokens)
@@ -57,7 +58,7 @@ class PolicyUpdate(VLMStage):
         """Log-probability and entropy at each target, [B, J]."""
         return head_logprobs(hidden_BJD, vlm.head(self.model, params), targets.tokens_BJ, **self.head_settings)
 
-    def whole(self, batch, pieces=1):
+    def whole(self, batch: Batch, pieces: int = 1) -> Params:
         tokens = inputs(batch)[1]
         targets = self.drawn(tokens)
         weight_BJ = weights(targets, tokens.segments, 1)
@@ -66,7 +67,9 @@ class PolicyUpdate(VLMStage):
         image_N = per_source(weight_BJ, weight_BJ, _with_image(batch, targets), len(IMAGES))[1]
         return super().whole(batch, pieces) | {"policy": found, "image_N": image_N}
 
-    def loss(self, params, constants, extra, batch, key):
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         whole = batch.get("whole") or self.whole(batch)
         targets, hidden_BJD, weight_BJ, aux = self.learnt(params, batch)
         logprob_BJ, entropy_BJ = self.of_targets(params, targets, hidden_BJD)
@@ -83,18 +86,18 @@ class PolicyUpdate(VLMStage):
         extra = experts.counted(extra, experts.by_path(aux, (), shared=True))
         return loss, (metrics | {"cut": targets.cut}, extra)
 
-    def _distance(self, params: Params, hidden_BJD: jax.Array, at) -> jax.Array | None:
+    def _distance(self, params: Params, hidden_BJD: jax.Array, at: Callable[[str], Any]) -> jax.Array | None:
         """[B, J]: divergence from the teacher over its likeliest tokens; None where the loss has none."""
         ids_BJK, top_BJK = at("teacher_ids"), at("teacher_top")
         if ids_BJK is None:
             return None
 
-        def distance(logp_SCV, ids_SCK, top_SCK):
+        def distance(logp_SCV: jax.Array, ids_SCK: jax.Array, top_SCK: jax.Array) -> jax.Array:
             return policy.reverse_kl_top(jnp.take_along_axis(logp_SCV, ids_SCK, axis=-1), top_SCK)
 
         return head_map(distance, hidden_BJD, vlm.head(self.model, params), ids_BJK, top_BJK, **self.head_settings)
 
-    def finished(self, metrics):
+    def finished(self, metrics: dict[str, jax.Array]) -> dict[str, jax.Array]:
         return policy.with_effective_sizes(metrics)
 
 

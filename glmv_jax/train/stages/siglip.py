@@ -12,6 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,6 +24,7 @@ from glmv_jax import models
 from glmv_jax.data import emoji, heldout, image_text, pairs
 from glmv_jax.data.faults import FaultLog
 from glmv_jax.data.naflex import Patcher
+from glmv_jax.data.text_rows import TextRows
 from glmv_jax.eval import probes, towers
 from glmv_jax.eval.samples import SampleWriter
 from glmv_jax.losses.sigmoid import sigmoid_loss
@@ -29,10 +33,10 @@ from glmv_jax.parallel import mesh as mesh_lib
 from glmv_jax.parallel import rules as rules_lib
 from glmv_jax.parallel.micro import in_pieces, pieces_for
 from glmv_jax.train import text_towers
-from glmv_jax.train.stages.base import Stage, rows_by_source
+from glmv_jax.train.stages.base import DataIterator, Stage, rows_by_source
 from glmv_jax.train.stages.mim import knn_probe, reading
 from glmv_jax.train.stages.suite import SuiteLook
-from glmv_jax.typing import UserError, VisionInput
+from glmv_jax.typing import Axes, Batch, Params, UserError, VisionInput
 
 QUERIES = ("en name", "zh name", "zh name+keywords")
 EVAL_ROWS = 256  # held-out rows that are embedded at a time
@@ -64,22 +68,24 @@ class SigLIP(Stage):
             source.files()  # a path that is wrong is said now
 
     @functools.cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> TextRows:
         """Texts as rows. Made when first used: compiling for a mesh needs no vocabulary."""
         return text_towers.rows(self.cfg, self.model.text)
 
     # ------------------------------------------------------------------------------------------------- step
-    def init_params(self, key):
+    def init_params(self, key: jax.Array) -> Params:
         return models.init_params(self.model, key)
 
-    def given_params(self):
+    def given_params(self) -> Params:
         _ = self.tokenizer  # a vocabulary that does not fit is found before anything is allocated
         return text_towers.params(self.cfg)
 
-    def logical_axes(self):
+    def logical_axes(self) -> Axes:
         return models.logical_axes(self.model)
 
-    def loss(self, params, constants, extra, batch, key):
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         vision = VisionInput(batch["patches"], batch["yx"], batch["frame"])
         texts, N = (batch["tokens"], batch["segments"]), batch["lang"].shape[1]
         image_BE = self._embedded(lambda rows: two_tower.embed_image(self.model, params, rows), vision)
@@ -92,14 +98,14 @@ class SigLIP(Stage):
         )  # fmt: skip
         return loss, (metrics, extra)
 
-    def _embedded(self, embed, rows):
+    def _embedded(self, embed: Callable, rows: Any) -> jax.Array:
         """embed(rows), as many rows at a time as `loss.positions` allows a device, whatever the batch."""
         B, length = jax.tree.leaves(rows)[0].shape[:2]
         shards = mesh_lib.data_shards(rules_lib.active_mesh())
         return in_pieces(embed, rows, pieces_for(B, shards, length, self.cfg.loss.positions))
 
     # ------------------------------------------------------------------------------------------------- data
-    def train_data(self):
+    def train_data(self) -> DataIterator:
         d = self.cfg.data
         shared = dict(
             batch=self.own_rows, lengths=dict(zip(d.lengths, d.length_shares)), text_length=self.row_length,
@@ -115,7 +121,7 @@ class SigLIP(Stage):
             **shared,
         )  # fmt: skip
 
-    def batch_shapes(self):
+    def batch_shapes(self) -> Iterable[Batch]:
         B, T, N = self.own_rows, self.row_length, 2 if self.cfg.data.both_languages else 1
         ints = {"tokens": (B, T), "segments": (B, T), "concept": (B,), "lang": (B, N)}
         for P in self.cfg.data.lengths:
@@ -124,20 +130,20 @@ class SigLIP(Stage):
             yield shapes | {name: jax.ShapeDtypeStruct(*s) for name, s in vision.items()} | {
                 "frame": jax.ShapeDtypeStruct((B, P), np.int32)}
 
-    def counts(self, batch):
+    def counts(self, batch: Batch) -> dict[str, int]:
         return {"samples": len(batch["tokens"]), "tokens": batch["frame"].size + batch["tokens"].size}
 
-    def counts_by_source(self, batch):
+    def counts_by_source(self, batch: Batch) -> dict[str, dict[str, int]]:
         """Tokens as in `counts`: patches and tokens of a row, padding among them."""
         names = list(self.sources) or image_text.SHIPPED
         return rows_by_source(names, batch["source"], batch["frame"].shape[1] + batch["tokens"].shape[1])
 
-    def flops(self, batch):
+    def flops(self, batch: Batch) -> float:
         B, T = batch["tokens"].shape
         return 3 * B * (self.model.vision.flops(batch["frame"].shape[1]) + self.model.text.flops(T))
 
     # ------------------------------------------------------------------------------------------------- evaluation
-    def evaluate(self, params, extra, *, full: bool):
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
         """Retrieval among held-out pairs, both ways; the nearest-neighbour probe of the trunk."""
         metrics: dict[str, float] = {}
         for held, image_NE, text_NE in self._embed(params):
@@ -155,7 +161,7 @@ class SigLIP(Stage):
         return towers.of_two_tower(self.model, self.tokenizer, patcher, *self.place(), batch)
 
     @functools.cached_property
-    def heldout_sets(self):
+    def heldout_sets(self) -> list[heldout.HeldoutPairs]:
         """Sets of held-out pairs: the shipped corpus', or of the sources one a language."""
         cfg, options = self.cfg, (self.tokenizer, self.patcher, self.model.text.length)
         if not self.sources:
@@ -164,14 +170,14 @@ class SigLIP(Stage):
         found = heldout.source_pairs(self.sources, *options, share=cfg.data.heldout, limit=cfg.eval.pairs, log=log)
         return list(found.values())
 
-    def _embed(self, params):
+    def _embed(self, params: Params) -> Iterator[tuple]:
         """(pairs, image embeddings, text embeddings by query) of each held-out set."""
         for held in self.heldout_sets:
             vision = VisionInput(*(held.vision[k] for k in ("patches", "yx", "frame")))
             texts = {q: _in_chunks(lambda t: self._text(params, t), held.texts[q]) for q in _queries(held)}
             yield held, _in_chunks(lambda v: self._image(params, v), vision), texts
 
-    def notes(self):
+    def notes(self) -> dict[str, dict[str, Any]]:
         n = emoji.HELD_OUT
         notes = {"knn": {"chance": 1.0 / n, "note": f"which of {n} held-out concepts, 5 neighbours"}}
         for held in self.heldout_sets:
@@ -181,7 +187,7 @@ class SigLIP(Stage):
             notes |= {f"{name} {k}": {"chance": v, "note": about} for name in names for k, v in at.items()}
         return notes
 
-    def write_samples(self, params, extra, folder):
+    def write_samples(self, params: Params, extra: Params, folder: Path) -> None:
         """For a few held-out queries in each language, the five nearest images."""
         writer = SampleWriter(folder)
         for held, image_NE, text_NE in self._embed(params):
@@ -201,7 +207,7 @@ def _queries(held: heldout.HeldoutPairs) -> list[str]:
     return [query for query in QUERIES if query in held.texts]
 
 
-def _in_chunks(embed, rows):
+def _in_chunks(embed: Callable, rows: Any) -> np.ndarray:
     """embed(rows) as an array of the host, EVAL_ROWS rows at a time; the last ones are filled up with the first."""
     n = jax.tree.leaves(rows)[0].shape[0]
     if n <= EVAL_ROWS:

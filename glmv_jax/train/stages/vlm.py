@@ -5,6 +5,7 @@ How they are measured is in `vlm_measures`.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,9 +28,10 @@ from glmv_jax.parallel import dispatch, rules
 from glmv_jax.parallel.pipeline import on_last
 from glmv_jax.train import exchange
 from glmv_jax.train.stages import dispatching, experts
+from glmv_jax.train.stages.base import DataIterator
 from glmv_jax.train.stages.mim import reading
 from glmv_jax.train.stages.vlm_measures import MeasuredVLM
-from glmv_jax.typing import Batch, Dispatched, Params, TokenInput, UserError, VisionInput
+from glmv_jax.typing import Axes, Batch, Dispatched, Params, TokenInput, UserError, VisionInput
 
 
 def inputs(batch: Batch, most: int = 0) -> tuple[VisionInput | Dispatched, TokenInput]:
@@ -97,20 +99,22 @@ class VLMStage(MeasuredVLM):
         dispatching.size(cfg)  # what does not go with it is said now
 
     # ------------------------------------------------------------------------------------------------- step
-    def init_params(self, key):
+    def init_params(self, key: jax.Array) -> Params:
         return models.init_params(self.model, key)
 
-    def logical_axes(self):
+    def logical_axes(self) -> Axes:
         return models.logical_axes(self.model)
 
-    def init_extra(self):
+    def init_extra(self) -> Params:
         return experts.no_loads(models.abstract_params(self.model))
 
-    def loss(self, params, constants, extra, batch, key):
+    def loss(
+        self, params: Params, constants: Params, extra: Params, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Params]]:
         loss, metrics, said = self.supervised(params, batch)
         return loss, (metrics, experts.counted(extra, said))
 
-    def after_update(self, params, extra):
+    def after_update(self, params: Params, extra: Params) -> tuple[Params, Params, dict[str, jax.Array]]:
         """The biases of routers follow the loads, by cfg.experts.bias_rate."""
         return experts.settled(params, extra, self.cfg.get("experts", {}).get("bias_rate", 0.0))
 
@@ -141,7 +145,7 @@ class VLMStage(MeasuredVLM):
         metrics |= {f"aux/{name}": mean for name, mean in aux.items()}
         return p.total + sum(self.cfg.loss.aux[name] * mean for name, mean in aux.items()), metrics, p.said
 
-    def whole(self, batch, pieces=1):
+    def whole(self, batch: Batch, pieces: int = 1) -> Params:
         tokens = on_last(inputs(batch)[1])
         targets = self._targets(tokens)
         weight_HBJ = jnp.stack([weights(targets, tokens.segments, ahead) for ahead in range(1, self.heads + 1)])
@@ -159,7 +163,9 @@ class VLMStage(MeasuredVLM):
         most: Any = self.builder.max_targets  # which a stage sets
         return select(tokens.tokens, tokens.segments, weight_BT, most)
 
-    def _by_source(self, batch: Batch, targets: Targets, value_BJ, weight_BJ) -> tuple[jax.Array, jax.Array]:
+    def _by_source(
+        self, batch: Batch, targets: Targets, value_BJ: jax.Array, weight_BJ: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         source_BJ = jnp.take_along_axis(on_last(batch["source"]), targets.at_BJ, axis=1)
         return per_source(value_BJ, weight_BJ, source_BJ, len(self.names))
 
@@ -210,7 +216,7 @@ class VLMStage(MeasuredVLM):
             for name in self.cfg.data.weights
         }
 
-    def train_data(self):
+    def train_data(self) -> DataIterator:
         return pipeline.vlm_batches(
             self.sources("train", self.data_seed), dict(self.cfg.data.weights), self.builder, form=self.form,
             batch=self.own_rows, encoder=self.encoder(), reading=reading(self.cfg),
@@ -220,7 +226,7 @@ class VLMStage(MeasuredVLM):
         """The encoder's own rows in this process, None where images are in the rows of their text."""
         return dispatching.encoder(self, self.builder.max_patches)
 
-    def batch_shapes(self):
+    def batch_shapes(self) -> Iterable[Batch]:
         b = self.builder
         row = packing.Row(b.max_tokens, b.max_patches, b.patcher.channels).arrays()
         text = {name: jax.ShapeDtypeStruct((self.own_rows, *x.shape), x.dtype) for name, x in row.items()}
@@ -231,12 +237,12 @@ class VLMStage(MeasuredVLM):
         """Stages draw different questions from the same generators."""
         return self.cfg.seed * 1000 + self.cfg.data.seed
 
-    def counts(self, batch):
+    def counts(self, batch: Batch) -> dict[str, int]:
         documents = sum(len(np.unique(row[row > 0])) for row in np.asarray(batch["segments"]))
         real = int((np.asarray(batch["segments"]) > 0).sum() + (np.asarray(batch["frame"]) > 0).sum())
         return {"samples": documents, "tokens": real}
 
-    def counts_by_source(self, batch):
+    def counts_by_source(self, batch: Batch) -> dict[str, dict[str, int]]:
         """Tokens are those of the text rows, images' placeholders among them."""
         source_BT, real_BT = np.asarray(batch["source"]), np.asarray(batch["segments"]) > 0
         count = lambda at_BT: np.bincount(source_BT[at_BT & (source_BT >= 0)], minlength=len(self.names))  # noqa: E731
@@ -248,7 +254,7 @@ class VLMStage(MeasuredVLM):
         """[B, T], for each token the number of its sample in its row, 0: of none."""
         return np.asarray(batch["segments"])
 
-    def flops(self, batch):
+    def flops(self, batch: Batch) -> float:
         B, T = batch["tokens"].shape
         return 3 * self.model.flops(B * T, T / 2, *batch["frame"].shape)
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class MeasuredVLM(Stage):
 
         return functools.partial(score, verifiers=tasks.verifiers(self.questions))
 
-    def evaluate(self, params, extra, *, full: bool):
+    def evaluate(self, params: Params, extra: Params, *, full: bool) -> dict[str, float]:
         metrics = self.heldout_loss(params)
         if full and self.cfg.eval.get("drafts", 0):
             metrics |= self.accept_lengths(params)
@@ -108,7 +108,7 @@ class MeasuredVLM(Stage):
             )  # fmt: skip
         return metrics
 
-    def notes(self):
+    def notes(self) -> dict[str, dict[str, Any]]:
         if self.form != "chat":
             return {}
         samples = [s for kind in self.questions.values() for s in kind]
@@ -127,10 +127,10 @@ class MeasuredVLM(Stage):
         return heldout.packed_batches(samples, by_token, self.form, self.cfg.batch, [*self.names, *kinds])
 
     @functools.cached_property
-    def _measure(self):
+    def _measure(self) -> Callable:
         """(params, batch, 0: grey images) -> {name: (sums [n], sums of weights [n])}, n the heads it is a mean of."""
 
-        def sums(params, batch, seen):
+        def sums(params: Params, batch: Batch, seen: jax.Array) -> dict[str, tuple[jax.Array, jax.Array]]:
             v = self.model.vision
             shown = cogvit.normalised(batch["patches"], v.channels, v.temporal_patch, v.patch)
             batch = batch | {"patches": shown * seen}
@@ -163,7 +163,7 @@ class MeasuredVLM(Stage):
                 means[name] = float((total / weight).mean())
         return means
 
-    def heldout_loss(self, params) -> dict[str, float]:
+    def heldout_loss(self, params: Params) -> dict[str, float]:
         """What `measured` says of held-out documents, and the loss with a grey image in each one's place."""
         found = {f"heldout {name}": mean for name, mean in self.measured(params, self._heldout, seen=True).items()}
         return found | {"heldout loss without image": self.measured(params, self._heldout, seen=False)["loss"]}
@@ -176,7 +176,7 @@ class MeasuredVLM(Stage):
         read = texts.Texts("heldout", 1)
         return drafts.continued([read[i] for i in range(n)], pictures, self.builder, self.form)
 
-    def accept_lengths(self, params) -> dict[str, float]:
+    def accept_lengths(self, params: Params) -> dict[str, float]:
         """Tokens a pass of greedy decoding with cfg.eval.drafts drafts of the MTP head, after a text and an image."""
         if self._drafting is None:
             e, longest = self.cfg.eval, self.builder.max_tokens
@@ -184,7 +184,7 @@ class MeasuredVLM(Stage):
         found = drafts.accept_lengths(drafts.counts(self._drafting, params, self._continued))
         return {f"accept length {kind}": length for kind, length in found.items()}
 
-    def write_samples(self, params, extra, folder):
+    def write_samples(self, params: Params, extra: Params, folder: Path) -> None:
         if self.form == "chat":
             samples = [s for kind in self.questions.values() for s in kind[: self.cfg.eval.shown]]
             settings = dict(temperature=0.0, max_new_tokens=self.cfg.eval.max_new_tokens)

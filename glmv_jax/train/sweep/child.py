@@ -116,7 +116,7 @@ class Stopper:
         self._before = {n: signal.signal(n, self._handle) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: Any) -> None:
         for child in self.children.values():  # left by a bug or a full disk: they may still save
             child.stop(signal.SIGTERM)
         for number, handler in self._before.items():
