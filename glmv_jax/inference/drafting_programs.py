@@ -51,7 +51,7 @@ class DraftingPrograms(Programs):
         super().__init__(cfg, sampling, slots, length, **more)
 
     def _cache(self, params: Params, rows: int) -> dict:
-        own: Any = self.cfg.mtp
+        own: mtp.MTPConfig | Any = self.cfg.mtp
         made = jnp.zeros((rows, 1, own.decoder.width), own.decoder.dtype)
         head = drafting.empty_cache(self.cfg, rows, self.length)
         return super()._cache(params, rows) | {"head": head, "draft": drafting.Draft(made, made)}
@@ -61,7 +61,7 @@ class DraftingPrograms(Programs):
         behind = TokenInput(chunk.tokens[:, 1:], chunk.positions[:, 1:], None, chunk.picture[:, 1:])
         table_DCD = decoder.embed(params["decoder"], behind.tokens)
         given = mtp.HeadInput(table_DCD, vlm.embed(self.cfg, params, visual, behind), behind.image_row >= 0)
-        head_cfg: Any = self.cfg.mtp
+        head_cfg: mtp.MTPConfig | Any = self.cfg.mtp
         e_DCD, is_key_DC = mtp.OPTIONS[head_cfg.option](given)
         h_DCD, own = drafting.h_prev(self.cfg, out), rows["head"] | self._at(chunk.start)
         made, head = drafting.entries(self.cfg, params, e_DCD, h_DCD, behind.positions, own, is_key_DC)

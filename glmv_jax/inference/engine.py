@@ -28,7 +28,7 @@ from jax.sharding import Mesh
 from glmv_jax.inference import slots as slots_lib
 from glmv_jax.inference.drafting_programs import DraftingPrograms
 from glmv_jax.inference.pictures import PictureTable
-from glmv_jax.inference.programs import Chunk, Drawn, Programs, Running, Until, recurrent
+from glmv_jax.inference.programs import Chunk, Drawn, Programs, Running, Until, Weights, recurrent
 from glmv_jax.inference.requests import Busy, Completion, Likely, Reason, Request
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.inference.settings import Counts, Settings
@@ -136,7 +136,7 @@ class Engine:
         Rows that run go on, with the entries they have; prompts that are being read are read again; what has been read
         and encoded before is forgotten.
         """
-        self._weights: Any = self._programs.weights(params, copy)
+        self._weights: Weights | Any = self._programs.weights(params, copy)
         self.version = version
         if self._cache is None:
             self._cache, self._visual = self._programs.empty()

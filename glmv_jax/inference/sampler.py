@@ -106,10 +106,10 @@ class Generated(NamedTuple):
     finished: [N] bool, a stop token was sampled; false = cut at max_new_tokens.
     """
 
-    tokens: Any
-    logprobs: Any
-    lengths: Any
-    finished: Any
+    tokens: jax.Array | Any
+    logprobs: jax.Array | Any
+    lengths: jax.Array | Any
+    finished: jax.Array | Any
 
 
 class Sampler:

@@ -156,7 +156,7 @@ class Slot:
 
     def __init__(self, slots: Slots, number: int, shard: int, row: int) -> None:
         self._slots, self.number, self.shard, self.row = slots, number, shard, row
-        self.work: Any = None  # Work, None while it is free
+        self.work: Work | Any = None  # None while it is free
 
     @property
     def held(self) -> int:

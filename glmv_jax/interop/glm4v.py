@@ -35,7 +35,8 @@ def config(
 
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
-    return [*vision_table(cfg.vision), *glm_ocr.merger(), *glm_ocr.decoder(cfg)]
+    encoder: Any = cfg.vision  # a Glm4vViTConfig
+    return [*vision_table(encoder), *glm_ocr.merger(), *glm_ocr.decoder(cfg)]
 
 
 def parts(hf: Mapping[str, Any], model_type: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

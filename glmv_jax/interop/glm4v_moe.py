@@ -47,7 +47,8 @@ def text(t: Mapping[str, Any], *, tied: bool, dtype: str = "float32") -> GLM4MoE
 def table(cfg: VLMConfig) -> list[Entry]:
     """Every tensor of the family for a model of this config."""
     d = cfg.decoder
-    entries = [*glm4v.vision_table(cfg.vision), *glm_ocr.merger(), *decoder(d)]
+    encoder: Any = cfg.vision  # a Glm4vViTConfig
+    entries = [*glm4v.vision_table(encoder), *glm_ocr.merger(), *decoder(d)]
     return entries + mtp.table(cfg.mtp, d.depth, glm_ocr.LAYERS, functools.partial(_block, d.block))
 
 

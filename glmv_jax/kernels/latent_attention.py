@@ -78,11 +78,11 @@ class Index(NamedTuple):
 
 class Selection(NamedTuple):
     """The keys that queries may see: mask [B, T, S] bool; for one query a row, their numbers at [B, A] int32, of which
-    only the visible ones count; or keys, what kernels find in place of a mask (`selected.Chosen`)."""
+    only the visible ones count; or keys, what kernels find in place of a mask."""
 
-    mask: Any = None
-    at: Any = None
-    keys: Any = None
+    mask: jax.Array | Any = None
+    at: jax.Array | Any = None
+    keys: selected.Chosen | Any = None
 
 
 class Looked(NamedTuple):

@@ -37,10 +37,10 @@ class Span(NamedTuple):
     """
 
     segments: jax.Array
-    slots: Any = None
-    branches: Any = None
+    slots: jax.Array | Any = None
+    branches: jax.Array | Any = None
     in_order: InOrder | None = None
-    valid: Any = None
+    valid: jax.Array | Any = None
 
 
 def visible(query: Span, key: Span) -> jax.Array:

@@ -92,7 +92,7 @@ class DecoderOutput(NamedTuple):
 
     hidden: jax.Array
     prenorm: jax.Array
-    cache: Any  # a dict, or None
+    cache: dict | Any  # None where none was given
     aux: dict[str, jax.Array]
 
 

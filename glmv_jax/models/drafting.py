@@ -44,13 +44,13 @@ def check(cfg: vlm.VLMConfig) -> None:
 
 def h_prev(cfg: vlm.VLMConfig, out: vlm.VLMOutput) -> jax.Array:
     """The backbone's hidden states [B, T, D] as the head takes them."""
-    head: Any = cfg.mtp
+    head: mtp.MTPConfig | Any = cfg.mtp
     return out.hidden if head.h_prev == "post_norm" else out.prenorm
 
 
 def empty_cache(cfg: vlm.VLMConfig, batch: int, length: int) -> dict:
     """Of `length` slots, without "slots" and "length". Where a head sees gaps, "keys" [B, S] is 1 for what it sees."""
-    head: Any = cfg.mtp
+    head: mtp.MTPConfig | Any = cfg.mtp
     own = jax.tree.map(lambda x: x[0], head.decoder.block.empty_cache(1, batch, length))
     return own | {"keys": jnp.zeros((batch, length), jnp.int32)} if head.option == "masked" else own
 
@@ -84,7 +84,7 @@ def _apply(
     cfg: vlm.VLMConfig, params: Params, e_BTD: jax.Array, h_BTD: jax.Array, positions_BT3: jax.Array, query: Span,
     key: Span, cache: dict,
 ) -> tuple[Draft, dict]:  # fmt: skip
-    head: Any = cfg.mtp
+    head: mtp.MTPConfig | Any = cfg.mtp
     rope = head.decoder.rope(positions_BT3)
     weights = mtp.layer_params(head, params["mtp"], 1)
     layer = mtp.MTPLayer(head.decoder.block)

@@ -31,7 +31,7 @@ class VLMConfig:
     Of the others only bytes and visual tokens are kept, for one more forward pass (`parallel.micro`).
     """
 
-    vision: Any  # cogvit.CogViTConfig, or another of its kind
+    vision: cogvit.CogViTConfig | Any  # or another of its kind
     merger: cogvit.MergerConfig | None
     decoder: Any  # decoder.DecoderConfig, or another of its kind
     mtp: mtp.MTPConfig | None = None
@@ -66,7 +66,7 @@ class VLMOutput(NamedTuple):
     hidden: jax.Array
     prenorm: jax.Array
     merged: jax.Array
-    cache: Any  # a dict, None where none was given
+    cache: dict | Any  # None where none was given
     aux: dict[str, jax.Array]
 
 
@@ -186,7 +186,7 @@ def mtp_hidden(
     """
     if tokens.branches is not None:
         raise ValueError("the MTP head takes no rows with branches; pack every answer with its own prompt")
-    head: Any = cfg.mtp
+    head: mtp.MTPConfig | Any = cfg.mtp
     table_BXD = decoder.embed(params["decoder"], context.overlapping(tokens.tokens, head.depth))
     table_BXD = constrain(table_BXD, "batch", "length", "activation")
     inputs = mtp.HeadInput(table_BXD, pipeline.to_last(out.merged), tokens.image_row >= 0)

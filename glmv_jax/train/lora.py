@@ -53,7 +53,7 @@ class Adapted(Stage):
         self.shapes = jax.eval_shape(stage.init_params, jax.random.key(0))
         self._merged = jax.jit(lambda base, adapters: merged_matrices(self.lora, base, adapters))
         self._host: Params | None = None
-        self._base: Any = None  # Params, from `begin` on
+        self._base: Params | Any = None  # None before `begin`
 
     # --- what is trained, and what stays ------------------------------------------------------------------------------
     def init_params(self, key: jax.Array) -> Params:

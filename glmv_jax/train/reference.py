@@ -34,7 +34,7 @@ class Parked:
         """params: in `pinned_host` memory (`on_host`)."""
         self._parked = params
         self._where = jax.tree.map(lambda x: x.sharding.with_memory_kind("device"), params)
-        self._here: Any = None  # Params, while they are on the devices
+        self._here: Params | Any = None  # None while they are parked
 
     @classmethod
     def of_run(cls, run: str | Path, shapes: Params, shardings: Any) -> Parked:

@@ -21,7 +21,7 @@ class Single:
     def __init__(self, samples: Samples, source: str) -> None:
         self.source = source
         self._samples = samples
-        self.sample: Any = None  # Sample, from `reset` on
+        self.sample: Sample | Any = None  # None before `reset`
 
     def reset(self, seed: int) -> Observation:
         self.sample = self._samples[seed % ENDLESS]

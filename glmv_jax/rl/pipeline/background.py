@@ -39,10 +39,10 @@ class Background:
 
     def __init__(self, parts: Parts, folder: Path | None = None) -> None:
         self._parts = parts
-        self._folder: Any = folder
+        self._folder: Path | Any = folder
         self._notes: list[dict[str, Any]] = []
         self._state: dict[str, Any] | None = None
-        self._pipeline: Any = None  # Pipeline, from the first weights on
+        self._pipeline: Pipeline | Any = None  # None before the first weights
         self._log: SampleLog | None = None
         self._took: tuple[int, float] | None = None  # the batch that is trained on, and since when
         self._params: Any = None

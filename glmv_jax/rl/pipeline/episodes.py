@@ -24,7 +24,7 @@ from glmv_jax.inference.front import Ticket
 from glmv_jax.rl.arena import Arena
 from glmv_jax.rl.episodes import record
 from glmv_jax.rl.pipeline.group import Group
-from glmv_jax.rl.pipeline.local import nothing
+from glmv_jax.rl.pipeline.local import Rows, nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Prompt, Request
 from glmv_jax.rl.play import Episode, Limits, Stopped
 from glmv_jax.rl.rollout import Rollout
@@ -45,7 +45,7 @@ class Mixture:
     """
 
     def __init__(
-        self, rows: Any, questions: int, episodes: int, episode: Callable[[int], tuple[str, str, int]]
+        self, rows: Rows | Any, questions: int, episodes: int, episode: Callable[[int], tuple[str, str, int]]
     ) -> None:
         self._rows, self._questions, self._episodes, self._episode = rows, questions, episodes, episode
         self._drawn = 0

@@ -11,7 +11,7 @@ import numpy as np
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, Prompt
 
 if TYPE_CHECKING:
-    pass
+    from glmv_jax.rl.rewards.grade import Grade
 
 
 @dataclasses.dataclass(eq=False)
@@ -26,8 +26,8 @@ class Member:
     request: int | None = None
     since: int = 0
     prefix: Drawn | None = None
-    answer: Any = None  # Completion, when it has come
-    grade: Any = None  # Grade, of an answer
+    answer: Completion | Any = None
+    grade: Grade | Any = None
     attempt: int = 0
     aborts: int = 0
     failures: int = 0

@@ -76,11 +76,12 @@ class SamplerEngine:
     """
 
     def __init__(
-        self, sampler: Sampler, rows: Any, prompts: int, key: jax.Array, tokenizer: Any, one_of_many: bool = False
-    ) -> None:
+        self, sampler: Sampler, rows: Rows | Any, prompts: int, key: jax.Array, tokenizer: Any,
+        one_of_many: bool = False,
+    ) -> None:  # fmt: skip
         self._sampler, self._rows, self._prompts, self._key, self._tokenizer = sampler, rows, prompts, key, tokenizer
         self._one_of_many = one_of_many
-        self._params: Any = None  # Params, from the first on
+        self._params: Params | Any = None  # None before the first
         self._version = self._calls = 0
         self._new: list[tuple[Request, OnDone]] = []
         self._waiting: list[tuple[Request, OnDone]] = []
@@ -170,7 +171,7 @@ def nothing() -> Drawn:
     return Drawn(np.zeros(0, np.int32), np.zeros(0, np.float32), np.zeros(0, np.int32))
 
 
-def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
+def rule_grader(rows: Rows | Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
     """Grades the text of an answer by the verifier of its source, in a thread."""
     from glmv_jax.rl.rewards import score
 
@@ -181,7 +182,7 @@ def rule_grader(rows: Any, verifiers: Mapping[str, Any]) -> GradeAnswer:
     return grade
 
 
-def system_grader(rows: Any, system: Any, size: int) -> GradeAnswer:
+def system_grader(rows: Rows | Any, system: Any, size: int) -> GradeAnswer:
     """Grades by a `rewards.system.RewardSystem`; where it compares answers, all `size` of a group together."""
     together = Together(lambda answers: system.grade_group([answered(rows, *answer) for answer in answers]), size)
 
@@ -193,14 +194,14 @@ def system_grader(rows: Any, system: Any, size: int) -> GradeAnswer:
     return grade
 
 
-def answered(rows: Any, request: Request, completion: Completion) -> Answered:
+def answered(rows: Rows | Any, request: Request, completion: Completion) -> Answered:
     """The answer to a question as a reward system takes it."""
     from glmv_jax.rl.rewards import Answered
 
     return Answered(rows.row(request.prompt.key)["samples"][0], completion.facts["text"])
 
 
-def rollouts(groups: Sequence[Group], rows: Any) -> tuple[list[Rollout], Batch]:
+def rollouts(groups: Sequence[Group], rows: Rows | Any) -> tuple[list[Rollout], Batch]:
     """The records of complete groups, group by group, and the prompt batch that their rows count in.
 
     ValueError: an answer was drawn from another prompt than the batch has, or from other images.

@@ -32,8 +32,8 @@ from glmv_jax.inference.requests import Picture
 from glmv_jax.inference.requests import Prompt as Asked
 from glmv_jax.inference.sampler import Sampling
 from glmv_jax.rl.integrity import handed
-from glmv_jax.rl.pipeline.dialects import Ask, Piece, met
-from glmv_jax.rl.pipeline.local import nothing
+from glmv_jax.rl.pipeline.dialects import Ask, Ours, Piece, met
+from glmv_jax.rl.pipeline.local import Rows, nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
 from glmv_jax.rl.pipeline.slots import seed_of
 from glmv_jax.rl.pipeline.wire import Passing, Unserved, Wire
@@ -55,8 +55,8 @@ class Job:
     tokens: list[int]
     logprobs: list[float]
     versions: list[int]
-    ask: Any = None  # Ask, when it is made
-    drawing: Any = None  # asyncio.Future
+    ask: Ask | Any = None
+    drawing: asyncio.Future | Any = None
     sent: Ask | None = None
     stopped: bool = False
 
@@ -82,13 +82,13 @@ class ServedEngine:
     """
 
     def __init__(
-        self, wire: Wire, rows: Any, sampling: Sampling, length: int, seed: int, tokenizer: Any, *,
+        self, wire: Wire, rows: Rows | Any, sampling: Sampling, length: int, seed: int, tokenizer: Any, *,
         write: Callable[[Params, Path], None], folder: Path, patch: int,
     ) -> None:  # fmt: skip
         self._rows, self._sampling, self._seed, self._tokenizer = rows, sampling, seed, tokenizer
         self._length, self._write, self._folder, self._patch = length, write, folder.absolute(), patch
         self._jobs: dict[int, Job] = {}
-        self._dialect: Any = None  # Ours, from the first weights on
+        self._dialect: Ours | Any = None  # None before the first weights
         self._version, self._open = -1, asyncio.Event()  # when requests may be sent
         self._asked = functools.lru_cache(maxsize=1024)(self._begin_to_make)  # once for all answers of a group
         self._wire = wire

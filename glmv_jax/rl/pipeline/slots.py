@@ -13,7 +13,7 @@ from glmv_jax.data.hashes import image_hash
 from glmv_jax.inference import requests, thinking
 from glmv_jax.inference.front import Front, Ticket
 from glmv_jax.rl.integrity import handed
-from glmv_jax.rl.pipeline.local import nothing
+from glmv_jax.rl.pipeline.local import Rows, nothing
 from glmv_jax.rl.pipeline.protocols import Completion, Drawn, OnDone, Request
 from glmv_jax.rl.rollout import heard
 from glmv_jax.typing import Params
@@ -28,11 +28,11 @@ class SlotEngine:
     """
 
     def __init__(
-        self, make: Callable[[Params, int], Front], rows: Any, seed: int, tokenizer: Any,
+        self, make: Callable[[Params, int], Front], rows: Rows | Any, seed: int, tokenizer: Any,
         limits: Mapping[str, int] | None = None,
     ) -> None:  # fmt: skip
         self._make, self._rows, self._seed, self._tokenizer, self._limits = make, rows, seed, tokenizer, limits or {}
-        self._front: Any = None  # Front, from the first weights on
+        self._front: Front | Any = None  # None before the first weights
         self._tickets: dict[int, Ticket] = {}
 
     def set_params(self, params: Params, version: int) -> Future | None:

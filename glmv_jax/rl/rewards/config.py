@@ -89,7 +89,7 @@ class SourceConfig:
 
     parts: dict[str, tuple[str, dict[str, Any]]]
     combination: Combination
-    group: Any
+    group: tuple[dict[str, Any], str, dict[str, Any]] | Any
 
 
 def source(name: str, given: Mapping[str, Any], judges: Iterable[str]) -> SourceConfig:

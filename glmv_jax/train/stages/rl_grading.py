@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from glmv_jax.rl.pipeline.remote_reward import RemoteGrader
     from glmv_jax.rl.play import Episode
     from glmv_jax.rl.rewards.grade import Verifier
+    from glmv_jax.rl.rewards.system import RewardSystem
     from glmv_jax.train.stages.rl import RL
 
 
@@ -30,7 +31,7 @@ class Grading:
 
     def __init__(self, stage: RL) -> None:
         self._stage, self._table = stage, None
-        self.system: Any = None  # RewardSystem
+        self.system: RewardSystem | Any = None
         self.remote: RemoteGrader | None = None
         self.together: frozenset[str] = frozenset()
         self._told: dict[str, dict[str, float]] = {}

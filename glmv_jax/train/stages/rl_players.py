@@ -38,9 +38,9 @@ class Players:
             stage.tokenizer, r.max_new_tokens, allow=DRAWN, temperature=r.temperature, top_p=r.top_p
         )
         self._sampler = Sampler(stage.model, self._sampling)
-        self._front: Any = None  # Front, with slots
-        self._key: Any = None
-        self._params: Any = None  # Params, without slots and while they are there
+        self._front: Front | Any = None  # with slots
+        self._key: jax.Array | Any = None
+        self._params: Params | Any = None  # without slots, while turns are drawn
 
     def begin(self, params: Params, step: int) -> None:
         """The weights that turns are drawn with from now on, after `step` updates."""

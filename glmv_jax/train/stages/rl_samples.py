@@ -37,10 +37,10 @@ class Samples:
         self._stage = stage
         kept = {"rows": True, "pictures": 2000, "groups": 2} | dict(stage.cfg.rollout.get("samples", {}))
         first = stage.cfg.faults and jax.process_index() == 0
-        self.run: Any = Path(stage.cfg.faults).parent if first else None
+        self.run: Path | Any = Path(stage.cfg.faults).parent if first else None
         self.folder = self.run if kept["rows"] else None
         self._most, self._groups = kept["pictures"], kept["groups"]
-        self._pictures: Any = None  # Pictures, from the first of them on
+        self._pictures: Pictures | Any = None  # None before the first
         self._writer: ThreadPoolExecutor | None = None
         self._written: Future | None = None
         self.trace = Trace(keep=20_000)

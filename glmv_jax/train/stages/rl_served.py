@@ -17,6 +17,7 @@ from glmv_jax.train import handover
 from glmv_jax.typing import UserError
 
 if TYPE_CHECKING:
+    from glmv_jax.rl.pipeline.local import Rows
     from glmv_jax.rl.pipeline.served import ServedEngine
     from glmv_jax.train.stages.rl import RL
 
@@ -36,7 +37,7 @@ def check(cfg: Any) -> None:
         raise UserError("rollout.engine is of runs of one process, which can write all weights; leave it empty")
 
 
-def engine(stage: RL, rows: Any) -> ServedEngine:
+def engine(stage: RL, rows: Rows | Any) -> ServedEngine:
     """The server as rollout engine. UserError where there is no folder for weights."""
     from glmv_jax.rl.pipeline.served import ServedEngine
     from glmv_jax.rl.pipeline.wire import Wire

@@ -34,7 +34,7 @@ class Child:
         self, log: Path, command: Sequence[str], *, environment: Mapping[str, str] | None = None, apart: bool = True
     ) -> None:
         self.log, self.peak_rss = log, 0
-        self.exit_code: Any = None  # an int when it has ended
+        self.exit_code: int | Any = None
         self._began, self._ended = time.monotonic(), 0.0
         with disk_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
