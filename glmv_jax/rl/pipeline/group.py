@@ -97,7 +97,7 @@ class Group:
         return all(member.grade is not None for member in self.members)
 
     @property
-    def oldest(self) -> Any:
+    def oldest(self) -> int | Any:
         """The lowest version of its tokens; None when none has begun."""
         known = [v for v in (member.oldest for member in self.members) if v is not None]
         return min(known, default=None)
