@@ -96,9 +96,9 @@ def show_data(args: argparse.Namespace) -> int:
     end, draws beyond its records are of its next epoch.
 
       glmv show-data --config experiments/vlm_pretrain.py:size=nano
-      glmv show-data --config experiments/vlm_sft.py:size=nano,sources=mine --config.data.sources.mine.path=mine/ \
+      glmv show-data --config experiments/vlm_sft.py:size=nano,sources=mine --config.data.sources.mine.path=mine/ \\
           --config.data.sources.mine.prompt="What is it?" --html data.html
-      glmv show-data --config experiments/cogvit_siglip.py:size=l,sources=web --draws 2000 --examples 6 \
+      glmv show-data --config experiments/cogvit_siglip.py:size=l,sources=web --draws 2000 --examples 6 \\
           --config.data.sources.web.path='web-{000..127}.tar' --html data.html
 
     Exit code 1 when a source gave nothing at all. What rows and batches then hold is shown by glmv show-batch.

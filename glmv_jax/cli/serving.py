@@ -126,8 +126,8 @@ def serve_options(sub: argparse.ArgumentParser) -> None:
         ("reading", float, 20.0, "seconds in which a request has to come, and one more for each 4 KiB of its body"),
         ("keep_alive", float, 75.0, "seconds that a connection stays open without a request"),
     ):
-        option = f"--{name.replace('_', '-')}"
-        sub.add_argument(option, type=kind, default=default, metavar="N", help=f"{about} ({default:g})")
+        option, told = f"--{name.replace('_', '-')}", f"{default:,}" if kind is int else f"{default:g}"
+        sub.add_argument(option, type=kind, default=default, metavar="N", help=f"{about} ({told})")
     sub.add_argument("--fetch", action="store_true", help="fetch images by URL, from public addresses (default: no)")
 
 
