@@ -23,6 +23,7 @@ from glmv_jax.typing import UserError
 # What no record can cause: these end the run with their traceback.
 BUGS = (NameError, AttributeError, AssertionError, ImportError, NotImplementedError, MemoryError)
 TRIES = 20
+WINDOW, LIMIT = 1000, 0.05  # records that are looked back at, and the share of them that may fail
 
 
 class LeftOut(Exception):
@@ -69,7 +70,7 @@ class Guarded:
     """
 
     def __init__(self, source: Any, transform: Callable[[Any, np.random.Generator], Any], *, name: str, seed: int,
-                 log: FaultLog, records: int | None = None, window: int = 1000, limit: float = 0.05):
+                 log: FaultLog, records: int | None = None, window: int = WINDOW, limit: float = LIMIT):
         self.source, self.transform, self.name, self.seed, self.log = source, transform, name, seed, log
         self.records = records
         self.limit = limit

@@ -17,7 +17,7 @@ from PIL import Image
 
 from glmv_jax.data import naflex, packing, showing
 from glmv_jax.data.building import Document
-from glmv_jax.data.faults import BUGS, TRIES, Guarded, LeftOut
+from glmv_jax.data.faults import BUGS, LIMIT, TRIES, Guarded, LeftOut
 from glmv_jax.data.local.schema import Media, Record
 from glmv_jax.data.mixture import Mixture
 from glmv_jax.data.pairs.balance import Ref
@@ -72,6 +72,11 @@ class Tally:
     def counts(self, left_out: bool) -> int:
         """Records that were left out, or that are broken."""
         return sum(n for (_, fine), (_, n) in self.skipped.items() if fine == left_out)
+
+    @property
+    def too_many(self) -> bool:
+        """Whether so large a share is broken that training would end (`faults.Guarded`)."""
+        return self.counts(False) > LIMIT * (self.drawn + self.counts(False))
 
     def add(self, made: Made) -> None:
         """A record that gave something."""

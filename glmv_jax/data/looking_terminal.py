@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from glmv_jax.data import looking
+from glmv_jax.data.faults import LIMIT, WINDOW
 from glmv_jax.data.looking import Example, Spread, Tally, spreads, tokens_share
 from glmv_jax.data.showing_terminal import body, legend, plain
 
@@ -81,6 +82,10 @@ def reasons(tally: Tally) -> list[tuple[str, bool]]:
     if tally.gave_up:
         found.append((f"{tally.name}: so many in a row failed that it was given up here; training would end: "
                       f"{tally.gave_up}", False))  # fmt: skip
+    elif tally.too_many:
+        share = tally.counts(False) / (tally.drawn + tally.counts(False))
+        found.append((f"{tally.name}: {share:.0%} of what was read is broken; training ends when more than {LIMIT:.0%} "
+                      f"of {WINDOW:,} records are", False))  # fmt: skip
     return found
 
 

@@ -87,6 +87,8 @@ def test_what_is_skipped_is_told_with_its_reason_and_ends_nothing(tmp_path):
     assert told["gone"].gave_up == "ValueError: nothing here" and not told["gone"].examples
     assert not log.path.exists()  # a look leaves nothing behind
     said = [line for line, _ in looking_terminal.reasons(told["gone"])]
+    share = looking_terminal.reasons(a)[-1][0]
+    assert share == "a: 33% of what was read is broken; training ends when more than 5% of 1,000 records are"
     assert said[0].startswith("gone: 20 broken, ValueError: nothing here (gone/0, ") and "training would end" in said[1]
 
 
