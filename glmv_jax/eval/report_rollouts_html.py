@@ -10,7 +10,7 @@ from glmv_jax.eval import report_rollouts as rollouts
 from glmv_jax.eval.report_html import text
 from glmv_jax.eval.report_run import StageRun
 from glmv_jax.eval.report_svg import COLOURS, Series, line_chart
-from glmv_jax.eval.report_tables import duration, number, share
+from glmv_jax.eval.report_tables import duration, number
 
 SHOWN = ("reward", "pass")  # the rest is folded away
 ANSWERS = 4  # different ones of a group
@@ -120,7 +120,7 @@ def _pipeline(run: StageRun) -> str:
     stages = [name.removesuffix("_seconds") for name in found.numbers if name.endswith("_seconds")]
     worked = ", ".join(f"{stage} {duration(found.numbers[f'{stage}_seconds'])}" for stage in stages)
     facts = (
-        f"Two parts or more worked at once in {share(found.numbers.get('overlap', 0.0), 1.0)} of the time. {worked}."
+        f"Two parts or more worked at once in {found.numbers.get('overlap', 0.0):.0%} of the time. {worked}."
     )
     note = "The last steps that were traced; trace.json opens in Perfetto."
     return (f"<h3>The pipeline</h3><p>{text(facts)}</p><figure>{_lanes(found, stages)}</figure>"

@@ -114,6 +114,9 @@ def test_lanes_are_where_the_stages_worked(run):
     assert found.busy == {"rollout": [(0.0, 1.0), (3.0, 5.0)], "train": [(0.0, 2.0), (4.0, 6.0)]}
     assert found.seconds == 6.0 and [begin for _, begin in found.steps] == [0.0, 4.0]
     page = Reader(report.write(run).read_text(encoding="utf-8"))
+    trace = json.loads((run / "rl" / "trace.json").read_text())
+    (run / "rl" / "trace.json").write_text(json.dumps(trace | {"otherData": {"overlap": 0.0}}))
+    assert "worked at once in 0% of the time" in Reader(report.write(run).read_text(encoding="utf-8")).text
     assert "worked at once in 25% of the time" in page.text and "rollout 7 s, train 4 s" in page.text
     bars = [(float(a["x"]), float(a["width"])) for tag, a in page.tags if tag == "rect" and "fill" in a]
     scale = (720 - 70 - 8) / 6.0
