@@ -91,14 +91,21 @@ def kill_roles(run, pid: int, kills: int, rng: random.Random) -> collections.Cou
 
 
 def kill_trainer(run, pid: int) -> list[str]:
-    """What is there of its processes half a minute later."""
+    """What is there of its processes a minute later."""
     below = children(pid)
     os.kill(pid, signal.SIGKILL)
-    end = time.monotonic() + 30
-    alive = lambda: [name for one, name in below.items() if pathlib.Path(f"/proc/{one}").exists()]  # noqa: E731
-    while alive() and time.monotonic() < end:
+    end = time.monotonic() + 60
+    while (left := [name for one, name in below.items() if alive(one)]) and time.monotonic() < end:
         time.sleep(0.5)
-    return alive()
+    return left
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended may wait for somebody to ask how."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def found(run, lost: dict[str, float]) -> dict:

@@ -16,6 +16,7 @@ import pytest
 from glmv_jax import config
 from glmv_jax.rl.pipeline import STAGES
 from glmv_jax.train import main
+from glmv_jax.train.stages import rl_workers
 from glmv_jax.typing import UserError
 from tests.random_params import switched_on
 from tests.rl import ray_stand_in
@@ -27,6 +28,7 @@ EPISODES = ["rollout.environments=(('windows', 3.0),)", "rollout.max_new_tokens=
             "data.targets=96"]  # fmt: skip
 PARITY = {"parts": {"rule": {"kind": "rule", "rule": "tests.rl.rewards.hostile:parity"}}}
 LONGER = {"group": {"comparator": {"kind": "rule", "rule": "tests.rl.rewards.hostile:says_more"}, "form": "equation9"}}
+DEFAULT = {"num_cpus": 1.0, "num_gpus": 0.0, "resources": ()}
 THERE = ["rollout.workers.rollout=2", "rollout.workers.reward=2"]
 
 
@@ -184,6 +186,12 @@ def test_devices_are_those_that_are_reserved(tmp_path, ray):
         assert ray.up["address"] == "local" and ray.up["num_cpus"] >= 4
     finally:
         stage.roles.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "default_backend", lambda: "gpu")
+        with pytest.raises(UserError, match="on this machine, whose gpu devices the trainer has all; start it"):
+            build(tmp_path, *THERE, *needs).roles.open()
+        build(tmp_path, *THERE).roles._join({"rollout": rl_workers.options(DEFAULT, True)})  # which takes none
+        ray.shutdown()
     ray.resources.pop("GPU")
     with pytest.raises(UserError, match="need more than there is here: GPU 0 of 1; lower rollout.workers.needs"):
         build(tmp_path, *THERE, *needs).roles.open()
