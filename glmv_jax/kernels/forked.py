@@ -42,7 +42,7 @@ def forked(
 ) -> jax.Array:
     """As `attention.plain`, of spans that are in order and have slots and branches."""
 
-    def own(q: jax.Array, k: jax.Array, v: jax.Array, query: Any, key: Any) -> jax.Array:
+    def own(q: jax.Array, k: jax.Array, v: jax.Array, query: Span, key: Span) -> jax.Array:
         if context.parts() > 1:
             k, v, key = jax.tree.map(context.gathered, (k, v, key))
         q, k, v = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))

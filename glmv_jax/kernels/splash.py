@@ -8,6 +8,7 @@ its heads and, where rows are split, its queries, for which it gathers the keys 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp

@@ -11,7 +11,7 @@ of the R heads that share keys.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,17 @@ class _Lists(NamedTuple):
     spans: Span
     keys: jax.Array
     longest: jax.Array
+
+
+class _Kept(NamedTuple):
+    """The arguments, what they gave, and logsumexp of the logits [B, N, G, Q, 1]."""
+
+    q: jax.Array
+    k: jax.Array
+    v: jax.Array
+    lists: _Lists
+    out: jax.Array
+    total: jax.Array
 
 
 def supported(q_BTHK: jax.Array, query: Span, key: Span) -> bool:
@@ -71,10 +82,10 @@ def _attend(q_BNGQK: jax.Array, k_BMGtK: jax.Array, v_BMGtK: jax.Array, lists: _
     return _forward(q_BNGQK, k_BMGtK, v_BMGtK, lists)[0]
 
 
-def _forward(q, k, v, lists: _Lists):
+def _forward(q: jax.Array, k: jax.Array, v: jax.Array, lists: _Lists) -> tuple[jax.Array, _Kept]:
     """(out, what the backward pass wants); out in float32."""
 
-    def step(n, done):
+    def step(n: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         highest, total, summed = done
         own, mask = _nth(lists, n)
         logits = _logits(q, _pick(own, k), mask)
@@ -87,14 +98,14 @@ def _forward(q, k, v, lists: _Lists):
     start = zero + MASKED, zero, jnp.zeros(q.shape, jnp.float32)
     highest, total, summed = jax.lax.fori_loop(0, lists.longest, step, start)
     out = summed / total
-    return out, (q, k, v, lists, out, highest + jnp.log(total))
+    return out, _Kept(q, k, v, lists, out, highest + jnp.log(total))
 
 
-def _backward(kept, grad):
+def _backward(kept: _Kept, grad: jax.Array) -> tuple[Any, ...]:
     q, k, v, lists, out, total = kept
     along = (grad * out).sum(axis=-1, keepdims=True)
 
-    def step(n, done):
+    def step(n: jax.Array, done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         dq, dk, dv = done
         own, mask = _nth(lists, n)
         own_k, own_v = _pick(own, k), _pick(own, v)
