@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, features
 
@@ -37,7 +38,8 @@ def read_annotations(lang: str) -> tuple[dict[str, str], dict[str, list[str]]]:
     for folder in ("annotations", "annotationsDerived"):
         file = require(f"{CLDR}/{folder}/{lang}.xml", "unicode-cldr-core")
         for node in ElementTree.parse(file).iter("annotation"):
-            emoji, text = node.attrib["cp"].replace(chr(VARIATION), ""), node.text or ""
+            emoji = node.attrib["cp"].replace(chr(VARIATION), "")
+            text: Any = node.text  # each has one
             if node.get("type") == "tts":
                 names[emoji] = text.strip()
             else:
