@@ -11,6 +11,9 @@ Arrays carry their shape as a suffix of capital letters (`q_BTHK`). One legend f
 
 `Params` is a plain nested dict of arrays; `Axes` is the same tree with a tuple of logical axis names a leaf
 (the closed vocabulary is in `glmv_jax.parallel.axes`).
+
+`X | Any` is an X where who reads it knows that it is there, and None elsewhere: what an X has is checked, whether it is
+there is not.
 """
 
 from __future__ import annotations
