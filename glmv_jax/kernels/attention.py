@@ -69,8 +69,7 @@ def cached(
     caches.check(len(k_CSK) // len(q_BTHK), caches.parts())
     rows, heads, kept = context.spec("batch"), context.spec("batch", None, "heads"), caches.spec(*rules.in_force())
     spans = jax.tree.map(lambda x: rows if len(x) > 1 else P(), (query, key))  # of one row: the same for all
-    of_prompts: tuple[Any, ...] = (*[context.spec("batch", "kv_heads")] * 2, rows)
-    prompts = rows if shared is None else Shared._make(of_prompts)
+    prompts = rows if shared is None else Shared._make((*[context.spec("batch", "kv_heads")] * 2, rows))
     mapped = context.per_device(_cached, (heads, kept, kept, *spans, prompts), heads, kernel=True)
     return mapped(q_BTHK, k_CSK, v_CSK, query, key, shared)
 
