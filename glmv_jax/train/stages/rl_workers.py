@@ -94,7 +94,8 @@ class Roles:
                     warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
                     ray.init(address or "local", **({} if address else quiet))
             except ConnectionError as error:
-                raise UserError(f"rollout.workers.ray={address!r}: {error}") from error
+                raise UserError(f"rollout.workers.ray={address!r}: there is no cluster ({error}); start one by "
+                                "`ray start --head`, or leave it empty for one of this run") from error  # fmt: skip
             self._started = not address
         there = ray.cluster_resources()
         if lacking := {name: count for name, count in total.items() if count > there.get(name, 0.0)}:
