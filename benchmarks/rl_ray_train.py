@@ -41,7 +41,7 @@ def options() -> list[str]:
 
 
 def children(of: int) -> dict[int, str]:
-    """The processes below one, and what they are called."""
+    """The processes of roles below one, and what they are called: those that they have forked are called so, too."""
     parents, called = {}, {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
         try:
@@ -53,7 +53,14 @@ def children(of: int) -> dict[int, str]:
     def below(pid: int) -> bool:
         return pid == of or pid in parents and below(parents[pid])
 
-    return {pid: name for pid, name in called.items() if pid != of and below(pid)}
+    names = tuple(f"ray::{role.title()}" for role in PARTS)
+    return {pid: name for pid, name in called.items() if name.startswith(names) and below(pid)}
+
+
+def is_worker(pid: int, among: dict[int, str]) -> bool:
+    """Whether it is the process of a role, and none that this one has forked."""
+    parent = int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return parent not in among
 
 
 def kept(run) -> list[dict]:
@@ -80,7 +87,9 @@ def kill_roles(run, pid: int, kills: int, rng: random.Random) -> collections.Cou
     for n in range(kills):
         until(run, pid, answers)
         role = TURNS[n % len(TURNS)]
-        there = [one for one, name in children(pid).items() if name.startswith(f"ray::{role.title()}")]
+        below = children(pid)
+        named = [one for one, name in below.items() if name.startswith(f"ray::{role.title()}")]
+        there = [one for one in named if is_worker(one, below)]
         if there:
             os.kill(rng.choice(sorted(there)), signal.SIGKILL)
             killed[role] += 1
@@ -91,7 +100,7 @@ def kill_roles(run, pid: int, kills: int, rng: random.Random) -> collections.Cou
 
 
 def kill_trainer(run, pid: int) -> list[str]:
-    """What is there of its processes a minute later."""
+    """What is there of its roles' processes a minute later (Ray's own agents take longer)."""
     below = children(pid)
     os.kill(pid, signal.SIGKILL)
     end = time.monotonic() + 60

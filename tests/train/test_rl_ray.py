@@ -56,7 +56,7 @@ def rows(run: Path, file: str) -> list[dict]:
 
 
 def processes(of: int, name: str) -> list[int]:
-    """Those of Ray that a run has started, directly or not, and that are called so."""
+    """Those of Ray that a run has started and that are called so; what they have forked is called so, too."""
     stat = {}
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -68,7 +68,8 @@ def processes(of: int, name: str) -> list[int]:
     def below(pid: int) -> bool:
         return pid == of or pid in stat and below(stat[pid][0])
 
-    return sorted(pid for pid, (_, line) in stat.items() if line.startswith(f"ray::{name}") and below(pid))
+    found = {pid for pid, (_, line) in stat.items() if line.startswith(f"ray::{name}") and below(pid)}
+    return sorted(pid for pid in found if stat[pid][0] not in found)
 
 
 def killed(folder: Path, run: subprocess.Popen, name: str, after: int) -> int:

@@ -113,7 +113,7 @@ class Roles:
         return functools.partial({"rollout": _engines, "reward": _graders}[role], config, self.counts[role])
 
     def metrics(self) -> dict[str, float]:
-        """Since the run began: processes that died, and work that was done again."""
+        """Since they were started: processes that died, and work that was done again."""
         return {
             f"workers/{what}/{role}": float(count)
             for role, workers in self.workers.items()
