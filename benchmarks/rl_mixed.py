@@ -4,7 +4,8 @@
 
 RUN: of launch/quickstart.sh. In order: the start (SFT), `joint`, a run a kind of --alone with as many questions of it
 as `joint` had, and the rewards on held-out questions: answers drawn at temperature 1, and greedy ones, each with the
-question's own images and with another question's. Prints a table; --out keeps every number and draws them, as .svg.
+question's own images and with another question's. Kinds that lost reward are asked other questions, seven times as
+many, which tell a loss from chance. Prints a table; --out keeps every number and draws them, as .svg.
 --steps is of `joint`. Stop it whenever you like: the same command goes on, a larger --steps goes on from what there is.
 `glmv report --run runs/mixed` shows the curves of every source.
 """
@@ -41,6 +42,7 @@ CONDITIONS = ("drawn", "drawn shuffled", "greedy", "greedy shuffled")
 ROWS = 64  # answers at a time
 BINS = 10  # parts of a run whose mean rewards are compared
 FORGOTTEN = -0.05
+MORE = 8
 
 
 # --- the runs ---------------------------------------------------------------------------------------------------------
@@ -102,6 +104,18 @@ def rewards(run: pathlib.Path, kinds: Sequence[str], questions: int, draws: int)
             path.write_text(json.dumps({"about": about, "rewards": found}))
             print(f"{run.name}: held-out {kind}, {n + 1} of {len(missing)}", file=sys.stderr, flush=True)
     return {kind: found[kind] for kind in kinds}
+
+
+def asked_again(start: pathlib.Path, joint: pathlib.Path, kinds: Sequence[str], asked: int, draws: int) -> dict:
+    """kind -> way of answering -> `paired` over the (MORE - 1) `asked` held-out questions behind those asked before."""
+    found: dict[str, dict[str, dict]] = {}
+    ask = {run: _asker(run, kinds, draws) for run in (start, joint)} if kinds else {}
+    for kind in kinds:
+        questions = held_out([kind], MORE * asked)[kind][asked:]
+        before, after = (of_run(kind, questions) for of_run in ask.values())
+        found[kind] = {way: paired(before[way], after[way]) for way in ("drawn", "greedy")}
+        print(f"asked again: {kind}", file=sys.stderr, flush=True)
+    return found
 
 
 def _asker(run: pathlib.Path, kinds: Sequence[str], draws: int):
@@ -260,7 +274,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--init", required=True, help="a finished run of stage 3 that the start is tuned from")
     parser.add_argument("--runs", type=pathlib.Path, default=pathlib.Path("runs/mixed"), help="folder of the runs")
-    parser.add_argument("--start-steps", type=int, default=150, help="of the start")
+    parser.add_argument("--start-steps", type=int, default=1500, help="of the start")
     parser.add_argument("--steps", type=int, default=300, help="of joint")
     parser.add_argument("--alone", nargs="*", default=list(ALONE), help="kinds that are trained alone as well")
     parser.add_argument("--questions", type=int, default=32, help="held-out questions a kind")
@@ -283,7 +297,9 @@ def main() -> None:
         train(runs / f"alone_{kind}", f"{EXPERIMENT}:task={kind}", start, f"steps={steps[kind]}")
 
     visual = [kind for kind in kinds if len(before[kind]["drawn shuffled"]) > args.questions // 2]
-    record = {"verdict": {}, "visual": {}}
+    lost = [kind for kind in kinds if found[kind]["drawn"]["gain"]["mean"] < 0]
+    again = asked_again(runs / "start", runs / "joint", lost, args.questions, args.draws)
+    record = {"verdict": {}, "visual": {}, "asked again": again}
     for way in ("drawn", "greedy"):
         record["verdict"][way] = verdict({kind: found[kind][way]["gain"] for kind in kinds})
         names = ("gain", "gain shuffled", "gain both shuffled", "start by its image", "joint by its image")
@@ -302,7 +318,7 @@ def main() -> None:
         }
         for kind in args.alone
     }  # fmt: skip
-    print(json.dumps({name: record[name] for name in ("verdict", "visual", "alone")}, indent=1))
+    print(json.dumps({name: record[name] for name in ("verdict", "asked again", "visual", "alone")}, indent=1))
     if args.out:
         meta = json.loads((runs / "joint" / "meta.json").read_text())
         r = cfg.rollout
