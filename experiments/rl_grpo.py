@@ -72,8 +72,8 @@ def _form():
         # Answers that the engine writes at a time, one taking the place of another; 0: a batch at a time, all to the
         # same length, which is faster where answers are about as long (here, see inference/sampler.py).
         "slots": 0,
-        # Tokens that the MTP head drafts a step, of which the policy keeps what it would have drawn; wants slots, and
-        # "async" or episodes. Answers have the same distribution, and come in fewer passes.
+        # Tokens that the MTP head drafts a step, of which the policy keeps what it would have drawn; wants slots.
+        # Answers have the same distribution, and come in fewer passes.
         "drafts": 0,
         # Of "async" alone:
         # URL of a server that draws the answers (glmv serve --weights; vLLM, SGLang: `rl.pipeline.dialects`), "": this

@@ -108,10 +108,11 @@ def test_a_restart_goes_on_with_what_was_not_trained_on(tmp_path):
             wrong.close()
 
 
-def test_drafts_of_the_mtp_head_are_kept_and_the_log_probabilities_are_the_trainers(tmp_path, monkeypatch):
+@pytest.mark.parametrize("pipeline", ["async", "sync"])
+def test_drafts_of_the_mtp_head_are_kept_and_the_log_probabilities_are_the_trainers(pipeline, tmp_path, monkeypatch):
     """That drawn answers keep the distribution of the model is tests/inference/test_drafting.py's."""
-    made = build(tmp_path, "rollout.pipeline=async", "rollout.staleness=0", "rollout.slots=8", "rollout.proximal=true",
-                 "rollout.max_new_tokens=14", drafts=2)  # fmt: skip
+    made = build(tmp_path, f"rollout.pipeline={pipeline}", "rollout.staleness=0", "rollout.slots=8",
+                 "rollout.proximal=true", "rollout.max_new_tokens=14", drafts=2)  # fmt: skip
     fronts, front = [], made.beside._front
     monkeypatch.setattr(made.beside, "_front", lambda *new: fronts.append(front(*new)) or fronts[0])
     params = jax.jit(lambda key: switched_on(made.init_params(key)))(jax.random.key(0))
@@ -121,7 +122,8 @@ def test_drafts_of_the_mtp_head_are_kept_and_the_log_probabilities_are_the_train
         for step in range(3):
             new = jax.tree.map(lambda x, by=1.0 + 0.02 * step: x * by, params)
             made.next_batch(data, types.SimpleNamespace(params=new, step=step))
-        counts = fronts[0].engine.counts.copy()
+        engine = fronts[0].engine if pipeline == "async" else made.drawing(params).engine
+        counts = engine.counts.copy()
     finally:
         data.close()
     assert counts.accepted.sum() > 0.1 * counts.reached.sum() > 20, counts
@@ -148,8 +150,8 @@ def test_settings_that_do_not_go_with_it_are_refused(tmp_path):
         build(tmp_path, "rollout.pipeline=asynch")
     with pytest.raises(UserError, match="every batch of groups is one update; set minibatches=1"):
         build(tmp_path, "rollout.pipeline=async", "rollout.minibatches=2")
-    for more in ((), ("rollout.slots=8",), ("rollout.pipeline=async",)):
-        with pytest.raises(UserError, match="rollout.drafts=2 are of the engine of this process; set rollout.slots"):
+    for more in ((), ("rollout.pipeline=async",), ("rollout.pipeline=async", "rollout.slots=8", "rollout.engine=http://x")):
+        with pytest.raises(UserError, match="rollout.drafts=2 are of an engine of the run's own; set rollout.slots"):
             build(tmp_path, *more, drafts=2)
     with pytest.raises(UserError, match="weights of its own for each depth"):
         build(tmp_path, "rollout.pipeline=async", "rollout.slots=8", "model.mtp.depth=2", "model.mtp.weights=per_depth",

@@ -135,7 +135,8 @@ class RL(PolicyUpdate):
             return self.sampler
         if self._drawing is None:
             sizes = r.slots, self.asker.max_tokens, self.longest
-            engine = self.engine(params, *sizes, sampling=self.sampler.sampling)
+            how = {"sampling": self.sampler.sampling, "drafts": rl_questions.drafts(self)}
+            engine = self.engine(params, *sizes, **how)
             self._drawing = EngineSampler(engine, r.group)
         return self._drawing
 

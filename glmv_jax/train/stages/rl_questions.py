@@ -98,10 +98,10 @@ def drafts(stage: RL) -> int:
     r = stage.cfg.rollout
     if not (count := r.get("drafts", 0)):
         return 0
-    if not r.get("slots", 0) or r.get("engine", "") or not (stage.asynchronous or stage.episodes):
+    if not r.get("slots", 0) or r.get("engine", ""):
         raise UserError(
-            f"rollout.drafts={count} are of the engine of this process; set rollout.slots, 8 say, and "
-            "rollout.pipeline=async, and leave rollout.engine empty (a server has its own: glmv serve --speculative)"
+            f"rollout.drafts={count} are of an engine of the run's own; set rollout.slots, 8 say, and leave "
+            "rollout.engine empty (a server has its own: glmv serve --speculative)"
         )
     drafting_programs.check(stage.model, count)
     return count
