@@ -13,7 +13,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 from glmv_jax import __version__
 from glmv_jax.aot import main as aot
@@ -64,7 +64,7 @@ _DESCRIPTION = """GLM-5V-Turbo in JAX: mim -> siglip -> pretrain -> sft -> rl, o
 class _Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line, like every other error of the command."""
 
-    def error(self, message: str):
+    def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from glmv_jax.cli.common import mesh_of, mesh_options
 from glmv_jax.typing import UserError
+
+if TYPE_CHECKING:
+    from glmv_jax.inference.generate import Model
 
 
 def import_hf(args: argparse.Namespace) -> int:
@@ -132,7 +137,7 @@ def _generate_from_checkpoint(args: argparse.Namespace, images: list[str], setti
     return 0
 
 
-def answering_model(folder):
+def answering_model(folder: Path) -> Model:
     """The model of a finished stage's work directory, with the tokenizer and image sizes that it was trained with."""
     from glmv_jax.data.naflex import Patcher
     from glmv_jax.data.tokenizer import open_tokenizer

@@ -6,8 +6,13 @@ import argparse
 import json
 import math
 import os
+from typing import TYPE_CHECKING
 
 from glmv_jax.typing import UserError
+
+if TYPE_CHECKING:
+    from jax.sharding import Mesh
+    from ml_collections import ConfigDict
 
 # What splits a model that learns nothing, see `parallel.rules`.
 _AXES = ("data", "expert", "tensor")
@@ -19,7 +24,7 @@ def config_options(sub: argparse.ArgumentParser) -> None:
     sub.epilog = "--config.KEY=VALUE, any number of times, changes one value of the config."
 
 
-def read_config(args: argparse.Namespace):
+def read_config(args: argparse.Namespace) -> ConfigDict:
     """The ConfigDict of --config after every --config.KEY=VALUE."""
     from glmv_jax import config
 
@@ -53,7 +58,7 @@ def mesh_options(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--mesh", nargs="+", metavar="AXIS=N", help=f"{about}, as in data=2 tensor=4 (default: one)")
 
 
-def mesh_of(args: argparse.Namespace):
+def mesh_of(args: argparse.Namespace) -> Mesh | None:
     """The mesh that --mesh names; None for one device. UserError for what is no size of such an axis."""
     if args.mesh is None:
         return None

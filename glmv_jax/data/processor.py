@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -49,7 +49,7 @@ class Conversation:
     """messages, tools: as the OpenAI API has them. settings: for the chat template, as enable_thinking."""
 
     messages: Any
-    tools: Sequence[dict[str, Any]] = ()
+    tools: Sequence[Mapping[str, Any]] = ()
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 

@@ -16,6 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import Message, Receive, Scope, Send
 
 from glmv_jax.serving import anthropic, completions, fields, openai, openapi, page
 from glmv_jax.serving.answers import Answers, Asked, Ended, Part, Prepared
@@ -163,7 +164,9 @@ class Server:
         engine = self.answers.front.engine
         return completions.asked(body, limits, engine.sampling, engine.cfg.decoder.vocab)
 
-    async def _begun(self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack, stream: bool):
+    async def _begun(
+        self, form: Format, body: Mapping[str, Any], room: contextlib.AsyncExitStack, stream: bool
+    ) -> tuple[Reply, AsyncIterator[Any]]:
         """(reply, its parts), once the first has come, so that an engine's refusal is a status and no event; of a
         stream when it is time for a sign of life."""
         asked = await asyncio.to_thread(form.asked, body, self.answers.limits)
@@ -184,7 +187,7 @@ class Server:
             choices.setdefault(n, []).append(part)
         return reply.whole([choices[n] for n in sorted(choices)])
 
-    async def _events(self, form: Format, reply: Reply, parts) -> AsyncIterator[str]:
+    async def _events(self, form: Format, reply: Reply, parts: AsyncIterator[Any]) -> AsyncIterator[str]:
         try:
             for chunk in reply.first():
                 yield form.event(chunk)
@@ -267,7 +270,7 @@ class _Stream(StreamingResponse):
         super().__init__(events, headers=headers, media_type="text/event-stream")
         self._room, self._ping, self._seconds, self._most = room, ping.encode(), limits.ping, limits.seconds + WRITING
 
-    async def __call__(self, scope, receive, send) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with self._room:
             try:
                 async with asyncio.timeout(self._most):
@@ -275,11 +278,11 @@ class _Stream(StreamingResponse):
             except TimeoutError:
                 log.warning("a stream is cut off, as nobody reads it")
 
-    async def stream_response(self, send) -> None:
+    async def stream_response(self, send: Send) -> None:
         clock, one = asyncio.get_running_loop().time, asyncio.Lock()  # nothing comes between what is being sent
         last = clock()
 
-        async def noted(message) -> None:
+        async def noted(message: Message) -> None:
             nonlocal last
             async with one:
                 await send(message)

@@ -59,7 +59,10 @@ class Public:
         settings = {name: said[name] for name in ("temperature", "top_p") if said.get(name) is not None}
         return Sampling(tokens, stop=self.stops, **settings)
 
-    def prompt(self, messages, images, tools, thinking, films=()) -> Prompt:
+    def prompt(
+        self, messages: Sequence[Mapping[str, Any]], images: Sequence[Image.Image], tools: Sequence[Mapping[str, Any]],
+        thinking: bool | None, films: Sequence[bytes] = (),
+    ) -> Prompt:  # fmt: skip
         """See `answers.Model`."""
         settings = {} if thinking is None else {"enable_thinking": thinking}
         return Prompt.of_document(self.processor.conversation(Conversation(messages, tools, settings), images, films))

@@ -135,7 +135,7 @@ class RL(PolicyUpdate):
             return self.sampler
         if self._drawing is None:
             sizes = r.slots, self.asker.max_tokens, self.longest
-            how = {"sampling": self.sampler.sampling, "drafts": rl_questions.drafts(self)}
+            how: Any = {"sampling": self.sampler.sampling, "drafts": rl_questions.drafts(self)}
             engine = self.engine(params, *sizes, **how)
             self._drawing = EngineSampler(engine, r.group)
         return self._drawing
