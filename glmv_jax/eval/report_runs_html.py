@@ -84,7 +84,7 @@ def _swatch(i: int) -> str:
 def _stage(anchor: str, stage: str, group: Runs, runs: Runs, groups: int) -> str:
     head = ""
     if groups > 1:
-        alone = " One run: nothing to compare it with." if len(group) == 1 else ""
+        alone = ". One run: nothing to compare it with." if len(group) == 1 else ""
         head = f"<h2>{text(stage or 'no stage')}</h2><p class=quiet>{text(STAGES.get(stage, ''))}{alone}</p>"
     colours = [runs.index(run) for run in group]
     content = "".join(page.table(one, level=3 if groups > 1 else 2) for one in tables.of_stage(group))
