@@ -53,8 +53,8 @@ def steps(made, drawn, count: int = 2):
 
 
 def sources(rule: dict) -> dict:
-    parts = {"rule": rule}
-    return {"sources": {name: {"parts": parts} for name in build({}).names}, "workers": 1, "limit": 60.0}
+    parts = {name: {"parts": {"rule": rule}} for name in build({}).names}
+    return {"sources": parts, "workers": 1, "limit": 60.0}
 
 
 def equal(got, wanted):
