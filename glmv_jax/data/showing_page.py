@@ -11,11 +11,11 @@ from PIL import Image
 
 _STYLE = """
 :root { color-scheme: light dark; --bg: #fff; --fg: #16181d; --quiet: #626a76; --line: #d5dae0; --card: #f4f5f7;
-  --bad: #b3261e; --mark: #e53935; --bar: #1e63d6;
+  --bad: #b3261e; --good: #1b7f3a; --mark: #e53935; --bar: #1e63d6;
   --w1: #e4f4e6; --w2: #bfe6c3; --w3: #8fd497; --w4: #55b560;
   --s0: #0097a7; --s1: #8e24aa; --s2: #f9a825; --s3: #1e63d6; --s4: #c62828 }
 @media (prefers-color-scheme: dark) { :root { --bg: #14161a; --fg: #e7e9ee; --quiet: #9aa3b0; --line: #333842;
-  --card: #1d2026; --bad: #ff8a80; --mark: #ff6659; --bar: #5aaef0;
+  --card: #1d2026; --bad: #ff8a80; --good: #6fcf7c; --mark: #ff6659; --bar: #5aaef0;
   --w1: #17301b; --w2: #1d4824; --w3: #21562a; --w4: #266e37;
   --s0: #4dd0e1; --s1: #ce93d8; --s2: #ffca28; --s3: #5aaef0; --s4: #ff8a80 } }
 body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em;

@@ -5,18 +5,18 @@ In a terminal (pictures in half blocks, where it has colours), or as one page of
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from glmv_jax.data.records import Sample
+from glmv_jax.data.showing_page import framed, png
 from glmv_jax.rl.rewards.grade import Grade
 from glmv_jax.rl.task import LOW, Task, box, hedged, malformed
 from glmv_jax.typing import UserError
@@ -141,11 +141,10 @@ def _short(text: str) -> str:
 # --- as a page --------------------------------------------------------------------------------------------------------
 
 _STYLE = """
-body { font: 14px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 76em; padding: 0 1em; color: #222 }
-h2 { font-size: 1.1em; border-top: 1px solid #ccc; padding-top: 1em; margin: 2em 0 .3em }
+h2 { margin-bottom: .3em }
 section { display: inline-block; vertical-align: top; width: 17em; margin: .5em 1em .8em 0 }
-img { image-rendering: pixelated; border: 1px solid #bbb; margin: 0 .3em .3em 0; max-width: 100% }
-p { margin: .2em 0; overflow-wrap: anywhere } .gold { color: #1b7f3a } .bad { color: #c62828 } small, li { color: #666 }
+img { image-rendering: pixelated; border: 1px solid var(--line); margin: 0 .3em .3em 0; max-width: 100% }
+p { margin: .2em 0; overflow-wrap: anywhere } .gold { color: var(--good) } small, li { color: var(--quiet) }
 ul { margin: .2em 0; padding-left: 1.2em; font: 12px/1.4 ui-monospace, monospace; overflow-wrap: anywhere }
 nav a { margin-right: .8em }
 """
@@ -154,7 +153,7 @@ nav a { margin-right: .8em }
 def page(found: Sequence[tuple[Task, Sequence[Example] | str]], title: str) -> str:
     """All samples on a page; a text in place of samples says why there are none. Texts are escaped."""
     e = html.escape
-    parts = [f"<h1>{e(title)}</h1><nav>"]
+    parts = ["<nav>"]
     parts += [f'<a href="#{e(task.name)}">{e(task.name)}</a> ' for task, _ in found]
     parts.append("</nav>")
     for task, samples in found:
@@ -162,13 +161,13 @@ def page(found: Sequence[tuple[Task, Sequence[Example] | str]], title: str) -> s
         if task.rubric:
             parts.append(f"<p><small>graded by a model: {e(task.rubric)}</small></p>")
         parts += [f'<p class="bad">{e(samples)}</p>'] if isinstance(samples, str) else map(_section, samples)
-    return (f'<!DOCTYPE html><html><head><meta charset="utf-8"><title>{e(title)}</title><style>{_STYLE}</style></head>'
-            f"<body>{''.join(parts)}</body></html>\n")  # fmt: skip
+    return framed(title, "".join(parts), _STYLE)
 
 
 def _section(example: Example) -> str:
     e, sample = html.escape, example.sample
-    pictures = "".join(f'<img src="{_png(p)}" width="{p.width * 2}" alt="{e(sizes(sample))}">' for p in sample.images)
+    encoded = ((png(np.asarray(p.convert("RGB"))), 2 * p.width) for p in sample.images)
+    pictures = "".join(f'<img src="{src}" width="{wide}" alt="{e(sizes(sample))}">' for src, wide in encoded)
     earned, most = _earned(example)
     wrong = "".join(f'<li{" class=bad" * (grade.reward > LOW)}>{grade.reward:.2f} {e(_short(content))}</li>'
                     for content, grade in example.wrong)  # fmt: skip
@@ -178,9 +177,3 @@ def _section(example: Example) -> str:
             f'<p class="{shape}">{e(_plain(sample.answer))} <small>earns {earned}</small></p>'
             + (f"<details><summary><small>wrong answers earn {most} at most</small></summary><ul>{wrong}</ul></details>"
                if example.gold else "") + "</section>")  # fmt: skip
-
-
-def _png(picture: Image.Image) -> str:
-    file = io.BytesIO()
-    picture.save(file, "PNG")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
