@@ -91,7 +91,7 @@ def reinforcement(form: str, kills: int, seed: int, folder: pathlib.Path, nurser
         raise SystemExit(f"faults: the run that nothing disturbs failed: {whole.said[-2000:]}")
     while len(faults) < kills:
         run, here = Run(nursery, spec, folder / f"killed-{len(faults)}"), []
-        while not run.finished:
+        while not run.finished or here and here[-1].again is None:  # killed when all was written: started again too
             before, fault = len(run.said), None
             if len(faults) + len(here) < kills:
                 fault, start = killed(run, POINTS[rng.randrange(len(POINTS))], rng, start)

@@ -63,6 +63,7 @@ class Roles:
             raise UserError("rollout.workers.environment: the run has no rollout.environments; set it to 0")
         if jax.process_count() > 1:
             raise UserError("rollout.workers are of runs that train in one process; set them to 0")
+        imported()  # said before the step is compiled
 
     # --- their processes ----------------------------------------------------------------------------------------------
 
