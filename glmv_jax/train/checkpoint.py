@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,8 @@ class Checkpoints:
         with disk_errors(self.folder):
             self._manager.wait_until_finished()  # as Orbax would
             self._tell_slow(time.monotonic() - began)
+            # Where Orbax could make no folder, its threads would wait for one, minutes, and the process for them.
+            tempfile.TemporaryFile(dir=self.folder).close()
             if not self._manager.save(step, args=items, force=True):
                 raise RuntimeError(f"{self.folder}: step {step} was not saved, newest is {self._manager.latest_step()}")
 

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import subprocess
+import threading
 import time
 from pathlib import Path
 
@@ -218,6 +219,30 @@ def test_a_disk_that_fills_up_loses_nothing_that_was_there(small_disk):
     checkpoints.close()
     again = Checkpoints(small_disk / "checkpoints", report=lines.append)
     assert equal(again.restore(abstract(make_state()))[0], make_state(1))
+    again.close()
+
+
+def test_a_disk_that_becomes_read_only_is_told_and_keeps_no_process_waiting(small_disk):
+    folder = str(small_disk / "checkpoints")
+    checkpoints = Checkpoints(small_disk / "checkpoints", report=print)
+    checkpoints.save(1, make_state(1), {})
+    checkpoints.wait()
+    before = set(threading.enumerate())
+    subprocess.run(["mount", "--bind", folder, folder], check=True)
+    try:
+        subprocess.run(["mount", "-o", "remount,ro,bind", folder, folder], check=True)
+        with pytest.raises(UserError, match="cannot write .*checkpoints: the disk is read-only: choose another"):
+            checkpoints.save(2, make_state(2), {})
+            checkpoints.wait()
+        checkpoints.close()
+        waiting = [thread for thread in set(threading.enumerate()) - before if not thread.daemon]
+        for thread in waiting:
+            thread.join(5)
+        assert not any(thread.is_alive() for thread in waiting), waiting
+    finally:
+        subprocess.run(["umount", "-l", folder], check=True)
+    again = Checkpoints(small_disk / "checkpoints", report=print)
+    assert again.steps() == [1]
     again.close()
 
 
