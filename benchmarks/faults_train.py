@@ -18,7 +18,7 @@ from equal_runs import differences
 from real_runs import ROOT, Nursery, Run, began_again, killed, left_behind
 
 STAGES = ("mim", "siglip", "pretrain", "sft", "rl")
-STEPS, SAVED = 8, 2  # that a stage takes; the step of its first checkpoint
+STEPS, SAVED = 16, 2  # that a stage takes; the step of its first checkpoint
 TOY = """from tests.train.toy import config
 
 
